@@ -1,0 +1,1 @@
+"""Engines: token ids in, raw float32 scores out."""

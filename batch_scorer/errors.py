@@ -1,0 +1,136 @@
+"""What can go wrong, as types; each says how the program ends and whether a retry can help.
+
+BatchScorerError
+├── ConfigError            a setting is wrong or two settings contradict each other   exit 2
+│   └── MissingExtraError  an optional package is needed; the message says which      exit 2
+├── InputError             an input path, file or schema cannot be used at all        exit 2
+├── ModelError             the model directory cannot give true scores                exit 2
+├── OutputError            the output is not writable, or belongs to other work       exit 2
+│   └── OutputHeldError    another live run holds the output                          exit 2
+├── IncompleteError        the run ended with shards that are not committed           exit 3
+│   ├── LeaseLostError     another run took the output over while this one worked     exit 3
+│   └── StorageError       the store failed after all retries                         exit 3
+├── IntegrityError         what is stored is not what was committed                   exit 4
+└── ShardError             one shard cannot be scored; recorded, the job goes on
+
+A failing *row* is not an exception: it keeps its place and carries a `RowReason`.
+"""
+
+from enum import IntEnum, StrEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """How the program ends, for schedulers."""
+
+    DONE = 0
+    CONFIG = 2
+    INCOMPLETE = 3
+    INTEGRITY = 4
+
+
+class RowReason(StrEnum):
+    """Why a row has no score: the closed set of values in the `score_error` column."""
+
+    NULL_VALUE = "null_value"
+    EMPTY = "empty"
+    BAD_STRUCTURE = "bad_structure"
+    UNKNOWN_ROLE = "unknown_role"
+    MALFORMED_JSON = "malformed_json"
+    TEMPLATE_ERROR = "template_error"
+    TOO_LONG = "too_long"
+    BAD_TOKEN_ID = "bad_token_id"
+    NON_FINITE_SCORE = "non_finite_score"
+    OUT_OF_MEMORY = "out_of_memory"
+
+
+class ShardReason(StrEnum):
+    """Why a shard is not committed: the closed set of values in the manifest's `reason`."""
+
+    UNREADABLE_FILE = "unreadable_file"
+    WRONG_SCHEMA = "wrong_schema"
+    COLUMN_COLLISION = "column_collision"
+    OVER_LENGTH_ROW = "over_length_row"
+    INPUT_CHANGED = "input_changed"
+    INPUT_GONE = "input_gone"
+    STORE_FAILED = "store_failed"
+    WORKER_DIED = "worker_died"
+    SUPERSEDED = "superseded"
+    INTERNAL = "internal"
+
+
+class BatchScorerError(Exception):
+    """Base of every failure this package raises on purpose."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.INCOMPLETE
+
+
+class ConfigError(BatchScorerError):
+    """A setting is wrong; the message names it and what would be right."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class MissingExtraError(ConfigError):
+    """An optional package is needed; the message says what to install."""
+
+
+class InputError(BatchScorerError):
+    """An input path, file or schema cannot be used at all."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class ModelError(BatchScorerError):
+    """The model directory cannot give true scores."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class OutputError(BatchScorerError):
+    """The output is not writable, or belongs to other work."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class OutputHeldError(OutputError):
+    """Another live run holds the output."""
+
+
+class IncompleteError(BatchScorerError):
+    """The run ended with shards that are not committed; the same command finishes it."""
+
+
+class LeaseLostError(IncompleteError):
+    """Another run took the output over while this one worked."""
+
+
+class StorageError(IncompleteError):
+    """The store failed after all retries; running the same command again may succeed."""
+
+
+class IntegrityError(BatchScorerError):
+    """What is stored is not what was committed."""
+
+    exit_code = ExitCode.INTEGRITY
+
+
+class ShardError(BatchScorerError):
+    """One shard cannot be scored. It is recorded with its reason and the job goes on.
+
+    `retryable` tells whether trying the same shard again in this run can help.
+    """
+
+    def __init__(self, reason: ShardReason, detail: str, *, retryable: bool = False) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+        self.retryable = retryable
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions pickle by their args; these must cross Ray's process boundary whole.
+        return (_rebuild_shard_error, (self.reason, self.detail, self.retryable))
+
+
+def _rebuild_shard_error(reason: ShardReason, detail: str, retryable: bool) -> ShardError:
+    return ShardError(reason, detail, retryable=retryable)

@@ -1,0 +1,1 @@
+"""What is known about reward models: their directories, heads and traps."""

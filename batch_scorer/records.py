@@ -1,0 +1,146 @@
+"""The types that carry a row from its file to its score.
+
+Legend: R rows of a shard, S sequences (a row has one or more), T tokens, H hidden size,
+O outputs of the model (1 for a scalar reward).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_scorer.errors import RowReason
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+Conversation: TypeAlias = list[Message]
+
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+"""Roles that a conversation may hold; what a template makes of them is the template's."""
+
+
+class Format(StrEnum):
+    """What one input row is; the values are the choices of `--format`."""
+
+    PREFERENCE_PAIR = "preference_pair"
+    BEST_OF_N = "best_of_n"
+    ROLLOUT_GROUP = "rollout_group"
+    ROLLOUT = "rollout"
+    CONVERSATION = "conversation"
+    TEXT = "text"
+    TOKEN_IDS = "token_ids"
+
+
+class TextStyle(StrEnum):
+    """How strings that hold dialogue are read; the values are the choices of `--text-style`.
+
+    PLAIN     a string is one message: a prompt is the user's, a response the assistant's.
+    HH        whole dialogues with turn marks, as Anthropic HH-RLHF writes them.
+    RENDERED  text that already went through a chat template: it is tokenised as it is.
+    """
+
+    PLAIN = "plain"
+    HH = "hh"
+    RENDERED = "rendered"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of one file are read: found once per file by the plan, used by its shards.
+
+    `columns` maps the field names of the format (`prompt`, `chosen`, `responses`, …) to the
+    file's column names. `text_style` is None where the columns hold messages or token ids.
+    """
+
+    format: Format
+    columns: Mapping[str, str]
+    text_style: TextStyle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row or sequence is not scored: a code for the column, a sentence for people."""
+
+    reason: RowReason
+    detail: str
+
+
+SequenceInput: TypeAlias = Conversation | str | list[int]
+"""A conversation to render, rendered text to tokenise, or token ids to take as they are."""
+
+
+@dataclass(slots=True)
+class ParsedRows:
+    """R rows cut into S sequences, before rendering.
+
+    `sequences` holds S inputs, an error in place of one that cannot be read.
+    `row_offsets` is int64[R+1]: row r owns sequences[row_offsets[r]:row_offsets[r + 1]].
+    `row_errors` names the rows that could not be cut into sequences; they own none.
+    """
+
+    sequences: list[SequenceInput | RowError]
+    row_offsets: npt.NDArray[np.int64]
+    row_errors: dict[int, RowError] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+
+@dataclass(slots=True)
+class TokenizedRows:
+    """R rows as token ids, ready for a backend.
+
+    `token_ids` is int32[T], the S sequences end to end; `sequence_offsets` int64[S+1];
+    `row_offsets` int64[R+1]; `truncated_tokens` int32[S], tokens cut by the length policy.
+    A sequence with an error has no tokens. `row_errors` as in `ParsedRows`.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    sequence_offsets: npt.NDArray[np.int64]
+    row_offsets: npt.NDArray[np.int64]
+    truncated_tokens: npt.NDArray[np.int32]
+    sequence_errors: dict[int, RowError]
+    row_errors: dict[int, RowError]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequence_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64[S], tokens of each sequence."""
+        return np.diff(self.sequence_offsets)
+
+
+@dataclass(slots=True)
+class Scores:
+    """What a backend gives back for S sequences, in their order.
+
+    `values` is float32[S, O], raw outputs without activation; NaN where `errors` names the
+    sequence. `num_batches` counts forward passes, `computed_tokens` the tokens they held,
+    padding included; `oom_splits` the batches that were halved for lack of memory.
+    """
+
+    values: npt.NDArray[np.float32]
+    errors: dict[int, RowError] = field(default_factory=dict)
+    num_batches: int = 0
+    computed_tokens: int = 0
+    oom_splits: int = 0
