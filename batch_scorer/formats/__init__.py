@@ -1,0 +1,12 @@
+"""Rows as users hold them, and what of a row is scored.
+
+`detect` finds a file's `Layout` once, from its schema and a few rows; `parse` cuts its rows
+into conversations by it. `docs/formats.md` shows every layout. A new one is an entry in the
+tables of `kinds.py`, or a new text style beside `hh.py`.
+"""
+
+from batch_scorer.formats.detect import columns_needed, describe, detect
+from batch_scorer.formats.jsonl import read_json_table
+from batch_scorer.formats.parse import parse
+
+__all__ = ["columns_needed", "describe", "detect", "parse", "read_json_table"]

@@ -1,0 +1,411 @@
+"""Scores from a Hugging Face sequence classifier in this process.
+
+Decoders run packed: sequences lie end to end without padding, attention keeps them apart, and
+only the token at which a sequence ends meets the score head, in float32. Everything else
+(encoders, and decoders with another attention implementation) runs as length-sorted rectangles.
+
+Legend: S sequences, T tokens of a packed batch, L longest of a padded one, H hidden, O outputs.
+"""
+
+import copy
+import importlib.util
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from batch_scorer.backends.attention import (
+    KERNELS,
+    PACKED_ATTENTION,
+    SUPPORTED_LAYER_TYPES,
+    attention_bounds,
+    choose_kernel,
+    to_device,
+)
+from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
+from batch_scorer.packing import Int64Array, PackedBatch, pack, pad, plan_batches
+from batch_scorer.records import RowError, Scores, TokenizedRows
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+"""Tokens of one forward pass. On the CPU 1024 was a third slower than 4096 and 8192 no faster
+worth its memory; on CUDA it is a guess that fits an 8B model on 80 GB, not a measurement."""
+
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Share by which a packed neighbour may move a hidden state: rounding stays far below it, a
+neighbour that leaks in far above."""
+
+
+class HFBackend:
+    """A reward model in transformers; see `Backend` for what it does.
+
+    `token_budget` None takes `DEFAULT_TOKEN_BUDGET`; `num_threads` None leaves torch's own.
+    Raises ModelError where the directory cannot give true scores with these settings.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        dtype: str,
+        attention: str,
+        device: str,
+        token_budget: int | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self._device = torch.device(device)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is cuda, but torch finds no CUDA device; set device to cpu")
+        self._token_budget = token_budget or DEFAULT_TOKEN_BUDGET[device]
+
+        skeleton = _skeleton(model_dir)
+        implementation = _attention_implementation(skeleton, attention)
+        _refuse_unsound(skeleton, dtype, implementation)
+        model, unexpected = _load(model_dir, dtype, implementation)
+        self._model: PreTrainedModel = model.to(self._device)  # type: ignore[arg-type]  # untyped
+        _check_rotary_dtype(self._model)
+
+        self.num_outputs: int = self._model.config.num_labels
+        self._packed = implementation == PACKED_ATTENTION
+        self._vocabulary_size = len(cast(Tensor, self._model.get_input_embeddings().weight))
+        self._max_length = max_sequence_length(self._model)
+        pad_id = self._text_config.pad_token_id
+        # Any id of the vocabulary will do: the mask hides it, and pooling goes by the length.
+        self._pad_id = pad_id if pad_id is not None and pad_id < self._vocabulary_size else 0
+        self._head = _float32_head(self._model)
+        self.provenance: dict[str, Any] = {
+            "backend": "hf",
+            "model_class": type(self._model).__name__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": _device_name(self._device),
+            "dtype": dtype,
+            "attention": self._model.config._attn_implementation,
+            "token_budget": self._token_budget,
+            "num_threads": torch.get_num_threads(),
+            "unexpected_weights": unexpected,
+        }
+        if self._packed:
+            self._choose_kernel()
+            self._check_isolation()
+        logger.info("scoring with %s", self.provenance)
+
+    def score(self, rows: TokenizedRows) -> Scores:
+        """Scores of all sequences in `rows`, in their order."""
+        values = np.full((rows.num_sequences, self.num_outputs), np.nan, dtype=np.float32)
+        scores = Scores(values, self._unscorable(rows))
+        lengths = rows.lengths.copy()
+        lengths[list(scores.errors)] = 0  # the plan leaves them out
+        pending = deque(plan_batches(lengths, self._token_budget, padded=not self._packed))
+        scored: list[Int64Array] = []
+        outputs: list[Tensor] = []
+        while pending:
+            sequences = pending.popleft()
+            output = self._try_forward(rows, sequences)
+            if output is not None:
+                scored.append(sequences)
+                outputs.append(output)
+                scores.num_batches += 1
+                scores.computed_tokens += self._batch_tokens(lengths[sequences])
+            elif len(sequences) > 1:
+                scores.oom_splits += 1
+                half = len(sequences) // 2
+                pending.extendleft((sequences[half:], sequences[:half]))
+            else:
+                detail = f"{lengths[sequences[0]]} tokens do not fit the memory on their own"
+                scores.errors[int(sequences[0])] = RowError(RowReason.OUT_OF_MEMORY, detail)
+        if outputs:
+            # One copy per shard: a copy per batch would make the host wait for the device.
+            values[np.concatenate(scored)] = torch.cat(outputs).cpu().numpy()
+        _mark_non_finite(scores, np.flatnonzero(lengths))
+        return scores
+
+    def close(self) -> None:
+        """Free the device."""
+        del self._model, self._head
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def _text_config(self) -> Any:
+        return self._model.config.get_text_config()
+
+    def _batch_tokens(self, lengths: Int64Array) -> int:
+        return int(lengths.sum() if self._packed else lengths.max() * len(lengths))
+
+    def _unscorable(self, rows: TokenizedRows) -> dict[int, RowError]:
+        """Sequences that must not reach the model, though they arrived without an error."""
+        errors: dict[int, RowError] = {}
+        for sequence in np.flatnonzero(rows.lengths == 0).tolist():
+            if sequence not in rows.sequence_errors:
+                errors[sequence] = RowError(RowReason.EMPTY, "the sequence has no tokens")
+        if self._max_length is not None:
+            for sequence in np.flatnonzero(rows.lengths > self._max_length).tolist():
+                errors[sequence] = RowError(
+                    RowReason.TOO_LONG,
+                    f"{rows.lengths[sequence]} tokens; the model takes {self._max_length}",
+                )
+        foreign = (rows.token_ids < 0) | (rows.token_ids >= self._vocabulary_size)  # bool[T]
+        for place in np.flatnonzero(foreign).tolist():
+            sequence = int(np.searchsorted(rows.sequence_offsets, place, side="right")) - 1
+            errors[sequence] = RowError(
+                RowReason.BAD_TOKEN_ID,
+                f"token id {rows.token_ids[place]} is outside the model's vocabulary "
+                f"of {self._vocabulary_size}",
+            )
+        return errors
+
+    def _try_forward(self, rows: TokenizedRows, sequences: Int64Array) -> Tensor | None:
+        """float32[S, O] of one batch, or None where the memory does not suffice."""
+        try:
+            return self._forward(rows, sequences)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Only here is the traceback gone, and with it the batch's tensors.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    @torch.inference_mode()
+    def _forward(self, rows: TokenizedRows, sequences: Int64Array) -> Tensor:
+        if self._packed:
+            assert self._head is not None, "only last-token models run packed"
+            return _head_scores(self._head, self._packed_hidden(pack(rows, sequences)))
+        batch = pad(rows, sequences, self._pad_id)
+        token_ids = to_device(torch.from_numpy(batch.token_ids), self._device).long()  # [S, L]
+        lengths = to_device(torch.from_numpy(batch.lengths), self._device)  # [S]
+        places = torch.arange(token_ids.shape[1], device=self._device)
+        mask = (places < lengths[:, None]).long()  # [S, L]
+        if self._head is None:
+            return cast(
+                Tensor, self._model(input_ids=token_ids, attention_mask=mask).logits.float()
+            )
+        hidden = self._body(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        rows_index = torch.arange(len(lengths), device=self._device)
+        return _head_scores(self._head, hidden.last_hidden_state[rows_index, lengths - 1])
+
+    def _packed_hidden(self, batch: PackedBatch) -> Tensor:
+        """[S, H], the last hidden state of each sequence."""
+        token_ids = to_device(torch.from_numpy(batch.token_ids), self._device).long()  # [T]
+        position_ids = to_device(torch.from_numpy(batch.position_ids), self._device).long()
+        hidden = self._body(
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
+            use_cache=False,
+            bounds=attention_bounds(batch, self._kernel, self._device),
+        )
+        pooled = to_device(torch.from_numpy(batch.pooled_index), self._device)  # [S]
+        return cast(Tensor, hidden.last_hidden_state[0, pooled])
+
+    @property
+    def _body(self) -> nn.Module:
+        return self._model.base_model
+
+    def _choose_kernel(self) -> None:
+        softcap = _softcap(self._model) is not None
+        config = self._text_config
+        head_dim = getattr(config, "head_dim", None)
+        name = choose_kernel(
+            self._device,
+            self._model.dtype,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            softcap=softcap,
+        )
+        if softcap and self._device.type == "cuda" and name == "eager_blocks":
+            logger.warning(
+                "attn_logit_softcapping without flash-attn: attention runs as plain matrix "
+                "products, right but slow; install flash-attn"
+            )
+        self._kernel = KERNELS[name]
+        self.provenance["attention_kernel"] = name
+
+    @torch.inference_mode()
+    def _check_isolation(self) -> None:
+        """Raise ModelError where a packed neighbour changes what a sequence gives.
+
+        It would in a model that carries state along the row besides attention (recurrent or
+        convolutional layers), or that finds positions elsewhere than in `position_ids`.
+        """
+        token_ids = (np.arange(12, dtype=np.int32) * 7 + 1) % self._vocabulary_size
+        offsets, nothing = np.array([0, 8, 12]), np.zeros(0, dtype=np.int32)
+        rows = TokenizedRows(token_ids, offsets, offsets, nothing, {}, {})
+        alone = self._packed_hidden(pack(rows, np.array([1])))[0].float()
+        beside = self._packed_hidden(pack(rows, np.array([0, 1])))[1].float()
+        moved = float((beside - alone).norm() / alone.norm())
+        if not moved <= PROBE_TOLERANCE[self._model.dtype]:
+            raise ModelError(
+                f"{type(self._model).__name__} lets packed sequences see each other (a probe moved "
+                f"by {moved:.1%}); set attention to sdpa or eager"
+            )
+
+
+def reads_last_token(model: PreTrainedModel) -> bool:
+    """Whether the model's score is one linear `score` head at a sequence's last token.
+
+    That is transformers' `GenericForSequenceClassification` and its older twins (GPT-2, OPT,
+    Falcon, …). These are scored by the body and the head, pooled by length; others, which name
+    their head otherwise (`classifier` in encoders), by their own forward.
+    """
+    return isinstance(getattr(model, "score", None), nn.Linear) and (
+        not model.config.is_encoder_decoder
+    )
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether no token sees a later one: attention that looks ahead says `is_causal = False`.
+
+    A model that `reads_last_token` and is causal is a decoder, and runs packed.
+    """
+    return all(getattr(module, "is_causal", True) for module in model.modules())
+
+
+def max_sequence_length(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has positions for, None where the config names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        # RoBERTa counts positions from padding_idx + 1: 514 positions hold 512 tokens.
+        table = getattr(module, "position_embeddings", None)
+        if limit and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return int(limit) - table.padding_idx - 1
+    return limit
+
+
+def _skeleton(model_dir: Path) -> PreTrainedModel:
+    """The model without weights, to be judged before any are read."""
+    try:
+        config = AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{model_dir} holds no config that transformers can read: {error}"
+        ) from error
+    classes = config.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in classes):
+        named = ", ".join(classes) or "not named"
+        raise ModelError(
+            f"{model_dir} has no score head: its architecture is {named}; a causal LM cannot score"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ModelError(f"{model_dir} is no sequence classifier: {error}") from error
+    return cast(PreTrainedModel, model)
+
+
+def _attention_implementation(skeleton: PreTrainedModel, attention: str) -> str | None:
+    """The name to load the model with; None leaves the choice to transformers."""
+    if attention != "packed":
+        return attention
+    if not (reads_last_token(skeleton) and is_causal(skeleton)):
+        logger.info("%s is no decoder with a score head: it runs padded", type(skeleton).__name__)
+        return "eager" if _softcap(skeleton) is not None else None
+    layer_types = getattr(skeleton.config.get_text_config(), "layer_types", None) or []
+    foreign = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
+    if foreign or not skeleton._supports_attention_backend:
+        reason = (
+            f"it has layers of type {', '.join(foreign)}" if foreign else "its attention is its own"
+        )
+        raise ModelError(
+            f"{type(skeleton).__name__} cannot be packed: {reason}; set attention to sdpa or eager"
+        )
+    return PACKED_ATTENTION
+
+
+def _softcap(model: PreTrainedModel) -> float | None:
+    softcap: float | None = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return softcap
+
+
+def _refuse_unsound(skeleton: PreTrainedModel, dtype: str, implementation: str | None) -> None:
+    """Raise for settings that cannot run, or that run but give other scores."""
+    if implementation == "sdpa" and _softcap(skeleton) is not None:
+        raise ModelError(
+            "sdpa ignores this model's attn_logit_softcapping; set attention to packed or eager"
+        )
+    if dtype == "float16" and skeleton.config.get_text_config().model_type.startswith("gemma2"):
+        raise ModelError("float16 overflows in Gemma-2; set dtype to bfloat16 or float32")
+    if implementation == "flash_attention_2":
+        if importlib.util.find_spec("flash_attn") is None:
+            # transformers would look for a kernel on its hub instead.
+            raise MissingExtraError("attention flash_attention_2 needs the flash-attn package")
+        if dtype == "float32":
+            raise ModelError("flash_attention_2 has no float32; set dtype to bfloat16")
+
+
+def _load(
+    model_dir: Path, dtype: str, implementation: str | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model on the host, and the checkpoint's weights that it has no place for."""
+    try:
+        # dtype must be given here: a later .to(dtype) would round the rotary frequencies too.
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            model_dir,
+            dtype=getattr(torch, dtype),
+            attn_implementation=implementation,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{model_dir} cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        raise ModelError(
+            f"{model_dir} lacks weights of {type(model).__name__}, which would be random: "
+            + ", ".join(sorted(report["missing_keys"]))
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        logger.warning("weights without a place in the model: %s", ", ".join(unexpected))
+    return model.eval(), unexpected
+
+
+def _float32_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The score head in float32 whatever the body's dtype; None where the model pools itself."""
+    return copy.deepcopy(cast(nn.Linear, model.score)).float() if reads_last_token(model) else None
+
+
+def _head_scores(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """float32[S, O] from [S, H]."""
+    return cast(Tensor, head(hidden.float()))
+
+
+def _check_rotary_dtype(model: PreTrainedModel) -> None:
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name and buffer.dtype != torch.float32:
+            raise ModelError(f"{name} is {buffer.dtype}; rotary frequencies must stay float32")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator raises a bare RuntimeError: its text is all that tells it apart."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error)
+    )
+
+
+def _mark_non_finite(scores: Scores, planned: Int64Array) -> None:
+    """NaN and an error in place of a score that is no number."""
+    broken = np.nonzero(~np.isfinite(scores.values))[0]
+    for sequence in np.intersect1d(planned, broken).tolist():
+        if sequence not in scores.errors:
+            detail = f"the model gave {scores.values[sequence].tolist()}"
+            scores.errors[sequence] = RowError(RowReason.NON_FINITE_SCORE, detail)
+            scores.values[sequence] = np.nan
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"

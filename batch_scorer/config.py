@@ -1,0 +1,203 @@
+"""Every setting, on one page: the CLI's flags, the YAML file's keys and the Python API's arguments.
+
+Each field says what it may change:
+
+scores    the score of a row; enters the fingerprint, so a run never mixes two values of it
+layout    how shards and columns are cut; fixed for an output once it has been written to
+runtime   only how fast and where; free to change when a run is resumed
+"""
+
+import difflib
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from batch_scorer.errors import ConfigError
+from batch_scorer.records import Format, TextStyle
+
+Role = Literal["scores", "layout", "runtime"]
+
+
+class Device(StrEnum):
+    """Where a scoring worker computes."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class OverLength(StrEnum):
+    """What happens to a sequence longer than `max_tokens`.
+
+    MARK           the row keeps its place with `score_error = too_long`; nothing is cut.
+    ERROR          the shard that holds the row is not committed.
+    TRUNCATE_LEFT  the oldest tokens after BOS are cut, so that the judged answer and the pooled
+                   token stay; the number of tokens cut is recorded per row.
+    """
+
+    MARK = "mark"
+    ERROR = "error"
+    TRUNCATE_LEFT = "truncate_left"
+
+
+def _setting(default: Any, role: Role, **limits: Any) -> Any:
+    return Field(default, json_schema_extra={"role": role}, **limits)
+
+
+class Config(BaseModel):
+    """One scoring job. Frozen; unknown keys are refused. `None` means "derive"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str = _setting(..., "runtime")
+    """Model directory, or a hub id where a hub can be reached. The fingerprint takes the bytes
+    found there, not this name."""
+
+    inputs: tuple[str, ...] = _setting(..., "runtime", min_length=1)
+    """Files, directories, globs or s3://, gs://, az:// URLs. Paths below the longest common
+    folder are kept in the output. More inputs may join an output later."""
+
+    output: str = _setting(..., "runtime")
+    """Folder or URL that receives the scored shards. One output holds one fingerprint."""
+
+    # What is scored, and how.
+
+    format: Format | None = _setting(None, "scores")
+    """What a row is. None: detected from each file's schema, and said."""
+
+    columns: dict[str, str] = _setting({}, "scores")
+    """Field of the format to column of the file, where the usual names are not used:
+    {"chosen": "better_answer"}."""
+
+    text_style: TextStyle | None = _setting(None, "scores")
+    """How strings that hold dialogue are read. None: detected."""
+
+    max_tokens: int | None = _setting(None, "scores", gt=0)
+    """Longest sequence that is scored whole. None: the model's own limit."""
+
+    over_length: OverLength = _setting(OverLength.MARK, "scores")
+    """What happens to a longer one."""
+
+    backend: Literal["hf", "fake"] = _setting("hf", "scores")
+    """Engine. `hf`: Hugging Face model, packed without padding. `fake`: no model, scores are a
+    hash of the tokens; for dry runs of the pipeline."""
+
+    dtype: Literal["bfloat16", "float32", "float16"] | None = _setting(None, "scores")
+    """Of the model's body; the head is always float32. None: bfloat16 where the device has it,
+    float32 elsewhere."""
+
+    attention: Literal["packed", "flash_attention_2", "sdpa", "eager"] = _setting(
+        "packed", "scores"
+    )
+    """`packed`: variable-length attention without padding, on CPU and CUDA. The others are
+    transformers' own, run on padded batches."""
+
+    # What the output looks like.
+
+    column_prefix: str = _setting("", "layout")
+    """Put before every added column, for inputs that already hold a `score`."""
+
+    shard_rows: int = _setting(8192, "layout", gt=0)
+    """Most rows of one shard. Smaller shards lose less to a crash and show progress sooner;
+    larger ones cost the store fewer requests."""
+
+    shard_tokens: int = _setting(1_000_000, "layout", gt=0)
+    """Most (estimated) tokens of one shard; about half a minute of an 8B model on one H100."""
+
+    # How fast, and where.
+
+    device: Device | None = _setting(None, "runtime")
+    """None: CUDA where the cluster has GPUs, otherwise CPU. Part of the provenance."""
+
+    workers: int | None = _setting(None, "runtime", gt=0)
+    """Scoring workers, one model each. None: one per GPU, or one per machine on CPU."""
+
+    token_budget: int | None = _setting(None, "runtime", gt=0)
+    """Most tokens of one forward pass. None: the backend's default for the device."""
+
+    attempts: int = _setting(3, "runtime", gt=0)
+    """Worker deaths and failed tries that one shard is allowed before it is recorded as failed."""
+
+    use_ray: bool = _setting(True, "runtime")
+    """False: one shard after the other in this process."""
+
+    ray_address: str | None = _setting(None, "runtime")
+    """Cluster to join. None: RAY_ADDRESS if set, otherwise a private Ray on this machine."""
+
+    lease_s: float = _setting(30.0, "runtime", gt=0)
+    """A run that has not renewed its hold on the output for so long counts as dead."""
+
+    store_options: dict[str, str] = _setting({}, "runtime")
+    """Passed to the object store: endpoint, region, allow_http, …. Keys and secrets are read
+    from the environment and do not belong here."""
+
+    @model_validator(mode="after")
+    def _no_secrets_in_options(self) -> Self:
+        for key in self.store_options:
+            if any(word in key.lower() for word in ("secret", "token", "password", "access_key")):
+                raise ValueError(
+                    f"store_options.{key}: credentials are not settings (they would be recorded "
+                    "with the run); set them in the environment, e.g. AWS_SECRET_ACCESS_KEY"
+                )
+        return self
+
+    @classmethod
+    def roles(cls) -> dict[str, Role]:
+        """Role of each field."""
+        roles: dict[str, Role] = {}
+        for name, field in cls.model_fields.items():
+            extra = field.json_schema_extra
+            assert isinstance(extra, dict), name
+            roles[name] = extra["role"]  # type: ignore[assignment]  # set by _setting
+        return roles
+
+    def with_role(self, role: Role) -> dict[str, Any]:
+        """The JSON values of the fields with this role."""
+        roles = self.roles()
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items() if roles[name] == role}
+
+
+def load_config(path: Path | None = None, **settings: Any) -> Config:
+    """A config from a YAML file, with `settings` on top; `None` settings count as not given.
+
+    Raises ConfigError with one line per wrong field; an unknown key gets a suggestion.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"no config file at {path}") from None
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{path}: expected `setting: value` lines, got {type(loaded).__name__}"
+            )
+        values.update(loaded or {})
+    values.update({name: value for name, value in settings.items() if value is not None})
+    if isinstance(values.get("inputs"), str):
+        values["inputs"] = (values["inputs"],)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, Config.model_fields, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            lines.append(f"unknown setting `{name}`{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"`{name}` is needed")
+        else:
+            given = f" (got {problem['input']!r})" if name else ""
+            lines.append(f"{name + ': ' if name else ''}{problem['msg']}{given}")
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""A run's hold on its output: one object, changed by compare-and-swap, renewed by a thread.
+
+The epoch counts the plans that an output has seen. A resumed plan keeps its epoch, because its
+shards come out byte for byte the same whoever writes them; a changed plan (an input was
+rewritten) raises it, and a shard of a lower epoch gives way to one of a higher.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from typing import Any, Self
+
+from batch_scorer.errors import LeaseLostError, OutputHeldError, StorageError
+from batch_scorer.storage import ObjectChanged, ObjectInfo, ObjectMissing, Store, Version
+
+RECORDS = "_batch_scorer"
+"""Folder of everything in an output that is not a scored shard."""
+
+_LEASE_KEY = f"{RECORDS}/lease.json"
+
+
+class Lease:
+    """Taken on entering the context, given back on leaving it.
+
+    Whether another holder is alive is judged without comparing clocks of two machines: the
+    lease's age is the store's own time between its last change and that of an object written
+    now. A holder on this machine whose process is gone is dead at once.
+
+    Entering raises OutputHeldError if another live run holds the output.
+    """
+
+    def __init__(self, store: Store, plan_digest: str, ttl_s: float) -> None:
+        self._store = store
+        self._plan_digest = plan_digest
+        self._ttl_s = ttl_s
+        self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self._version: Version | None = None
+        self._renewals = 0
+        self._lost = threading.Event()
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self.epoch = 0
+
+    @property
+    def holder_id(self) -> str:
+        return str(self._holder["id"])
+
+    def __enter__(self) -> Self:
+        self._acquire()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._released.set()
+        self._thread.join()
+        if not self._lost.is_set():
+            try:
+                self._write(released=True)
+            except StorageError:
+                return  # it will expire by itself
+
+    def check(self) -> None:
+        """Raises LeaseLostError if this run no longer holds the output."""
+        if self._lost.is_set():
+            raise LeaseLostError(
+                f"{self._store.root}: another run has taken this output over; this one stops"
+            )
+
+    def _acquire(self) -> None:
+        try:
+            data, info = self._store.read_with_info(_LEASE_KEY)
+        except ObjectMissing:
+            self.epoch = 1
+            self._take(None)
+            return
+        held = json.loads(data)
+        if not held["released"]:
+            self._refuse_if_alive(held, info)
+        same_plan = held["plan"] == self._plan_digest
+        self.epoch = held["epoch"] if same_plan else held["epoch"] + 1
+        self._take(info.version)
+
+    def _take(self, version: Version | None) -> None:
+        self._version = version
+        try:
+            self._write(released=False)
+        except ObjectChanged:
+            raise OutputHeldError(
+                f"{self._store.root}: another run took this output at the same moment"
+            ) from None
+
+    def _refuse_if_alive(self, held: dict[str, Any], info: ObjectInfo) -> None:
+        holder = held["holder"]
+        name = f"process {holder['pid']} on {holder['host']}"
+        if holder["host"] == self._holder["host"]:
+            if not _is_running(int(holder["pid"])):
+                return
+            age_s = 0.0
+        else:
+            age_s = self._age_s(info)
+        if age_s < held["ttl_s"]:
+            raise OutputHeldError(
+                f"{self._store.root}: {name} is working on this output. Wait until it is done; "
+                f"if it is dead, its hold ends {held['ttl_s'] - age_s:.0f} s from now"
+            )
+
+    def _age_s(self, info: ObjectInfo) -> float:
+        key = f"{RECORDS}/clock-{self.holder_id}"
+        self._store.create(key, b"")
+        now = self._store.head(key).last_modified
+        self._store.delete(key)
+        return (now - info.last_modified).total_seconds()
+
+    def _write(self, *, released: bool) -> None:
+        self._renewals += 1  # also keeps two versions from having the same bytes and entity tag
+        body = {
+            "epoch": self.epoch,
+            "plan": self._plan_digest,
+            "holder": self._holder,
+            "ttl_s": self._ttl_s,
+            "renewals": self._renewals,
+            "released": released,
+        }
+        data = json.dumps(body, indent=1).encode()
+        if self._version is None:
+            self._version = self._store.create(_LEASE_KEY, data)
+        else:
+            self._version = self._store.replace(_LEASE_KEY, data, self._version)
+
+    def _keep(self) -> None:
+        renewed = time.monotonic()
+        while not self._released.wait(self._ttl_s / 3):
+            try:
+                self._write(released=False)
+                renewed = time.monotonic()
+            except (ObjectChanged, ObjectMissing):
+                if not self._is_ours():
+                    self._lost.set()
+                    return
+                renewed = time.monotonic()
+            except StorageError:
+                # The store may be back in time; past the term another run may have begun.
+                if time.monotonic() - renewed > self._ttl_s:
+                    self._lost.set()
+                    return
+
+    def _is_ours(self) -> bool:
+        """Whether the write that was refused is our own, applied although its answer was lost."""
+        try:
+            data, info = self._store.read_with_info(_LEASE_KEY)
+        except StorageError:
+            return False
+        if json.loads(data)["holder"]["id"] != self.holder_id:
+            return False
+        self._version = info.version
+        return True
+
+
+def current_epoch(store: Store) -> int:
+    """The epoch that the lease names now; a commit of a lower one must not be made."""
+    return int(json.loads(store.read(_LEASE_KEY))["epoch"])
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

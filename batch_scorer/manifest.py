@@ -1,0 +1,405 @@
+"""What is committed: the identity inside each scored shard, and the records beside them.
+
+    OUT/<input path>[.rowsA-B].parquet     a scored shard; the object is the commit
+    OUT/_SUCCESS                           JSON totals; written last
+    OUT/_batch_scorer/run.json             what this output is: fingerprint, layout, provenance
+                      lease.json           who works on it now, and the epoch
+                      ledger/*.jsonl       receipts as they come in; only saves reading shards
+                      manifests/*.parquet  all commits of a finished run, one row per shard
+                      CURRENT              names the newest manifest
+
+Truth is the shards: every record here can be rebuilt from their footers.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_scorer.errors import (
+    IntegrityError,
+    OutputError,
+    ShardReason,
+)
+from batch_scorer.fingerprint import Fingerprint, digest_of
+from batch_scorer.lease import RECORDS
+from batch_scorer.records import Format, Layout, TextStyle
+from batch_scorer.storage import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    Store,
+    Version,
+)
+
+SUCCESS_KEY = "_SUCCESS"
+_RUN_KEY = f"{RECORDS}/run.json"
+_CURRENT_KEY = f"{RECORDS}/CURRENT"
+_FOOTER_KEY = b"batch_scorer"
+_READERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input file, as it was when the run was planned. `key` is relative to `root`."""
+
+    root: str
+    key: str
+    size_bytes: int
+    version: Version
+
+    @property
+    def url(self) -> str:
+        return f"{self.root.rstrip('/')}/{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A row range of one input file: the unit of work and of commit.
+
+    Rows [first_row, first_row + num_rows) of the file. `row_groups` are the Parquet row groups
+    [start, stop) that hold them and `skip_rows` the rows of the first group that come before;
+    None for files that are not Parquet. `replaces` is the stale object to be replaced, if any.
+    """
+
+    source: Source
+    layout: Layout
+    first_row: int
+    num_rows: int
+    row_groups: tuple[int, int] | None
+    skip_rows: int
+    estimated_tokens: int
+    output_key: str
+    replaces: Version | None = None
+
+    def identity(self, fingerprint: str, column_prefix: str) -> str:
+        """Digest of what this shard's scores are made of: equal identities, equal scores."""
+        return digest_of(
+            {
+                "input": self.source.key,
+                "etag": self.source.version.etag,
+                "size_bytes": self.source.size_bytes,
+                "rows": [self.first_row, self.num_rows],
+                "layout": layout_to_json(self.layout),
+                "column_prefix": column_prefix,
+                "fingerprint": fingerprint,
+            }
+        )
+
+
+def layout_to_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "format": layout.format,
+        "columns": dict(layout.columns),
+        "text_style": layout.text_style,
+    }
+
+
+def layout_from_json(value: dict[str, Any]) -> Layout:
+    style = value["text_style"]
+    return Layout(Format(value["format"]), value["columns"], TextStyle(style) if style else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a scored shard says of itself, in its Parquet footer.
+
+    Holds no clock, host or attempt, so the object's bytes are a function of input, model and
+    plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
+    columns. `pairs` counts [pairs, chosen higher, ties] by the input's `source` column.
+    """
+
+    identity: str
+    fingerprint: str
+    epoch: int
+    input: str
+    input_etag: str
+    first_row: int
+    num_rows: int
+    rows_scored: int
+    rows_marked: int
+    marked: dict[str, int]
+    sequences: int
+    tokens: int
+    rows_digest: str
+    scores_digest: str
+    pairs: dict[str, list[int]]
+    layout: dict[str, Any]
+    added_columns: list[str]
+
+    def footer(self) -> dict[bytes, bytes]:
+        return {_FOOTER_KEY: json.dumps(asdict(self), sort_keys=True).encode()}
+
+    @classmethod
+    def from_footer(cls, metadata: dict[bytes, bytes] | None) -> Self | None:
+        """The commit in a schema's metadata; None if the file is not one of ours."""
+        raw = (metadata or {}).get(_FOOTER_KEY)
+        return None if raw is None else cls(**json.loads(raw))
+
+
+class Status(StrEnum):
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How one shard ended. A committed one carries its commit and what the store holds.
+
+    `reused` tells a shard that was committed before this run. `examples` names up to a few
+    marked rows as [row of the file, reason, detail]. The rest is measured: forward passes, the
+    tokens in them, seconds of reading, scoring and writing, attempts.
+    """
+
+    output_key: str
+    input: str
+    num_rows: int
+    status: Status
+    commit: Commit | None = None
+    version: Version | None = None
+    size_bytes: int = 0
+    sha256: str = ""
+    reason: ShardReason | None = None
+    detail: str = ""
+    reused: bool = False
+    examples: list[tuple[int, str, str]] = field(default_factory=list)
+    computed_tokens: int = 0
+    num_batches: int = 0
+    oom_splits: int = 0
+    read_s: float = 0.0
+    score_s: float = 0.0
+    write_s: float = 0.0
+    attempts: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        value = dict(value)
+        value["status"] = Status(value["status"])
+        value["commit"] = Commit(**value["commit"]) if value["commit"] else None
+        value["version"] = Version(**value["version"]) if value["version"] else None
+        value["reason"] = ShardReason(value["reason"]) if value["reason"] else None
+        value["examples"] = [tuple(example) for example in value["examples"]]
+        return cls(**value)
+
+
+def read_commit(store: Store, info: ObjectInfo) -> tuple[Commit | None, str]:
+    """The commit in a stored object and the sha256 of its bytes.
+
+    The commit is None if this is not a scored shard of ours.
+    """
+    data = store.read(info.key, info.version)
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        schema = pq.read_schema(io.BytesIO(data))
+    except (pa.ArrowInvalid, OSError):
+        return None, sha256
+    return Commit.from_footer(schema.metadata), sha256
+
+
+class Ledger:
+    """Receipts of this run, appended in segments, so that a resumed run need not read shards."""
+
+    def __init__(self, store: Store, epoch: int, holder_id: str, *, every_s: float = 10.0) -> None:
+        self._store = store
+        self._prefix = f"{RECORDS}/ledger/{epoch:06d}-{holder_id}"
+        self._every_s = every_s
+        self._flushed = time.monotonic()
+        self._segments = 0
+        self._pending: list[Receipt] = []
+
+    def add(self, receipt: Receipt) -> None:
+        self._pending.append(receipt)
+        if time.monotonic() - self._flushed >= self._every_s:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            lines = [json.dumps(receipt.to_json()) for receipt in self._pending]
+            key = f"{self._prefix}-{self._segments:06d}.jsonl"
+            self._store.create(key, "\n".join(lines).encode())
+            self._segments += 1
+            self._pending.clear()
+        self._flushed = time.monotonic()
+
+
+def known_receipts(store: Store) -> dict[str, Receipt]:
+    """Newest receipt per output key, from the current manifest and the ledger after it."""
+    receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
+    for info in sorted(store.list(f"{RECORDS}/ledger"), key=lambda info: info.last_modified):
+        for line in store.read(info.key).splitlines():
+            receipt = Receipt.from_json(json.loads(line))
+            receipts[receipt.output_key] = receipt
+    return receipts
+
+
+def committed(
+    store: Store, objects: Iterable[ObjectInfo], known: dict[str, Receipt]
+) -> Iterator[tuple[ObjectInfo, Receipt | None]]:
+    """The receipt of each stored object; None for objects that are not scored shards of ours.
+
+    From `known` where the version agrees, otherwise from the object itself.
+    """
+
+    def receipt_of(info: ObjectInfo) -> tuple[ObjectInfo, Receipt | None]:
+        receipt = known.get(info.key)
+        if receipt is not None and receipt.version == info.version:
+            return info, replace(receipt, reused=True)
+        commit, sha256 = read_commit(store, info)
+        if commit is None:
+            return info, None
+        return info, Receipt(
+            output_key=info.key,
+            input=commit.input,
+            num_rows=commit.num_rows,
+            status=Status.COMMITTED,
+            commit=commit,
+            version=info.version,
+            size_bytes=info.size_bytes,
+            sha256=sha256,
+            reused=True,
+        )
+
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        yield from pool.map(receipt_of, objects)
+
+
+def current_manifest(store: Store) -> list[Receipt]:
+    """The receipts of the newest manifest; empty if there is none."""
+    try:
+        key = json.loads(store.read(_CURRENT_KEY))["manifest"]
+        table = pq.read_table(io.BytesIO(store.read(key)))
+    except ObjectMissing:
+        return []
+    return [Receipt.from_json(json.loads(line)) for line in table["receipt"].to_pylist()]
+
+
+def publish(store: Store, epoch: int, fingerprint: str, receipts: list[Receipt]) -> dict[str, Any]:
+    """Write the manifest, point CURRENT at it, drop the ledger; with nothing missing, `_SUCCESS`.
+
+    Returns the totals, which are also the content of `_SUCCESS`.
+    """
+    receipts = sorted(receipts, key=lambda receipt: receipt.output_key)
+    totals = total(receipts)
+    data = _manifest_bytes(receipts)
+    key = f"{RECORDS}/manifests/{epoch:06d}-{digest_of(totals | {'bytes': len(data)})[:12]}.parquet"
+    put(store, key, data)
+    totals |= {"fingerprint": fingerprint, "epoch": epoch, "manifest": key}
+    put(store, _CURRENT_KEY, json.dumps({"manifest": key, "epoch": epoch}).encode())
+    for info in list(store.list(f"{RECORDS}/ledger")):
+        store.delete(info.key)
+    if totals["shards_failed"] == 0:
+        put(store, SUCCESS_KEY, json.dumps(totals, indent=1, sort_keys=True).encode())
+    return totals
+
+
+def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
+    """Sums over shards. `rows == rows_scored + rows_marked + rows_failed`, always."""
+    totals: dict[str, Any] = dict.fromkeys(
+        ("shards", "shards_failed", "rows", "rows_scored", "rows_marked", "rows_failed",
+         "sequences", "tokens"),
+        0,
+    )  # fmt: skip
+    marked: dict[str, int] = {}
+    pairs: dict[str, list[int]] = {}
+    for receipt in receipts:
+        totals["shards"] += 1
+        totals["rows"] += receipt.num_rows
+        commit = receipt.commit
+        if commit is None:
+            totals["shards_failed"] += 1
+            totals["rows_failed"] += receipt.num_rows
+            continue
+        if commit.rows_scored + commit.rows_marked != receipt.num_rows:
+            raise IntegrityError(
+                f"{receipt.output_key}: {receipt.num_rows} rows went in, "
+                f"{commit.rows_scored} scored + {commit.rows_marked} marked came out"
+            )
+        for name in ("rows_scored", "rows_marked", "sequences", "tokens"):
+            totals[name] += getattr(commit, name)
+        for reason, count in commit.marked.items():
+            marked[reason] = marked.get(reason, 0) + count
+        for source, counts in commit.pairs.items():
+            so_far = pairs.get(source, [0, 0, 0])
+            pairs[source] = [a + b for a, b in zip(so_far, counts, strict=True)]
+    return totals | {"marked": marked, "pairs": pairs}
+
+
+def put(store: Store, key: str, data: bytes) -> None:
+    """Store a record of ours, whatever was there; only the holder of the lease writes these."""
+    try:
+        store.create(key, data)
+    except ObjectChanged:
+        store.replace(key, data, store.head(key).version)
+
+
+def claim_output(
+    store: Store, fingerprint: Fingerprint, layout: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    """Make sure this output is for this work: `run.json` is created, or agrees.
+
+    Raises OutputError that names what differs.
+    """
+    body = {"fingerprint": fingerprint.parts, "layout": layout, "provenance": provenance}
+    try:
+        store.create(_RUN_KEY, json.dumps(body, indent=1, sort_keys=True).encode())
+        return
+    except AccessDenied as error:
+        raise OutputError(str(error)) from error
+    except ObjectChanged:
+        there = json.loads(store.read(_RUN_KEY))
+    differences = fingerprint.differences(Fingerprint(there["fingerprint"]))
+    differences += Fingerprint(layout).differences(Fingerprint(there["layout"]))
+    if differences:
+        raise OutputError(
+            f"{store.root} belongs to another run. Use another output, or the same settings:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def read_run(store: Store) -> dict[str, Any]:
+    """`run.json`; raises OutputError if this is not an output of ours."""
+    try:
+        record: dict[str, Any] = json.loads(store.read(_RUN_KEY))
+    except ObjectMissing:
+        raise OutputError(f"{store.root}: no scored output here ({_RUN_KEY} is missing)") from None
+    return record
+
+
+def is_record(key: str) -> bool:
+    """Whether the key is one of ours that is not a scored shard."""
+    return key == SUCCESS_KEY or key.startswith(f"{RECORDS}/")
+
+
+def _manifest_bytes(receipts: list[Receipt]) -> bytes:
+    """One row per shard: the columns people query, and the whole receipt as JSON."""
+    commits = [receipt.commit for receipt in receipts]
+    table = pa.table(
+        {
+            "output_key": [r.output_key for r in receipts],
+            "input": [r.input for r in receipts],
+            "status": [r.status.value for r in receipts],
+            "reason": pa.array([r.reason for r in receipts], pa.string()),
+            "detail": [r.detail for r in receipts],
+            "rows": [r.num_rows for r in receipts],
+            "rows_scored": pa.array([c and c.rows_scored for c in commits], pa.int64()),
+            "rows_marked": pa.array([c and c.rows_marked for c in commits], pa.int64()),
+            "size_bytes": [r.size_bytes for r in receipts],
+            "sha256": [r.sha256 for r in receipts],
+            "receipt": [json.dumps(r.to_json()) for r in receipts],
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

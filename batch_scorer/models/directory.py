@@ -1,0 +1,174 @@
+"""A model directory, read without loading the model: what it is, and a digest of its bytes."""
+
+import hashlib
+import json
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batch_scorer.errors import ModelError
+
+_WEIGHTS = "*.safetensors"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_HEAD_MARKS = ("score.", "classifier.", "classification_head.")
+_UNLIMITED_TOKENS = 10**9
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the files say.
+
+    `max_tokens` is the longest sequence the positions allow. `digest` covers config, weights and
+    tokenizer files: any byte changed there is another model.
+    """
+
+    path: Path
+    architecture: str
+    max_tokens: int
+    vocab_size: int
+    digest: str
+
+
+def find_model(name: str) -> Path:
+    """The local directory of `name`; a hub id is fetched where a hub can be reached.
+
+    Raises ModelError.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if path.exists():
+        raise ModelError(f"{name}: is a file; a model is a directory with config.json and weights")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"{name}: no such model directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["*.json", _WEIGHTS, "*.model", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the hub client raises HTTP, OS and validation errors of its own
+        raise ModelError(
+            f"{name}: no such directory, and not to be had from a model hub "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def inspect_model(path: Path) -> ModelFacts:
+    """Read config and safetensors headers, digest all bytes.
+
+    Raises ModelError if this is not a sequence classifier with one output, if it has no
+    safetensors weights, or if the head is not among them: a head that is missing would be
+    filled with random numbers by the loader.
+    """
+    config = _read_json(path / "config.json")
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"{path}: no score head: the config says {architecture}, and scoring needs a "
+            "…ForSequenceClassification model"
+        )
+    shapes = _tensor_shapes(path)
+    if not any(name.startswith(_HEAD_MARKS) for name in shapes):
+        raise ModelError(f"{path}: the weights hold no score head (no tensor score.weight)")
+    # The head itself is asked first: configs often leave num_labels to the caller.
+    outputs = shapes["score.weight"][0] if "score.weight" in shapes else _configured_outputs(config)
+    if outputs != 1:
+        raise ModelError(f"{path}: the head has {outputs} outputs, a scalar reward model has 1")
+    limits = [config.get("max_position_embeddings"), _tokenizer_limit(path)]
+    return ModelFacts(
+        path=path,
+        architecture=architecture,
+        max_tokens=min((limit for limit in limits if limit), default=_UNLIMITED_TOKENS),
+        vocab_size=int(config.get("vocab_size") or _UNLIMITED_TOKENS),
+        digest=_digest(path),
+    )
+
+
+def _configured_outputs(config: dict[str, Any]) -> int:
+    labels = config.get("id2label")
+    return len(labels) if labels else 2  # transformers writes id2label unless there are two
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: not a model directory (no {path.name})") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return loaded
+
+
+def _tokenizer_limit(path: Path) -> int | None:
+    file = path / "tokenizer_config.json"
+    if not file.exists():
+        return None
+    limit = _read_json(file).get("model_max_length")
+    # Tokenizers without a limit write 1e30.
+    return int(limit) if isinstance(limit, int | float) and limit < _UNLIMITED_TOKENS else None
+
+
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
+    files = sorted(path.glob(_WEIGHTS))
+    if not files:
+        pickled = [f.name for pattern in _PICKLED for f in path.glob(pattern)]
+        hint = f" (only {pickled[0]}: pickled weights can run code)" if pickled else ""
+        raise ModelError(f"{path}: no safetensors weights{hint}")
+    return {name: shape for file in files for name, shape in _safetensors_header(file).items()}
+
+
+def _safetensors_header(file: Path) -> dict[str, list[int]]:
+    """Tensor names and shapes. A file starts with 8 bytes, the length of the JSON that follows."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise ModelError(f"{file}: damaged safetensors file (header is cut off)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ModelError(f"{file}: damaged safetensors header") from error
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    needed = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if 8 + length + needed != size:
+        raise ModelError(
+            f"{file}: incomplete download: {size} bytes, its header promises {8 + length + needed}"
+        )
+    return {name: entry["shape"] for name, entry in tensors.items()}
+
+
+def _digest(path: Path) -> str:
+    files = [path / "config.json", *sorted(path.glob(_WEIGHTS))]
+    files += [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_file_digest, files))
+    lines = [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,310 @@
+"""The shards of a run on Ray Data, or one after the other in this process.
+
+Ray Data carries shards and not rows: one dataset row is one work item, a list of shards, and
+every stage takes one item a call. So no block of Ray's ever mixes, splits or drops a file.
+
+    prepare (CPU tasks) → score (one actor per device) → commit (CPU tasks) → receipts
+
+Stages never raise for data: what goes wrong becomes a receipt. Deaths of whole processes are
+counted by `_Attempts`, because Ray itself would start a crashing item again for ever.
+"""
+
+import logging
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from batch_scorer.backends.base import Backend
+from batch_scorer.columns import ScoredRows
+from batch_scorer.config import Config, Device
+from batch_scorer.errors import (
+    BatchScorerError,
+    ConfigError,
+    IncompleteError,
+    ShardError,
+    ShardReason,
+)
+from batch_scorer.manifest import Receipt, Shard
+from batch_scorer.records import TokenizedRows
+from batch_scorer.shard import (
+    Job,
+    commit_shard,
+    failed,
+    make_backend,
+    read_shard,
+    renderer_of,
+    score_shard,
+)
+
+log = logging.getLogger("batch_scorer")
+
+T = TypeVar("T")
+
+_CELL = pa.large_binary()
+_NO_PROGRESS_S = 1800.0
+_BUNDLE_TOKENS = 20_000
+_BUNDLE_SHARDS = 32
+_BUNDLE_FROM = 256
+_SPARE_CPUS = 3
+"""Logical CPUs beside the scoring workers: Ray Data's source keeps one for the whole run, prepare
+and commit need one each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    shard: Shard
+    rows: TokenizedRows | ShardError
+    read_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    shard: Shard
+    rows: ScoredRows | ShardError
+    read_s: float = 0.0
+
+
+def run_here(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
+    """Score the shards one after the other: the reference for the other road."""
+    if not todo:
+        return
+    backend = make_backend(job)
+    try:
+        for shard in todo:
+            yield _commit(job, _score(backend, _prepare(job, shard)))
+    finally:
+        backend.close()
+
+
+def _prepare(job: Job, shard: Shard) -> _Read:
+    started = time.perf_counter()
+    rows = _caught(lambda: read_shard(job, shard, renderer_of(job)))
+    return _Read(shard, rows, time.perf_counter() - started)
+
+
+def _score(backend: Backend, read: _Read) -> _Scored:
+    rows = read.rows
+    if not isinstance(rows, ShardError):
+        return _Scored(read.shard, _caught(lambda: score_shard(rows, backend)), read.read_s)
+    return _Scored(read.shard, rows, read.read_s)
+
+
+def _commit(job: Job, scored: _Scored) -> Receipt:
+    rows = scored.rows
+    if not isinstance(rows, ShardError):
+        receipt = _caught(lambda: commit_shard(job, scored.shard, rows))
+        if not isinstance(receipt, ShardError):
+            return replace(receipt, read_s=scored.read_s)
+        rows = receipt
+    return failed(scored.shard, rows)
+
+
+def _caught(work: Callable[[], T]) -> T | ShardError:
+    """The result, or the ShardError; anything unforeseen becomes one, so that no row is lost."""
+    try:
+        return work()
+    except ShardError as error:
+        return error
+    except Exception as error:  # the one place that turns a defect into a record
+        log.exception("unforeseen failure")
+        return ShardError(ShardReason.INTERNAL, f"{type(error).__name__}: {error}"[:500])
+
+
+# On Ray Data
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Join the cluster that the settings name, or run a private Ray on this machine."""
+    if not config.use_ray:
+        yield
+        return
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # Ray Data's own log lines count work items; ours count rows and tokens.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            cpus = (os.cpu_count() or 1) + _SPARE_CPUS
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot join Ray at {address or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def has_gpus(config: Config) -> bool:
+    """Whether the cluster, or without Ray this machine, has a CUDA device."""
+    if config.use_ray:
+        import ray
+
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+    from batch_scorer.backends.device import cuda_is_available
+
+    return cuda_is_available()
+
+
+def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
+    """Score the shards on the cluster; receipts come as shards are committed, in no order.
+
+    Raises what stops every shard alike: a model that does not load, a cluster that is lost.
+    """
+    if not todo:
+        return
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_S
+    stage = {"job": job, "attempts": ray.remote(num_cpus=0)(_Attempts).remote()}
+    items = pa.table({"item": pa.array([pickle.dumps(item) for item in _items(todo)], _CELL)})
+    workers, resources = _workers(job)
+    with DataContext.current(context):
+        dataset = (
+            ray.data.from_arrow(items)
+            .repartition(target_num_rows_per_block=1)
+            .map_batches(_prepare_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
+            .map_batches(
+                _ScoreStage,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_constructor_kwargs=stage,
+                # Unpacking one item overlaps scoring the other.
+                compute=ActorPoolStrategy(size=workers, max_concurrent_calls_per_actor=2),
+                **resources,
+            )
+            .map_batches(_commit_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
+        )
+        try:
+            for row in dataset.iter_rows():
+                yield from pickle.loads(row["item"])
+        except ray.exceptions.RayError as error:
+            raise _our_error(error) from error
+
+
+def _workers(job: Job) -> tuple[int, dict[str, float]]:
+    """Scoring workers, and what each asks of Ray: a GPU, or most of a machine's CPUs."""
+    import ray
+
+    if job.device is Device.CUDA:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if gpus == 0:
+            raise ConfigError("device is cuda, but the cluster has no GPU")
+        return job.config.workers or gpus, {"num_gpus": 1}
+    machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    machines = [cpus for cpus in machines if cpus >= 1]
+    workers = job.config.workers or len(machines)
+    per_machine = -(-workers // len(machines))
+    return workers, {"num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine)}
+
+
+def _items(todo: list[Shard]) -> Iterator[list[Shard]]:
+    """Work items: one shard each, but tiny ones together where there are many shards.
+
+    Ray takes some 30 ms of the driver for each item. Shards are still scored and committed one
+    by one, so bundling changes no result.
+    """
+    bundle: list[Shard] = []
+    tokens = 0
+    for shard in todo:
+        tokens += shard.estimated_tokens
+        is_full = tokens > _BUNDLE_TOKENS or len(bundle) == _BUNDLE_SHARDS
+        if bundle and (is_full or len(todo) < _BUNDLE_FROM):
+            yield bundle
+            bundle, tokens = [], shard.estimated_tokens
+        bundle.append(shard)
+    yield bundle
+
+
+class _Attempts:
+    """How often each item was begun in each stage, across process deaths."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def begin(self, key: str) -> int:
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return self._counts[key]
+
+
+def _refusal(stage: str, shard: Shard, job: Job, attempts: Any) -> ShardError | None:
+    """Not None once the item that starts with `shard` has ended too many processes."""
+    import ray
+
+    tries = ray.get(attempts.begin.remote(f"{stage} {shard.output_key}"))
+    if tries <= job.config.attempts:
+        return None
+    return ShardError(
+        ShardReason.WORKER_DIED, f"{job.config.attempts} processes died in the {stage} stage"
+    )
+
+
+def _prepare_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:
+    shards: list[Shard] = _unpack(batch)
+    refused = _refusal("prepare", shards[0], job, attempts)
+    return _pack([_Read(shard, refused) if refused else _prepare(job, shard) for shard in shards])
+
+
+class _ScoreStage:
+    """Holds the model; one per device."""
+
+    def __init__(self, job: Job, attempts: Any) -> None:
+        self._job = job
+        self._attempts = attempts
+        self._backend = make_backend(job)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        reads: list[_Read] = _unpack(batch)
+        refused = _refusal("score", reads[0].shard, self._job, self._attempts)
+        return _pack(
+            [
+                _Scored(read.shard, refused) if refused else _score(self._backend, read)
+                for read in reads
+            ]
+        )
+
+
+def _commit_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:
+    scored: list[_Scored] = _unpack(batch)
+    refused = _refusal("commit", scored[0].shard, job, attempts)
+    return _pack(
+        [failed(item.shard, refused) if refused else _commit(job, item) for item in scored]
+    )
+
+
+def _unpack(batch: pa.Table) -> Any:
+    if batch.num_rows != 1:
+        raise RuntimeError(f"a stage was given {batch.num_rows} items, expected 1")
+    return pickle.loads(batch["item"][0].as_buffer())
+
+
+def _pack(item: object) -> pa.Table:
+    return pa.table({"item": pa.array([pickle.dumps(item, protocol=5)], _CELL)})
+
+
+def _our_error(error: BaseException) -> BatchScorerError:
+    """The error that a worker raised on purpose, found under Ray's; otherwise an incomplete run."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None) or seen.__cause__
+        if isinstance(cause, BatchScorerError):
+            return cause
+        seen = cause
+    return IncompleteError(f"the cluster failed: {str(error).splitlines()[0]}")

@@ -1,0 +1,332 @@
+"""Which shards there are: inputs listed, files inspected, big ones cut.
+
+The cut is a function of the files and the layout settings alone, never of the cluster, so a run
+can be resumed with more workers.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from posixpath import commonpath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_scorer import formats
+from batch_scorer.columns import added_columns
+from batch_scorer.config import Config
+from batch_scorer.errors import ConfigError, InputError, ShardError, ShardReason, StorageError
+from batch_scorer.fingerprint import digest_of
+from batch_scorer.manifest import Receipt, Shard, Source, Status
+from batch_scorer.records import Layout
+from batch_scorer.storage import (
+    AccessDenied,
+    ObjectInfo,
+    ObjectMissing,
+    Store,
+    glob_pattern,
+    is_remote,
+    open_store,
+)
+
+PARQUET = (".parquet",)
+JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
+BYTES_PER_TOKEN = 4
+"""Of English text, roughly; only for estimates."""
+
+_SAMPLE_ROWS = 32
+_INSPECTORS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """What the plan knows of one file. `row_groups` is (rows, estimated tokens) of each; a file
+    that is not Parquet counts as one."""
+
+    source: Source
+    layout: Layout
+    row_groups: tuple[tuple[int, int], ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows for rows, _ in self.row_groups)
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.source.key.endswith(PARQUET)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All work of a run: what will be scored, and what cannot be, with the reason."""
+
+    files: list[InputFile]
+    shards: list[Shard]
+    failed: list[Receipt]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def estimated_tokens(self) -> int:
+        return sum(shard.estimated_tokens for shard in self.shards)
+
+    def digest(self, fingerprint: str, column_prefix: str) -> str:
+        """Digest of all identities: equal plans do equal work."""
+        return digest_of([shard.identity(fingerprint, column_prefix) for shard in self.shards])
+
+
+def make_plan(config: Config) -> Plan:
+    """List and inspect the inputs and cut them into shards, in the order of their keys.
+
+    Raises InputError if there is nothing to score at all. A file that cannot be used is a failed
+    receipt; the others go on.
+    """
+    sources = list_sources(config)
+    with ThreadPoolExecutor(max_workers=_INSPECTORS) as pool:
+        inspected = list(pool.map(lambda source: _inspect(source, config), sources))
+    files = [result for result in inspected if isinstance(result, InputFile)]
+    failed = [result for result in inspected if isinstance(result, Receipt)]
+    if not files:
+        first = failed[0]
+        more = f"\n({len(failed) - 1} more files fail too)" if len(failed) > 1 else ""
+        raise InputError(f"{first.input}: {first.detail}{more}")
+    shards = [
+        shard for file in files for shard in cut(file, config.shard_rows, config.shard_tokens)
+    ]
+    _refuse_collisions(shards)
+    return Plan(files, shards, failed)
+
+
+def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:
+    """Cut a file at row groups, and inside a row group that alone is too large.
+
+    A file that fits is one shard under its own name; an empty file is one empty shard.
+    """
+    ranges = list(_ranges(file.row_groups, shard_rows, shard_tokens))
+    whole = len(ranges) <= 1
+    stem = file.source.key.removesuffix(".parquet")
+    for first_row, num_rows, groups, skip_rows, tokens in ranges or [(0, 0, (0, 0), 0, 0)]:
+        suffix = "" if whole else f".rows{first_row}-{first_row + num_rows}"
+        yield Shard(
+            source=file.source,
+            layout=file.layout,
+            first_row=first_row,
+            num_rows=num_rows,
+            row_groups=groups if file.is_parquet else None,
+            skip_rows=skip_rows,
+            estimated_tokens=tokens,
+            output_key=f"{stem}{suffix}.parquet",
+        )
+
+
+def _ranges(
+    row_groups: tuple[tuple[int, int], ...], shard_rows: int, shard_tokens: int
+) -> Iterator[tuple[int, int, tuple[int, int], int, int]]:
+    """(first row, rows, row groups [start, stop), rows to skip in the first, tokens)."""
+    start_group, first_row, rows, tokens = 0, 0, 0, 0
+    for group, (group_rows, group_tokens) in enumerate(row_groups):
+        if rows and (rows + group_rows > shard_rows or tokens + group_tokens > shard_tokens):
+            yield first_row, rows, (start_group, group), 0, tokens
+            start_group, first_row, rows, tokens = group, first_row + rows, 0, 0
+        if group_rows > shard_rows or group_tokens > shard_tokens:
+            pieces = max(-(-group_rows // shard_rows), -(-group_tokens // shard_tokens))
+            step = max(1, -(-group_rows // pieces))
+            for skip in range(0, group_rows, step):
+                part = min(step, group_rows - skip)
+                part_tokens = group_tokens * part // group_rows
+                yield first_row + skip, part, (group, group + 1), skip, part_tokens
+            start_group, first_row = group + 1, first_row + group_rows
+        else:
+            rows, tokens = rows + group_rows, tokens + group_tokens
+    if rows:
+        yield first_row, rows, (start_group, len(row_groups)), 0, tokens
+
+
+def list_sources(config: Config) -> list[Source]:
+    """All input files, sorted by key; keys are relative to the longest common folder.
+
+    Raises InputError for an input that is not there or holds no files that can be scored.
+    """
+    found = [(root, info) for spec in config.inputs for root, info in _expand(spec, config)]
+    output = _absolute(config.output)
+    urls = {f"{root.rstrip('/')}/{info.key}": (root, info) for root, info in found}
+    urls = {url: hit for url, hit in urls.items() if not url.startswith(f"{output}/")}
+    roots = {root for root, _ in urls.values()}
+    if any(_absolute(root) == output for root in roots):
+        raise ConfigError(f"output {config.output} is the input folder; name another one")
+    base = _common_root(roots)
+    sources = []
+    for url, (root, info) in sorted(urls.items()):
+        key_root = base or root
+        key = url.removeprefix(key_root.rstrip("/") + "/")
+        sources.append(Source(key_root, key, info.size_bytes, info.version))
+    if not sources:
+        raise InputError(f"{', '.join(config.inputs)}: nothing to score there")
+    return sources
+
+
+def _expand(spec: str, config: Config) -> Iterator[tuple[str, ObjectInfo]]:
+    """The files that one input names, with the root their keys are relative to."""
+    url = _absolute(spec)
+    if any(mark in url for mark in "*?["):
+        folder, pattern = _split_glob(url)
+        matches = glob_pattern(pattern)
+        hits = [(folder, i) for i in _list(folder, config) if matches.fullmatch(i.key)]
+        if not hits:
+            raise InputError(f"{spec}: no file matches")
+        yield from hits
+        return
+    if url.endswith(PARQUET + JSON):
+        folder, _, name = url.rpartition("/")
+        try:
+            yield folder, open_store(folder, config.store_options).head(name)
+            return
+        except ObjectMissing:
+            pass  # a folder may have such a name (Spark writes them)
+    elif not is_remote(url) and Path(url).is_file():
+        raise InputError(f"{spec}: unknown file type; {_suffixes()} are read")
+    hits = [
+        (url, info)
+        for info in _list(url, config)
+        if info.key.endswith(PARQUET + JSON) and not _is_hidden(info.key)
+    ]
+    if not hits:
+        exists = is_remote(url) or Path(url).exists()
+        problem = f"holds no {_suffixes()} files" if exists else "no such file or folder"
+        raise InputError(f"{spec}: {problem}")
+    yield from hits
+
+
+def _list(root: str, config: Config) -> Iterable[ObjectInfo]:
+    try:
+        return list(open_store(root, config.store_options).list())
+    except ObjectMissing as error:
+        raise InputError(f"{root}: no such folder or bucket") from error
+    except AccessDenied as error:
+        raise InputError(str(error)) from error
+
+
+def _split_glob(url: str) -> tuple[str, str]:
+    parts = url.split("/")
+    first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    return "/".join(parts[:first]) or "/", "/".join(parts[first:])
+
+
+def _absolute(spec: str) -> str:
+    return spec.rstrip("/") if is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
+
+
+def _common_root(roots: set[str]) -> str | None:
+    """The deepest folder above all roots; None where they lie in different stores."""
+    if len(roots) == 1:
+        return next(iter(roots))
+    places = {root.split("/")[2] if is_remote(root) else "" for root in roots}
+    schemes = {root.split("://")[0] if is_remote(root) else "" for root in roots}
+    if len(places) > 1 or len(schemes) > 1:
+        return None
+    if schemes == {""}:
+        return commonpath(roots)
+    scheme = next(iter(schemes))
+    return f"{scheme}://{commonpath([root.split('://', 1)[1] for root in roots])}"
+
+
+def _is_hidden(key: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in key.split("/"))
+
+
+def _suffixes() -> str:
+    return ", ".join(PARQUET + JSON)
+
+
+def _inspect(source: Source, config: Config) -> InputFile | Receipt:
+    store = open_store(source.root, config.store_options)
+    try:
+        if source.key.endswith(PARQUET):
+            return _inspect_parquet(store, source, config)
+        table, _ = formats.read_json_table(store.read(source.key, source.version), source.key)
+        layout = _layout(table.schema, table.slice(0, _SAMPLE_ROWS), config)
+        rows = (table.num_rows, source.size_bytes // BYTES_PER_TOKEN)
+        return InputFile(source, layout, (rows,) if table.num_rows else ())
+    except ShardError as error:
+        return failed_file(source, error.reason, error.detail)
+    except StorageError as error:
+        return failed_file(source, ShardReason.STORE_FAILED, str(error))
+
+
+def _inspect_parquet(store: Store, source: Source, config: Config) -> InputFile:
+    try:
+        file = open_parquet(store, source)
+        schema = file.schema_arrow
+        sample = next(file.iter_batches(_SAMPLE_ROWS), None) if file.metadata.num_rows else None
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(
+            ShardReason.UNREADABLE_FILE, f"not readable as Parquet: {error}"
+        ) from error
+    table = pa.Table.from_batches([sample]) if sample else schema.empty_table()
+    layout = _layout(schema, table, config)
+    needed = tuple(formats.columns_needed(layout))
+    groups = []
+    for index in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(index)
+        columns = (group.column(i) for i in range(group.num_columns))
+        needed_bytes = sum(
+            column.total_uncompressed_size
+            for column in columns
+            if column.path_in_schema.split(".")[0] in needed
+        )
+        groups.append((group.num_rows, needed_bytes // BYTES_PER_TOKEN))
+    return InputFile(source, layout, tuple(groups))
+
+
+def open_parquet(store: Store, source: Source) -> pq.ParquetFile:
+    """The Parquet file behind `source`, every read pinned to the planned version."""
+    info = ObjectInfo(source.key, source.size_bytes, source.version, None)
+    return pq.ParquetFile(store.open(info), pre_buffer=True)
+
+
+def _layout(schema: pa.Schema, sample: pa.Table, config: Config) -> Layout:
+    layout = formats.detect(
+        schema,
+        sample,
+        format=config.format,
+        columns=config.columns,
+        text_style=config.text_style,
+    )
+    taken = sorted(
+        set(added_columns(layout.format, config.column_prefix, config.over_length))
+        & set(schema.names)
+    )
+    if taken:
+        raise ShardError(
+            ShardReason.COLUMN_COLLISION,
+            f"the file already has {', '.join(taken)}; choose a name for the new columns, "
+            "e.g. --column-prefix rm_",
+        )
+    return layout
+
+
+def failed_file(source: Source, reason: ShardReason, detail: str) -> Receipt:
+    """The receipt of a file that could not be cut into shards; its rows are not known."""
+    return Receipt(
+        output_key=source.key,
+        input=source.key,
+        num_rows=0,
+        status=Status.FAILED,
+        reason=reason,
+        detail=detail,
+    )
+
+
+def _refuse_collisions(shards: list[Shard]) -> None:
+    seen: dict[str, Shard] = {}
+    for shard in shards:
+        other = seen.setdefault(shard.output_key, shard)
+        if other is not shard:
+            raise InputError(
+                f"{other.source.url} and {shard.source.url} would both be written to "
+                f"{shard.output_key}; score them to different outputs"
+            )

@@ -1,0 +1,198 @@
+"""Parsed rows → token ids: the model's own chat template, exactly one BOS, the length policy.
+
+The ids are those that the model card's two steps give (render to text, then tokenise), taken in
+bulk. Whether BOS comes from the template or from the tokenizer is read off the rendered text
+and not guessed from the model's name: Skywork-Reward v0.1 templates hold none, v0.2 and V2 do
+(model cards).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_scorer.config import OverLength
+from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
+from batch_scorer.records import (
+    Conversation,
+    ParsedRows,
+    RowError,
+    TokenizedRows,
+)
+
+PROBES: tuple[Conversation, ...] = (
+    [
+        {"role": "user", "content": "How many sides does a square have?"},
+        {"role": "assistant", "content": "Four."},
+    ],
+    [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Green."},
+        {"role": "user", "content": "Another one, please."},
+        {"role": "assistant", "content": "Blue."},
+    ],
+)
+"""Conversations whose rendering stands for the template in the fingerprint. Public templates may
+put today's date into the prompt, which no file digest shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How this tokenizer and template treat `PROBES`; recorded with the run."""
+
+    texts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr((self.texts, self.token_ids)).encode()).hexdigest()
+
+
+class Renderer:
+    """The tokenizer and chat template of one model, and the length policy of one run.
+
+    Raises ModelError if the directory holds no usable tokenizer.
+    """
+
+    def __init__(self, model_dir: Path, max_tokens: int, over_length: OverLength) -> None:
+        from transformers import AutoTokenizer  # takes seconds and imports torch
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(model_dir), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{model_dir}: no usable tokenizer: {error}") from error
+        self._max_tokens = max_tokens
+        self._over_length = over_length
+        self._model_dir = model_dir
+        if self._tokenizer.is_fast:
+            self._tokenizer.backend_tokenizer.no_truncation()
+            self._tokenizer.backend_tokenizer.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the tokenizer can give, added tokens included."""
+        return len(self._tokenizer)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def probe(self) -> Probe:
+        """Render and tokenise `PROBES`. Raises ModelError if there is no template, or it fails."""
+        if not self.has_template:
+            raise ModelError(
+                f"{self._model_dir}: the tokenizer has no chat template, so conversations cannot "
+                "be rendered; add chat_template.jinja, or score pre-rendered text (--format text)"
+            )
+        texts = [self._render(list(probe)) for probe in PROBES]
+        for text in texts:
+            if isinstance(text, RowError):
+                raise ModelError(f"{self._model_dir}: the chat template fails: {text.detail}")
+        rendered = cast(list[str], texts)
+        ids = self._tokenize(rendered)
+        return Probe(tuple(rendered), tuple(tuple(int(i) for i in row) for row in ids))
+
+    def tokenize(self, parsed: ParsedRows) -> TokenizedRows:
+        """Token ids of all sequences, in order.
+
+        Raises ShardError(OVER_LENGTH_ROW) under the `error` policy.
+        """
+        sequences: list[Any] = list(parsed.sequences)
+        self._render_conversations(sequences)
+        self._tokenize_texts(sequences)
+        errors: dict[int, RowError] = {}
+        truncated = np.zeros(len(sequences), dtype=np.int32)
+        for index, sequence in enumerate(sequences):
+            if not isinstance(sequence, RowError):
+                sequence = np.asarray(sequence, dtype=np.int32)
+                if len(sequence) > self._max_tokens:
+                    sequence, truncated[index] = self._shorten(parsed, index, sequence)
+                elif len(sequence) == 0:
+                    sequence = RowError(RowReason.EMPTY, "no tokens")
+            if isinstance(sequence, RowError):
+                errors[index] = sequence
+                sequence = np.empty(0, dtype=np.int32)
+            sequences[index] = sequence
+        lengths = [len(sequence) for sequence in sequences]
+        return TokenizedRows(
+            token_ids=np.concatenate([np.empty(0, dtype=np.int32), *sequences]),
+            sequence_offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(
+                np.int64
+            ),
+            row_offsets=parsed.row_offsets,
+            truncated_tokens=truncated,
+            sequence_errors=errors,
+            row_errors=parsed.row_errors,
+        )
+
+    def _render_conversations(self, sequences: list[Any]) -> None:
+        where = [i for i, s in enumerate(sequences) if _is_conversation(s)]
+        if not where:
+            return
+        conversations = [sequences[i] for i in where]
+        try:
+            texts: Sequence[str | RowError] = self._tokenizer.apply_chat_template(
+                conversations, tokenize=False
+            )
+        except Exception:  # a template may raise anything; find out which rows it refuses
+            texts = [self._render(conversation) for conversation in conversations]
+        for index, text in zip(where, texts, strict=True):
+            sequences[index] = text
+
+    def _render(self, conversation: Conversation) -> str | RowError:
+        try:
+            return cast(str, self._tokenizer.apply_chat_template(conversation, tokenize=False))
+        except Exception as error:  # a template is foreign code: raise_exception, type errors, …
+            return RowError(RowReason.TEMPLATE_ERROR, f"{type(error).__name__}: {error}"[:200])
+
+    def _tokenize_texts(self, sequences: list[Any]) -> None:
+        where = [i for i, s in enumerate(sequences) if isinstance(s, str)]
+        for index, ids in zip(where, self._tokenize([sequences[i] for i in where]), strict=True):
+            sequences[index] = ids
+
+    def _tokenize(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        """int32 ids of each text with exactly one BOS where the tokenizer or template has one."""
+        bos = self._tokenizer.bos_token
+        has_bos = [bool(bos) and text.startswith(bos) for text in texts]
+        ids: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(texts)
+        for given in (True, False):
+            where = [i for i, flag in enumerate(has_bos) if flag == given]
+            # A text that starts with BOS must not get another one from the tokenizer.
+            encoded = self._encode([texts[i] for i in where], add_special_tokens=not given)
+            for index, row in zip(where, encoded, strict=True):
+                ids[index] = np.asarray(row, dtype=np.int32)
+        return ids
+
+    def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if not self._tokenizer.is_fast:
+            encoded = self._tokenizer(texts, add_special_tokens=add_special_tokens)
+            return cast(list[list[int]], encoded["input_ids"])
+        fast = self._tokenizer.backend_tokenizer
+        rows = fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [row.ids for row in rows]
+
+    def _shorten(
+        self, parsed: ParsedRows, index: int, ids: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.int32] | RowError, int]:
+        detail = f"{len(ids)} tokens, at most {self._max_tokens} are scored"
+        if self._over_length is OverLength.MARK:
+            return RowError(RowReason.TOO_LONG, detail), 0
+        if self._over_length is OverLength.ERROR:
+            row = int(np.searchsorted(parsed.row_offsets, index, side="right")) - 1
+            raise ShardError(ShardReason.OVER_LENGTH_ROW, f"row {row}: {detail}")
+        keeps_bos = ids[0] == self._tokenizer.bos_token_id
+        head = ids[:1] if keeps_bos else ids[:0]
+        tail = ids[len(ids) - (self._max_tokens - len(head)) :]
+        return np.concatenate([head, tail]), len(ids) - self._max_tokens
+
+
+def _is_conversation(sequence: object) -> bool:
+    return isinstance(sequence, list) and bool(sequence) and isinstance(sequence[0], dict)

@@ -1,0 +1,343 @@
+"""The path of a shard: read_shard → score_shard → commit_shard. Start reading here.
+
+    rows = read_shard(job, shard, renderer)      input columns → token ids
+    scored = score_shard(rows, backend)          token ids → float32 scores
+    receipt = commit_shard(job, shard, scored)   scores + untouched columns → one Parquet object
+
+The same three run as Ray Data stages and in a plain loop (`pipeline`). What goes wrong with the
+shard as a whole is a ShardError; what goes wrong with a row stays with the row.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_scorer import formats
+from batch_scorer.backends.base import Backend
+from batch_scorer.columns import ScoredRows, digest_columns, pair_counts, score_columns
+from batch_scorer.config import Config, Device
+from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
+from batch_scorer.lease import current_epoch
+from batch_scorer.manifest import (
+    Commit,
+    Receipt,
+    Shard,
+    Status,
+    layout_to_json,
+    read_commit,
+)
+from batch_scorer.plan import open_parquet
+from batch_scorer.records import Format, RowError, Scores, TokenizedRows
+from batch_scorer.render import Renderer
+from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version, open_store
+
+FloatArray = npt.NDArray[np.float32]
+
+_EXAMPLES_PER_SHARD = 3
+_COMMIT_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run's settings with everything derived filled in; the same on every worker."""
+
+    config: Config
+    model_dir: Path
+    device: Device
+    dtype: str
+    max_tokens: int
+    fingerprint: str
+    epoch: int
+
+
+def read_shard(job: Job, shard: Shard, renderer: Renderer) -> TokenizedRows:
+    """Read the columns that are scored, and turn them into token ids.
+
+    Raises ShardError: the file is unreadable, gone, changed since it was planned, or holds an
+    over-long row under the `error` policy.
+    """
+    table, malformed = _read_rows(job, shard, formats.columns_needed(shard.layout))
+    parsed = formats.parse(table, shard.layout)
+    parsed.row_errors.update(malformed)
+    return renderer.tokenize(parsed)
+
+
+def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
+    """Score all sequences of the shard. Raises ShardError if the backend loses any."""
+    started = time.perf_counter()
+    scores = backend.score(rows)
+    if scores.values.shape != (rows.num_sequences, 1):
+        raise ShardError(
+            ShardReason.INTERNAL,
+            f"{rows.num_sequences} sequences went in, scores {scores.values.shape} came out",
+        )
+    values, errors = _checked(scores, rows)
+    return ScoredRows(
+        values=values,
+        lengths=rows.lengths.astype(np.int32),
+        truncated_tokens=rows.truncated_tokens,
+        row_offsets=rows.row_offsets,
+        sequence_errors=errors,
+        row_errors=rows.row_errors,
+        rows_digest=_rows_digest(rows),
+        computed_tokens=scores.computed_tokens,
+        num_batches=scores.num_batches,
+        oom_splits=scores.oom_splits,
+        score_s=time.perf_counter() - started,
+    )
+
+
+def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
+    """Join the scores to the untouched input columns and publish the shard with one PUT.
+
+    The file is encoded whole before anything is sent, so a reader never sees a part of it.
+    Raises ShardError: SUPERSEDED when a newer run holds the output, INPUT_CHANGED when the
+    file is no longer the one that was scored.
+    """
+    started = time.perf_counter()
+    table, _ = _read_rows(job, shard, None)
+    if table.num_rows != scored.num_rows:
+        raise ShardError(
+            ShardReason.INTERNAL, f"{scored.num_rows} rows scored, {table.num_rows} rows read back"
+        )
+    errors = scored.errors_by_row()
+    columns = score_columns(
+        scored, table, shard.layout, job.config.column_prefix, job.config.over_length
+    )
+    commit = _describe(job, shard, scored, table, columns, errors)
+    data = _encode(table, columns, commit)
+    version, standing = _publish(job, shard, commit, data)
+    return Receipt(
+        output_key=shard.output_key,
+        input=shard.source.key,
+        num_rows=shard.num_rows,
+        status=Status.COMMITTED,
+        commit=standing.commit,
+        version=version,
+        size_bytes=standing.size_bytes,
+        sha256=standing.sha256,
+        detail=standing.note,
+        examples=[
+            (shard.first_row + row, error.reason.value, error.detail)
+            for row, error in list(errors.items())[:_EXAMPLES_PER_SHARD]
+        ],
+        computed_tokens=scored.computed_tokens,
+        num_batches=scored.num_batches,
+        oom_splits=scored.oom_splits,
+        score_s=scored.score_s,
+        write_s=time.perf_counter() - started,
+    )
+
+
+def failed(shard: Shard, error: ShardError, attempts: int = 1) -> Receipt:
+    """The receipt of a shard that is not committed."""
+    return Receipt(
+        output_key=shard.output_key,
+        input=shard.source.key,
+        num_rows=shard.num_rows,
+        status=Status.FAILED,
+        reason=error.reason,
+        detail=error.detail,
+        attempts=attempts,
+    )
+
+
+@lru_cache(maxsize=4)
+def cached_renderer(model_dir: Path, max_tokens: int, over_length: Any) -> Renderer:
+    """One renderer per process: loading a tokenizer takes seconds."""
+    return Renderer(model_dir, max_tokens, over_length)
+
+
+def renderer_of(job: Job) -> Renderer:
+    return cached_renderer(job.model_dir, job.max_tokens, job.config.over_length)
+
+
+def make_backend(job: Job) -> Backend:
+    """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
+    if job.config.backend == "fake":
+        from batch_scorer.backends.fake import FakeBackend
+
+        return FakeBackend()
+    from batch_scorer.backends.hf import HFBackend
+
+    return HFBackend(
+        job.model_dir,
+        dtype=job.dtype,
+        attention=job.config.attention,
+        device=job.device,
+        token_budget=job.config.token_budget,
+        num_threads=None,
+    )
+
+
+# Reading
+
+
+def _read_rows(
+    job: Job, shard: Shard, columns: list[str] | None
+) -> tuple[pa.Table, dict[int, RowError]]:
+    """The shard's rows, and the rows that were no JSON; `columns=None` reads all columns."""
+    source = shard.source
+    store = open_store(source.root, job.config.store_options)
+    try:
+        if shard.row_groups is None:
+            data = store.read(source.key, source.version)
+            table, malformed = formats.read_json_table(data, source.key)
+            table = table if columns is None else table.select(columns)
+            start, stop = shard.first_row, shard.first_row + shard.num_rows
+            kept = {row - start: error for row, error in malformed.items() if start <= row < stop}
+            return table.slice(start, shard.num_rows), kept
+        file = open_parquet(store, source)
+        table = file.read_row_groups(list(range(*shard.row_groups)), columns=columns)
+        return table.slice(shard.skip_rows, shard.num_rows), {}
+    except ObjectChanged as error:
+        raise ShardError(
+            ShardReason.INPUT_CHANGED, "the file changed after the run was planned; run again"
+        ) from error
+    except ObjectMissing as error:
+        raise ShardError(ShardReason.INPUT_GONE, "the file is gone") from error
+    except StorageError as error:
+        raise ShardError(ShardReason.STORE_FAILED, str(error), retryable=True) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(
+            ShardReason.UNREADABLE_FILE,
+            f"rows {shard.first_row} to {shard.first_row + shard.num_rows}: {error}",
+        ) from error
+
+
+def _rows_digest(rows: TokenizedRows) -> str:
+    """Digest of what was scored: token ids, how they group into rows, and what was marked."""
+    digest = hashlib.sha256()
+    for array in (rows.token_ids, rows.sequence_offsets, rows.row_offsets, rows.truncated_tokens):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    marks = {**rows.sequence_errors, **{-1 - row: error for row, error in rows.row_errors.items()}}
+    digest.update(repr(sorted((i, error.reason.value) for i, error in marks.items())).encode())
+    return digest.hexdigest()
+
+
+def _checked(scores: Scores, rows: TokenizedRows) -> tuple[FloatArray, dict[int, RowError]]:
+    """float32[S] and the errors of all sequences without a finite score."""
+    values = scores.values[:, 0].astype(np.float32)
+    errors = {**scores.errors, **rows.sequence_errors}
+    for index in np.flatnonzero(~np.isfinite(values)).tolist():
+        values[index] = np.nan
+        errors.setdefault(index, RowError(RowReason.NON_FINITE_SCORE, "the model gave no number"))
+    values[list(errors)] = np.nan
+    return values, errors
+
+
+# Committing
+
+
+def _describe(
+    job: Job,
+    shard: Shard,
+    scored: ScoredRows,
+    table: pa.Table,
+    columns: Mapping[str, pa.Array],
+    errors: Mapping[int, RowError],
+) -> Commit:
+    marked: dict[str, int] = {}
+    for error in errors.values():
+        marked[error.reason.value] = marked.get(error.reason.value, 0) + 1
+    is_pair = shard.layout.format is Format.PREFERENCE_PAIR
+    finite = np.isfinite(scored.values)
+    return Commit(
+        identity=shard.identity(job.fingerprint, job.config.column_prefix),
+        fingerprint=job.fingerprint,
+        epoch=job.epoch,
+        input=shard.source.key,
+        input_etag=shard.source.version.etag,
+        first_row=shard.first_row,
+        num_rows=shard.num_rows,
+        rows_scored=shard.num_rows - len(errors),
+        rows_marked=len(errors),
+        marked=marked,
+        sequences=int(finite.sum()),
+        tokens=int(scored.lengths[finite].sum()),
+        rows_digest=scored.rows_digest,
+        scores_digest=digest_columns(columns),
+        pairs=pair_counts(scored, table) if is_pair else {},
+        layout=layout_to_json(shard.layout),
+        added_columns=list(columns),
+    )
+
+
+def _encode(table: pa.Table, columns: Mapping[str, pa.Array], commit: Commit) -> bytes:
+    """The scored shard as Parquet bytes: input columns as they were, then the added ones."""
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **commit.footer()})
+    sink = io.BytesIO()
+    try:
+        pq.write_table(table, sink, compression="zstd")
+    except pa.ArrowException as error:
+        raise ShardError(ShardReason.WRONG_SCHEMA, f"cannot be written: {error}") from error
+    return sink.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """The commit that stands under the key now, ours or an equal one."""
+
+    commit: Commit
+    size_bytes: int
+    sha256: str
+    note: str = ""
+
+
+def _publish(job: Job, shard: Shard, commit: Commit, data: bytes) -> tuple[Version, _Standing]:
+    """One conditional PUT; docs/commit-protocol.md has the table of what can happen."""
+    store = open_store(job.config.output, job.config.store_options, create=True)
+    ours = _Standing(commit, len(data), hashlib.sha256(data).hexdigest())
+    expected = shard.replaces
+    for _ in range(_COMMIT_TRIES):
+        try:
+            if current_epoch(store) > job.epoch:
+                raise _superseded()
+            if expected is None:
+                return store.create(shard.output_key, data), ours
+            return store.replace(shard.output_key, data, expected), ours
+        except (ObjectChanged, ObjectMissing):
+            expected, standing = _look(store, shard, commit)
+            if standing is not None:
+                assert expected is not None
+                return expected, standing
+        except StorageError as error:
+            raise ShardError(ShardReason.STORE_FAILED, str(error), retryable=True) from error
+    raise ShardError(
+        ShardReason.STORE_FAILED, "the object keeps changing under the commit", retryable=True
+    )
+
+
+def _look(store: Store, shard: Shard, ours: Commit) -> tuple[Version | None, _Standing | None]:
+    """What is stored where our PUT was refused: its version, and the commit if it may stand."""
+    try:
+        info = store.head(shard.output_key)
+        there, sha256 = read_commit(store, info)
+    except (ObjectMissing, ObjectChanged):
+        return None, None
+    if there is None:
+        raise ShardError(
+            ShardReason.STORE_FAILED, f"{store.url(shard.output_key)} is not one of our shards"
+        )
+    if there.epoch > ours.epoch:
+        raise _superseded()
+    if there.identity != ours.identity:
+        return info.version, None
+    note = "" if there.scores_digest == ours.scores_digest else "scores differ from an equal commit"
+    return info.version, _Standing(there, info.size_bytes, sha256, note)
+
+
+def _superseded() -> ShardError:
+    return ShardError(ShardReason.SUPERSEDED, "a newer run works on this output")

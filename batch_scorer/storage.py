@@ -1,0 +1,275 @@
+"""One layer over every store: local disk, S3, GCS, Azure.
+
+What the commit protocol needs and nothing more: reads pinned to a version, a conditional
+create, a conditional replace, and a listing that carries versions. obstore has these for the
+cloud stores; its local store lacks the conditional replace, which is added here with a file
+lock (so on local disks it holds between processes of one machine).
+
+Foreign errors become ours at one place, `_translated`.
+"""
+
+import fcntl
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotFoundError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, from_url
+
+from batch_scorer.errors import ConfigError, StorageError
+
+_RETRY = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
+_REQUEST_TIMEOUT = "120s"
+
+
+class ObjectMissing(StorageError):
+    """Nothing is stored under the key."""
+
+
+class ObjectChanged(StorageError):
+    """What is stored under the key is not the version that the request was pinned to."""
+
+
+class AccessDenied(StorageError):
+    """The store refuses the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Which bytes are stored under a key: the entity tag, and on GCS the generation."""
+
+    etag: str
+    generation: str | None = None
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """As obstore takes them; GCS compares the generation, the others the entity tag."""
+        generation = {"version": self.generation} if self.generation else {}
+        return {"e_tag": self.etag, **generation}
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One stored object. `key` is relative to its store's root."""
+
+    key: str
+    size_bytes: int
+    version: Version
+    last_modified: datetime
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` names an object store; anything else is a local path."""
+    return "://" in url
+
+
+class Store:
+    """The objects below one root: a folder, or a bucket and prefix.
+
+    All keys are relative to the root and use `/`. Every method raises StorageError (or the
+    subclasses above) and nothing else for what the store does.
+    """
+
+    def __init__(self, root: str, options: Mapping[str, str], *, create: bool = False) -> None:
+        self.root = root.rstrip("/") or "/"
+        self._local = None if is_remote(root) else Path(root).absolute()
+        self._store: Any
+        if self._local is not None:
+            try:
+                self._store = LocalStore(str(self._local), mkdir=create)
+            except (BaseError, OSError) as error:
+                if "Permission denied" in str(error):
+                    raise AccessDenied(f"{root}: no permission to create it") from error
+                raise ObjectMissing(f"{root}: no such folder") from error
+            return
+        # allow_http belongs to the HTTP client and not to the store.
+        config = {key: value for key, value in options.items() if key != "allow_http"}
+        allow_http = options.get("allow_http", "false") == "true"
+        try:
+            self._store = from_url(
+                self.root,
+                config=config,  # type: ignore[arg-type]  # typed per store upstream
+                client_options={"timeout": _REQUEST_TIMEOUT, "allow_http": allow_http},
+                retry_config=_RETRY,  # type: ignore[arg-type]
+            )
+        except (BaseError, ValueError) as error:
+            raise ConfigError(f"{root}: {_first_line(error)}") from error
+
+    def url(self, key: str) -> str:
+        """The full name of `key`, for people."""
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """All objects whose key lies in the folder `prefix`, in the store's order."""
+        with self._translated(prefix):
+            for page in obstore.list(self._store, prefix=prefix or None, chunk_size=1000):
+                for meta in page:
+                    yield _info(meta)
+
+    def head(self, key: str) -> ObjectInfo:
+        """What is stored under `key`; raises ObjectMissing."""
+        with self._translated(key):
+            return _info(obstore.head(self._store, key))
+
+    def read(self, key: str, version: Version | None = None) -> bytes:
+        """The whole object; with `version`, raises ObjectChanged if it is another one by now."""
+        with self._translated(key):
+            options = {"if_match": version.etag} if version else {}
+            return bytes(obstore.get(self._store, key, options=options).bytes())  # type: ignore[arg-type]
+
+    def read_with_info(self, key: str) -> tuple[bytes, ObjectInfo]:
+        """The whole object and the version that was read."""
+        with self._translated(key):
+            result = obstore.get(self._store, key)
+            return bytes(result.bytes()), _info(result.meta)
+
+    def open(self, info: ObjectInfo) -> io.BufferedIOBase:
+        """A seekable file over ranged reads that are all pinned to `info.version`."""
+        return io.BufferedReader(_PinnedFile(self, info), buffer_size=1 << 16)  # type: ignore[return-value]
+
+    def read_range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of exactly this version."""
+        with self._translated(info.key):
+            options = {"range": (start, stop), "if_match": info.version.etag}
+            return bytes(obstore.get(self._store, info.key, options=options).bytes())  # type: ignore[arg-type]
+
+    def create(self, key: str, data: bytes) -> Version:
+        """Store `data` under a new key; raises ObjectChanged if the key is taken."""
+        with self._translated(key):
+            return _version(obstore.put(self._store, key, data, mode="create"))
+
+    def replace(self, key: str, data: bytes, version: Version) -> Version:
+        """Store `data` in place of exactly `version`; raises ObjectChanged if that is gone."""
+        with self._translated(key):
+            if self._local is None:
+                mode: Any = version.conditions
+                return _version(obstore.put(self._store, key, data, mode=mode))
+            with self._lock():
+                if self.head(key).version != version:
+                    raise ObjectChanged(f"{self.url(key)}: changed since it was read")
+                return _version(obstore.put(self._store, key, data, use_multipart=False))
+
+    def delete(self, key: str) -> None:
+        """Remove the object; a missing one is fine."""
+        try:
+            with self._translated(key):
+                obstore.delete(self._store, key)
+        except ObjectMissing:
+            return
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        assert self._local is not None
+        # The name carries `#`, which obstore's listing never shows.
+        descriptor = os.open(self._local / ".replace#0", os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        name = self.url(key)
+        try:
+            yield
+        except (NotFoundError, FileNotFoundError) as error:
+            raise ObjectMissing(f"{name}: not there") from error
+        except (AlreadyExistsError, PreconditionError) as error:
+            raise ObjectChanged(f"{name}: another version is stored") from error
+        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
+            raise AccessDenied(f"{name}: no permission ({_first_line(error)})") from error
+        except (BaseError, OSError, NotImplementedError) as error:
+            text = str(error)
+            if "Permission denied" in text or "InvalidAccessKeyId" in text:
+                raise AccessDenied(f"{name}: no permission ({_first_line(error)})") from error
+            if "AWS_ENDPOINT" in text or "NoSuchBucket" in text:
+                raise ObjectMissing(f"{name}: no such bucket") from error
+            raise StorageError(f"{name}: {_first_line(error)}") from error
+
+
+@lru_cache(maxsize=64)
+def _cached_store(root: str, options: tuple[tuple[str, str], ...], create: bool) -> Store:
+    return Store(root, dict(options), create=create)
+
+
+def open_store(root: str, options: Mapping[str, str], *, create: bool = False) -> Store:
+    """The store at `root`; one per process, so connections are reused.
+
+    `create` makes a missing local folder; without it that is ObjectMissing.
+    """
+    return _cached_store(root, tuple(sorted(options.items())), create)
+
+
+def glob_pattern(pattern: str) -> re.Pattern[str]:
+    """The glob as a regular expression over keys: `*` and `?` stay in a folder, `**` does not."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    return re.compile(
+        "".join(parts.get(t) or (t if t.startswith("[") else re.escape(t)) for t in tokens if t)
+    )
+
+
+class _PinnedFile(io.RawIOBase):
+    """Random access to one version of an object, for readers that want a file."""
+
+    def __init__(self, store: Store, info: ObjectInfo) -> None:
+        self._store = store
+        self._info = info
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size_bytes}
+        self._position = base[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._info.size_bytes)
+        if stop <= self._position:
+            return 0
+        data = self._store.read_range(self._info, self._position, stop)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _version(result: Any) -> Version:
+    return Version(etag=result["e_tag"] or "", generation=result["version"])
+
+
+def _info(meta: Any) -> ObjectInfo:
+    return ObjectInfo(
+        key=meta["path"],
+        size_bytes=meta["size"],
+        version=_version(meta),
+        last_modified=meta["last_modified"],
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

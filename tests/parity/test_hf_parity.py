@@ -1,0 +1,466 @@
+"""Every road of the hf backend gives the scores of plain Hugging Face, one row at a time."""
+
+import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    DECODERS,
+    ENCODERS,
+    GQA,
+    PAD,
+    SHAPE,
+    VOCABULARY,
+    load_reference,
+    random_sequences,
+    reference_scores,
+    tokenized,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaForCausalLM
+
+from batch_scorer.backends.hf import HFBackend, max_sequence_length
+from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
+from batch_scorer.packing import plan_batches
+
+
+ModelDir = Callable[[str], Path]
+TOLERANCE = 1e-4  # fp32; seen: 2e-5 at a score std of 2
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_flash_attn = pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is None, reason="needs the flash-attn package"
+)
+SEQUENCES = [*random_sequences(24), [7], [8, 9], list(range(3, 131))]
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
+
+
+def make_backend(model_dir: Path, **settings: Any) -> HFBackend:
+    defaults: dict[str, Any] = {"dtype": "float32", "attention": "packed", "device": "cpu"}
+    return HFBackend(model_dir, **(defaults | {"token_budget": 256} | settings))
+
+
+def rms(errors: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(errors**2)))
+
+
+# Parity
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_scores_are_those_of_plain_hugging_face(
+    name: str, device: str, model_dir: ModelDir
+) -> None:
+    reference = reference_scores(load_reference(model_dir(name)), SEQUENCES)
+    backend = make_backend(model_dir(name), device=device)
+    scores = backend.score(tokenized(SEQUENCES))
+    assert scores.errors == {}
+    assert reference.std() > 1
+    np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
+    assert (backend.provenance["attention"] == "batch_scorer_packed") == (name in DECODERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "trap"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"sliding_window": 4096}),
+        ("mistral", {"sliding_window": None}),
+        ("modernbert", {"local_attention": 4096}),
+    ],
+)
+def test_the_traps_change_the_reference(
+    name: str, trap: dict[str, Any], model_dir: ModelDir
+) -> None:
+    """Else parity above would prove nothing about softcap and window."""
+    reference = reference_scores(load_reference(model_dir(name)), SEQUENCES)
+    trapped = reference_scores(load_reference(model_dir(name), **trap), SEQUENCES)
+    assert np.abs(trapped - reference).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padded_scores_are_those_of_plain_hugging_face(
+    name: str, attention: str, model_dir: ModelDir
+) -> None:
+    if (name, attention) == ("gemma2", "sdpa"):
+        with pytest.raises(ModelError, match="attn_logit_softcapping"):
+            make_backend(model_dir(name), attention=attention)
+        return
+    reference = reference_scores(load_reference(model_dir(name)), SEQUENCES)
+    scores = make_backend(model_dir(name), attention=attention).score(tokenized(SEQUENCES))
+    np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_order_of_rows_and_token_budget_do_not_move_scores(name: str, model_dir: ModelDir) -> None:
+    first = make_backend(model_dir(name)).score(tokenized(SEQUENCES)).values
+    order = np.random.default_rng(1).permutation(len(SEQUENCES))
+    shuffled = tokenized([SEQUENCES[index] for index in order])
+    for token_budget in (64, 1000, None):
+        backend = make_backend(model_dir(name), token_budget=token_budget)
+        values = backend.score(shuffled).values
+        np.testing.assert_allclose(values, first[order], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", DECODERS)
+def test_bfloat16_is_no_further_from_float32_than_plain_hugging_face(
+    name: str, device: str, model_dir: ModelDir
+) -> None:
+    """docs/numerics.md derives the factor."""
+    sequences = random_sequences(96, seed=2)
+    exact = reference_scores(load_reference(model_dir(name)), sequences)
+    plain = reference_scores(load_reference(model_dir(name), "bfloat16").to(device), sequences)
+    backend = make_backend(model_dir(name), dtype="bfloat16", device=device)
+    scores = backend.score(tokenized(sequences))
+    assert rms(scores.values - exact) <= 1.5 * rms(plain - exact)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_flash_attn
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_flash_attention_2_is_as_close_as_packed(name: str, model_dir: ModelDir) -> None:
+    sequences = random_sequences(96, seed=2)
+    exact = reference_scores(load_reference(model_dir(name)), sequences)
+    plain = reference_scores(load_reference(model_dir(name), "bfloat16").to("cuda"), sequences)
+    backend = make_backend(
+        model_dir(name), dtype="bfloat16", device="cuda", attention="flash_attention_2"
+    )
+    scores = backend.score(tokenized(sequences))
+    assert rms(scores.values - exact) <= 1.5 * rms(plain - exact)
+
+
+def test_several_outputs_and_a_head_with_bias(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **(SHAPE | GQA | {"num_labels": 5}))
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    backend = make_backend(tmp_path)
+    values = backend.score(tokenized(SEQUENCES)).values
+    assert backend.num_outputs == 5
+    reference = reference_scores(load_reference(tmp_path), SEQUENCES)
+    np.testing.assert_allclose(values, reference, rtol=0, atol=TOLERANCE)
+
+
+# Pooling
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_a_sequence_that_ends_in_the_pad_id_is_pooled_at_its_last_token(
+    attention: str, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """Where pad is eos, transformers reads the score one token early."""
+    sequences = [[*ids, PAD] for ids in SEQUENCES]
+    model = load_reference(model_dir("llama"))
+    early = reference_scores(model, sequences)
+    model.config.pad_token_id = None  # one sequence at a time, so the last token is the last
+    reference = reference_scores(model, sequences)
+    assert np.abs(early - reference).max() > 0.1
+    scores = make_backend(model_dir("llama"), attention=attention).score(tokenized(sequences))
+    np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("pad_token_id", [None, VOCABULARY + 5])
+def test_a_useless_pad_id_does_not_matter(
+    pad_token_id: int | None, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    shutil.copytree(model_dir("qwen2"), tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, pad_token_id=pad_token_id)
+    reference = make_backend(model_dir("qwen2")).score(tokenized(SEQUENCES)).values
+    values = make_backend(tmp_path, attention="eager").score(tokenized(SEQUENCES)).values
+    np.testing.assert_allclose(values, reference, rtol=0, atol=TOLERANCE)
+
+
+def test_the_head_sees_pooled_positions_only_in_float32(model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir("llama"), dtype="bfloat16")
+    seen: list[torch.Tensor] = []
+    backend._head.register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
+    backend._model.score.register_forward_hook(lambda *_: pytest.fail("the body's own head ran"))
+    backend.score(tokenized(SEQUENCES))
+    assert sum(len(tensor) for tensor in seen) == 2 * len(SEQUENCES)
+    assert {tensor.dtype for tensor in seen} == {torch.float32}
+
+
+# Batches and memory
+
+
+@pytest.mark.parametrize(("name", "attention"), [("llama", "packed"), ("llama", "eager")])
+def test_one_forward_per_planned_batch(name: str, attention: str, model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir(name), attention=attention)
+    sizes: list[int] = []
+    backend._body.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    rows = tokenized(SEQUENCES)
+    scores = backend.score(rows)
+    plan = plan_batches(rows.lengths, 256, padded=attention != "packed")
+    assert len(sizes) == len(plan) == scores.num_batches
+    assert sum(sizes) == scores.computed_tokens
+    if attention == "packed":
+        assert scores.computed_tokens == rows.num_tokens
+    assert scores.oom_splits == 0
+
+
+def test_no_mask_of_the_packed_row_is_made(model_dir: ModelDir) -> None:
+    class LargestSquare(TorchDispatchMode):
+        side = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor) and output.ndim > 1:
+                self.side = max(self.side, min(output.shape[-2:]))
+            return output
+
+    sequences = [list(range(3, 103))] * 10
+    backend = make_backend(model_dir("llama"), token_budget=1000)
+    with LargestSquare() as largest:
+        scores = backend.score(tokenized(sequences))
+    assert scores.num_batches == 1
+    # Hidden states are [1000, 128] at most; a mask or scores of the row would be [1000, 1000].
+    assert largest.side <= 128
+
+
+def raise_above(tokens: int, error: type[Exception], message: str = "") -> Callable[..., None]:
+    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["input_ids"].numel() > tokens:
+            raise error(message)
+
+    return hook
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory"),
+        (MemoryError, ""),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved(
+    attention: str, error: type[Exception], message: str, model_dir: ModelDir
+) -> None:
+    backend = make_backend(model_dir("llama"), attention=attention)
+    whole = backend.score(tokenized(SEQUENCES))
+    hook = raise_above(150, error, message)
+    backend._body.register_forward_pre_hook(hook, with_kwargs=True)
+    halved = backend.score(tokenized(SEQUENCES))
+    np.testing.assert_allclose(halved.values, whole.values, rtol=0, atol=TOLERANCE)
+    assert halved.errors == {}
+    assert halved.oom_splits > 0
+    assert halved.num_batches == whole.num_batches + halved.oom_splits
+
+
+def test_a_sequence_that_does_not_fit_alone_is_marked_and_the_others_scored(
+    model_dir: ModelDir,
+) -> None:
+    backend = make_backend(model_dir("llama"))
+    whole = backend.score(tokenized(SEQUENCES)).values
+    hook = raise_above(100, torch.OutOfMemoryError)
+    backend._body.register_forward_pre_hook(hook, with_kwargs=True)
+    scores = backend.score(tokenized(SEQUENCES))
+    too_large = {index for index, ids in enumerate(SEQUENCES) if len(ids) > 100}
+    assert too_large
+    assert {error.reason for error in scores.errors.values()} == {RowReason.OUT_OF_MEMORY}
+    assert set(scores.errors) == too_large
+    assert np.isnan(scores.values[sorted(too_large)]).all()
+    others = sorted(set(range(len(SEQUENCES))) - too_large)
+    np.testing.assert_allclose(scores.values[others], whole[others], rtol=0, atol=TOLERANCE)
+
+
+def test_other_errors_of_a_forward_rise(model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir("llama"))
+    hook = raise_above(0, RuntimeError, "shapes cannot be multiplied")
+    backend._body.register_forward_pre_hook(hook, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        backend.score(tokenized(SEQUENCES))
+
+
+# Rows that cannot be scored
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_sequences_that_must_not_reach_the_model_are_marked(
+    attention: str, model_dir: ModelDir
+) -> None:
+    backend = make_backend(model_dir("llama"), attention=attention)
+    bad = [[5, VOCABULARY, 6], [-1], [], [9] * 257, [3, 4]]
+    scores = backend.score(tokenized([*bad, *SEQUENCES]))
+    assert {index: error.reason for index, error in scores.errors.items()} == {
+        0: RowReason.BAD_TOKEN_ID,
+        1: RowReason.BAD_TOKEN_ID,
+        2: RowReason.EMPTY,
+        3: RowReason.TOO_LONG,
+    }
+    assert np.isnan(scores.values[:4]).all()
+    expected = make_backend(model_dir("llama")).score(tokenized([bad[4], *SEQUENCES])).values
+    np.testing.assert_allclose(scores.values[4:], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_shard_without_anything_to_score(model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir("llama"))
+    assert backend.score(tokenized([])).values.shape == (0, 1)
+    scores = backend.score(tokenized([[]]))
+    assert np.isnan(scores.values).all()
+    assert scores.num_batches == 0
+
+
+def test_a_score_that_is_no_number_is_marked(model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir("llama"))
+    poison = 300
+
+    def break_poison(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == poison)[..., None], float("nan"))
+
+    backend._model.get_input_embeddings().register_forward_hook(break_poison)
+    sequences = [[3, 4], [3, poison], [5]]
+    scores = backend.score(tokenized(sequences))
+    assert {index: error.reason for index, error in scores.errors.items()} == {
+        1: RowReason.NON_FINITE_SCORE
+    }
+    assert np.isnan(scores.values[:, 0]).tolist() == [False, True, False]
+
+
+# Models and settings that cannot give true scores
+
+
+def edit_config(model_dir: Path, **changes: Any) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_causal_lm_is_refused(tmp_path: Path) -> None:
+    LlamaForCausalLM(AutoConfig.for_model("llama", **(SHAPE | GQA))).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no score head.*LlamaForCausalLM"):
+        make_backend(tmp_path)
+
+
+def test_a_missing_head_is_refused_by_name(model_dir: ModelDir, tmp_path: Path) -> None:
+    shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"score\.weight"):
+        make_backend(tmp_path)
+
+
+def test_a_head_of_another_size_than_the_config_says_is_refused(
+    model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """A config without num_labels means 2 labels to transformers."""
+    shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        make_backend(tmp_path)
+
+
+def test_weights_without_a_place_are_recorded(
+    model_dir: ModelDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors") | {"gate.weight": torch.ones(2)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING, logger="batch_scorer"):
+        backend = make_backend(tmp_path)
+    assert backend.provenance["unexpected_weights"] == ["gate.weight"]
+    assert "gate.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"attention": "sdpa"}, "attn_logit_softcapping"),
+        ({"dtype": "float16"}, "float16"),
+    ],
+)
+def test_settings_that_gemma_2_does_not_bear_are_refused(
+    settings: dict[str, str], named: str, model_dir: ModelDir
+) -> None:
+    with pytest.raises(ModelError, match=named):
+        make_backend(model_dir("gemma2"), **settings)
+
+
+def test_layers_that_carry_state_along_the_row_are_not_packed(tmp_path: Path) -> None:
+    """Qwen3-Next has linear attention; packed, a sequence would read its neighbour's state."""
+    config = AutoConfig.for_model("qwen3_next", **(SHAPE | GQA | {"num_experts": 4}))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="linear_attention"):
+        make_backend(tmp_path)
+
+
+def test_a_neighbour_that_leaks_is_found_at_load(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    plain = LlamaMLP.forward
+    # What a short convolution does: every token also reads the one before it.
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x + x.roll(1, dims=1)))
+    with pytest.raises(ModelError, match="see each other"):
+        make_backend(model_dir("llama"))
+
+
+def test_a_layer_that_keeps_the_bounds_to_itself_is_found_at_load(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("nemotron", **(SHAPE | {"num_key_value_heads": 2}))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="keyword arguments"):
+        make_backend(tmp_path)
+
+
+def test_rounded_rotary_frequencies_are_refused(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later .to(dtype) rounds them; scores then move by a third of their spread."""
+    load = AutoModelForSequenceClassification.from_pretrained
+
+    def load_and_cast(*args: Any, **kwargs: Any) -> Any:
+        model, report = load(*args, **kwargs)
+        return model.to(torch.bfloat16), report
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_and_cast)
+    with pytest.raises(ModelError, match="inv_freq"):
+        make_backend(model_dir("llama"), dtype="bfloat16")
+
+
+def test_no_model_no_cuda_no_flash_attn(model_dir: ModelDir, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="config"):
+        make_backend(tmp_path / "nothing")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="CUDA"):
+            make_backend(model_dir("llama"), device="cuda")
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(MissingExtraError, match="flash-attn"):
+            make_backend(model_dir("llama"), dtype="bfloat16", attention="flash_attention_2")
+
+
+def test_roberta_holds_fewer_tokens_than_positions(tmp_path: Path) -> None:
+    """Its positions start after the padding index: the last two of the config do not exist."""
+    config = AutoConfig.for_model("roberta", **(SHAPE | {"pad_token_id": 1}))
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert max_sequence_length(model) == 254
+    model.save_pretrained(tmp_path)
+    scores = make_backend(tmp_path).score(tokenized([[9] * 254, [9] * 255]))
+    assert {index: error.reason for index, error in scores.errors.items()} == {
+        1: RowReason.TOO_LONG
+    }
+
+
+def test_provenance_says_what_did_the_work(model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir("gemma2"), num_threads=torch.get_num_threads())
+    assert backend.provenance["attention_kernel"] == "eager_blocks"
+    assert backend.provenance["model_class"] == "Gemma2ForSequenceClassification"
+    assert backend.provenance["token_budget"] == 256
+    assert json.loads(json.dumps(backend.provenance)) == backend.provenance
+    backend.close()

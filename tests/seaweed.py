@@ -1,0 +1,115 @@
+"""A real S3 server for tests: SeaweedFS from PyPI, on its own ports and folder, ended by pid."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ACCESS_KEY = "test-access"
+SECRET_KEY = "test-secret"
+BUCKET = "bkt"
+_START_TIMEOUT_S = 60
+_PORTS_PER_SERVER = 5
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server. `options` go to the store, `environment` to processes that use it."""
+
+    endpoint: str
+    pid: int
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"endpoint": self.endpoint, "region": "us-east-1", "allow_http": "true"}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+
+    def url(self, path: str) -> str:
+        return f"s3://{BUCKET}/{path}"
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Start a server, wait until it answers, and leave nothing behind."""
+    folder = Path(tempfile.mkdtemp(prefix="weed-"))
+    config = folder / "s3.json"
+    identity = {
+        "name": "test",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    config.write_text(json.dumps({"identities": [identity]}))
+    data = folder / "data"
+    data.mkdir()
+    port = _free_ports(_PORTS_PER_SERVER)
+    command = [
+        str(Path(sys.executable).parent / "weed"), "mini", f"-dir={data}",
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false",
+        "-webdav=false", f"-s3.config={config}", "-s3.iam=false", f"-s3.port={port}",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", f"-master.port={port + 1}",
+        f"-filer.port={port + 2}", f"-volume.port={port + 3}", f"-admin.port={port + 4}",
+        f"-bucket={BUCKET}",
+    ]  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    try:
+        _wait_until_up(port, process, folder / "log")
+        yield S3Server(endpoint=f"http://127.0.0.1:{port}", pid=process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/{BUCKET}", timeout=1)
+            return
+        except urllib.error.HTTPError as answer:
+            # Without a signature the bucket is refused, which only a live server can do.
+            if answer.code == 403:
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise RuntimeError(f"no S3 server on port {port}: {log.read_text()[-2000:]}")
+
+
+def _free_ports(count: int) -> int:
+    """First of `count` free ports in a row whose port + 10000 (gRPC) is free too."""
+    start = 20000 + (os.getpid() * 37) % 20000
+    for port in range(start, start + 5000, count):
+        wanted = [p + shift for p in range(port, port + count) for shift in (0, 10000)]
+        if all(_is_free(p) for p in wanted):
+            return port
+    raise RuntimeError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
