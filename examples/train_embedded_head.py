@@ -50,8 +50,8 @@ ENDINGS = {
     "newline": "\n",
     "question": f"\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
 }
-# Most pairs taken of a source; the others are used whole. gsm8k-solutions and zeroeval-gsm ask the same
-# questions in different words, which `prompt_split` cannot see, so only one of them is used.
+# Most pairs taken of a source; the others are used whole. gsm8k-solutions and zeroeval-gsm ask
+# the same questions in different words, which `prompt_split` cannot see: only one is used.
 CAPS = {
     "gsm8k-solutions": 500,
     "hh-harmless-base": 600,
@@ -204,7 +204,7 @@ def extract(
             trees = [make_tree(pair, extractor.tokenizer, default_system) for pair in chunk]
             lengths = [len(tree.ids) for tree in trees]
             short = [i for i, length in enumerate(lengths) if length <= MAX_TOKENS]
-            done = {}
+            done: dict[int, npt.NDArray[np.float16]] = {}
             for batch in batches(lengths, short):
                 done.update(zip(batch, extractor([trees[i] for i in batch]), strict=True))
             np.savez(file, index=short, features=np.stack([done[i] for i in short]))
@@ -265,7 +265,7 @@ def fit_head(sides: Floats, ridge: float) -> Floats:
         step = np.linalg.solve(curvature, gradient)
         weights -= step
         if np.abs(step).max() < 1e-6:
-            return weights / scale
+            return np.asarray(weights / scale)
     raise RuntimeError("Newton's method did not converge")
 
 

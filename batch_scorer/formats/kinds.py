@@ -68,7 +68,7 @@ KINDS: Mapping[Format, Kind] = {
     Format.ROLLOUT: Kind("rollouts", ("response",), _ANY, Prompt.REQUIRED, rank=0),
     Format.CONVERSATION: Kind("conversations", ("messages",), _DIALOGUE, Prompt.NEVER, rank=1),
     Format.TEXT: Kind("texts", ("text",), _TEXT, Prompt.NEVER, rank=2),
-    Format.TOKEN_IDS: Kind("token ids", ("token_ids",), _TOKEN_IDS, Prompt.NEVER, rank=2),
+    Format.TOKEN_IDS: Kind("sequences", ("token_ids",), _TOKEN_IDS, Prompt.NEVER, rank=2),
 }
 
 PROMPT_PARTS: Mapping[Part, frozenset[Part]] = {

@@ -1,5 +1,6 @@
 """What a schema and a few rows are taken for, and what is refused as unclear."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_scorer.errors import ShardError, ShardReason
-from batch_scorer.formats import columns_needed, describe, detect, read_json_table
-from batch_scorer.records import Format, Layout, TextStyle
+from batch_scorer.formats import columns_needed, describe, detect, parse, read_json_table
+from batch_scorer.records import Format, Layout, RowError, TextStyle
 
 FILES = Path(__file__).parents[1] / "data" / "formats"
 DIALOGUE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -345,3 +346,21 @@ def test_unread_part_of_the_conversation_is_refused_until_declined(columns: dict
 def test_input_text_is_no_known_prompt() -> None:
     refused({"input": "user\nq\nassistant\n", "output": "a"})
     assert found({"input": PROMPT, "output": "a"}).columns["prompt"] == "input"
+
+
+# The documentation.
+
+
+def test_examples_in_the_docs_are_detected_as_the_docs_say() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    examples = re.findall(r"```json\n(.+?)\n```\n\n> (.+)\n", text)
+    assert len(examples) == text.count("```json") > 10
+    for row, line in examples:
+        table, _ = read_json_table(row.encode(), "formats.md")
+        layout = found(table)
+        assert describe(layout, table.schema) == line
+        parsed = parse(table, layout)
+        assert parsed.row_errors == {}
+        assert not any(isinstance(sequence, RowError) for sequence in parsed.sequences)
+    for format in Format:
+        assert f"(`{format}`)" in text

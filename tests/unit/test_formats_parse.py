@@ -1,6 +1,7 @@
 """Every layout gives the conversations of its twin; what cannot be read is marked in its place."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def parse_file(name: str) -> ParsedRows:
 
 def rows_of(parsed: ParsedRows) -> list[list[Any]]:
     ends = parsed.row_offsets.tolist()
-    return [parsed.sequences[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [parsed.sequences[a:b] for a, b in pairwise(ends)]
 
 
 def pairs() -> list[list[Conversation]]:
@@ -97,11 +98,11 @@ TWINS: dict[str, Callable[[], list[list[Conversation]]]] = {
 }
 
 
-def user(content: str | None) -> dict[str, Any]:
+def user(content: str | None) -> Any:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str | None) -> dict[str, Any]:
+def assistant(content: str | None) -> Any:
     return {"role": "assistant", "content": content}
 
 

@@ -64,7 +64,7 @@ def test_file_without_rows_is_an_empty_table(data: bytes) -> None:
         b'{"a": "x", "a": "y"}',
         b'{"a": "\xff"}',
         b'{"a": "\\ud800"}',
-        b"[" * 100_000,
+        b"[" * 5_000,
     ],
 )
 def test_malformed_line_is_a_row_of_nulls_in_its_place(bad: bytes) -> None:
