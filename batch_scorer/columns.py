@@ -176,7 +176,7 @@ def digest_columns(columns: Mapping[str, pa.Array]) -> str:
     """sha256 over names, types and logical values; what lies under a null does not count."""
     digest = hashlib.sha256()
     for name, column in columns.items():
-        digest.update(f"{name}:{column.type}".encode())
+        digest.update(name.encode())
         _update(digest, column)
     return digest.hexdigest()
 
@@ -184,10 +184,14 @@ def digest_columns(columns: Mapping[str, pa.Array]) -> str:
 def _update(digest: Any, column: pa.Array) -> None:
     digest.update(np.asarray(column.is_valid()).tobytes())
     if pa.types.is_list(column.type):
+        # Not str(type): Parquet gives the list's inner field another name.
+        digest.update(b"list")
         lengths = pc.fill_null(pc.list_value_length(column), 0)
         digest.update(np.asarray(lengths).astype(np.int64).tobytes())
         _update(digest, column.flatten())
     elif pa.types.is_string(column.type):
+        digest.update(b"string")
         digest.update("\n".join(pc.fill_null(column, "").to_pylist()).encode())
     else:
+        digest.update(str(column.type).encode())
         digest.update(np.asarray(pc.fill_null(column, 0)).tobytes())

@@ -164,6 +164,22 @@ def current_epoch(store: Store) -> int:
     return int(json.loads(store.read(_LEASE_KEY))["epoch"])
 
 
+def holder_of(store: Store) -> str | None:
+    """Who holds the output, in words; None if nobody does, or a process of this machine that died.
+
+    A dead holder on another machine still counts: only time tells, and a new run waits for it.
+    """
+    try:
+        lease = json.loads(store.read(_LEASE_KEY))
+    except ObjectMissing:
+        return None
+    holder = lease["holder"]
+    is_here = holder["host"] == socket.gethostname()
+    if lease["released"] or (is_here and not _is_running(int(holder["pid"]))):
+        return None
+    return f"process {holder['pid']} on {holder['host']}"
+
+
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -3,6 +3,7 @@
     OUT/<input path>[.rowsA-B].parquet     a scored shard; the object is the commit
     OUT/_SUCCESS                           JSON totals; written last
     OUT/_batch_scorer/run.json             what this output is: fingerprint, layout, provenance
+                      plan.json            how much the newest run set out to do
                       lease.json           who works on it now, and the epoch
                       ledger/*.jsonl       receipts as they come in; only saves reading shards
                       manifests/*.parquet  all commits of a finished run, one row per shard
@@ -44,6 +45,7 @@ from batch_scorer.storage import (
 SUCCESS_KEY = "_SUCCESS"
 _RUN_KEY = f"{RECORDS}/run.json"
 _CURRENT_KEY = f"{RECORDS}/CURRENT"
+_PLAN_KEY = f"{RECORDS}/plan.json"
 _FOOTER_KEY = b"batch_scorer"
 _READERS = 16
 
@@ -155,13 +157,14 @@ class Status(StrEnum):
 class Receipt:
     """How one shard ended. A committed one carries its commit and what the store holds.
 
-    `reused` tells a shard that was committed before this run. `examples` names up to a few
+    `input` is relative to `input_root`, so that a verifier can find the file. `reused` tells a shard that was committed before this run. `examples` names up to a few
     marked rows as [row of the file, reason, detail]. The rest is measured: forward passes, the
     tokens in them, seconds of reading, scoring and writing, attempts.
     """
 
     output_key: str
     input: str
+    input_root: str
     num_rows: int
     status: Status
     commit: Commit | None = None
@@ -262,6 +265,7 @@ def committed(
         return info, Receipt(
             output_key=info.key,
             input=commit.input,
+            input_root="",  # the caller knows it from the plan
             num_rows=commit.num_rows,
             status=Status.COMMITTED,
             commit=commit,
@@ -375,6 +379,27 @@ def read_run(store: Store) -> dict[str, Any]:
     except ObjectMissing:
         raise OutputError(f"{store.root}: no scored output here ({_RUN_KEY} is missing)") from None
     return record
+
+
+def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:
+    """How much the run sets out to do, for `status`. `tokens` is an estimate."""
+    body = {"shards": shards, "rows": rows, "estimated_tokens": tokens}
+    put(store, _PLAN_KEY, json.dumps(body).encode())
+
+
+def read_plan(store: Store) -> dict[str, int]:
+    """What `record_plan` wrote; raises ObjectMissing before any run has planned."""
+    plan: dict[str, int] = json.loads(store.read(_PLAN_KEY))
+    return plan
+
+
+def read_success(store: Store) -> dict[str, Any] | None:
+    """The totals in `_SUCCESS`; None while the output is not complete."""
+    try:
+        success: dict[str, Any] = json.loads(store.read(SUCCESS_KEY))
+    except ObjectMissing:
+        return None
+    return success
 
 
 def is_record(key: str) -> bool:

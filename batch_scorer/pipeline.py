@@ -175,7 +175,7 @@ def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
     context.execution_no_progress_timeout_s = _NO_PROGRESS_S
     stage = {"job": job, "attempts": ray.remote(num_cpus=0)(_Attempts).remote()}
     items = pa.table({"item": pa.array([pickle.dumps(item) for item in _items(todo)], _CELL)})
-    workers, resources = _workers(job)
+    workers = num_workers(job)
     with DataContext.current(context):
         dataset = (
             ray.data.from_arrow(items)
@@ -188,7 +188,7 @@ def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
                 fn_constructor_kwargs=stage,
                 # Unpacking one item overlaps scoring the other.
                 compute=ActorPoolStrategy(size=workers, max_concurrent_calls_per_actor=2),
-                **resources,
+                **_worker_resources(job, workers),
             )
             .map_batches(_commit_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
         )
@@ -199,20 +199,35 @@ def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
             raise _our_error(error) from error
 
 
-def _workers(job: Job) -> tuple[int, dict[str, float]]:
-    """Scoring workers, and what each asks of Ray: a GPU, or most of a machine's CPUs."""
+def num_workers(job: Job) -> int:
+    """How many models score at the same time: one per GPU, or one per machine on CPU."""
+    if not job.config.use_ray:
+        return 1
     import ray
 
     if job.device is Device.CUDA:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if gpus == 0:
             raise ConfigError("device is cuda, but the cluster has no GPU")
-        return job.config.workers or gpus, {"num_gpus": 1}
-    machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    machines = [cpus for cpus in machines if cpus >= 1]
-    workers = job.config.workers or len(machines)
+        return job.config.workers or gpus
+    return job.config.workers or len(_machine_cpus())
+
+
+def _machine_cpus() -> list[float]:
+    """Logical CPUs of each machine of the cluster that has any."""
+    import ray
+
+    cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return [count for count in cpus if count >= 1]
+
+
+def _worker_resources(job: Job, workers: int) -> dict[str, float]:
+    """What one worker asks of Ray: a GPU, or its part of what a machine can spare."""
+    if job.device is Device.CUDA:
+        return {"num_gpus": 1}
+    machines = _machine_cpus()
     per_machine = -(-workers // len(machines))
-    return workers, {"num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine)}
+    return {"num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine)}
 
 
 def _items(todo: list[Shard]) -> Iterator[list[Shard]]:

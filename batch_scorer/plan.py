@@ -4,6 +4,7 @@ The cut is a function of the files and the layout settings alone, never of the c
 can be resumed with more workers.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
 BYTES_PER_TOKEN = 4
 """Of English text, roughly; only for estimates."""
 
+log = logging.getLogger("batch_scorer")
+
 _SAMPLE_ROWS = 32
 _INSPECTORS = 16
 
@@ -46,6 +49,7 @@ class InputFile:
     that is not Parquet counts as one."""
 
     source: Source
+    schema: pa.Schema
     layout: Layout
     row_groups: tuple[tuple[int, int], ...]
 
@@ -90,6 +94,8 @@ def make_plan(config: Config) -> Plan:
         inspected = list(pool.map(lambda source: _inspect(source, config), sources))
     files = [result for result in inspected if isinstance(result, InputFile)]
     failed = [result for result in inspected if isinstance(result, Receipt)]
+    if not files and not failed:
+        raise InputError(f"{', '.join(config.inputs)}: all files are empty")
     if not files:
         first = failed[0]
         more = f"\n({len(failed) - 1} more files fail too)" if len(failed) > 1 else ""
@@ -242,15 +248,18 @@ def _suffixes() -> str:
     return ", ".join(PARQUET + JSON)
 
 
-def _inspect(source: Source, config: Config) -> InputFile | Receipt:
+def _inspect(source: Source, config: Config) -> InputFile | Receipt | None:
     store = open_store(source.root, config.store_options)
     try:
         if source.key.endswith(PARQUET):
             return _inspect_parquet(store, source, config)
         table, _ = formats.read_json_table(store.read(source.key, source.version), source.key)
+        if table.num_rows == 0:
+            log.warning("%s holds no rows; skipped", source.url)
+            return None
         layout = _layout(table.schema, table.slice(0, _SAMPLE_ROWS), config)
         rows = (table.num_rows, source.size_bytes // BYTES_PER_TOKEN)
-        return InputFile(source, layout, (rows,) if table.num_rows else ())
+        return InputFile(source, table.schema, layout, (rows,))
     except ShardError as error:
         return failed_file(source, error.reason, error.detail)
     except StorageError as error:
@@ -279,7 +288,7 @@ def _inspect_parquet(store: Store, source: Source, config: Config) -> InputFile:
             if column.path_in_schema.split(".")[0] in needed
         )
         groups.append((group.num_rows, needed_bytes // BYTES_PER_TOKEN))
-    return InputFile(source, layout, tuple(groups))
+    return InputFile(source, schema, layout, tuple(groups))
 
 
 def open_parquet(store: Store, source: Source) -> pq.ParquetFile:
@@ -314,6 +323,7 @@ def failed_file(source: Source, reason: ShardReason, detail: str) -> Receipt:
     return Receipt(
         output_key=source.key,
         input=source.key,
+        input_root=source.root,
         num_rows=0,
         status=Status.FAILED,
         reason=reason,

@@ -21,9 +21,10 @@ from batch_scorer.manifest import (
     is_record,
     known_receipts,
     publish,
+    record_plan,
 )
 from batch_scorer.models.directory import ModelFacts, find_model, inspect_model
-from batch_scorer.pipeline import has_gpus, ray_session, run_here, run_on_ray
+from batch_scorer.pipeline import has_gpus, num_workers, ray_session, run_here, run_on_ray
 from batch_scorer.plan import Plan, make_plan
 from batch_scorer.records import Format
 from batch_scorer.render import Probe
@@ -99,6 +100,7 @@ class Summary:
     receipts: list[Receipt]
     gone: list[str]
     elapsed_s: float
+    workers: int
     score_s: float = 0.0
     scored_tokens: int = 0
     computed_tokens: int = 0
@@ -134,6 +136,7 @@ def score(config: Config, listener: Listener | None = None) -> Summary:
             work = remaining(plan, job, output)
             if work.todo or plan.failed:
                 output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
+            record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
             listener.planned(work)
             return _run(job, work, output, lease, listener)
 
@@ -188,7 +191,7 @@ def remaining(plan: Plan, job: Job, output: Store) -> Work:
             else:
                 gone.append(info.key)
         elif receipt.commit.identity == shard.identity(job.fingerprint, job.config.column_prefix):
-            done.append(receipt)
+            done.append(replace(receipt, input_root=shard.source.root))
         else:
             stale[info.key] = replace(shard, replaces=info.version)
     finished = {receipt.output_key for receipt in done}
@@ -223,6 +226,7 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
         receipts=receipts + fresh,
         gone=work.gone,
         elapsed_s=time.perf_counter() - started,
+        workers=num_workers(job),
         score_s=sum(receipt.score_s for receipt in ours),
         scored_tokens=sum(receipt.commit.tokens for receipt in ours if receipt.commit),
         computed_tokens=sum(receipt.computed_tokens for receipt in ours),

@@ -120,6 +120,7 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
     return Receipt(
         output_key=shard.output_key,
         input=shard.source.key,
+        input_root=shard.source.root,
         num_rows=shard.num_rows,
         status=Status.COMMITTED,
         commit=standing.commit,
@@ -144,6 +145,7 @@ def failed(shard: Shard, error: ShardError, attempts: int = 1) -> Receipt:
     return Receipt(
         output_key=shard.output_key,
         input=shard.source.key,
+        input_root=shard.source.root,
         num_rows=shard.num_rows,
         status=Status.FAILED,
         reason=error.reason,

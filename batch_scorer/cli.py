@@ -1,0 +1,269 @@
+"""The command line. Every setting of `Config` is a flag of the same name; nothing else is.
+
+Heavy imports (torch, ray, transformers) happen inside the commands, so that `--help` answers at
+once.
+"""
+
+import inspect
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+import typer
+from rich.console import Console
+
+from batch_scorer import __version__
+from batch_scorer.config import Config, load_config
+from batch_scorer.errors import BatchScorerError, ConfigError, ExitCode, IncompleteError
+
+app = typer.Typer(
+    name="batch-scorer",
+    help="Score preference pairs and rollouts with a reward model: shards in, scored shards out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of settings; flags go on top of it.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
+Output = Annotated[str, typer.Argument(help="Folder or URL of a scored output.")]
+StoreOptions = Annotated[
+    list[str] | None,
+    typer.Option("--store-option", metavar="KEY=VALUE", help="Of the object store; repeatable."),
+]
+
+
+def main() -> NoReturn:
+    """Entry point: errors of ours become one clear message and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(standalone_mode=False)
+    except BatchScorerError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on from here", ExitCode.INCOMPLETE)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(ExitCode.INCOMPLETE)
+    except Exception as error:
+        # Typer's own usage errors know how to print themselves.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(ExitCode.CONFIG)
+    sys.exit(ExitCode.DONE)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: ExitCode) -> NoReturn:
+    _err.print(f"[red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _with_settings(command: Callable[..., None], **assumed: str) -> Callable[..., None]:
+    """Give `command(config, **its own)` one flag for every field of Config.
+
+    `assumed` are values of needed settings that the command makes no use of.
+    """
+    own = [
+        parameter
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
+        if name != "config"
+    ]
+    flags = [_flag(name) for name in Config.model_fields]
+
+    def run(config_file: Path | None = None, **values: Any) -> None:
+        mine = {parameter.name: values.pop(parameter.name) for parameter in own}
+        for name in ("columns", "store_options"):
+            values[name] = _mapping(name, values[name])
+        values["inputs"] = tuple(values["inputs"] or ()) or None
+        for name, value in assumed.items():
+            values[name] = values[name] or value
+        command(load_config(config_file, **values), **mine)
+
+    file = inspect.Parameter(
+        "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
+    )
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    run.__signature__ = inspect.Signature([*flags, file, *keyword_only])  # type: ignore[attr-defined]
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__
+    return run
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = Config.model_fields[name]
+    text = " ".join((field.description or "").split())
+    kind: Any = field.annotation
+    if name == "inputs":
+        annotation: Any = Annotated[
+            list[str] | None, typer.Argument(metavar="INPUT...", help=text, show_default=False)
+        ]
+    elif name in ("columns", "store_options"):
+        flag, metavar = {
+            "columns": ("--column", "FIELD=COLUMN"),
+            "store_options": ("--store-option", "KEY=VALUE"),
+        }[name]
+        annotation = Annotated[list[str] | None, typer.Option(flag, metavar=metavar, help=text)]
+    elif kind is bool:
+        on = name.removeprefix("use_")
+        annotation = Annotated[bool | None, typer.Option(f"--{on}/--no-{on}", help=text)]
+    else:
+        default = "" if field.is_required() or field.default in (None, "") else field.default
+        shown = f"{text} [dim]\\[default: {default}][/]" if default else text
+        metavar_of = {"metavar": "|".join(_choices(kind))} if _choices(kind) else {}
+        plain = str if _choices(kind) else _without_none(kind)
+        option = typer.Option(f"--{name.replace('_', '-')}", help=shown, **metavar_of)  # type: ignore[arg-type]
+        annotation = Annotated[plain | None, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _without_none(kind: Any) -> Any:
+    inner = [part for part in get_args(kind) if part is not type(None)]
+    return inner[0] if inner else kind
+
+
+def _choices(kind: Any) -> list[str]:
+    kind = _without_none(kind) if get_origin(kind) is not Literal else kind
+    if get_origin(kind) is Literal:
+        return [str(choice) for choice in get_args(kind)]
+    return [member.value for member in kind] if hasattr(kind, "__members__") else []
+
+
+def _mapping(name: str, pairs: list[str] | None) -> dict[str, str] | None:
+    if not pairs:
+        return None
+    wrong = [pair for pair in pairs if "=" not in pair]
+    if wrong:
+        raise ConfigError(f"{name}: expected KEY=VALUE, got {wrong[0]!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+@app.command()
+@_with_settings
+def score(config: Config, as_json: AsJson = False) -> None:
+    """Score all inputs into the output. Run it again to finish what was interrupted."""
+    _score(config, as_json=as_json)
+
+
+@app.command()
+@partial(_with_settings, model="(not read)", output="(not written)")
+def plan(config: Config, as_json: AsJson = False) -> None:
+    """Say what a run would do: files, what their rows are, shards. Writes nothing."""
+    from batch_scorer.plan import make_plan
+    from batch_scorer.reports.summary import plan_json, print_plan
+
+    made = make_plan(config)
+    if as_json:
+        print(json.dumps(plan_json(made)))
+    else:
+        print_plan(_out, made)
+
+
+@app.command()
+def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
+    """Say how far an output is."""
+    from batch_scorer.reports.status import read_status
+    from batch_scorer.reports.summary import print_status
+
+    found = read_status(output, _mapping("store_option", store_option))
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        print_status(_out, found)
+
+
+@app.command()
+def verify(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
+    """Recount and re-hash a scored output from its data."""
+    from batch_scorer.reports.summary import print_verdict, verdict_json
+    from batch_scorer.verify import verify as check
+
+    verdict = check(output, _mapping("store_option", store_option))
+    if as_json:
+        print(json.dumps(verdict_json(verdict)))
+    else:
+        print_verdict(_out, output, verdict)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Where the scored sample goes.")] = "demo-output",
+    as_json: AsJson = False,
+) -> None:
+    """Score a sample of real preference pairs and rollouts with the embedded reward model."""
+    from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
+
+    say = _err if as_json else _out
+    model = build_embedded_model(
+        default_embedded_directory(), lambda line: say.print(line, highlight=False)
+    )
+    sample = Path(__file__).parent / "data"
+    config = load_config(
+        model=str(model),
+        inputs=(str(sample / "pairs"), str(sample / "rollouts")),
+        output=output,
+        shard_rows=_DEMO_SHARD_ROWS,
+    )
+    _score(config, as_json=as_json)
+
+
+_DEMO_SHARD_ROWS = 50
+"""Small, so that a laptop shows progress every few seconds."""
+
+
+def _score(config: Config, *, as_json: bool) -> None:
+    from batch_scorer.reports.progress import ProgressView
+    from batch_scorer.reports.summary import print_summary, summary_json
+    from batch_scorer.run import score as run
+
+    with ProgressView(_err if as_json else _out) as progress:
+        summary = run(config, progress)
+    if as_json:
+        print(json.dumps(summary_json(summary)))
+    else:
+        print_summary(_out, summary)
+        _out.print(f"The scored shards are in {summary.output}", highlight=False, soft_wrap=True)
+        _out.print(f"Check them:  batch-scorer verify {summary.output}", soft_wrap=True)
+    if not summary.is_complete:
+        failed = summary.totals["shards_failed"]
+        raise IncompleteError(
+            f"{failed} of {summary.totals['shards']} shards are not scored (reasons above); "
+            "mend their inputs and run the same command again"
+        )
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Live progress: bars on a terminal, plain log lines elsewhere."""
+
+import logging
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from batch_scorer import formats
+from batch_scorer.manifest import Receipt
+from batch_scorer.run import Work
+
+log = logging.getLogger("batch_scorer")
+
+_LINE_EVERY_S = 10.0
+_LAYOUTS_SHOWN = 8
+
+
+class ProgressView:
+    """Shards, rows, tokens per second, time left and marked rows of one run.
+
+    The time left is judged by estimated tokens, since shards differ in size.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._started = time.monotonic()
+        self._line_at = 0.0
+        self._estimates: dict[str, int] = {}
+        self._shards = self._rows = self._tokens = self._marked = self._failed = 0
+        self._total_shards = self._estimated = self._estimated_done = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def planned(self, work: Work) -> None:
+        for line in _plan_lines(work):
+            self._console.print(line, highlight=False, soft_wrap=True)
+        self._total_shards = len(work.todo)
+        self._estimates = {shard.output_key: shard.estimated_tokens for shard in work.todo}
+        self._estimated = sum(self._estimates.values())
+        self._started = self._line_at = time.monotonic()
+        if work.todo and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("scoring"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("starting workers", total=max(1, self._estimated))
+            self._bar.start()
+        elif work.todo:
+            self._console.print("starting workers")
+
+    def finished(self, receipt: Receipt) -> None:
+        self._shards += 1
+        self._rows += receipt.num_rows
+        self._estimated_done += self._estimates.get(receipt.output_key, 0)
+        if receipt.commit is None:
+            self._failed += 1
+            self._say(f"[red]failed[/] {receipt.input}: {receipt.reason}: {receipt.detail}")
+        else:
+            self._tokens += receipt.commit.tokens
+            self._marked += receipt.commit.rows_marked
+            for row, reason, detail in receipt.examples:
+                self._say(f"[yellow]marked[/] {receipt.input} row {row}: {reason}: {detail}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._estimated_done, description=self._line())
+        elif time.monotonic() - self._line_at >= _LINE_EVERY_S or self._is_last:
+            self._line_at = time.monotonic()
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
+
+    @property
+    def _is_last(self) -> bool:
+        return self._shards == self._total_shards
+
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        left = elapsed * (self._estimated / max(self._estimated_done, 1) - 1)
+        parts = [
+            f"{self._shards}/{self._total_shards} shards",
+            f"{self._rows:,} rows",
+            f"{self._tokens / elapsed:,.0f} tokens/s",
+            "done" if self._is_last else f"{_duration(left)} left",
+        ]
+        if self._marked:
+            parts.append(f"{self._marked:,} marked")
+        if self._failed:
+            parts.append(f"{self._failed:,} failed")
+        return " · ".join(parts)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _plan_lines(work: Work) -> list[str]:
+    files, shards = work.plan.files, work.plan.shards
+    rows = f"{work.plan.num_rows:,} rows"
+    lines = [f"{len(files)} files, {len(shards)} shards, {rows}; {len(work.done)} shards are done"]
+    layouts: dict[str, list[str]] = {}
+    for file in files:
+        layouts.setdefault(formats.describe(file.layout, file.schema), []).append(file.source.key)
+    for layout, keys in list(layouts.items())[:_LAYOUTS_SHOWN]:
+        which = keys[0] if len(keys) == 1 else f"{len(keys)} files"
+        lines.append(f"  {which}: {layout}")
+    if len(layouts) > _LAYOUTS_SHOWN:
+        lines.append(f"  … and {len(layouts) - _LAYOUTS_SHOWN} more kinds of rows")
+    lines += [f"[red]failed[/] {r.input}: {r.reason}: {r.detail}" for r in work.plan.failed]
+    lines += [f"[yellow]its input is gone[/] {key}" for key in work.gone]
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,59 @@
+"""How far an output is, read from anywhere that sees it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from batch_scorer.lease import holder_of
+from batch_scorer.manifest import known_receipts, read_plan, read_run, read_success, total
+from batch_scorer.storage import ObjectMissing, open_store
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStatus:
+    """`state` is complete, running or interrupted. Counts are of what the records know, which
+    lags a running job by a few seconds; `planned_*` are of its newest run."""
+
+    output: str
+    state: str
+    holder: str | None
+    planned_shards: int
+    planned_rows: int
+    shards_committed: int
+    shards_failed: int
+    rows_scored: int
+    rows_marked: int
+    tokens: int
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_status(output: str, store_options: Mapping[str, str] | None = None) -> OutputStatus:
+    """The state of `output`. Raises OutputError if it is not one of ours."""
+    store = open_store(output, store_options or {})
+    run = read_run(store)
+    totals = total(known_receipts(store).values())
+    try:
+        plan = read_plan(store)
+    except ObjectMissing:
+        plan = {"shards": 0, "rows": 0}
+    holder = holder_of(store)
+    if read_success(store) is not None:
+        state = "complete"
+    else:
+        state = "running" if holder else "interrupted"
+    return OutputStatus(
+        output=output,
+        state=state,
+        holder=holder,
+        planned_shards=plan["shards"],
+        planned_rows=plan["rows"],
+        shards_committed=totals["shards"] - totals["shards_failed"],
+        shards_failed=totals["shards_failed"],
+        rows_scored=totals["rows_scored"],
+        rows_marked=totals["rows_marked"],
+        tokens=totals["tokens"],
+        provenance=run["provenance"],
+    )

@@ -1,0 +1,158 @@
+"""The tables at the end: what was scored, how fast, and how often the chosen answer wins."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from batch_scorer import formats
+from batch_scorer.errors import ExitCode
+from batch_scorer.manifest import layout_to_json
+from batch_scorer.plan import Plan
+from batch_scorer.reports.status import OutputStatus
+from batch_scorer.run import Summary
+from batch_scorer.verify import Verdict
+
+_FILES_SHOWN = 40
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """What a person wants to know after a run."""
+    totals = summary.totals
+    table = Table(title="Scored", show_header=False, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_row("rows", f"{totals['rows']:,}")
+    table.add_row("  scored", f"{totals['rows_scored']:,}")
+    for reason, count in sorted(totals["marked"].items()):
+        table.add_row(f"  marked: {reason}", f"{count:,}")
+    if totals["shards_failed"]:
+        table.add_row("  in failed shards", f"{totals['rows_failed']:,}")
+    table.add_row("shards", f"{totals['shards']:,}")
+    table.add_row("sequences", f"{totals['sequences']:,}")
+    table.add_row("tokens", f"{totals['tokens']:,}")
+    if summary.scored_tokens:
+        per_worker = summary.scored_tokens / summary.workers
+        table.add_row("time", f"{summary.elapsed_s:.1f} s")
+        goodput = f"{per_worker / summary.elapsed_s:,.0f} tokens/s per worker"
+        table.add_row("goodput, start-up included", goodput)
+        # score_s adds up over workers, so it is worker seconds already.
+        table.add_row(
+            "while a worker scores", f"{summary.scored_tokens / summary.score_s:,.0f} tokens/s"
+        )
+    console.print(table)
+    if totals["pairs"]:
+        console.print(pair_table(totals["pairs"]))
+
+
+def pair_table(pairs: Mapping[str, list[int]]) -> Table:
+    """Accuracy by source: a pair counts if chosen scores strictly higher; a tie is a miss."""
+    table = Table(title="Preference pairs", title_justify="left")
+    table.add_column("source")
+    for name in ("pairs", "chosen higher", "ties", "accuracy"):
+        table.add_column(name, justify="right")
+    for source, (count, wins, ties) in sorted(pairs.items()):
+        table.add_row(source, f"{count:,}", f"{wins:,}", f"{ties:,}", _share(wins, count))
+    if len(pairs) > 1:
+        count, wins, ties = (sum(column) for column in zip(*pairs.values(), strict=True))
+        table.add_section()
+        table.add_row("all", f"{count:,}", f"{wins:,}", f"{ties:,}", _share(wins, count))
+    return table
+
+
+def summary_json(summary: Summary) -> dict[str, Any]:
+    """The same for machines: the totals, this run's timings, and every shard that failed."""
+    return {
+        **summary.totals,
+        "output": summary.output,
+        "complete": summary.is_complete,
+        "elapsed_s": round(summary.elapsed_s, 3),
+        "workers": summary.workers,
+        "score_s": round(summary.score_s, 3),
+        "scored_tokens": summary.scored_tokens,
+        "computed_tokens": summary.computed_tokens,
+        "inputs_gone": summary.gone,
+        "failed": [
+            {"input": r.input, "output_key": r.output_key, "reason": r.reason, "detail": r.detail}
+            for r in summary.receipts
+            if r.commit is None
+        ],
+    }
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.3f}" if whole else "–"
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Every file with what its rows are, then what will be done."""
+    table = Table(title="Plan", title_justify="left")
+    for name in ("file", "rows", "shards", "tokens (est.)", "rows are"):
+        is_text = name in ("file", "rows are")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for file in plan.files[:_FILES_SHOWN]:
+        shards = [shard for shard in plan.shards if shard.source is file.source]
+        tokens = sum(shard.estimated_tokens for shard in shards)
+        what = formats.describe(file.layout, file.schema)
+        table.add_row(file.source.key, f"{file.num_rows:,}", str(len(shards)), f"{tokens:,}", what)
+    console.print(table)
+    if len(plan.files) > _FILES_SHOWN:
+        console.print(f"… and {len(plan.files) - _FILES_SHOWN} more files")
+    for receipt in plan.failed:
+        line = f"[red]cannot be scored[/] {receipt.input}: {receipt.reason}: {receipt.detail}"
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(plan.files):,} files, {len(plan.shards):,} shards, {plan.num_rows:,} rows, "
+        f"about {plan.estimated_tokens:,} tokens"
+    )
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "files": [
+            {
+                "input": file.source.url,
+                "rows": file.num_rows,
+                "rows_are": formats.describe(file.layout, file.schema),
+                **layout_to_json(file.layout),
+            }
+            for file in plan.files
+        ],
+        "shards": len(plan.shards),
+        "rows": plan.num_rows,
+        "estimated_tokens": plan.estimated_tokens,
+        "failed": [{"input": r.input, "reason": r.reason, "detail": r.detail} for r in plan.failed],
+    }
+
+
+def print_status(console: Console, status: OutputStatus) -> None:
+    holder = f" ({status.holder})" if status.holder else ""
+    console.print(f"{status.output}: {status.state}{holder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{status.shards_committed:,} of {status.planned_shards:,} shards committed, "
+        f"{status.shards_failed:,} failed; {status.rows_scored:,} rows scored, "
+        f"{status.rows_marked:,} marked, of {status.planned_rows:,}",
+        highlight=False,
+    )
+
+
+def print_verdict(console: Console, output: str, verdict: Verdict) -> None:
+    for problem in verdict.problems:
+        console.print(f"[red]wrong[/] {problem}", highlight=False, soft_wrap=True)
+    for line in verdict.unfinished:
+        console.print(f"[yellow]unfinished[/] {line}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{output}: {verdict.shards:,} shards, {verdict.rows:,} rows = "
+        f"{verdict.rows_scored:,} scored + {verdict.rows_marked:,} marked; "
+        f"{verdict.inputs_compared:,} shards compared with their input",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if verdict.exit_code == ExitCode.DONE:
+        console.print("[green]verified[/]")
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    return {**asdict(verdict), "ok": verdict.exit_code == ExitCode.DONE}

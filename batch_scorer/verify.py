@@ -1,0 +1,200 @@
+"""A second reader: recounts and re-hashes a scored output from its data, not from its counters.
+
+For every shard of the manifest it reads the object and, where the input is still the one that was
+scored, the input, and checks that the bytes are those that were committed, that every row is
+scored or marked, and that the input's columns came back as they were.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batch_scorer import formats
+from batch_scorer.columns import digest_columns
+from batch_scorer.errors import ExitCode, ShardError, StorageError
+from batch_scorer.manifest import (
+    SUCCESS_KEY,
+    Commit,
+    Receipt,
+    current_manifest,
+    is_record,
+    known_receipts,
+    read_commit,
+    read_run,
+    read_success,
+)
+from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, open_store
+
+_READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found. `rows_*` are recounted from the data; `problems` name object and cause.
+
+    `unfinished` lists shards that failed or are not there yet; `inputs_compared` counts shards
+    whose input was still there to be compared with.
+    """
+
+    shards: int
+    rows: int
+    rows_scored: int
+    rows_marked: int
+    inputs_compared: int
+    problems: list[str]
+    unfinished: list[str]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        if self.problems:
+            return ExitCode.INTEGRITY
+        return ExitCode.INCOMPLETE if self.unfinished else ExitCode.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    rows: int = 0
+    scored: int = 0
+    compared: bool = False
+    problems: tuple[str, ...] = ()
+
+
+def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdict:
+    """Check a scored output. Raises OutputError if there is none at `output`."""
+    options = dict(store_options or {})
+    store = open_store(output, options)
+    read_run(store)
+    success = read_success(store)
+    receipts = list(known_receipts(store).values()) if success is None else current_manifest(store)
+    committed = [receipt for receipt in receipts if receipt.commit]
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        checks = list(pool.map(lambda receipt: _check(store, receipt, options), committed))
+    problems = [problem for check in checks for problem in check.problems]
+    known = {receipt.output_key for receipt in committed}
+    strangers = [info for info in store.list() if _is_stranger(info, known)]
+    unfinished = [
+        f"{receipt.input}: {receipt.reason}: {receipt.detail}"
+        for receipt in receipts
+        if receipt.commit is None
+    ]
+    rows, scored = sum(check.rows for check in checks), sum(check.scored for check in checks)
+    if success is None:
+        unfinished.append(f"no {SUCCESS_KEY}: the run is not finished")
+        # The run may have ended between a commit and the record of it.
+        strangers = [info for info in strangers if read_commit(store, info)[0] is None]
+    elif (success["rows"], success["rows_scored"]) != (rows, scored):
+        counted = f"{success['rows']} rows, {success['rows_scored']} scored"
+        problems.append(f"{SUCCESS_KEY} counts {counted}; the data {rows} rows, {scored} scored")
+    problems += [f"{info.key}: not in the manifest" for info in strangers]
+    return Verdict(
+        shards=len(committed),
+        rows=rows,
+        rows_scored=scored,
+        rows_marked=rows - scored,
+        inputs_compared=sum(check.compared for check in checks),
+        problems=problems,
+        unfinished=unfinished,
+    )
+
+
+def _check(store: Store, receipt: Receipt, options: Mapping[str, str]) -> _Checked:
+    key = receipt.output_key
+    try:
+        data = store.read(key)
+    except ObjectMissing:
+        return _Checked(problems=(f"{key}: missing",))
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        return _Checked(problems=(f"{key}: not readable: {error}",))
+    commit = Commit.from_footer(table.schema.metadata)
+    if commit is None or commit != receipt.commit:
+        return _Checked(problems=(f"{key}: its footer is not the one that was committed",))
+    problems = []
+    if receipt.sha256 and hashlib.sha256(data).hexdigest() != receipt.sha256:
+        problems.append(f"{key}: its bytes are not those that were committed")
+    problems += [f"{key}: {problem}" for problem in _row_problems(table, commit)]
+    compared, difference = _compare_input(table, commit, receipt, options)
+    if difference:
+        problems.append(f"{key}: {difference}")
+    scored = table.num_rows - _num_marked(table, commit)
+    return _Checked(table.num_rows, scored, compared, tuple(problems))
+
+
+def _num_marked(table: pa.Table, commit: Commit) -> int:
+    return int(pc.count(table[_error_column(commit)], mode="only_valid").as_py())
+
+
+def _error_column(commit: Commit) -> str:
+    return next(name for name in commit.added_columns if name.endswith("score_error"))
+
+
+def _row_problems(table: pa.Table, commit: Commit) -> Iterator[str]:
+    missing = [name for name in commit.added_columns if name not in table.column_names]
+    if missing:
+        yield f"columns {missing} are missing"
+        return
+    added = {name: table[name].combine_chunks() for name in commit.added_columns}
+    if digest_columns(added) != commit.scores_digest:
+        yield "its scores are not those that were committed"
+    marked = _num_marked(table, commit)
+    if table.num_rows != commit.num_rows or marked != commit.rows_marked:
+        yield (
+            f"{table.num_rows} rows, {marked} marked; the commit says {commit.num_rows}, "
+            f"{commit.rows_marked} marked"
+        )
+    is_marked = pc.is_valid(table[_error_column(commit)]).to_pylist()
+    for name in commit.added_columns:
+        if "score" in name and not name.endswith("score_error"):
+            complete = [_is_complete(value) for value in table[name].to_pylist()]
+            wrong = [row for row, ok in enumerate(complete) if not ok and not is_marked[row]]
+            if wrong:
+                yield f"row {wrong[0]}: {name} has no number and no reason"
+
+
+def _is_complete(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return value is not None and all(v is not None and abs(v) < float("inf") for v in values)
+
+
+def _compare_input(
+    table: pa.Table, commit: Commit, receipt: Receipt, options: Mapping[str, str]
+) -> tuple[bool, str]:
+    """Whether the input could be compared, and the first difference in its columns."""
+    try:
+        store = open_store(receipt.input_root, options)
+        info = store.head(receipt.input)
+        if info.version.etag != commit.input_etag:
+            return False, ""
+        source = _read_input(store, info)
+    except (StorageError, ShardError, pa.ArrowException):
+        return False, ""
+    expected = source.slice(commit.first_row, commit.num_rows)
+    kept = table.select([n for n in table.column_names if n not in commit.added_columns])
+    if kept.column_names != expected.column_names:
+        return True, f"columns {kept.column_names}, the input has {expected.column_names}"
+    for name in kept.column_names:
+        if kept.schema.field(name).type != expected.schema.field(name).type:
+            return True, f"column {name} changed its type"
+        if not kept[name].equals(expected[name]):
+            return True, f"column {name} is not as it was in the input"
+    return True, ""
+
+
+def _read_input(store: Store, info: ObjectInfo) -> pa.Table:
+    data = store.read(info.key, info.version)
+    if info.key.endswith(".parquet"):
+        return pq.read_table(io.BytesIO(data))
+    return formats.read_json_table(data, info.key)[0]
+
+
+def _is_stranger(info: ObjectInfo, known: set[str]) -> bool:
+    """A Parquet object that a plain glob would read although no record names it."""
+    return info.key.endswith(".parquet") and info.key not in known and not is_record(info.key)
