@@ -12,6 +12,8 @@ counted by `_Attempts`, because Ray itself would start a crashing item again for
 import logging
 import os
 import pickle
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,22 +132,46 @@ def ray_session(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray Data's own log lines count work items; ours count rows and tokens.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
             ray.init(address=address, **quiet)
         else:
             cpus = (os.cpu_count() or 1) + _SPARE_CPUS
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            with _native_log_off():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot join Ray at {address or 'this machine'}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _native_log_off() -> Iterator[None]:
+    """Keep Ray's native log off a person's terminal.
+
+    It greets every Ray Data actor with an error-level line (ray-project/ray#53727), and the
+    switch that turns it off announces itself: so stderr is held back while Ray starts, and shown
+    if that fails. Ray's log files are not affected by the latter.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(terminal, 2)
+            held.seek(0)
+            sys.stderr.write(held.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def has_gpus(config: Config) -> bool:
@@ -169,6 +195,8 @@ def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
+    # Ray Data's own lines count work items; ours count rows and tokens.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

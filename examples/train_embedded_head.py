@@ -72,7 +72,7 @@ MIXES: dict[str, tuple[str, ...]] = {
     "helpful+opinions+maths": (*HELPFUL, *OPINIONS, "gsm8k-solutions"),
     "helpful+opinions+harmless": (*HELPFUL, *OPINIONS, "hh-harmless-base"),
 }
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 FOLDS = ((2, 3), (4, 5), (6, 7), (8, 9))  # prompt buckets; 0 and 1 are held out
 MAX_TOKENS = 700
 BATCH_TOKENS = 4096
@@ -92,6 +92,24 @@ class Pair:
     def key(self) -> str:
         """Order of the sample: as good as random, and the same on every machine."""
         return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which features are extracted."""
+
+    layers: tuple[int, ...]
+    templates: tuple[str, ...]
+    default_system: bool
+    dtype: str
+
+    @property
+    def endings(self) -> list[str]:
+        return [ENDINGS[name] for name in self.templates]
+
+    def identity(self, pairs: Sequence[Pair]) -> str:
+        parts = [dataclasses.astuple(self), self.endings, CHAT_TEMPLATE, [p.key for p in pairs]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -118,13 +136,13 @@ def read_pairs(paths: Sequence[Path]) -> list[Pair]:
     return kept
 
 
-def make_tree(pair: Pair, tokenizer: Any, default_system: bool) -> Tree:
+def make_tree(pair: Pair, tokenizer: Any, grid: Grid) -> Tree:
     sides = []
     for messages in (pair.chosen, pair.rejected):
-        if default_system and messages[0]["role"] != "system":
+        if grid.default_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        sides.append([tokenizer.encode(text + ending) for ending in ENDINGS.values()])
+        sides.append([tokenizer.encode(text + ending) for ending in grid.endings])
     chosen, rejected = sides[0][-1], sides[1][-1]
     # At least one token of its own for each side, so that both have a place to pool.
     limit = min(len(sides[0][0]), len(sides[1][0])) - 1
@@ -144,14 +162,14 @@ def make_tree(pair: Pair, tokenizer: Any, default_system: bool) -> Tree:
 class Extractor:
     """The frozen body, with its final norm read after every candidate layer."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, grid: Grid) -> None:
         self.tokenizer = load_tokenizer()
-        self.body = LlamaModel(language_model_config())
-        self.body.load_state_dict(load_body())
-        self.body.eval().to(dtype)
+        self.body: Any = LlamaModel(language_model_config(max(grid.layers)))
+        self.body.load_state_dict(load_body(max(grid.layers)))
+        self.body.eval().to(getattr(torch, grid.dtype))
         self.pooled: torch.Tensor = torch.empty(0, dtype=torch.int64)
         self.taken: list[torch.Tensor] = []
-        for layer in LAYERS:
+        for layer in grid.layers:
             self.body.layers[layer - 1].register_forward_hook(self._take)
 
     def _take(self, module: Any, args: Any, output: Any) -> None:
@@ -189,24 +207,20 @@ def batches(lengths: Sequence[int], order: Sequence[int]) -> Iterator[list[int]]
 
 
 def extract(
-    pairs: Sequence[Pair], work_dir: Path, dtype: torch.dtype, default_system: bool
+    pairs: Sequence[Pair], work_dir: Path, grid: Grid
 ) -> tuple[list[int], npt.NDArray[np.float16]]:
     """Features float16[P, L, 2, T, H] of the pairs that are short enough, and their indices."""
     extractor: Extractor | None = None
     kept: list[int] = []
     parts = []
-    folder = work_dir / f"{str(dtype).split('.')[1]}-{'system' if default_system else 'plain'}"
-    folder.mkdir(parents=True, exist_ok=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(pairs), CHUNK_PAIRS):
         chunk = pairs[start : start + CHUNK_PAIRS]
-        identity = json.dumps(
-            [LAYERS, list(ENDINGS.values()), CHAT_TEMPLATE, [pair.key for pair in chunk]]
-        )
-        file = folder / f"{start:06d}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.npz"
+        file = work_dir / f"{grid.identity(chunk)}.npz"
         if not file.exists():
-            extractor = extractor or Extractor(dtype)
+            extractor = extractor or Extractor(grid)
             began = time.monotonic()
-            trees = [make_tree(pair, extractor.tokenizer, default_system) for pair in chunk]
+            trees = [make_tree(pair, extractor.tokenizer, grid) for pair in chunk]
             lengths = [len(tree.ids) for tree in trees]
             short = [i for i, length in enumerate(lengths) if length <= MAX_TOKENS]
             done: dict[int, npt.NDArray[np.float16]] = {}
@@ -214,8 +228,7 @@ def extract(
                 done.update(zip(batch, extractor([trees[i] for i in batch]), strict=True))
             np.savez(file, index=short, features=np.stack([done[i] for i in short]))
             tokens, seconds = sum(lengths[i] for i in short), time.monotonic() - began
-            progress = f"{start + len(chunk)}/{len(pairs)} pairs"
-            print(f"{folder.name}: {progress}, {tokens / seconds:.0f} tokens/s")
+            print(f"{start + len(chunk)}/{len(pairs)} pairs, {tokens / seconds:.0f} tokens/s")
         saved = np.load(file)
         kept.extend(int(i) + start for i in saved["index"])
         parts.append(saved["features"])
@@ -233,7 +246,10 @@ class Variant:
 class Features:
     """Pairs with their features."""
 
-    def __init__(self, pairs: Sequence[Pair], features: npt.NDArray[np.float16]) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], grid: Grid, features: npt.NDArray[np.float16]
+    ) -> None:
+        self.grid = grid
         self.features = features  # float16[P, L, 2, T, H]
         self.sources = np.array([pair.source for pair in pairs])
         self.buckets = np.array([prompt_bucket(pair.chosen) for pair in pairs])
@@ -245,7 +261,8 @@ class Features:
 
     def sides(self, variant: Variant) -> Floats:
         """float64[P, 2, H]"""
-        layer, template = LAYERS.index(variant.layer), list(ENDINGS).index(variant.template)
+        layer = self.grid.layers.index(variant.layer)
+        template = self.grid.templates.index(variant.template)
         return self.features[:, layer, :, template].astype(np.float64)
 
 
@@ -303,6 +320,7 @@ def validation_figures(data: Features, variant: Variant) -> dict[str, Any]:
 
 def select(data: Features) -> tuple[Variant, list[dict[str, Any]]]:
     """One choice at a time, by log-loss on helpful pairs; and all the figures it rests on."""
+    grid = data.grid
     tried: dict[Variant, dict[str, Any]] = {}
 
     def best_of(variants: Sequence[Variant]) -> Variant:
@@ -311,10 +329,10 @@ def select(data: Features) -> tuple[Variant, list[dict[str, Any]]]:
                 tried[variant] = validation_figures(data, variant)
         return min(variants, key=lambda variant: tried[variant]["log_loss"])
 
-    best = best_of([Variant(t, la, "helpful", 0.1) for t in ENDINGS for la in LAYERS])
+    best = best_of([Variant(t, la, "helpful", 0.1) for t in grid.templates for la in grid.layers])
     best = best_of([dataclasses.replace(best, mix=mix) for mix in MIXES])
     best = best_of([dataclasses.replace(best, ridge=ridge) for ridge in RIDGES])
-    best = best_of([dataclasses.replace(best, layer=layer) for layer in LAYERS])
+    best = best_of([dataclasses.replace(best, layer=layer) for layer in grid.layers])
     return best, list(tried.values())
 
 
@@ -364,16 +382,20 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-pairs", type=int, help="stop after so many (a quick try)")
     parser.add_argument("--default-system", action="store_true", help="with SmolLM's own prompt")
-    parser.add_argument("--layer", type=int, choices=LAYERS, help="instead of the best one")
+    parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="candidates")
+    parser.add_argument("--templates", nargs="+", choices=ENDINGS, default=tuple(ENDINGS))
     arguments = parser.parse_args()
 
     pairs = read_pairs(arguments.pairs)[: arguments.max_pairs]
-    dtype: torch.dtype = getattr(torch, arguments.dtype)
-    kept, features = extract(pairs, arguments.work_dir, dtype, arguments.default_system)
-    data = Features([pairs[i] for i in kept], features)
+    grid = Grid(
+        layers=tuple(arguments.layers),
+        templates=tuple(arguments.templates),
+        default_system=arguments.default_system,
+        dtype=arguments.dtype,
+    )
+    kept, features = extract(pairs, arguments.work_dir, grid)
+    data = Features([pairs[i] for i in kept], grid, features)
     variant, tried = select(data)
-    if arguments.layer is not None:
-        variant = dataclasses.replace(variant, layer=arguments.layer)
     usable = np.isin(data.sources, MIXES[variant.mix]) & ~data.tied & ~data.held_out
     head = fit_head(data.sides(variant)[usable], variant.ridge)
     test = evaluate(data, variant, head)

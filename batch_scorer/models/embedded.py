@@ -166,7 +166,7 @@ def load_body(num_layers: int = _NUM_LAYERS) -> dict[str, Any]:
             name = {"token_embd": "embed_tokens", "output_norm": "norm"}[name]
         weights = gguf.dequantize(packed.data, packed.tensor_type)  # float32[out, in]
         if name.endswith(("q_proj", "k_proj")):
-            # llama.cpp pairs neighbouring rotary dimensions; transformers, the two halves of a head.
+            # llama.cpp rotates neighbouring dimensions, transformers the two halves of a head.
             heads = _NUM_HEADS if name.endswith("q_proj") else _NUM_KEY_VALUE_HEADS
             size = len(weights)
             weights = weights.reshape(heads, size // heads // 2, 2, -1).swapaxes(1, 2)
@@ -192,7 +192,8 @@ def load_tokenizer() -> Any:
     backend.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in control])
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    return make(
         tokenizer_object=backend,
         bos_token="<|im_start|>",  # opens every turn of the template; none is added to it
         eos_token="<|im_end|>",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,16 @@ KERNELS_HERE = WITHOUT_SOFTCAP + [
     ]
     for softcap in (None, 2.0)
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Short operations wait for each other's threads: on a busy machine two are ten times slower
+    than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_bounds(
