@@ -159,14 +159,15 @@ def list_sources(config: Config) -> list[Source]:
     """
     found = [(root, info) for spec in config.inputs for root, info in _expand(spec, config)]
     output = _absolute(config.output)
-    urls = {f"{root.rstrip('/')}/{info.key}": (root, info) for root, info in found}
-    urls = {url: hit for url, hit in urls.items() if not url.startswith(f"{output}/")}
-    roots = {root for root, _ in urls.values()}
-    if any(_absolute(root) == output for root in roots):
+    roots = {root for root, _ in found}
+    if output in roots:
         raise ConfigError(f"output {config.output} is the input folder; name another one")
     base = _common_root(roots)
+    urls = {f"{root.rstrip('/')}/{info.key}": (root, info) for root, info in found}
     sources = []
     for url, (root, info) in sorted(urls.items()):
+        if url.startswith(f"{output}/"):
+            continue
         key_root = base or root
         key = url.removeprefix(key_root.rstrip("/") + "/")
         sources.append(Source(key_root, key, info.size_bytes, info.version))
@@ -182,27 +183,21 @@ def _expand(spec: str, config: Config) -> Iterator[tuple[str, ObjectInfo]]:
         folder, pattern = _split_glob(url)
         matches = glob_pattern(pattern)
         hits = [(folder, i) for i in _list(folder, config) if matches.fullmatch(i.key)]
-        if not hits:
-            raise InputError(f"{spec}: no file matches")
-        yield from hits
-        return
-    if url.endswith(PARQUET + JSON):
-        folder, _, name = url.rpartition("/")
-        try:
-            yield folder, open_store(folder, config.store_options).head(name)
-            return
-        except ObjectMissing:
-            pass  # a folder may have such a name (Spark writes them)
-    elif not is_remote(url) and Path(url).is_file():
-        raise InputError(f"{spec}: unknown file type; {_suffixes()} are read")
-    hits = [
-        (url, info)
-        for info in _list(url, config)
-        if info.key.endswith(PARQUET + JSON) and not _is_hidden(info.key)
-    ]
+        problem = "no file matches"
+    else:
+        if url.endswith(PARQUET + JSON):
+            folder, _, name = url.rpartition("/")
+            try:
+                yield folder, open_store(folder, config.store_options).head(name)
+                return
+            except ObjectMissing:
+                pass  # a folder may have such a name (Spark writes them)
+        elif not is_remote(url) and Path(url).is_file():
+            raise InputError(f"{spec}: unknown file type; {_suffixes()} are read")
+        hits = [(url, info) for info in _list(url, config)]
+        problem = f"holds no {_suffixes()} files"
+    hits = [(r, i) for r, i in hits if i.key.endswith(PARQUET + JSON) and not _is_hidden(i.key)]
     if not hits:
-        exists = is_remote(url) or Path(url).exists()
-        problem = f"holds no {_suffixes()} files" if exists else "no such file or folder"
         raise InputError(f"{spec}: {problem}")
     yield from hits
 
@@ -211,7 +206,8 @@ def _list(root: str, config: Config) -> Iterable[ObjectInfo]:
     try:
         return list(open_store(root, config.store_options).list())
     except ObjectMissing as error:
-        raise InputError(f"{root}: no such folder or bucket") from error
+        what = "bucket" if is_remote(root) else "file or folder"
+        raise InputError(f"{root}: no such {what}") from error
     except AccessDenied as error:
         raise InputError(str(error)) from error
 

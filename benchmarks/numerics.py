@@ -1,0 +1,310 @@
+"""How far the hf backend's scores are from exact ones, and what its choices cost on this device.
+
+    python benchmarks/numerics.py            # about 5 minutes on 2 cores
+    python benchmarks/numerics.py --quick    # a smoke test: sizes too small to mean anything
+
+Models are random, their queries and keys scaled until attention is peaked and their heads until
+scores have a standard deviation of 2. Exact means float32, eager, one sequence at a time. The
+last line is the whole result as JSON.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from batch_scorer.backends.attention import KERNELS, attention_bounds
+from batch_scorer.backends.hf import HFBackend
+from batch_scorer.packing import pack
+from batch_scorer.records import TokenizedRows
+
+SCORE_STD = 2.0
+QUERY_KEY_GAIN = {"llama": 2.5, "qwen3": 2.5, "gemma2": 6.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 128, "query_pre_attn_scalar": 64},
+}
+Sequences = list[list[int]]
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    sequences: int
+    median_length: int
+    longest: int
+    rounds: int
+
+    def config(self, family: str, layers: int | None = None) -> Any:
+        return AutoConfig.for_model(
+            family,
+            num_hidden_layers=layers or self.layers,
+            hidden_size=self.hidden,
+            intermediate_size=3 * self.hidden,
+            num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.hidden // 192,
+            head_dim=64,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=self.longest,
+            num_labels=1,
+            pad_token_id=0,
+            **FAMILIES[family],
+        )
+
+
+FULL = Scale(8, 768, 32000, 48, 200, 1024, 5)
+QUICK = Scale(2, 192, 500, 12, 20, 64, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    scale = QUICK if arguments.quick else FULL
+    result: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": arguments.threads,
+        "errors": {},
+        "jitter": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for family in FAMILIES:
+            model_dir = Path(folder) / family
+            build_model(scale, family, model_dir)
+            errors, jitter = accuracy(scale, model_dir)
+            result["errors"][family], result["jitter"][family] = errors, jitter
+    print_accuracy(result)
+    result["attention_ms"] = attention_times(scale)
+    print_attention_times(result["attention_ms"])
+    result["body_tokens_per_s"] = body_rates(scale)
+    print(f"\npacked Llama body, tokens per second: {result['body_tokens_per_s']}\n")
+    print(json.dumps(result))
+
+
+# Accuracy
+
+
+def accuracy(
+    scale: Scale, model_dir: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Errors of each road against exact scores, and its jitter over compositions of batches."""
+    sequences = random_sequences(scale)
+    exact, _ = one_at_a_time(model_dir, "float32", sequences)
+    padded = "eager" if "gemma2" in model_dir.name else "sdpa"
+    plain, float32_head = one_at_a_time(model_dir, "bfloat16", sequences)
+    errors = {
+        "plain bfloat16": error(plain, exact),
+        "plain, fp32 head": error(float32_head, exact),
+    }
+    jitter = {}
+    for dtype in ("bfloat16", "float32"):
+        for attention in ("packed", padded):
+            name = f"{'packed' if attention == 'packed' else 'padded'} {dtype}"
+            runs = compositions(scale, model_dir, dtype, attention, sequences)
+            errors[name] = error(runs[0], exact)
+            spread = runs.max(axis=0) - runs.min(axis=0)
+            jitter[name] = {"median": float(np.median(spread)), "max": float(spread.max())}
+    return errors, jitter
+
+
+def error(values: Array, exact: Array) -> dict[str, float]:
+    difference = values - exact
+    return {
+        "rms": float(np.sqrt(np.mean(difference**2))),
+        "max": float(np.abs(difference).max()),
+        "score_std": float(exact.std()),
+    }
+
+
+def compositions(
+    scale: Scale, model_dir: Path, dtype: str, attention: str, sequences: Sequences
+) -> Array:
+    """float32[3, S]: the same sequences with three token budgets, the last in another order."""
+    order = np.random.default_rng(1).permutation(len(sequences))
+    runs = []
+    for token_budget, chosen in (
+        (4 * scale.longest, np.arange(len(sequences))),
+        (scale.longest, np.arange(len(sequences))),
+        (3 * scale.longest, order),
+    ):
+        backend = HFBackend(
+            model_dir, dtype=dtype, attention=attention, device="cpu", token_budget=token_budget
+        )
+        values = np.empty(len(sequences), dtype=np.float32)
+        values[chosen] = backend.score(tokenized([sequences[i] for i in chosen])).values[:, 0]
+        runs.append(values)
+        backend.close()
+    return np.stack(runs)
+
+
+@torch.inference_mode()
+def one_at_a_time(model_dir: Path, dtype: str, sequences: Sequences) -> tuple[Array, Array]:
+    """float32[S] from plain transformers with eager attention, and with the head in float32."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_dir, dtype=getattr(torch, dtype), attn_implementation="eager"
+    ).eval()
+    hidden = last_hidden(model, sequences)
+    head = model.score.weight
+    return (
+        (hidden @ head.T).float().numpy()[:, 0],
+        (hidden.float() @ head.float().T).numpy()[:, 0],
+    )
+
+
+def last_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """[S, H], what the head reads."""
+    body = model.base_model
+    states = [body(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in sequences]
+    return torch.stack(states)
+
+
+def build_model(scale: Scale, family: str, model_dir: Path, layers: int | None = None) -> None:
+    torch.manual_seed(0)
+    config = scale.config(family, layers)
+    model = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+        config, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(QUERY_KEY_GAIN[family])
+        sample = model.score(last_hidden(model, random_sequences(scale)[:24]))
+        model.score.weight.mul_(SCORE_STD / float(sample.std()))
+    model.save_pretrained(model_dir)
+
+
+def random_sequences(scale: Scale) -> Sequences:
+    """Lognormal lengths, as responses have them."""
+    random = np.random.default_rng(0)
+    lengths = random.lognormal(np.log(scale.median_length), 0.8, scale.sequences)
+    return [
+        random.integers(3, scale.vocabulary, int(length)).tolist()
+        for length in lengths.clip(2, scale.longest)
+    ]
+
+
+def tokenized(sequences: Sequences) -> TokenizedRows:
+    offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
+    return TokenizedRows(
+        token_ids=np.concatenate(sequences).astype(np.int32),
+        sequence_offsets=offsets,
+        row_offsets=np.arange(len(offsets), dtype=np.int64),
+        truncated_tokens=np.zeros(len(sequences), dtype=np.int32),
+        sequence_errors={},
+        row_errors={},
+    )
+
+
+def print_accuracy(result: dict[str, Any]) -> None:
+    print("error against float32, eager, one at a time: rms / max; and the jitter of one row")
+    for family, errors in result["errors"].items():
+        plain = errors["plain bfloat16"]
+        print(f"\n{family}, score std {plain['score_std']:.2f}")
+        for name, measured in errors.items():
+            jitter = result["jitter"][family].get(name)
+            spread = f"{jitter['median']:.1e} / {jitter['max']:.1e}" if jitter else "-"
+            print(
+                f"  {name:16s} {measured['rms']:.1e} / {measured['max']:.1e}  "
+                f"{measured['rms'] / plain['rms']:5.2f} x plain   jitter {spread}"
+            )
+
+
+# What the choices cost
+
+
+@torch.inference_mode()
+def attention_times(scale: Scale) -> dict[str, dict[str, float]]:
+    """Milliseconds of one layer's attention over one packed batch, the best of some rounds."""
+    tokens = 4 * scale.longest
+    times: dict[str, dict[str, float]] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        query, key, value = (torch.randn(tokens, heads, 64).to(dtype) for heads in (9, 3, 3))
+        for length in (scale.longest // 16, scale.longest // 2, 2 * scale.longest):
+            rows = tokenized([[0] * length] * (tokens // length))
+            batch = pack(rows, np.arange(tokens // length))
+            row = times.setdefault(f"{str(dtype)[6:]}, {tokens // length} x {length}", {})
+            for name, softcap in (("sdpa_loop", None), ("eager_blocks", 50.0)):
+                bounds = attention_bounds(batch, KERNELS[name], torch.device("cpu"))
+                for window in (None, length // 4):
+                    call = partial(KERNELS[name], query, key, value, bounds, 0.125, window, softcap)
+                    row[name + (", window length/4" if window else "")] = best_ms(scale, call)
+            row["one square mask"] = best_ms(scale, partial(square_mask, query, key, value, length))
+    return times
+
+
+def square_mask(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+    """What transformers does with a packed row and sdpa: one call under a T x T mask."""
+    owners = torch.arange(len(query)) // length
+    return torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=(owners[:, None] == owners).tril(),
+        enable_gqa=True,
+    )
+
+
+def best_ms(scale: Scale, call: Callable[[], object]) -> float:
+    call()
+    durations = []
+    for _ in range(scale.rounds):
+        start = time.perf_counter()
+        call()
+        durations.append(time.perf_counter() - start)
+    return round(1000 * min(durations), 1)
+
+
+def print_attention_times(times: dict[str, dict[str, float]]) -> None:
+    print("\nattention of one layer (9 query and 3 key/value heads of 64), milliseconds")
+    for name, row in times.items():
+        print(f"  {name}: " + ", ".join(f"{label} {ms}" for label, ms in row.items()))
+
+
+def body_rates(scale: Scale) -> dict[str, float]:
+    """Tokens per second of a packed Llama body of 14 layers: 100 M parameters in full size.
+
+    The dtypes take turns, so that a busy machine slows both.
+    """
+    rows = tokenized(random_sequences(scale)[: max(1, scale.sequences // 4)])
+    seconds: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    with tempfile.TemporaryDirectory() as folder:
+        build_model(scale, "llama", Path(folder), layers=14)
+        backends = {
+            dtype: HFBackend(Path(folder), dtype=dtype, attention="packed", device="cpu")
+            for dtype in seconds
+        }
+        for _ in range(max(scale.rounds, 2)):
+            for dtype, backend in backends.items():
+                start = time.perf_counter()
+                backend.score(rows)
+                seconds[dtype].append(time.perf_counter() - start)
+    # The first round pays for memory and kernel set-up.
+    return {dtype: round(rows.num_tokens / min(times[1:])) for dtype, times in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()

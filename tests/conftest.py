@@ -1,0 +1,45 @@
+"""What all tests share: one S3 server, one tiny model, and a temporary folder for each Ray."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from program import Program, temporary_ray_home
+from seaweed import S3Server, s3_server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real S3 server, its keys in this process's environment."""
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny reward model that scores up to 4096 tokens."""
+    from tiny import tiny_reward_model
+
+    return tiny_reward_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def ray_home() -> Iterator[Path]:
+    """RAY_TMPDIR of one Ray; whatever still runs from it is ended with the test."""
+    with temporary_ray_home() as home:
+        yield home
+
+
+@pytest.fixture
+def program(ray_home: Path) -> Program:
+    """The command line, run as a process of its own."""
+    return Program(ray_home)
+
+
+@pytest.fixture(scope="module")
+def module_program() -> Iterator[Program]:
+    """The same for what a module's tests build on."""
+    with temporary_ray_home() as home:
+        yield Program(home)

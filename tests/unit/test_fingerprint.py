@@ -1,0 +1,50 @@
+from typing import Any
+
+import pytest
+
+from batch_scorer.config import Config, load_config
+from batch_scorer.fingerprint import Fingerprint, score_fingerprint
+
+FACTS: dict[str, Any] = {
+    "model_digest": "d",
+    "dtype": "float32",
+    "max_tokens": 100,
+    "probe_digest": "p",
+}
+
+
+def _config(**settings: Any) -> Config:
+    return load_config(model="m", inputs=("in",), output="out", **settings)
+
+
+def _fingerprint(config: Config | None = None, **facts: Any) -> Fingerprint:
+    return score_fingerprint(config or _config(), **{**FACTS, **facts})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_digest": "e"},
+        {"dtype": "bfloat16"},
+        {"max_tokens": 99},
+        {"probe_digest": "q"},
+        {"config": _config(over_length="truncate_left")},
+        {"config": _config(attention="eager")},
+        {"config": _config(backend="fake")},
+    ],
+)
+def test_what_changes_scores_changes_the_fingerprint(change: dict[str, Any]) -> None:
+    assert _fingerprint(**change).digest != _fingerprint().digest
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"workers": 4}, {"token_budget": 99}, {"use_ray": False}, {"attempts": 9}, {"lease_s": 1.0}],
+)
+def test_how_fast_and_where_does_not(settings: dict[str, Any]) -> None:
+    assert _fingerprint(_config(**settings)).digest == _fingerprint().digest
+
+
+def test_differences_name_the_part_and_both_values() -> None:
+    lines = _fingerprint(dtype="float32").differences(_fingerprint(dtype="bfloat16"))
+    assert lines == ["dtype: bfloat16 there, float32 here"]

@@ -1,0 +1,100 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from batch_scorer.errors import ModelError
+from batch_scorer.models.directory import find_model, inspect_model
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def _change_config(model: Path, **changes: object) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_good_directory_is_described(model: Path) -> None:
+    facts = inspect_model(find_model(str(model)))
+    assert facts.architecture == "LlamaForSequenceClassification"
+    assert facts.max_tokens == 4096
+    assert inspect_model(model).digest == facts.digest
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_any_changed_byte_is_another_model(model: Path, name: str) -> None:
+    before = inspect_model(model).digest
+    data = bytearray((model / name).read_bytes())
+    data[-3] ^= 1
+    if name == "config.json":
+        _change_config(model, rms_norm_eps=1e-3)
+    else:
+        (model / name).write_bytes(data)
+    assert inspect_model(model).digest != before
+
+
+def test_the_tokenizer_may_lower_the_limit(model: Path) -> None:
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 512}))
+    assert inspect_model(model).max_tokens == 512
+
+
+def test_a_causal_model_has_no_head(model: Path) -> None:
+    _change_config(model, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ModelError, match="no score head: the config says LlamaForCausalLM"):
+        inspect_model(model)
+
+
+def test_a_head_that_is_not_in_the_weights_is_refused(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name != "score.weight"},
+        model / "model.safetensors",
+    )
+    with pytest.raises(ModelError, match="hold no score head"):
+        inspect_model(model)
+
+
+def test_a_head_with_several_outputs_is_refused(model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    save_file({**weights, "score.weight": torch.zeros(5, 64)}, model / "model.safetensors")
+    with pytest.raises(ModelError, match="5 outputs"):
+        inspect_model(model)
+
+
+def test_a_damaged_file_is_named(model: Path) -> None:
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ModelError, match="incomplete download"):
+        inspect_model(model)
+    file.write_bytes(whole[:6])
+    with pytest.raises(ModelError, match="cut off"):
+        inspect_model(model)
+
+
+def test_pickled_weights_are_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"only pytorch_model.bin: pickled weights can run code"):
+        inspect_model(model)
+
+
+def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config.json"):
+        inspect_model(tmp_path)
+    with pytest.raises(ModelError, match="no such model directory"):
+        find_model(str(tmp_path / "missing"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="is a file"):
+        find_model(str(tmp_path / "file"))

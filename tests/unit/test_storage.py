@@ -1,0 +1,145 @@
+"""The same promises on a local disk and on a real S3 server."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from seaweed import S3Server
+
+from batch_scorer.errors import ConfigError
+from batch_scorer.storage import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectMissing,
+    StorageError,
+    Store,
+    glob_pattern,
+    open_store,
+)
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server) -> Iterator[Store]:
+    if request.param == "local":
+        yield Store(str(tmp_path / "root"), {}, create=True)
+    else:
+        yield Store(s3.url(f"storage/{tmp_path.name}"), s3.options, create=True)
+
+
+def test_what_is_created_can_be_read_listed_and_deleted(store: Store) -> None:
+    version = store.create("a/b c/é.bin", b"hello")
+    assert store.read("a/b c/é.bin") == b"hello"
+    assert store.read_with_info("a/b c/é.bin")[1].version == version
+    (info,) = store.list("a")
+    assert (info.key, info.size_bytes, info.version) == ("a/b c/é.bin", 5, version)
+    store.delete("a/b c/é.bin")
+    store.delete("a/b c/é.bin")
+    assert list(store.list()) == []
+    with pytest.raises(ObjectMissing):
+        store.head("a/b c/é.bin")
+
+
+def test_a_second_create_does_not_replace_the_first(store: Store) -> None:
+    store.create("k", b"first")
+    with pytest.raises(ObjectChanged):
+        store.create("k", b"second")
+    assert store.read("k") == b"first"
+
+
+def test_replace_needs_the_version_that_is_there(store: Store) -> None:
+    first = store.create("k", b"1")
+    second = store.replace("k", b"22", first)
+    assert store.head("k").version == second
+    with pytest.raises(ObjectChanged):
+        store.replace("k", b"333", first)
+    assert store.read("k") == b"22"
+
+
+def test_reads_are_pinned_to_a_version(store: Store) -> None:
+    first = store.create("k", b"abcdef")
+    info = store.head("k")
+    with store.open(info) as file:
+        file.seek(-2, 2)
+        assert file.read() == b"ef"
+    store.replace("k", b"ABCDEFG", first)
+    with pytest.raises(ObjectChanged):
+        store.read("k", first)
+    with pytest.raises(ObjectChanged):
+        store.read_range(info, 0, 3)
+
+
+def test_of_many_creators_exactly_one_wins(store: Store) -> None:
+    wins: list[int] = []
+
+    def create(number: int) -> None:
+        try:
+            store.create("race", b"%d" % number)
+        except ObjectChanged:
+            return
+        wins.append(number)
+
+    threads = [threading.Thread(target=create, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert store.read("race") == b"%d" % wins[0]
+
+
+def test_compare_and_swap_loses_no_update(store: Store) -> None:
+    store.create("n", b"0")
+
+    def add() -> None:
+        for _ in range(5):
+            while True:
+                data, info = store.read_with_info("n")
+                try:
+                    store.replace("n", b"%d" % (int(data) + 1), info.version)
+                    break
+                except ObjectChanged:
+                    continue
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.read("n") == b"20"
+
+
+def test_a_missing_local_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ObjectMissing, match="no such folder"):
+        open_store(str(tmp_path / "missing"), {})
+
+
+def test_a_folder_below_a_file_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/out"):
+        Store(str(tmp_path / "file" / "out"), {}, create=True)
+
+
+def test_wrong_keys_and_options_are_named(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        Store(s3.url("x"), {**s3.options, "nonsense": "1"})
+    with pytest.raises(ConfigError, match="ftp"):
+        Store("ftp://host/x", {})
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(AccessDenied, match="no permission"):
+        Store(s3.url("denied"), s3.options).create("k", b"")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matching", "other"),
+    [
+        ("*.parquet", "a.parquet", "d/a.parquet"),
+        ("**/*.parquet", "d/e/a.parquet", "a.txt"),
+        ("**/*.parquet", "a.parquet", "a.parquet.gz"),
+        ("p-[0-3].parquet", "p-2.parquet", "p-4.parquet"),
+        ("d?/x(1).json", "d1/x(1).json", "d/x(1).json"),
+    ],
+)
+def test_globs(pattern: str, matching: str, other: str) -> None:
+    assert glob_pattern(pattern).fullmatch(matching)
+    assert not glob_pattern(pattern).fullmatch(other)
