@@ -157,9 +157,10 @@ class Status(StrEnum):
 class Receipt:
     """How one shard ended. A committed one carries its commit and what the store holds.
 
-    `input` is relative to `input_root`, so that a verifier can find the file. `reused` tells a shard that was committed before this run. `examples` names up to a few
-    marked rows as [row of the file, reason, detail]. The rest is measured: forward passes, the
-    tokens in them, seconds of reading, scoring and writing, attempts.
+    `input` is relative to `input_root`, so that a verifier can find the file. `reused` tells a
+    shard that was committed before this run. `examples` names up to a few marked rows as [row of
+    the file, reason, detail]. The rest is measured: forward passes, the tokens in them, seconds
+    of reading, scoring and writing.
     """
 
     output_key: str
@@ -181,7 +182,6 @@ class Receipt:
     read_s: float = 0.0
     score_s: float = 0.0
     write_s: float = 0.0
-    attempts: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

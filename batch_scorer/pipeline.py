@@ -92,19 +92,19 @@ def _prepare(job: Job, shard: Shard) -> _Read:
 
 def _score(backend: Backend, read: _Read) -> _Scored:
     rows = read.rows
-    if not isinstance(rows, ShardError):
-        return _Scored(read.shard, _caught(lambda: score_shard(rows, backend)), read.read_s)
-    return _Scored(read.shard, rows, read.read_s)
+    if isinstance(rows, ShardError):
+        return _Scored(read.shard, rows, read.read_s)
+    return _Scored(read.shard, _caught(lambda: score_shard(rows, backend)), read.read_s)
 
 
 def _commit(job: Job, scored: _Scored) -> Receipt:
     rows = scored.rows
-    if not isinstance(rows, ShardError):
-        receipt = _caught(lambda: commit_shard(job, scored.shard, rows))
-        if not isinstance(receipt, ShardError):
-            return replace(receipt, read_s=scored.read_s)
-        rows = receipt
-    return failed(scored.shard, rows)
+    if isinstance(rows, ShardError):
+        return failed(scored.shard, rows)
+    receipt = _caught(lambda: commit_shard(job, scored.shard, rows))
+    if isinstance(receipt, ShardError):
+        return failed(scored.shard, receipt)
+    return replace(receipt, read_s=scored.read_s)
 
 
 def _caught(work: Callable[[], T]) -> T | ShardError:

@@ -289,8 +289,8 @@ def _inspect_parquet(store: Store, source: Source, config: Config) -> InputFile:
 
 def open_parquet(store: Store, source: Source) -> pq.ParquetFile:
     """The Parquet file behind `source`, every read pinned to the planned version."""
-    info = ObjectInfo(source.key, source.size_bytes, source.version, None)
-    return pq.ParquetFile(store.open(info), pre_buffer=True)
+    file = store.open(source.key, source.size_bytes, source.version)
+    return pq.ParquetFile(file, pre_buffer=True)
 
 
 def _layout(schema: pa.Schema, sample: pa.Table, config: Config) -> Layout:

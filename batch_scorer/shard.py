@@ -140,7 +140,7 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
     )
 
 
-def failed(shard: Shard, error: ShardError, attempts: int = 1) -> Receipt:
+def failed(shard: Shard, error: ShardError) -> Receipt:
     """The receipt of a shard that is not committed."""
     return Receipt(
         output_key=shard.output_key,
@@ -150,7 +150,6 @@ def failed(shard: Shard, error: ShardError, attempts: int = 1) -> Receipt:
         status=Status.FAILED,
         reason=error.reason,
         detail=error.detail,
-        attempts=attempts,
     )
 
 

@@ -35,6 +35,7 @@ from batch_scorer.errors import ConfigError, StorageError
 
 _RETRY = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
 _REQUEST_TIMEOUT = "120s"
+_BUFFER_BYTES = 1 << 16
 
 
 class ObjectMissing(StorageError):
@@ -98,15 +99,15 @@ class Store:
                 raise ObjectMissing(f"{root}: no such folder") from error
             return
         # allow_http belongs to the HTTP client and not to the store.
-        config = {key: value for key, value in options.items() if key != "allow_http"}
         allow_http = options.get("allow_http", "false") == "true"
+        # Typed for each kind of store upstream; which one this is, the URL says.
+        settings: dict[str, Any] = {
+            "config": {key: value for key, value in options.items() if key != "allow_http"},
+            "client_options": {"timeout": _REQUEST_TIMEOUT, "allow_http": allow_http},
+            "retry_config": _RETRY,
+        }
         try:
-            self._store = from_url(
-                self.root,
-                config=config,  # type: ignore[arg-type]  # typed per store upstream
-                client_options={"timeout": _REQUEST_TIMEOUT, "allow_http": allow_http},
-                retry_config=_RETRY,  # type: ignore[arg-type]
-            )
+            self._store = from_url(self.root, **settings)
         except (BaseError, ValueError) as error:
             raise ConfigError(f"{root}: {_first_line(error)}") from error
 
@@ -138,15 +139,15 @@ class Store:
             result = obstore.get(self._store, key)
             return bytes(result.bytes()), _info(result.meta)
 
-    def open(self, info: ObjectInfo) -> io.BufferedIOBase:
-        """A seekable file over ranged reads that are all pinned to `info.version`."""
-        return io.BufferedReader(_PinnedFile(self, info), buffer_size=1 << 16)  # type: ignore[return-value]
+    def open(self, key: str, size_bytes: int, version: Version) -> io.BufferedReader:
+        """A seekable file over ranged reads that are all pinned to `version`."""
+        return io.BufferedReader(_PinnedFile(self, key, size_bytes, version), _BUFFER_BYTES)
 
-    def read_range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
+    def read_range(self, key: str, version: Version, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of exactly this version."""
-        with self._translated(info.key):
-            options = {"range": (start, stop), "if_match": info.version.etag}
-            return bytes(obstore.get(self._store, info.key, options=options).bytes())  # type: ignore[arg-type]
+        with self._translated(key):
+            options = {"range": (start, stop), "if_match": version.etag}
+            return bytes(obstore.get(self._store, key, options=options).bytes())  # type: ignore[arg-type]
 
     def create(self, key: str, data: bytes) -> Version:
         """Store `data` under a new key; raises ObjectChanged if the key is taken."""
@@ -228,9 +229,11 @@ def glob_pattern(pattern: str) -> re.Pattern[str]:
 class _PinnedFile(io.RawIOBase):
     """Random access to one version of an object, for readers that want a file."""
 
-    def __init__(self, store: Store, info: ObjectInfo) -> None:
+    def __init__(self, store: Store, key: str, size_bytes: int, version: Version) -> None:
         self._store = store
-        self._info = info
+        self._key = key
+        self._size_bytes = size_bytes
+        self._version = version
         self._position = 0
 
     def readable(self) -> bool:
@@ -243,15 +246,15 @@ class _PinnedFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size_bytes}
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}
         self._position = base[whence] + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + len(buffer), self._info.size_bytes)
+        stop = min(self._position + len(buffer), self._size_bytes)
         if stop <= self._position:
             return 0
-        data = self._store.read_range(self._info, self._position, stop)
+        data = self._store.read_range(self._key, self._version, self._position, stop)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -1,4 +1,4 @@
-"""A tiny reward model with a real tokenizer and template, for tests of everything but the engine."""
+"""A tiny reward model with a real tokenizer and template, for tests of all but the engine."""
 
 from pathlib import Path
 

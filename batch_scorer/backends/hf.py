@@ -238,7 +238,9 @@ class HFBackend:
         alone = self._packed_hidden(pack(rows, np.array([1])))[0].float()
         beside = self._packed_hidden(pack(rows, np.array([0, 1])))[1].float()
         moved = float((beside - alone).norm() / alone.norm())
-        if not moved <= PROBE_TOLERANCE[self._model.dtype]:
+        if not np.isfinite(moved):
+            raise ModelError(f"hidden states are no numbers in {self.provenance['dtype']}")
+        if moved > PROBE_TOLERANCE[self._model.dtype]:
             raise ModelError(
                 f"{type(self._model).__name__} lets packed sequences see each other (a probe moved "
                 f"by {moved:.1%}); set attention to sdpa or eager"

@@ -83,7 +83,7 @@ def summary_json(summary: Summary) -> dict[str, Any]:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.3f}" if whole else "–"
+    return f"{part / whole:.3f}" if whole else "n/a"
 
 
 def print_plan(console: Console, plan: Plan) -> None:

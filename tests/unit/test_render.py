@@ -101,7 +101,7 @@ def test_an_over_long_sequence_is_marked_with_its_length(tmp_path: Path) -> None
 
 def test_the_error_policy_fails_the_shard(tmp_path: Path) -> None:
     tokenizer = renderer(tmp_path, max_tokens=20, over_length=OverLength.ERROR)
-    with pytest.raises(ShardError, match="row 1: .* tokens, at most 20"):
+    with pytest.raises(ShardError, match=r"row 1: .* tokens, at most 20"):
         tokenizer.tokenize(rows(conversation("a", "b"), conversation("x" * 200, "y")))
 
 

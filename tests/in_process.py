@@ -1,0 +1,31 @@
+"""The command line in this process: for tests that start no Ray, and so need no process."""
+
+import contextlib
+import io
+import signal
+import sys
+from unittest.mock import patch
+
+from batch_scorer import cli
+from program import Ended
+from rich.console import Console
+
+
+def run_cli(*arguments: object) -> Ended:
+    """What `batch-scorer ARGUMENTS` prints and how it ends. An exception that leaves it is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        patch.object(sys, "argv", ["batch-scorer", *map(str, arguments)]),
+        # Consoles take the width of the terminal that they were made in.
+        patch.multiple(cli, _out=Console(width=200), _err=Console(stderr=True, width=200)),
+    ):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return Ended(code, out.getvalue(), err.getvalue())
