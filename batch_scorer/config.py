@@ -29,13 +29,7 @@ class Device(StrEnum):
 
 
 class OverLength(StrEnum):
-    """What happens to a sequence longer than `max_tokens`.
-
-    MARK           the row keeps its place with `score_error = too_long`; nothing is cut.
-    ERROR          the shard that holds the row is not committed.
-    TRUNCATE_LEFT  the oldest tokens after BOS are cut, so that the judged answer and the pooled
-                   token stay; the number of tokens cut is recorded per row.
-    """
+    """What happens to a sequence longer than `max_tokens`; see `Config.over_length`."""
 
     MARK = "mark"
     ERROR = "error"
@@ -78,7 +72,9 @@ class Config(BaseModel):
     """Longest sequence that is scored whole. None: the model's own limit."""
 
     over_length: OverLength = _setting(OverLength.MARK, "scores")
-    """What happens to a longer one."""
+    """What happens to a longer one. `mark`: its row keeps its place, with a reason and no score.
+    `error`: its shard is not committed. `truncate_left`: the oldest tokens are cut, BOS and the
+    judged answer stay, and `num_truncated_tokens` says how many."""
 
     backend: Literal["hf", "fake"] = _setting("hf", "scores")
     """Engine. `hf`: Hugging Face model, packed without padding. `fake`: no model, scores are a

@@ -124,12 +124,13 @@ def score(config: Config, listener: Listener | None = None) -> Summary:
     `Summary.totals["shards_failed"]`.
     """
     listener = listener or _Silent()
+    model = inspect_model(find_model(config.model))
+    plan = make_plan(config)
+    output = open_output(config)
     with ray_session(config):
-        prepared = prepare(config)
-        output = open_output(config)
-        claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
-        plan = make_plan(config)
+        prepared = prepare(config, model)
         _require_template(prepared, plan)
+        claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
         plan_digest = plan.digest(prepared.fingerprint.digest, config.column_prefix)
         with Lease(output, plan_digest, config.lease_s) as lease:
             job = prepared.job(lease.epoch)
@@ -141,11 +142,11 @@ def score(config: Config, listener: Listener | None = None) -> Summary:
             return _run(job, work, output, lease, listener)
 
 
-def prepare(config: Config) -> Prepared:
-    """Check the model and derive what the settings leave open. Raises ModelError, ConfigError."""
-    model = inspect_model(find_model(config.model))
-    device = config.device or _device(config)
-    dtype = config.dtype or _dtype(device)
+def prepare(config: Config, model: ModelFacts) -> Prepared:
+    """Derive what the settings leave open. Raises ModelError for a tokenizer that fails."""
+    device = config.device or (Device.CUDA if has_gpus(config) else Device.CPU)
+    has_bfloat16 = device is Device.CUDA or cpu_has_bfloat16()
+    dtype = config.dtype or ("bfloat16" if has_bfloat16 else "float32")
     max_tokens = min(config.max_tokens or model.max_tokens, model.max_tokens)
     settings = Prepared(config, model, device, dtype, max_tokens, None, Fingerprint({}))
     renderer = renderer_of(settings.job(epoch=0))
@@ -237,11 +238,3 @@ def _require_template(prepared: Prepared, plan: Plan) -> None:
     rendered = {Format.TEXT, Format.TOKEN_IDS}
     if prepared.probe is None and any(f.layout.format not in rendered for f in plan.files):
         renderer_of(prepared.job(epoch=0)).probe()  # raises: it says what is missing
-
-
-def _device(config: Config) -> Device:
-    return Device.CUDA if has_gpus(config) else Device.CPU
-
-
-def _dtype(device: Device) -> str:
-    return "bfloat16" if device is Device.CUDA or cpu_has_bfloat16() else "float32"

@@ -37,8 +37,10 @@ def score(place: Place, model: Path, *flags: object) -> Ended:
     )  # fmt: skip
 
 
-def verify(place: Place) -> Ended:
-    return run_cli("verify", (place / "out").url, *place.flags)
+def assert_verified(place: Place) -> None:
+    verdict = run_cli("verify", (place / "out").url, *place.flags)
+    assert "verified" in verdict.out.splitlines(), verdict.out
+    assert verdict.exit_code == 0
 
 
 class StopAfter:
@@ -85,7 +87,7 @@ def test_an_interrupted_run_is_finished_with_other_workers_and_token_budget(
     assert {key: after[key] for key in before} == before
     done = sum(shard.commit.tokens for shard in before.values())
     assert resumed.json["scored_tokens"] == resumed.json["tokens"] - done
-    assert verify(place).exit_code == 0
+    assert_verified(place)
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def other_weights(model: Path) -> None:
 
 def other_template(model: Path) -> None:
     file = model / "chat_template.jinja"
-    file.write_text(file.read_text().replace("<|im_end|>\\n", "<|im_end|>"))
+    file.write_text(file.read_text().replace("<|im_end|>", "<|im_end|> "))
 
 
 @pytest.mark.parametrize("place", ["local"], indirect=True)
@@ -147,7 +149,7 @@ def test_other_scores_or_another_layout_are_refused_by_name(
 def test_a_changed_file_replaces_its_shards_and_no_others(scored: Place, tiny_model: Path) -> None:
     before = (scored / "out").shards()
     (scored / "in").write({"b.parquet": parquet(pairs(6, start=300))})
-    assert verify(scored).exit_code == 0  # what was committed is still what it says
+    assert_verified(scored)  # what was committed is still what it says
 
     again = score(scored, tiny_model, "--max-tokens", 2000)
     assert again.exit_code == 0, again.err
@@ -160,7 +162,7 @@ def test_a_changed_file_replaces_its_shards_and_no_others(scored: Place, tiny_mo
     assert len(unchanged) == 3
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
     assert again.json["scored_tokens"] == after["b.parquet"].commit.tokens
-    assert verify(scored).exit_code == 0
+    assert_verified(scored)
 
 
 def test_a_file_that_is_cut_differently_leaves_no_stale_pieces(
@@ -173,7 +175,7 @@ def test_a_file_that_is_cut_differently_leaves_no_stale_pieces(
         after = (scored / "out").shards()
         assert of_input(after, "a.parquet").num_rows == rows
         assert sum(shard.table.num_rows for shard in after.values()) == rows + 4
-        assert verify(scored).exit_code == 0
+        assert_verified(scored)
     assert sorted(after) == ["a.parquet", "b.parquet"]
 
     # A second output of the same inputs has the same scores, whatever the first has been through.
@@ -193,4 +195,4 @@ def test_a_removed_input_keeps_its_scores_and_is_named(scored: Place, tiny_model
     assert again.exit_code == 0, again.err
     assert again.json["inputs_gone"] == ["b.parquet"]
     assert (scored / "out").shards() == before
-    assert verify(scored).exit_code == 0
+    assert_verified(scored)

@@ -1,0 +1,83 @@
+"""What `verify` tells a scheduler: 0 all is well, 3 not finished, 4 not what was committed."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from in_process import run_cli
+from inputs import pairs, parquet
+from places import Place
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def scored(tmp_path: Path, tiny_model: Path) -> Place:
+    place = Place(str(tmp_path))
+    (place / "in").write({"a.parquet": parquet(pairs(12)), "b.parquet": parquet(pairs(3, 50))})
+    done = run_cli(
+        "score", "--model", tiny_model, (place / "in").url, "--output", (place / "out").url,
+        "--no-ray", "--backend", "fake",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.err
+    return place
+
+
+def verify(place: Place) -> tuple[int, str]:
+    verdict = run_cli("verify", (place / "out").url)
+    return verdict.exit_code, verdict.out
+
+
+def test_an_untouched_output_is_verified(scored: Place) -> None:
+    code, said = verify(scored)
+    assert code == 0
+    assert "2 shards, 15 rows = 15 scored + 0 marked" in said
+    assert "verified" in said.splitlines()
+
+
+def test_a_missing_shard_is_named(scored: Place) -> None:
+    Path(scored.url, "out", "b.parquet").unlink()
+    code, said = verify(scored)
+    assert code == 4
+    assert "b.parquet: missing" in said
+
+
+def test_an_unfinished_output_is_not_verified(scored: Place) -> None:
+    Path(scored.url, "out", "_SUCCESS").unlink()
+    code, said = verify(scored)
+    assert code == 3
+    assert "no _SUCCESS" in said
+
+
+def test_changed_scores_and_changed_inputs_columns_are_found(scored: Place) -> None:
+    file = Path(scored.url, "out", "a.parquet")
+    table = pq.read_table(file)
+    swapped = table.set_column(
+        table.column_names.index("score_chosen"), "score_chosen", table["score_rejected"]
+    )
+    pq.write_table(swapped, file)
+    code, said = verify(scored)
+    assert code == 4
+    assert "a.parquet: its bytes are not those that were committed" in said
+    assert "a.parquet: its scores are not those that were committed" in said
+
+    pq.write_table(table.set_column(2, "source", table["source"].take([11, *range(11)])), file)
+    code, said = verify(scored)
+    assert code == 4
+    assert "a.parquet: column source is not as it was in the input" in said
+
+
+def test_a_shard_of_no_run_is_found(scored: Place) -> None:
+    Path(scored.url, "out", "stray.parquet").write_bytes(parquet(pairs(2)))
+    code, said = verify(scored)
+    assert code == 4
+    assert "stray.parquet: not in the manifest" in said
+
+
+def test_no_output_at_all_is_a_mistake(tmp_path: Path) -> None:
+    nothing = run_cli("verify", tmp_path)
+    assert nothing.exit_code == 2
+    assert "no scored output here" in nothing.error
+    missing = run_cli("verify", tmp_path / "missing")
+    assert missing.exit_code == 2
+    assert "missing" in missing.error

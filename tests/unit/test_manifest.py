@@ -1,0 +1,154 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batch_scorer.errors import IntegrityError, OutputError, ShardReason
+from batch_scorer.fingerprint import Fingerprint
+from batch_scorer.manifest import (
+    Commit,
+    Ledger,
+    Receipt,
+    Shard,
+    Source,
+    Status,
+    claim_output,
+    current_manifest,
+    known_receipts,
+    publish,
+    read_run,
+    read_success,
+    total,
+)
+from batch_scorer.records import Format, Layout
+from batch_scorer.storage import Store, Version
+
+COMMIT = Commit(
+    identity="i",
+    fingerprint="f",
+    epoch=1,
+    input="a.parquet",
+    input_etag="e",
+    first_row=0,
+    num_rows=10,
+    rows_scored=9,
+    rows_marked=1,
+    marked={"too_long": 1},
+    sequences=19,
+    tokens=500,
+    rows_digest="r",
+    scores_digest="s",
+    pairs={"web": [9, 6, 1]},
+    layout={},
+    added_columns=["score"],
+)
+DONE = Receipt(
+    output_key="a.parquet",
+    input="a.parquet",
+    input_root="/data",
+    num_rows=10,
+    status=Status.COMMITTED,
+    commit=COMMIT,
+    version=Version("v"),
+    size_bytes=7,
+    sha256="x",
+    examples=[(3, "too_long", "9 tokens")],
+)
+FAILED = Receipt(
+    output_key="b.parquet",
+    input="b.parquet",
+    input_root="/data",
+    num_rows=4,
+    status=Status.FAILED,
+    reason=ShardReason.UNREADABLE_FILE,
+    detail="torn",
+)
+SHARD = Shard(
+    source=Source("/data", "a.parquet", 100, Version("e")),
+    layout=Layout(Format.PREFERENCE_PAIR, {"chosen": "chosen", "rejected": "rejected"}),
+    first_row=0,
+    num_rows=10,
+    row_groups=(0, 1),
+    skip_rows=0,
+    estimated_tokens=500,
+    output_key="a.parquet",
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "out"), {}, create=True)
+
+
+def test_records_survive_being_written() -> None:
+    assert Receipt.from_json(DONE.to_json()) == DONE
+    assert Receipt.from_json(FAILED.to_json()) == FAILED
+    assert Commit.from_footer(COMMIT.footer()) == COMMIT
+    assert Commit.from_footer({b"pandas": b"{}"}) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SHARD, source=replace(SHARD.source, version=Version("e2"))),
+        replace(SHARD, source=replace(SHARD.source, key="b.parquet")),
+        replace(SHARD, num_rows=9),
+        replace(SHARD, layout=Layout(Format.TEXT, {"text": "chosen"})),
+    ],
+)
+def test_another_input_range_or_layout_is_another_identity(other: Shard) -> None:
+    assert other.identity("f", "") != SHARD.identity("f", "")
+
+
+def test_identity_takes_fingerprint_and_prefix_but_not_place_or_time() -> None:
+    assert SHARD.identity("f", "") != SHARD.identity("g", "")
+    assert SHARD.identity("f", "") != SHARD.identity("f", "rm_")
+    moved = replace(SHARD, source=replace(SHARD.source, root="s3://b"), replaces=Version("x"))
+    assert moved.identity("f", "") == SHARD.identity("f", "")
+
+
+def test_totals_account_for_every_row() -> None:
+    totals = total([DONE, FAILED])
+    assert totals["rows"] == totals["rows_scored"] + totals["rows_marked"] + totals["rows_failed"]
+    assert (totals["rows"], totals["rows_scored"], totals["rows_failed"]) == (14, 9, 4)
+    assert totals["pairs"] == {"web": [9, 6, 1]}
+
+
+def test_rows_that_do_not_add_up_are_an_integrity_error() -> None:
+    with pytest.raises(IntegrityError, match="10 rows went in, 8 scored"):
+        total([replace(DONE, commit=replace(COMMIT, rows_scored=8))])
+
+
+def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
+    publish(store, 1, "f", [DONE, FAILED])
+    assert read_success(store) is None
+    assert current_manifest(store) == [DONE, FAILED]
+    publish(store, 1, "f", [DONE])
+    success = read_success(store)
+    assert success is not None and success["rows_scored"] == 9
+    assert current_manifest(store) == [DONE]
+
+
+def test_the_ledger_remembers_what_no_manifest_names_yet(store: Store) -> None:
+    ledger = Ledger(store, 1, "holder", every_s=0)
+    ledger.add(DONE)
+    assert known_receipts(store) == {"a.parquet": DONE}
+    publish(store, 1, "f", [DONE])
+    assert list(store.list("_batch_scorer/ledger")) == []
+    assert known_receipts(store) == {"a.parquet": DONE}
+
+
+def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
+    mine = Fingerprint({"model": "m", "dtype": "bfloat16"})
+    claim_output(store, mine, {"shard_rows": 10}, {"device": "cpu"})
+    claim_output(store, mine, {"shard_rows": 10}, {"device": "cuda"})
+    with pytest.raises(OutputError, match="belongs to another run.*\n.*dtype: bfloat16 there"):
+        claim_output(store, Fingerprint({"model": "m", "dtype": "float32"}), {"shard_rows": 10}, {})
+    with pytest.raises(OutputError, match="shard_rows: 10 there, 20 here"):
+        claim_output(store, mine, {"shard_rows": 20}, {})
+    assert read_run(store)["provenance"] == {"device": "cpu"}
+
+
+def test_a_folder_that_is_no_output_is_named(store: Store) -> None:
+    with pytest.raises(OutputError, match="no scored output here"):
+        read_run(store)
