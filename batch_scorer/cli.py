@@ -7,6 +7,7 @@ once.
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import typer
 from rich.console import Console
 
 from batch_scorer import __version__
+from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import BatchScorerError, ConfigError, ExitCode, IncompleteError
 
@@ -45,16 +47,17 @@ StoreOptions = Annotated[
 
 def main() -> NoReturn:
     """Entry point: errors of ours become one clear message and an exit code."""
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app(standalone_mode=False)
+        # A command that raises typer.Exit has its code returned here.
+        code = app(standalone_mode=False)
     except BatchScorerError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped; run the same command again to go on from here", ExitCode.INCOMPLETE)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.Abort:
         sys.exit(ExitCode.INCOMPLETE)
     except Exception as error:
@@ -64,7 +67,7 @@ def main() -> NoReturn:
             raise
         show()
         sys.exit(ExitCode.CONFIG)
-    sys.exit(ExitCode.DONE)
+    sys.exit(code or ExitCode.DONE)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from batch_scorer.backends.base import Backend
+from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.columns import ScoredRows
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import (
@@ -249,13 +250,16 @@ def _machine_cpus() -> list[float]:
     return [count for count in cpus if count >= 1]
 
 
-def _worker_resources(job: Job, workers: int) -> dict[str, float]:
+def _worker_resources(job: Job, workers: int) -> dict[str, Any]:
     """What one worker asks of Ray: a GPU, or its part of what a machine can spare."""
     if job.device is Device.CUDA:
         return {"num_gpus": 1}
     machines = _machine_cpus()
     per_machine = -(-workers // len(machines))
-    return {"num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine)}
+    return {
+        "num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine),
+        "runtime_env": {"env_vars": CPU_ENVIRONMENT},
+    }
 
 
 def _items(todo: list[Shard]) -> Iterator[list[Shard]]:

@@ -97,7 +97,7 @@ def main() -> None:
             build_model(scale, family, model_dir)
             errors, jitter = accuracy(scale, model_dir)
             result["errors"][family], result["jitter"][family] = errors, jitter
-    print_accuracy(result)
+            print_accuracy(family, errors, jitter)
     result["attention_ms"] = attention_times(scale)
     print_attention_times(result["attention_ms"])
     result["body_tokens_per_s"] = body_rates(scale)
@@ -219,18 +219,19 @@ def tokenized(sequences: Sequences) -> TokenizedRows:
     )
 
 
-def print_accuracy(result: dict[str, Any]) -> None:
-    print("error against float32, eager, one at a time: rms / max; and the jitter of one row")
-    for family, errors in result["errors"].items():
-        plain = errors["plain bfloat16"]
-        print(f"\n{family}, score std {plain['score_std']:.2f}")
-        for name, measured in errors.items():
-            jitter = result["jitter"][family].get(name)
-            spread = f"{jitter['median']:.1e} / {jitter['max']:.1e}" if jitter else "-"
-            print(
-                f"  {name:16s} {measured['rms']:.1e} / {measured['max']:.1e}  "
-                f"{measured['rms'] / plain['rms']:5.2f} x plain   jitter {spread}"
-            )
+def print_accuracy(
+    family: str, errors: dict[str, dict[str, float]], jitter: dict[str, dict[str, float]]
+) -> None:
+    plain = errors["plain bfloat16"]
+    print(f"{family}, score std {plain['score_std']:.2f}: rms error, largest; jitter, largest")
+    for name, measured in errors.items():
+        spread = jitter.get(name)
+        print(
+            f"  {name:16s} {measured['rms']:.1e} {measured['max']:.1e}  "
+            f"{measured['rms'] / plain['rms']:5.2f} x plain   "
+            + (f"jitter {spread['median']:.1e} {spread['max']:.1e}" if spread else ""),
+            flush=True,
+        )
 
 
 # What the choices cost

@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+"""For processes that score on CPU, set before torch is loaded. By default OpenMP's threads spin at
+every barrier, and reading and writing shards beside them makes that up to three times slower
+(docs/performance.md)."""
+
 
 def cuda_is_available() -> bool:
     """Whether torch sees a CUDA device here."""

@@ -1,0 +1,107 @@
+"""Kill the driver or a worker at work; the result is that of an undisturbed run."""
+
+import os
+import signal
+
+import pytest
+from long_job import SHARDS, LongJob
+from places import Stored, digests
+from program import Ended, Program, end_processes, wait_until
+
+pytestmark = pytest.mark.fault
+
+SCORING_ACTOR = "_ScoreStage"
+
+
+def assert_as_undisturbed(
+    ended: Ended, job: LongJob, name: str, program: Program, undisturbed: dict[str, Stored]
+) -> None:
+    assert ended.exit_code == 0, ended.err
+    assert digests(job.output(name).shards()) == digests(undisturbed)
+    verdict = job.verify(program, name)
+    assert verdict.exit_code == 0, verdict.out
+    assert verdict.json["ok"]
+
+
+def test_a_killed_driver_is_resumed_without_scoring_a_shard_twice(
+    long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
+) -> None:
+    running = program.start(*long_job.arguments("driver-killed"))
+    long_job.wait_for_shards("driver-killed", 2, running)
+    running.send(signal.SIGKILL)
+    assert running.wait().exit_code == -signal.SIGKILL
+    end_processes(program.home)
+    before = long_job.output("driver-killed").shards()
+    assert 2 <= len(before) < SHARDS
+
+    again = program.run(*long_job.arguments("driver-killed"))
+    assert_as_undisturbed(again, long_job, "driver-killed", program, undisturbed)
+    after = long_job.output("driver-killed").shards()
+    assert {key: after[key] for key in before} == before
+    done = sum(shard.commit.tokens for shard in before.values())
+    assert again.json["scored_tokens"] == again.json["tokens"] - done > 0
+
+
+def test_nothing_of_a_killed_driver_goes_on_working(
+    long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
+) -> None:
+    running = program.start(*long_job.arguments("driver-gone"))
+    long_job.wait_for_shards("driver-gone", 1, running)
+    running.send(signal.SIGKILL)
+    running.wait()
+    wait_until(lambda: not program.processes(), "Ray's processes follow their driver")
+    assert len(long_job.output("driver-gone").shard_keys()) < SHARDS
+
+
+def test_a_run_outlives_its_killed_scoring_worker(
+    long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
+) -> None:
+    running = program.start(*long_job.arguments("worker-killed"))
+    long_job.wait_for_shards("worker-killed", 1, running)
+    workers = [pid for pid, title in program.processes().items() if SCORING_ACTOR in title]
+    assert len(workers) == 1
+    os.kill(workers[0], signal.SIGKILL)
+    assert len(long_job.output("worker-killed").shard_keys()) < SHARDS
+    ended = running.wait()
+    assert_as_undisturbed(ended, long_job, "worker-killed", program, undisturbed)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-ray"]], ids=["ray", "no-ray"])
+def test_a_run_that_is_asked_to_stop_lets_go_and_can_be_finished(
+    long_job: LongJob, program: Program, undisturbed: dict[str, Stored], flags: list[str]
+) -> None:
+    name = f"stopped{''.join(flags)}"
+    running = program.start(*long_job.arguments(name, *flags))
+    long_job.wait_for_shards(name, 2, running)
+    running.send(signal.SIGTERM)
+    ended = running.wait()
+    assert len(long_job.output(name).shard_keys()) < SHARDS
+    assert ended.error == "stopped; run the same command again to go on from here"
+    assert ended.exit_code == 3
+    assert long_job.output(name).read_json("_batch_scorer/lease.json")["released"]
+    assert not program.processes()
+
+    again = program.run(*long_job.arguments(name, "--no-ray"))
+    assert_as_undisturbed(again, long_job, name, program, undisturbed)
+
+
+def test_a_worker_that_dies_whenever_it_starts_ends_the_run(
+    long_job: LongJob, program: Program
+) -> None:
+    """As when the model does not fit the machine's memory, and the kernel kills every loader."""
+    running = program.start(*long_job.arguments("never-loads"))
+    killed: set[int] = set()
+
+    def kill_loaders_until_the_end() -> bool:
+        for pid, title in program.processes().items():
+            if SCORING_ACTOR in title and pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+        return running.is_over
+
+    wait_until(kill_loaders_until_the_end, "the run gives up")
+    ended = running.wait()
+    assert ended.exit_code == 3
+    assert killed
+    assert ended.error
+    assert long_job.output("never-loads").shard_keys() == []
