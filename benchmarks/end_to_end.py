@@ -81,7 +81,7 @@ class Padded:
 
     @torch.inference_mode()
     def score(self, conversations: list[Any], *, by_length: bool) -> np.ndarray[Any, Any]:
-        texts = self._tokenizer.apply_chat_template(conversations, tokenize=False)
+        texts: Any = self._tokenizer.apply_chat_template(conversations, tokenize=False)
         order = list(range(len(texts)))
         if by_length:
             order.sort(key=lambda i: -len(texts[i]))

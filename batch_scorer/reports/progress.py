@@ -16,6 +16,7 @@ log = logging.getLogger("batch_scorer")
 
 _LINE_EVERY_S = 10.0
 _LAYOUTS_SHOWN = 8
+_MARKED_SHOWN = 20
 
 
 class ProgressView:
@@ -31,7 +32,7 @@ class ProgressView:
         self._started = time.monotonic()
         self._line_at = 0.0
         self._estimates: dict[str, int] = {}
-        self._shards = self._rows = self._tokens = self._marked = self._failed = 0
+        self._shards = self._rows = self._tokens = self._marked = self._failed = self._shown = 0
         self._total_shards = self._estimated = self._estimated_done = 0
 
     def __enter__(self) -> Self:
@@ -52,7 +53,7 @@ class ProgressView:
         self._total_shards = len(work.todo)
         self._estimates = {shard.output_key: shard.estimated_tokens for shard in work.todo}
         self._estimated = sum(self._estimates.values())
-        self._started = self._line_at = time.monotonic()
+        self._line_at = time.monotonic()
         if work.todo and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("scoring"),
@@ -67,6 +68,9 @@ class ProgressView:
             self._console.print("starting workers")
 
     def finished(self, receipt: Receipt) -> None:
+        if self._shards == 0:
+            # Rates and the time left are of scoring; starting workers is over by now.
+            self._started = time.monotonic() - receipt.score_s
         self._shards += 1
         self._rows += receipt.num_rows
         self._estimated_done += self._estimates.get(receipt.output_key, 0)
@@ -76,13 +80,20 @@ class ProgressView:
         else:
             self._tokens += receipt.commit.tokens
             self._marked += receipt.commit.rows_marked
-            for row, reason, detail in receipt.examples:
-                self._say(f"[yellow]marked[/] {receipt.input} row {row}: {reason}: {detail}")
+            self._show_marked(receipt)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._estimated_done, description=self._line())
         elif time.monotonic() - self._line_at >= _LINE_EVERY_S or self._is_last:
             self._line_at = time.monotonic()
             self._console.print(self._line(), highlight=False, soft_wrap=True)
+
+    def _show_marked(self, receipt: Receipt) -> None:
+        for row, reason, detail in receipt.examples:
+            self._shown += 1
+            if self._shown <= _MARKED_SHOWN:
+                self._say(f"[yellow]marked[/] {receipt.input} row {row}: {reason}: {detail}")
+            elif self._shown == _MARKED_SHOWN + 1:
+                self._say("[yellow]marked[/] more rows; the score_error column names them all")
 
     @property
     def _is_last(self) -> bool:

@@ -76,10 +76,10 @@ def test_a_run_that_is_asked_to_stop_lets_go_and_can_be_finished(
     running.send(signal.SIGTERM)
     ended = running.wait()
     assert len(long_job.output(name).shard_keys()) < SHARDS
-    assert ended.error == "stopped; run the same command again to go on from here"
-    assert ended.exit_code == 3
     assert long_job.output(name).read_json("_batch_scorer/lease.json")["released"]
     assert not program.processes()
+    assert ended.exit_code == 3
+    assert ended.error == "stopped; run the same command again to go on from here"
 
     again = program.run(*long_job.arguments(name, "--no-ray"))
     assert_as_undisturbed(again, long_job, name, program, undisturbed)

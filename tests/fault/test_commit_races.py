@@ -1,0 +1,175 @@
+"""Many writers of one shard: one commit stands, and a newer run's is never written over."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from batch_scorer import Config
+from batch_scorer.backends.fake import FakeBackend
+from batch_scorer.columns import ScoredRows
+from batch_scorer.errors import ShardError, ShardReason
+from batch_scorer.lease import Lease
+from batch_scorer.manifest import Receipt, Shard
+from batch_scorer.plan import make_plan
+from batch_scorer.run import prepare
+from batch_scorer.shard import Job, commit_shard, read_shard, renderer_of, score_shard
+from inputs import pairs, parquet
+from places import Place, Stored
+from seaweed import S3Server
+
+pytestmark = pytest.mark.fault
+
+WRITERS = 8
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One shard, read and scored, and an output whose lease is at epoch 2."""
+
+    place: Place
+    job: Job
+    shard: Shard
+    scored: ScoredRows
+
+    def commit(self, epoch: int, shard: Shard | None = None, add: float = 0.0) -> Receipt:
+        """Commit by a run of this epoch; `add` moves the scores, so that writers can be told."""
+        scored = replace(self.scored, values=self.scored.values + add)
+        return commit_shard(replace(self.job, epoch=epoch), shard or self.shard, scored)
+
+    def with_input(self, rows: int) -> "Bench":
+        """The same after the input was rewritten."""
+        (self.place / "in").write({"a.parquet": parquet(pairs(rows, start=rows))})
+        return make_bench(self.place, self.job.config.model)
+
+    def stored(self) -> Stored:
+        return (self.place / "out").shards()[self.shard.output_key]
+
+    def set_epoch(self, epoch: int) -> None:
+        store = (self.place / "out").store
+        body = json.loads(store.read("_batch_scorer/lease.json"))
+        data = json.dumps(body | {"epoch": epoch}).encode()
+        store.replace("_batch_scorer/lease.json", data, store.head("_batch_scorer/lease.json").version)
+
+
+def make_bench(place: Place, model: str) -> Bench:
+    config = Config(
+        model=model,
+        inputs=((place / "in").url,),
+        output=(place / "out").url,
+        store_options=dict(place.options),
+        backend="fake",
+        use_ray=False,
+    )
+    job = prepare(config).job(epoch=2)
+    shard = make_plan(config).shards[0]
+    scored = score_shard(read_shard(job, shard, renderer_of(job)), FakeBackend())
+    return Bench(place, job, shard, scored)
+
+
+@pytest.fixture(params=["local", "s3"])
+def bench(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path
+) -> Iterator[Bench]:
+    place = Place(str(tmp_path))
+    if request.param == "s3":
+        s3: S3Server = request.getfixturevalue("s3")
+        place = Place(s3.url(f"races/{tmp_path.name}"), s3.options)
+    (place / "in").write({"a.parquet": parquet(pairs(5))})
+    with Lease((place / "out").store, "an old plan", 60):
+        pass
+    with Lease((place / "out").store, "a plan", 60) as lease:
+        assert lease.epoch == 2
+        yield make_bench(place, str(tiny_model))
+
+
+def race(bench: Bench, shard: Shard | None = None) -> list[Receipt]:
+    """All writers at once, each with scores of its own."""
+    ready = Barrier(WRITERS)
+
+    def write(writer: int) -> Receipt:
+        ready.wait()
+        return bench.commit(2, shard, add=float(writer))
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        return list(pool.map(write, range(WRITERS)))
+
+
+def assert_one_won(receipts: list[Receipt], stored: Stored) -> None:
+    assert sum(receipt.detail == "" for receipt in receipts) == 1
+    assert {receipt.sha256 for receipt in receipts} == {stored.sha256}
+    assert {receipt.version.etag for receipt in receipts if receipt.version} == {stored.etag}
+    assert all(receipt.commit == stored.commit for receipt in receipts)
+
+
+def test_one_of_many_writers_creates_a_shard_and_all_report_it(bench: Bench) -> None:
+    for _ in range(ROUNDS):
+        receipts = race(bench)
+        assert_one_won(receipts, bench.stored())
+        (bench.place / "out").store.delete(bench.shard.output_key)
+
+
+def test_one_of_many_writers_replaces_a_stale_shard(bench: Bench) -> None:
+    bench.commit(1 + 1)
+    for round_ in range(ROUNDS):
+        stale = bench.stored()
+        bench = bench.with_input(rows=6 + round_)
+        version = (bench.place / "out").store.head(bench.shard.output_key).version
+        receipts = race(bench, replace(bench.shard, replaces=version))
+        assert_one_won(receipts, bench.stored())
+        assert bench.stored().commit.identity != stale.commit.identity
+
+
+def test_writing_the_same_scores_twice_is_one_commit(bench: Bench) -> None:
+    first, second = bench.commit(2), bench.commit(2)
+    assert first.detail == second.detail == ""
+    assert (first.version, first.sha256) == (second.version, second.sha256)
+
+
+def test_a_second_attempt_does_not_replace_the_first(bench: Bench) -> None:
+    first = bench.commit(2)
+    second = bench.commit(2, add=1.0)
+    assert bench.stored().sha256 == first.sha256 == second.sha256
+    assert second.detail == "scores differ from an equal commit"
+
+
+def assert_superseded(bench: Bench, epoch: int, shard: Shard | None = None) -> None:
+    before = (bench.place / "out").shards()
+    with pytest.raises(ShardError) as raised:
+        bench.commit(epoch, shard, add=1.0)
+    assert raised.value.reason is ShardReason.SUPERSEDED
+    assert (bench.place / "out").shards() == before
+
+
+def test_a_run_of_an_old_epoch_may_not_begin_a_commit(bench: Bench) -> None:
+    assert_superseded(bench, epoch=1)
+
+
+def test_a_writer_that_wakes_up_late_does_not_replace_a_newer_commit(bench: Bench) -> None:
+    """It saw its own epoch before it fell asleep, so only the store can refuse it."""
+    old = bench
+    first = old.commit(1 + 1)
+    replaces_first = replace(old.shard, replaces=first.version)
+    new = bench.with_input(rows=7)
+    newer = new.commit(2, replace(new.shard, replaces=first.version))
+    assert new.stored().sha256 == newer.sha256
+    new.set_epoch(1)  # what the late writer saw
+    assert_superseded(old, epoch=1)
+    assert_superseded(old, 1, replaces_first)
+
+
+def test_a_late_commit_of_an_old_epoch_is_replaced_by_the_newer_run(bench: Bench) -> None:
+    """The old writer's commit slipped in after the new run had listed the output."""
+    old = bench
+    new = bench.with_input(rows=7)
+    new.set_epoch(1)
+    old.commit(1)
+    new.set_epoch(2)
+    receipt = new.commit(2)
+    assert new.stored().sha256 == receipt.sha256
+    assert new.stored().commit.epoch == 2
+    assert new.stored().table.num_rows == 7
