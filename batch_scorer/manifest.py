@@ -149,8 +149,12 @@ class Commit:
 
 
 class Status(StrEnum):
+    """How a shard stands. INPUT_GONE: committed by an earlier run, its input is no longer there;
+    kept and named in the manifest, but not counted in any total."""
+
     COMMITTED = "committed"
     FAILED = "failed"
+    INPUT_GONE = "input_gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +322,8 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     marked: dict[str, int] = {}
     pairs: dict[str, list[int]] = {}
     for receipt in receipts:
+        if receipt.status is Status.INPUT_GONE:
+            continue
         totals["shards"] += 1
         totals["rows"] += receipt.num_rows
         commit = receipt.commit

@@ -16,6 +16,7 @@ from batch_scorer.manifest import (
     Ledger,
     Receipt,
     Shard,
+    Status,
     claim_output,
     committed,
     is_record,
@@ -79,12 +80,12 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is left to do: a plan minus what is committed. `gone` are outputs without an input."""
+    """What is left to do: a plan minus what is committed. `gone` are shards without an input."""
 
     plan: Plan
     todo: list[Shard]
     done: list[Receipt]
-    gone: list[str]
+    gone: list[Receipt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,6 @@ class Summary:
     output: str
     totals: dict[str, Any]
     receipts: list[Receipt]
-    gone: list[str]
     elapsed_s: float
     workers: int
     score_s: float = 0.0
@@ -173,9 +173,10 @@ def remaining(plan: Plan, job: Job, output: Store) -> Work:
     """Subtract what is committed under the same identity. Raises OutputError for foreign files."""
     wanted = {shard.output_key: shard for shard in plan.shards}
     inputs = {shard.source.key for shard in plan.shards}
+    unusable = {receipt.input for receipt in plan.failed}
     objects = [info for info in output.list() if not is_record(info.key)]
     done: list[Receipt] = []
-    gone: list[str] = []
+    gone: list[Receipt] = []
     stale: dict[str, Shard] = {}
     for info, receipt in committed(output, objects, known_receipts(output)):
         shard = wanted.get(info.key)
@@ -189,10 +190,11 @@ def remaining(plan: Plan, job: Job, output: Store) -> Work:
             # Cut differently than before: the rows come back under other names.
             if receipt.commit.input in inputs:
                 output.delete(info.key)
-            else:
-                gone.append(info.key)
+            elif receipt.commit.input not in unusable:
+                gone.append(replace(receipt, status=Status.INPUT_GONE))
         elif receipt.commit.identity == shard.identity(job.fingerprint, job.config.column_prefix):
-            done.append(replace(receipt, input_root=shard.source.root))
+            root = shard.source.root
+            done.append(replace(receipt, status=Status.COMMITTED, input_root=root))
         else:
             stale[info.key] = replace(shard, replaces=info.version)
     finished = {receipt.output_key for receipt in done}
@@ -203,7 +205,7 @@ def remaining(plan: Plan, job: Job, output: Store) -> Work:
 def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) -> Summary:
     started = time.perf_counter()
     ledger = Ledger(output, lease.epoch, lease.holder_id)
-    receipts = [*work.done, *work.plan.failed]
+    receipts = [*work.done, *work.gone, *work.plan.failed]
     fresh: list[Receipt] = []
     # Longest first, so that the last shards to finish are short ones.
     todo = sorted(work.todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
@@ -225,7 +227,6 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
         output=output.root,
         totals=totals,
         receipts=receipts + fresh,
-        gone=work.gone,
         elapsed_s=time.perf_counter() - started,
         workers=num_workers(job),
         score_s=sum(receipt.score_s for receipt in ours),

@@ -23,6 +23,7 @@ from batch_scorer.manifest import (
     SUCCESS_KEY,
     Commit,
     Receipt,
+    Status,
     current_manifest,
     is_record,
     known_receipts,
@@ -84,17 +85,22 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
         for receipt in receipts
         if receipt.commit is None
     ]
-    rows, scored = sum(check.rows for check in checks), sum(check.scored for check in checks)
+    counted = [
+        check
+        for check, receipt in zip(checks, committed, strict=True)
+        if receipt.status is Status.COMMITTED
+    ]
+    rows, scored = sum(check.rows for check in counted), sum(check.scored for check in counted)
     if success is None:
         unfinished.append(f"no {SUCCESS_KEY}: the run is not finished")
         # The run may have ended between a commit and the record of it.
         strangers = [info for info in strangers if read_commit(store, info)[0] is None]
     elif (success["rows"], success["rows_scored"]) != (rows, scored):
-        counted = f"{success['rows']} rows, {success['rows_scored']} scored"
-        problems.append(f"{SUCCESS_KEY} counts {counted}; the data {rows} rows, {scored} scored")
+        claim = f"{success['rows']} rows, {success['rows_scored']} scored"
+        problems.append(f"{SUCCESS_KEY} counts {claim}; the data {rows} rows, {scored} scored")
     problems += [f"{info.key}: not in the manifest" for info in strangers]
     return Verdict(
-        shards=len(committed),
+        shards=len(counted),
         rows=rows,
         rows_scored=scored,
         rows_marked=rows - scored,

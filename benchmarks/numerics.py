@@ -31,7 +31,7 @@ from batch_scorer.packing import pack
 from batch_scorer.records import TokenizedRows
 
 SCORE_STD = 2.0
-QUERY_KEY_GAIN = {"llama": 2.5, "qwen3": 2.5, "gemma2": 6.0}
+QUERY_KEY_GAIN = 2.5
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
@@ -191,7 +191,7 @@ def build_model(scale: Scale, family: str, model_dir: Path, layers: int | None =
     with torch.inference_mode():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
-                parameter.mul_(QUERY_KEY_GAIN[family])
+                parameter.mul_(QUERY_KEY_GAIN)
         sample = model.score(last_hidden(model, random_sequences(scale)[:24]))
         model.score.weight.mul_(SCORE_STD / float(sample.std()))
     model.save_pretrained(model_dir)

@@ -7,8 +7,8 @@
    then both endings, kept apart by the attention mask. Features are the final norm's output
    at the pooled token, after each candidate layer, for each candidate template. They stay in
    `--work-dir`, so that a second run only fits.
-2. `select`: template, layer, source mix and ridge, by log-loss on the helpful pairs that are not
-   held out, cross-validated with folds by prompt.
+2. `select`: template, source mix, ridge and layer, by log-loss on the pairs that are not held
+   out, cross-validated with folds by prompt.
 3. `evaluate`: the chosen variant, fitted on all that is not held out, once on what is.
 
 Pairs with identical sides are left out of the fits, and are losses wherever accuracy is counted.
@@ -72,6 +72,13 @@ MIXES: dict[str, tuple[str, ...]] = {
     "helpful+opinions+maths": (*HELPFUL, *OPINIONS, "gsm8k-solutions"),
     "helpful+opinions+harmless": (*HELPFUL, *OPINIONS, "hh-harmless-base"),
 }
+GROUPS = {
+    "helpful": HELPFUL,
+    "opinions": OPINIONS,
+    "maths": ("gsm8k-solutions",),
+    "harmless": ("hh-harmless-base",),
+}
+SHOWN = ("helpful", "opinions", "maths")  # what the demo scores
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 FOLDS = ((2, 3), (4, 5), (6, 7), (8, 9))  # prompt buckets; 0 and 1 are held out
 MAX_TOKENS = 700
@@ -304,22 +311,35 @@ def cross_validate(data: Features, variant: Variant) -> Floats:
 
 
 def validation_figures(data: Features, variant: Variant) -> dict[str, Any]:
+    """Cross-validated accuracy and log-loss per group; `loss` is the mean over SHOWN groups."""
     margins = cross_validate(data, variant)
-    groups = {"helpful": HELPFUL, "opinions": OPINIONS}
-    groups |= {source: (source,) for source in ("gsm8k-solutions", "hh-harmless-base")}
     figures: dict[str, Any] = dataclasses.asdict(variant)
-    for name, sources in groups.items():
+    for name, sources in GROUPS.items():
         group = np.isin(data.sources, sources) & ~data.held_out
-        figures[name] = round(float((margins[group] > 0).mean()), 4)
-        figures[f"{name}_n"] = int(group.sum())
-    helpful = np.isin(data.sources, HELPFUL) & ~data.held_out & ~data.tied
-    figures["log_loss"] = round(float(np.logaddexp(0, -margins[helpful]).mean()), 4)
+        losses = np.logaddexp(0, -margins[group & ~data.tied])
+        figures[name] = {
+            "n": int(group.sum()),
+            "accuracy": round(float((margins[group] > 0).mean()), 4),
+            "log_loss": round(float(losses.mean()), 4),
+        }
+    figures["loss"] = round(float(np.mean([figures[name]["log_loss"] for name in SHOWN])), 4)
     print(json.dumps(figures))
     return figures
 
 
+def mean_accuracy(figures: Mapping[str, Any]) -> tuple[float, float]:
+    """Over the SHOWN groups, with its standard error."""
+    groups = [figures[name] for name in SHOWN]
+    variance = sum(g["accuracy"] * (1 - g["accuracy"]) / g["n"] for g in groups)
+    return sum(g["accuracy"] for g in groups) / len(groups), variance**0.5 / len(groups)
+
+
 def select(data: Features) -> tuple[Variant, list[dict[str, Any]]]:
-    """One choice at a time, by log-loss on helpful pairs; and all the figures it rests on."""
+    """One choice at a time by `loss`, and all the figures it rests on.
+
+    Depth is what scoring costs: the lowest layer wins whose mean accuracy over the SHOWN groups
+    is within a standard error of the best.
+    """
     grid = data.grid
     tried: dict[Variant, dict[str, Any]] = {}
 
@@ -327,13 +347,18 @@ def select(data: Features) -> tuple[Variant, list[dict[str, Any]]]:
         for variant in variants:
             if variant not in tried:
                 tried[variant] = validation_figures(data, variant)
-        return min(variants, key=lambda variant: tried[variant]["log_loss"])
+        return min(variants, key=lambda variant: tried[variant]["loss"])
 
-    best = best_of([Variant(t, la, "helpful", 0.3) for t in grid.templates for la in grid.layers])
+    mix = "helpful+opinions+maths"
+    best = best_of([Variant(t, la, mix, 0.3) for t in grid.templates for la in grid.layers])
     best = best_of([dataclasses.replace(best, mix=mix) for mix in MIXES])
     best = best_of([dataclasses.replace(best, ridge=ridge) for ridge in RIDGES])
-    best = best_of([dataclasses.replace(best, layer=layer) for layer in grid.layers])
-    return best, list(tried.values())
+    layers = [dataclasses.replace(best, layer=layer) for layer in sorted(grid.layers)]
+    best_of(layers)
+    shown = [mean_accuracy(tried[variant]) for variant in layers]
+    top, error = max(shown)
+    lowest = next(v for v, (mean, _) in zip(layers, shown, strict=True) if mean >= top - error)
+    return lowest, list(tried.values())
 
 
 def wilson(wins: int, n: int) -> tuple[float, float]:

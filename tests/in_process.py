@@ -6,13 +6,14 @@ import signal
 import sys
 from unittest.mock import patch
 
-from batch_scorer import cli
 from program import Ended
 from rich.console import Console
 
+from batch_scorer import cli
+
 
 def run_cli(*arguments: object) -> Ended:
-    """What `batch-scorer ARGUMENTS` prints and how it ends. An exception that leaves it is raised."""
+    """What `batch-scorer ARGUMENTS` prints and how it ends; what it lets escape is raised."""
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
     with (

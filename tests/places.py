@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from batch_scorer.manifest import Commit, is_record
 from batch_scorer.storage import ObjectMissing, Store
 

@@ -51,7 +51,9 @@ class Running:
     """A started program; output goes to files, so that it never waits for a reader."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
-        self._files = [Path(tempfile.mkstemp(dir=folder, suffix=name)[1]) for name in ("out", "err")]
+        self._files = [
+            Path(tempfile.mkstemp(dir=folder, suffix=name)[1]) for name in ("out", "err")
+        ]
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self._process = subprocess.Popen(
                 command, env=environment, cwd=REPOSITORY, stdout=out, stderr=err

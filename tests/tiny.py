@@ -1,6 +1,7 @@
 """A tiny reward model with a real tokenizer and template, for tests of all but the engine."""
 
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -35,7 +36,7 @@ def tiny_tokenizer(directory: Path, *, bos: bool = False) -> None:
         core.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
         )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<s>" if bos else None,
@@ -48,12 +49,12 @@ def tiny_tokenizer(directory: Path, *, bos: bool = False) -> None:
 def tiny_reward_model(directory: Path, *, bos: bool = False, max_tokens: int = 4096) -> Path:
     """A random Llama of two layers with a head whose scores spread over a few units."""
     import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    import transformers
 
     directory.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer(directory, bos=bos)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=128,
@@ -62,10 +63,10 @@ def tiny_reward_model(directory: Path, *, bos: bool = False, max_tokens: int = 4
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=max_tokens,
-        num_labels=1,
         pad_token_id=0,
     )
-    model = LlamaForSequenceClassification(config)
+    config.num_labels = 1
+    model: Any = transformers.AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         model.score.weight.mul_(20)
     model.save_pretrained(directory)

@@ -131,7 +131,7 @@ def _plan_lines(work: Work) -> list[str]:
     if len(layouts) > _LAYOUTS_SHOWN:
         lines.append(f"  … and {len(layouts) - _LAYOUTS_SHOWN} more kinds of rows")
     lines += [f"[red]failed[/] {r.input}: {r.reason}: {r.detail}" for r in work.plan.failed]
-    lines += [f"[yellow]its input is gone[/] {key}" for key in work.gone]
+    lines += [f"[yellow]its input is gone[/] {receipt.output_key}" for receipt in work.gone]
     return lines
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from batch_scorer import formats
 from batch_scorer.errors import ExitCode
-from batch_scorer.manifest import layout_to_json
+from batch_scorer.manifest import Status, layout_to_json
 from batch_scorer.plan import Plan
 from batch_scorer.reports.status import OutputStatus
 from batch_scorer.run import Summary
@@ -73,11 +73,11 @@ def summary_json(summary: Summary) -> dict[str, Any]:
         "score_s": round(summary.score_s, 3),
         "scored_tokens": summary.scored_tokens,
         "computed_tokens": summary.computed_tokens,
-        "inputs_gone": summary.gone,
+        "input_gone": [r.output_key for r in summary.receipts if r.status is Status.INPUT_GONE],
         "failed": [
             {"input": r.input, "output_key": r.output_key, "reason": r.reason, "detail": r.detail}
             for r in summary.receipts
-            if r.commit is None
+            if r.status is Status.FAILED
         ],
     }
 

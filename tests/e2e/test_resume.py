@@ -5,15 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from batch_scorer import Config
-from batch_scorer.manifest import Receipt
-from batch_scorer.run import Work
-from batch_scorer.run import score as run_score
 from in_process import run_cli
 from inputs import pairs, parquet
 from places import Place, digests, of_input
 from program import Ended, Program
 from seaweed import S3Server
+
+from batch_scorer import Config
+from batch_scorer.manifest import Receipt
+from batch_scorer.run import Work
+from batch_scorer.run import score as run_score
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +34,8 @@ def score(place: Place, model: Path, *flags: object) -> Ended:
     """The plain loop in this process; a flag given twice counts as given last."""
     return run_cli(
         "score", "--model", model, (place / "in").url, "--output", (place / "out").url,
-        *place.flags, "--json", "--no-ray", "--dtype", "float32", "--shard-rows", SHARD_ROWS, *flags,
+        *place.flags, "--json", "--no-ray", "--dtype", "float32", "--shard-rows", SHARD_ROWS,
+        *flags,
     )  # fmt: skip
 
 
@@ -154,9 +156,13 @@ def test_a_changed_file_replaces_its_shards_and_no_others(scored: Place, tiny_mo
     again = score(scored, tiny_model, "--max-tokens", 2000)
     assert again.exit_code == 0, again.err
     after = (scored / "out").shards()
-    assert of_input(after, "b.parquet").drop_columns(
-        [n for n in of_input(after, "b.parquet").column_names if n not in pairs(0).column_names]
-    ).equals(pairs(6, start=300))
+    assert (
+        of_input(after, "b.parquet")
+        .drop_columns(
+            [n for n in of_input(after, "b.parquet").column_names if n not in pairs(0).column_names]
+        )
+        .equals(pairs(6, start=300))
+    )
     assert after["b.parquet"].commit.epoch == before["b.parquet"].commit.epoch + 1
     unchanged = [key for key in before if key.startswith("a.")]
     assert len(unchanged) == 3

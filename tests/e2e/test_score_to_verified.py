@@ -1,9 +1,6 @@
 """From inputs in S3 to verified scores in S3, on Ray and without it."""
 
 import gzip
-import io
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -112,7 +109,9 @@ def _assert_scored(table: pa.Table) -> None:
         assert table[name].null_count == 0
     scores = table.to_pydict()
     both = zip(scores["score_chosen"], scores["score_rejected"], scores["margin"], strict=True)
-    assert all(chosen - rejected == pytest.approx(margin, abs=1e-4) for chosen, rejected, margin in both)
+    assert all(
+        chosen - rejected == pytest.approx(margin, abs=1e-4) for chosen, rejected, margin in both
+    )
 
 
 def test_shards_are_cut_at_row_groups_and_inside_a_large_one(shards: dict[str, Stored]) -> None:

@@ -8,18 +8,20 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+from inputs import pairs, parquet
+from places import Place, Stored
+from seaweed import S3Server
+
 from batch_scorer import Config
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.columns import ScoredRows
 from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.lease import Lease
 from batch_scorer.manifest import Receipt, Shard
+from batch_scorer.models.directory import inspect_model
 from batch_scorer.plan import make_plan
 from batch_scorer.run import prepare
 from batch_scorer.shard import Job, commit_shard, read_shard, renderer_of, score_shard
-from inputs import pairs, parquet
-from places import Place, Stored
-from seaweed import S3Server
 
 pytestmark = pytest.mark.fault
 
@@ -41,10 +43,9 @@ class Bench:
         scored = replace(self.scored, values=self.scored.values + add)
         return commit_shard(replace(self.job, epoch=epoch), shard or self.shard, scored)
 
-    def with_input(self, rows: int) -> "Bench":
-        """The same after the input was rewritten."""
-        (self.place / "in").write({"a.parquet": parquet(pairs(rows, start=rows))})
-        return make_bench(self.place, self.job.config.model)
+    def of_plan(self, name: str) -> "Bench":
+        """The same shard with another identity, as if its input had been rewritten."""
+        return replace(self, job=replace(self.job, fingerprint=name))
 
     def stored(self) -> Stored:
         return (self.place / "out").shards()[self.shard.output_key]
@@ -53,7 +54,9 @@ class Bench:
         store = (self.place / "out").store
         body = json.loads(store.read("_batch_scorer/lease.json"))
         data = json.dumps(body | {"epoch": epoch}).encode()
-        store.replace("_batch_scorer/lease.json", data, store.head("_batch_scorer/lease.json").version)
+        store.replace(
+            "_batch_scorer/lease.json", data, store.head("_batch_scorer/lease.json").version
+        )
 
 
 def make_bench(place: Place, model: str) -> Bench:
@@ -65,16 +68,14 @@ def make_bench(place: Place, model: str) -> Bench:
         backend="fake",
         use_ray=False,
     )
-    job = prepare(config).job(epoch=2)
+    job = prepare(config, inspect_model(Path(model))).job(epoch=2)
     shard = make_plan(config).shards[0]
     scored = score_shard(read_shard(job, shard, renderer_of(job)), FakeBackend())
     return Bench(place, job, shard, scored)
 
 
 @pytest.fixture(params=["local", "s3"])
-def bench(
-    request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path
-) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> Iterator[Bench]:
     place = Place(str(tmp_path))
     if request.param == "s3":
         s3: S3Server = request.getfixturevalue("s3")
@@ -114,14 +115,13 @@ def test_one_of_many_writers_creates_a_shard_and_all_report_it(bench: Bench) -> 
 
 
 def test_one_of_many_writers_replaces_a_stale_shard(bench: Bench) -> None:
-    bench.commit(1 + 1)
-    for round_ in range(ROUNDS):
-        stale = bench.stored()
-        bench = bench.with_input(rows=6 + round_)
-        version = (bench.place / "out").store.head(bench.shard.output_key).version
-        receipts = race(bench, replace(bench.shard, replaces=version))
+    stale = bench.commit(2)
+    for number in range(ROUNDS):
+        bench = bench.of_plan(f"plan {number}")
+        receipts = race(bench, replace(bench.shard, replaces=stale.version))
         assert_one_won(receipts, bench.stored())
-        assert bench.stored().commit.identity != stale.commit.identity
+        assert bench.stored().commit.fingerprint == f"plan {number}"
+        stale = receipts[0]
 
 
 def test_writing_the_same_scores_twice_is_one_commit(bench: Bench) -> None:
@@ -151,25 +151,22 @@ def test_a_run_of_an_old_epoch_may_not_begin_a_commit(bench: Bench) -> None:
 
 def test_a_writer_that_wakes_up_late_does_not_replace_a_newer_commit(bench: Bench) -> None:
     """It saw its own epoch before it fell asleep, so only the store can refuse it."""
-    old = bench
-    first = old.commit(1 + 1)
-    replaces_first = replace(old.shard, replaces=first.version)
-    new = bench.with_input(rows=7)
-    newer = new.commit(2, replace(new.shard, replaces=first.version))
-    assert new.stored().sha256 == newer.sha256
-    new.set_epoch(1)  # what the late writer saw
-    assert_superseded(old, epoch=1)
-    assert_superseded(old, 1, replaces_first)
+    stale = bench.of_plan("oldest").commit(2)
+    replaces = replace(bench.shard, replaces=stale.version)
+    newer = bench.commit(2, replaces)
+    bench.set_epoch(1)  # what the late writer saw
+    for late in (bench, bench.of_plan("old")):
+        assert_superseded(late, 1)
+        assert_superseded(late, 1, replaces)
+    assert bench.stored().sha256 == newer.sha256
 
 
 def test_a_late_commit_of_an_old_epoch_is_replaced_by_the_newer_run(bench: Bench) -> None:
     """The old writer's commit slipped in after the new run had listed the output."""
-    old = bench
-    new = bench.with_input(rows=7)
-    new.set_epoch(1)
-    old.commit(1)
-    new.set_epoch(2)
-    receipt = new.commit(2)
-    assert new.stored().sha256 == receipt.sha256
-    assert new.stored().commit.epoch == 2
-    assert new.stored().table.num_rows == 7
+    bench.set_epoch(1)
+    bench.of_plan("old").commit(1)
+    bench.set_epoch(2)
+    newer = bench.commit(2)
+    assert newer.detail == ""
+    assert bench.stored().sha256 == newer.sha256
+    assert bench.stored().commit.epoch == 2

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_scorer.errors import LeaseLostError, OutputHeldError
-from batch_scorer.lease import Lease, current_epoch, holder_of
 from places import Place
 from program import wait_until
 from seaweed import S3Server
+
+from batch_scorer.errors import LeaseLostError, OutputHeldError
+from batch_scorer.lease import Lease, current_epoch, holder_of
 
 pytestmark = pytest.mark.fault
 

@@ -114,6 +114,13 @@ def test_totals_account_for_every_row() -> None:
     assert totals["pairs"] == {"web": [9, 6, 1]}
 
 
+def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:
+    gone = replace(DONE, output_key="old.parquet", status=Status.INPUT_GONE)
+    assert total([DONE, gone]) == total([DONE])
+    publish(store, 1, "f", [DONE, gone])
+    assert current_manifest(store) == [DONE, gone]
+
+
 def test_rows_that_do_not_add_up_are_an_integrity_error() -> None:
     with pytest.raises(IntegrityError, match="10 rows went in, 8 scored"):
         total([replace(DONE, commit=replace(COMMIT, rows_scored=8))])
@@ -142,7 +149,7 @@ def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
     mine = Fingerprint({"model": "m", "dtype": "bfloat16"})
     claim_output(store, mine, {"shard_rows": 10}, {"device": "cpu"})
     claim_output(store, mine, {"shard_rows": 10}, {"device": "cuda"})
-    with pytest.raises(OutputError, match="belongs to another run.*\n.*dtype: bfloat16 there"):
+    with pytest.raises(OutputError, match=r"belongs to another run.*\n.*dtype: bfloat16 there"):
         claim_output(store, Fingerprint({"model": "m", "dtype": "float32"}), {"shard_rows": 10}, {})
     with pytest.raises(OutputError, match="shard_rows: 10 there, 20 here"):
         claim_output(store, mine, {"shard_rows": 20}, {})
