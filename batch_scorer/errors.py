@@ -1,4 +1,4 @@
-"""What can go wrong, as types; each says how the program ends and whether a retry can help.
+"""What can go wrong, as types; each says how the program ends.
 
 BatchScorerError
 ├── ConfigError            a setting is wrong or two settings contradict each other   exit 2
@@ -56,7 +56,13 @@ class ShardReason(StrEnum):
     STORE_FAILED = "store_failed"
     WORKER_DIED = "worker_died"
     SUPERSEDED = "superseded"
+    OBJECT_IN_THE_WAY = "object_in_the_way"
     INTERNAL = "internal"
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether trying the shard again in the same run can help."""
+        return self is ShardReason.STORE_FAILED
 
 
 class BatchScorerError(Exception):
@@ -116,21 +122,13 @@ class IntegrityError(BatchScorerError):
 
 
 class ShardError(BatchScorerError):
-    """One shard cannot be scored. It is recorded with its reason and the job goes on.
+    """One shard cannot be scored. It is recorded with its reason and the job goes on."""
 
-    `retryable` tells whether trying the same shard again in this run can help.
-    """
-
-    def __init__(self, reason: ShardReason, detail: str, *, retryable: bool = False) -> None:
-        super().__init__(detail)
+    def __init__(self, reason: ShardReason, detail: str) -> None:
+        # Both go to Exception: errors pickle by their args, and these cross process boundaries.
+        super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-        self.retryable = retryable
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions pickle by their args; these must cross Ray's process boundary whole.
-        return (_rebuild_shard_error, (self.reason, self.detail, self.retryable))
-
-
-def _rebuild_shard_error(reason: ShardReason, detail: str, retryable: bool) -> ShardError:
-    return ShardError(reason, detail, retryable=retryable)
+    def __str__(self) -> str:
+        return self.detail

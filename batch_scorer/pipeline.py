@@ -202,6 +202,7 @@ def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = _NO_PROGRESS_S
+    context.max_consecutive_actor_init_deaths = job.config.attempts
     stage = {"job": job, "attempts": ray.remote(num_cpus=0)(_Attempts).remote()}
     items = pa.table({"item": pa.array([pickle.dumps(item) for item in _items(todo)], _CELL)})
     workers = num_workers(job)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -207,11 +208,8 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
     ledger = Ledger(output, lease.epoch, lease.holder_id)
     receipts = [*work.done, *work.gone, *work.plan.failed]
     fresh: list[Receipt] = []
-    # Longest first, so that the last shards to finish are short ones.
-    todo = sorted(work.todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
-    run_all = run_on_ray if job.config.use_ray else run_here
     try:
-        for receipt in run_all(job, todo):
+        for receipt in _attempt_all(job, work.todo):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
@@ -233,6 +231,22 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
         scored_tokens=sum(receipt.commit.tokens for receipt in ours if receipt.commit),
         computed_tokens=sum(receipt.computed_tokens for receipt in ours),
     )
+
+
+def _attempt_all(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
+    """The final receipt of every shard; what the store refused is tried again after the rest."""
+    run_all = run_on_ray if job.config.use_ray else run_here
+    for attempt in range(1, job.config.attempts + 1):
+        again: set[str] = set()
+        # Longest first, so that the last shards to finish are short ones.
+        todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
+        for receipt in run_all(job, todo):
+            if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
+                log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
+                again.add(receipt.output_key)
+            else:
+                yield receipt
+        todo = [shard for shard in todo if shard.output_key in again]
 
 
 def _require_template(prepared: Prepared, plan: Plan) -> None:

@@ -208,7 +208,7 @@ def _read_rows(
     except ObjectMissing as error:
         raise ShardError(ShardReason.INPUT_GONE, "the file is gone") from error
     except StorageError as error:
-        raise ShardError(ShardReason.STORE_FAILED, str(error), retryable=True) from error
+        raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
     except (pa.ArrowException, OSError) as error:
         raise ShardError(
             ShardReason.UNREADABLE_FILE,
@@ -315,10 +315,8 @@ def _publish(job: Job, shard: Shard, commit: Commit, data: bytes) -> tuple[Versi
                 assert expected is not None
                 return expected, standing
         except StorageError as error:
-            raise ShardError(ShardReason.STORE_FAILED, str(error), retryable=True) from error
-    raise ShardError(
-        ShardReason.STORE_FAILED, "the object keeps changing under the commit", retryable=True
-    )
+            raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
+    raise ShardError(ShardReason.STORE_FAILED, "the object keeps changing under the commit")
 
 
 def _look(store: Store, shard: Shard, ours: Commit) -> tuple[Version | None, _Standing | None]:
@@ -330,7 +328,8 @@ def _look(store: Store, shard: Shard, ours: Commit) -> tuple[Version | None, _St
         return None, None
     if there is None:
         raise ShardError(
-            ShardReason.STORE_FAILED, f"{store.url(shard.output_key)} is not one of our shards"
+            ShardReason.OBJECT_IN_THE_WAY,
+            f"{store.url(shard.output_key)} was not written by this program",
         )
     if there.epoch > ours.epoch:
         raise _superseded()

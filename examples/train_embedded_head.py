@@ -440,7 +440,8 @@ def finish(data: Features, variant: Variant, out: Path) -> dict[str, Any]:
         "ridge": str(variant.ridge),
         "dtype": data.grid.dtype,
         "pairs": json.dumps(counts),
-        "licences": "HH-RLHF: MIT; OASST, PandaLM, LLaMA-Factory: Apache-2.0; LLMBar: MIT",
+        "licences": "HH-RLHF, grade-school-math, LLMBar: MIT; OASST, PandaLM, LLaMA-Factory: "
+        "Apache-2.0; MT-Bench votes: CC-BY-4.0",
     }
     save_file({"score.weight": head.astype(np.float32)[None]}, out, metadata=metadata)
     return {"trained_on": counts, "held_out": evaluate(data, variant, head)}

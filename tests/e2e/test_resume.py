@@ -199,6 +199,6 @@ def test_a_removed_input_keeps_its_scores_and_is_named(scored: Place, tiny_model
     (scored / "in").store.delete("b.parquet")
     again = score(scored, tiny_model, "--max-tokens", 2000)
     assert again.exit_code == 0, again.err
-    assert again.json["inputs_gone"] == ["b.parquet"]
+    assert again.json["input_gone"] == ["b.parquet"]
     assert (scored / "out").shards() == before
     assert_verified(scored)

@@ -49,7 +49,7 @@ def test_an_unfinished_output_is_not_verified(scored: Place) -> None:
     assert "no _SUCCESS" in said
 
 
-def test_changed_scores_and_changed_inputs_columns_are_found(scored: Place) -> None:
+def test_changed_scores_and_changed_input_columns_are_found(scored: Place) -> None:
     file = Path(scored.url, "out", "a.parquet")
     table = pq.read_table(file)
     swapped = table.set_column(
@@ -61,10 +61,10 @@ def test_changed_scores_and_changed_inputs_columns_are_found(scored: Place) -> N
     assert "a.parquet: its bytes are not those that were committed" in said
     assert "a.parquet: its scores are not those that were committed" in said
 
-    pq.write_table(table.set_column(2, "source", table["source"].take([11, *range(11)])), file)
+    pq.write_table(table.set_column(0, "chosen", table["chosen"].take([11, *range(11)])), file)
     code, said = verify(scored)
     assert code == 4
-    assert "a.parquet: column source is not as it was in the input" in said
+    assert "a.parquet: column chosen is not as it was in the input" in said
 
 
 def test_a_shard_of_no_run_is_found(scored: Place) -> None:

@@ -19,7 +19,7 @@ from batch_scorer.run import score as run_score
 pytestmark = pytest.mark.fault
 
 POISON_ROWS = 3
-POISON_S, NEIGHBOUR_S = 0.5, 2.0
+POISON_S, NEIGHBOUR_S = 0.3, 1.0
 """How long they keep a worker busy: a neighbour in the same worker is begun when it ends."""
 
 
