@@ -31,6 +31,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_INTERRUPTED = 130
+"""What Typer makes of a KeyboardInterrupt, which SIGTERM raises here too."""
+
 _out = Console()
 _err = Console(stderr=True)
 
@@ -56,8 +59,6 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except BatchScorerError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped; run the same command again to go on from here", ExitCode.INCOMPLETE)
     except typer.Abort:
         sys.exit(ExitCode.INCOMPLETE)
     except Exception as error:
@@ -67,6 +68,8 @@ def main() -> NoReturn:
             raise
         show()
         sys.exit(ExitCode.CONFIG)
+    if code == _INTERRUPTED:
+        _fail("stopped; run the same command again to go on from here", ExitCode.INCOMPLETE)
     sys.exit(code or ExitCode.DONE)
 
 

@@ -95,12 +95,11 @@ class Lease:
     def _refuse_if_alive(self, held: dict[str, Any], info: ObjectInfo) -> None:
         holder = held["holder"]
         name = f"process {holder['pid']} on {holder['host']}"
-        if holder["host"] == self._holder["host"]:
-            if not _is_running(int(holder["pid"])):
-                return
-            age_s = 0.0
-        else:
-            age_s = self._age_s(info)
+        is_here = holder["host"] == self._holder["host"]
+        if is_here and not _is_running(int(holder["pid"])):
+            return
+        # A process id may have been given to another process by now; that one does not renew.
+        age_s = self._age_s(info)
         if age_s < held["ttl_s"]:
             raise OutputHeldError(
                 f"{self._store.root}: {name} is working on this output. Wait until it is done; "

@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -40,6 +40,7 @@ from batch_scorer.storage import (
     ObjectMissing,
     Store,
     Version,
+    open_store,
 )
 
 SUCCESS_KEY = "_SUCCESS"
@@ -365,7 +366,7 @@ def claim_output(
     try:
         store.create(_RUN_KEY, json.dumps(body, indent=1, sort_keys=True).encode())
         return
-    except AccessDenied as error:
+    except (AccessDenied, ObjectMissing) as error:
         raise OutputError(str(error)) from error
     except ObjectChanged:
         there = json.loads(store.read(_RUN_KEY))
@@ -378,13 +379,15 @@ def claim_output(
         )
 
 
-def read_run(store: Store) -> dict[str, Any]:
-    """`run.json`; raises OutputError if this is not an output of ours."""
+def open_scored(output: str, store_options: Mapping[str, str]) -> tuple[Store, dict[str, Any]]:
+    """An output of ours and its `run.json`; raises OutputError if there is none at `output`."""
     try:
-        record: dict[str, Any] = json.loads(store.read(_RUN_KEY))
+        store = open_store(output, store_options)
+        return store, json.loads(store.read(_RUN_KEY))
     except ObjectMissing:
-        raise OutputError(f"{store.root}: no scored output here ({_RUN_KEY} is missing)") from None
-    return record
+        raise OutputError(f"{output}: no scored output here ({_RUN_KEY} is missing)") from None
+    except AccessDenied as error:
+        raise OutputError(str(error)) from error
 
 
 def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:

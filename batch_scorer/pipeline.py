@@ -12,8 +12,11 @@ counted by `_Attempts`, because Ray itself would start a crashing item again for
 import logging
 import os
 import pickle
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +54,7 @@ T = TypeVar("T")
 
 _CELL = pa.large_binary()
 _NO_PROGRESS_S = 1800.0
+_CONNECT_TIMEOUT_S = 5.0
 _BUNDLE_TOKENS = 20_000
 _BUNDLE_SHARDS = 32
 _BUNDLE_FROM = 256
@@ -135,19 +139,30 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address:
+            _require_listener(address)
             ray.init(address=address, **quiet)
         else:
             cpus = (os.cpu_count() or 1) + _SPARE_CPUS
             with _native_log_off():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot join Ray at {address or 'this machine'}: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in place, which aborts
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError if nothing answers at host:port; Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 @contextmanager
@@ -215,18 +230,20 @@ def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
                 _ScoreStage,
                 batch_size=1,
                 batch_format="pyarrow",
-                fn_constructor_kwargs=stage,
-                # Unpacking one item overlaps scoring the other.
-                compute=ActorPoolStrategy(size=workers, max_concurrent_calls_per_actor=2),
+                fn_constructor_kwargs=stage | {"max_loads": job.config.attempts * workers},
+                compute=ActorPoolStrategy(size=workers),
                 **_worker_resources(job, workers),
             )
             .map_batches(_commit_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
         )
         try:
             for row in dataset.iter_rows():
-                yield from pickle.loads(row["item"])
+                receipts = pickle.loads(row["item"])
+                if isinstance(receipts, BatchScorerError):
+                    raise receipts
+                yield from receipts
         except ray.exceptions.RayError as error:
-            raise _our_error(error) from error
+            raise IncompleteError(f"the cluster failed: {str(error).splitlines()[0]}") from error
 
 
 def num_workers(job: Job) -> int:
@@ -291,6 +308,9 @@ class _Attempts:
         self._counts[key] = self._counts.get(key, 0) + 1
         return self._counts[key]
 
+    def forget(self, key: str) -> None:
+        self._counts.pop(key, None)
+
 
 def _refusal(stage: str, shard: Shard, job: Job, attempts: Any) -> ShardError | None:
     """Not None once the item that starts with `shard` has ended too many processes."""
@@ -311,14 +331,32 @@ def _prepare_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:
 
 
 class _ScoreStage:
-    """Holds the model; one per device."""
+    """Holds the model; one per device.
 
-    def __init__(self, job: Job, attempts: Any) -> None:
+    A model that does not load is no reason for Ray to start the worker again: the error travels
+    with the results, and the driver raises it.
+    """
+
+    def __init__(self, job: Job, attempts: Any, max_loads: int) -> None:
+        import ray
+
         self._job = job
         self._attempts = attempts
-        self._backend = make_backend(job)
+        self._failure: BatchScorerError | None = None
+        if ray.get(attempts.begin.remote("load")) > max_loads:
+            self._failure = IncompleteError(
+                f"{max_loads} scoring workers died while loading the model (out of memory?)"
+            )
+            return
+        try:
+            self._backend = make_backend(job)
+        except BatchScorerError as error:
+            self._failure = error
+        attempts.forget.remote("load")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._failure is not None:
+            return _pack(self._failure)
         reads: list[_Read] = _unpack(batch)
         refused = _refusal("score", reads[0].shard, self._job, self._attempts)
         return _pack(
@@ -330,7 +368,9 @@ class _ScoreStage:
 
 
 def _commit_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:
-    scored: list[_Scored] = _unpack(batch)
+    scored: list[_Scored] | BatchScorerError = _unpack(batch)
+    if isinstance(scored, BatchScorerError):
+        return batch
     refused = _refusal("commit", scored[0].shard, job, attempts)
     return _pack(
         [failed(item.shard, refused) if refused else _commit(job, item) for item in scored]
@@ -345,14 +385,3 @@ def _unpack(batch: pa.Table) -> Any:
 
 def _pack(item: object) -> pa.Table:
     return pa.table({"item": pa.array([pickle.dumps(item, protocol=5)], _CELL)})
-
-
-def _our_error(error: BaseException) -> BatchScorerError:
-    """The error that a worker raised on purpose, found under Ray's; otherwise an incomplete run."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None) or seen.__cause__
-        if isinstance(cause, BatchScorerError):
-            return cause
-        seen = cause
-    return IncompleteError(f"the cluster failed: {str(error).splitlines()[0]}")

@@ -66,7 +66,8 @@ class Renderer:
                 str(model_dir), local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{model_dir}: no usable tokenizer: {error}") from error
+            first_line = str(error).strip().split("\n")[0]
+            raise ModelError(f"{model_dir}: no usable tokenizer: {first_line}") from error
         self._max_tokens = max_tokens
         self._over_length = over_length
         self._model_dir = model_dir

@@ -36,6 +36,8 @@ from batch_scorer.errors import ConfigError, StorageError
 _RETRY = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
 _REQUEST_TIMEOUT = "120s"
 _BUFFER_BYTES = 1 << 16
+_DENIED = ("Permission denied", "InvalidAccessKeyId", "403 Forbidden")
+"""How stores say no where obstore has no type for it (in listings)."""
 
 
 class ObjectMissing(StorageError):
@@ -197,7 +199,7 @@ class Store:
             raise AccessDenied(f"{name}: no permission ({_first_line(error)})") from error
         except (BaseError, OSError, NotImplementedError) as error:
             text = str(error)
-            if "Permission denied" in text or "InvalidAccessKeyId" in text:
+            if any(mark in text for mark in _DENIED):
                 raise AccessDenied(f"{name}: no permission ({_first_line(error)})") from error
             if "AWS_ENDPOINT" in text or "NoSuchBucket" in text:
                 raise ObjectMissing(f"{name}: no such bucket") from error

@@ -27,8 +27,8 @@ from batch_scorer.manifest import (
     current_manifest,
     is_record,
     known_receipts,
+    open_scored,
     read_commit,
-    read_run,
     read_success,
 )
 from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, open_store
@@ -70,8 +70,7 @@ class _Checked:
 def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdict:
     """Check a scored output. Raises OutputError if there is none at `output`."""
     options = dict(store_options or {})
-    store = open_store(output, options)
-    read_run(store)
+    store, _ = open_scored(output, options)
     success = read_success(store)
     receipts = list(known_receipts(store).values()) if success is None else current_manifest(store)
     committed = [receipt for receipt in receipts if receipt.commit]

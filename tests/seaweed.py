@@ -56,7 +56,7 @@ def s3_server() -> Iterator[S3Server]:
     data.mkdir()
     port = _free_ports(_PORTS_PER_SERVER)
     command = [
-        str(Path(sys.executable).parent / "weed"), "mini", f"-dir={data}",
+        str(Path(sys.executable).parent / "weed"), f"-logdir={folder}", "mini", f"-dir={data}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false",
         "-webdav=false", f"-s3.config={config}", "-s3.iam=false", f"-s3.port={port}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", f"-master.port={port + 1}",
@@ -69,12 +69,8 @@ def s3_server() -> Iterator[S3Server]:
         _wait_until_up(port, process, folder / "log")
         yield S3Server(endpoint=f"http://127.0.0.1:{port}", pid=process.pid)
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # its data is temporary, and a polite stop takes ten seconds
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batch_scorer.lease import holder_of
-from batch_scorer.manifest import known_receipts, read_plan, read_run, read_success, total
-from batch_scorer.storage import ObjectMissing, open_store
+from batch_scorer.manifest import known_receipts, open_scored, read_plan, read_success, total
+from batch_scorer.storage import ObjectMissing
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,7 @@ class OutputStatus:
 
 def read_status(output: str, store_options: Mapping[str, str] | None = None) -> OutputStatus:
     """The state of `output`. Raises OutputError if it is not one of ours."""
-    store = open_store(output, store_options or {})
-    run = read_run(store)
+    store, run = open_scored(output, store_options or {})
     totals = total(known_receipts(store).values())
     try:
         plan = read_plan(store)

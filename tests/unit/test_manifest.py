@@ -15,8 +15,8 @@ from batch_scorer.manifest import (
     claim_output,
     current_manifest,
     known_receipts,
+    open_scored,
     publish,
-    read_run,
     read_success,
     total,
 )
@@ -153,9 +153,9 @@ def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
         claim_output(store, Fingerprint({"model": "m", "dtype": "float32"}), {"shard_rows": 10}, {})
     with pytest.raises(OutputError, match="shard_rows: 10 there, 20 here"):
         claim_output(store, mine, {"shard_rows": 20}, {})
-    assert read_run(store)["provenance"] == {"device": "cpu"}
+    assert open_scored(store.root, {})[1]["provenance"] == {"device": "cpu"}
 
 
 def test_a_folder_that_is_no_output_is_named(store: Store) -> None:
     with pytest.raises(OutputError, match="no scored output here"):
-        read_run(store)
+        open_scored(store.root, {})
