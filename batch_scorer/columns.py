@@ -29,7 +29,8 @@ class ScoredRows:
 
     `values` float32[S], NaN where there is no score; `lengths` and `truncated_tokens` int32[S];
     `row_offsets` int64[R+1]; errors by sequence and by row. `rows_digest` is over what was
-    scored. The rest is measured: forward passes, the tokens in them, batches halved, seconds.
+    scored, `engine` says what scored it. The rest is measured: forward passes, the tokens in
+    them, batches halved, seconds.
     """
 
     values: FloatArray
@@ -39,6 +40,7 @@ class ScoredRows:
     sequence_errors: dict[int, RowError]
     row_errors: dict[int, RowError]
     rows_digest: str
+    engine: dict[str, Any]
     computed_tokens: int
     num_batches: int
     oom_splits: int

@@ -4,6 +4,7 @@
     OUT/_SUCCESS                           JSON totals; written last
     OUT/_batch_scorer/run.json             what this output is: fingerprint, layout, provenance
                       plan.json            how much the newest run set out to do
+                      engines/*.json       what scored: device, versions, kernel
                       lease.json           who works on it now, and the epoch
                       ledger/*.jsonl       receipts as they come in; only saves reading shards
                       manifests/*.parquet  all commits of a finished run, one row per shard
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Self
 
 import pyarrow as pa
@@ -46,6 +48,7 @@ from batch_scorer.storage import (
 SUCCESS_KEY = "_SUCCESS"
 _RUN_KEY = f"{RECORDS}/run.json"
 _CURRENT_KEY = f"{RECORDS}/CURRENT"
+_ENGINES = f"{RECORDS}/engines"
 _PLAN_KEY = f"{RECORDS}/plan.json"
 _FOOTER_KEY = b"batch_scorer"
 _READERS = 16
@@ -162,7 +165,8 @@ class Status(StrEnum):
 class Receipt:
     """How one shard ended. A committed one carries its commit and what the store holds.
 
-    `input` is relative to `input_root`, so that a verifier can find the file. `reused` tells a
+    `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
+    record of what scored the shard (device, versions, attention kernel). `reused` tells a
     shard that was committed before this run. `examples` names up to a few marked rows as [row of
     the file, reason, detail]. The rest is measured: forward passes, the tokens in them, seconds
     of reading, scoring and writing.
@@ -177,6 +181,7 @@ class Receipt:
     version: Version | None = None
     size_bytes: int = 0
     sha256: str = ""
+    engine: str = ""
     reason: ShardReason | None = None
     detail: str = ""
     reused: bool = False
@@ -394,6 +399,23 @@ def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:
     """How much the run sets out to do, for `status`. `tokens` is an estimate."""
     body = {"shards": shards, "rows": rows, "estimated_tokens": tokens}
     put(store, _PLAN_KEY, json.dumps(body).encode())
+
+
+def record_engine(output: str, store_options: Mapping[str, str], engine: Mapping[str, Any]) -> str:
+    """Keep what a worker scores with, once for all workers alike; returns the record's name."""
+    return _record_engine_text(
+        output, tuple(sorted(store_options.items())), json.dumps(engine, indent=1, sort_keys=True)
+    )
+
+
+@lru_cache(maxsize=16)
+def _record_engine_text(output: str, options: tuple[tuple[str, str], ...], text: str) -> str:
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    try:
+        open_store(output, dict(options)).create(f"{_ENGINES}/{name}.json", text.encode())
+    except ObjectChanged:
+        pass  # another worker was first, with the same words
+    return name
 
 
 def read_plan(store: Store) -> dict[str, int]:

@@ -35,6 +35,7 @@ from batch_scorer.manifest import (
     Status,
     layout_to_json,
     read_commit,
+    record_engine,
 )
 from batch_scorer.plan import open_parquet
 from batch_scorer.records import Format, RowError, Scores, TokenizedRows
@@ -90,6 +91,7 @@ def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
         sequence_errors=errors,
         row_errors=rows.row_errors,
         rows_digest=_rows_digest(rows),
+        engine=backend.provenance,
         computed_tokens=scores.computed_tokens,
         num_batches=scores.num_batches,
         oom_splits=scores.oom_splits,
@@ -127,6 +129,7 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
         version=version,
         size_bytes=standing.size_bytes,
         sha256=standing.sha256,
+        engine=record_engine(job.config.output, job.config.store_options, scored.engine),
         detail=standing.note,
         examples=[
             (shard.first_row + row, error.reason.value, error.detail)

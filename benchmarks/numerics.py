@@ -1,7 +1,7 @@
 """How far the hf backend's scores are from exact ones, and what its choices cost on this device.
 
     python benchmarks/numerics.py            # about 5 minutes on 2 cores
-    python benchmarks/numerics.py --quick    # a smoke test: sizes too small to mean anything
+    python benchmarks/numerics.py --tiny     # a smoke test: sizes too small to mean anything
 
 Models are random, their queries and keys scaled until attention is peaked and their heads until
 scores have a standard deviation of 2. Exact means float32, eager, one sequence at a time. The
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from machine import machine
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -71,22 +72,22 @@ class Scale:
 
 
 FULL = Scale(8, 768, 32000, 48, 100, 512, 5)
-QUICK = Scale(2, 192, 500, 12, 20, 64, 1)
+TINY = Scale(2, 192, 500, 12, 20, 64, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds")
+    parser.add_argument("--tiny", action="store_true", help="a smoke test in seconds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    scale = QUICK if arguments.quick else FULL
+    scale = TINY if arguments.tiny else FULL
     result: dict[str, Any] = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "benchmark": "numerics",
+        "tiny": arguments.tiny,
+        "machine": machine(),
         "threads": arguments.threads,
         "errors": {},
         "jitter": {},

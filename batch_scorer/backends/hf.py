@@ -346,6 +346,7 @@ def _load(
     model_dir: Path, dtype: str, implementation: str | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model on the host, and the checkpoint's weights that it has no place for."""
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours runs
     try:
         # dtype must be given here: a later .to(dtype) would round the rotary frequencies too.
         model, report = AutoModelForSequenceClassification.from_pretrained(

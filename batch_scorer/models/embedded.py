@@ -96,10 +96,14 @@ def build_embedded_model(directory: Path, progress: Callable[[str], None]) -> Pa
 
     Several processes may build at once: each works in a folder of its own and renames it into
     place; the first one wins. Raises MissingExtraError if a package is missing, and ModelError
-    if the language model's file is not the one that the head was trained on.
+    if the language model's file is not the one that the head was trained on, or if `directory`
+    holds something else.
     """
     if _is_complete(directory):
         return directory
+    if directory.exists() and any(directory.iterdir()) and not (directory / _MARKER).exists():
+        # Ours appear whole, marker included: what lies here is not ours to replace.
+        raise ModelError(f"{directory} exists and is not an embedded model; name another folder")
     progress(f"building the embedded reward model in {directory} (once)")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -147,8 +151,8 @@ def language_model_config(num_layers: int = _NUM_LAYERS) -> Any:
 def load_body(num_layers: int = _NUM_LAYERS) -> dict[str, Any]:
     """The first layers, the embedding and the final norm as LlamaModel's float32 tensors.
 
-    Read here and not by transformers, which takes 20 s for it, needs accelerate, and from 5.19 on
-    keeps the weights packed unless told otherwise. Raises as `build_embedded_model` does.
+    Read here and not by transformers, which takes several times as long, needs accelerate, and in
+    5.19 keeps the weights packed unless told otherwise. Raises as `build_embedded_model` does.
     """
     reader = _open_gguf()
     import gguf

@@ -37,6 +37,7 @@ def scored(
         sequence_errors=sequence_errors or {},
         row_errors=row_errors or {},
         rows_digest="",
+        engine={},
         computed_tokens=0,
         num_batches=0,
         oom_splits=0,

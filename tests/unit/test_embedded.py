@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from batch_scorer.errors import MissingExtraError
+from batch_scorer.errors import MissingExtraError, ModelError
 from batch_scorer.models import embedded
 from batch_scorer.models.embedded import (
     HEAD_FILE,
@@ -164,6 +164,13 @@ def test_damaged_directory_is_replaced(quick_build: list[Path], tmp_path: Path) 
     assert len(quick_build) == 2
     assert (directory / "config.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_with_other_things_is_left_alone(quick_build: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match="not an embedded model"):
+        build_embedded_model(tmp_path, lambda line: None)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not quick_build
 
 
 def test_a_failed_build_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
