@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -411,10 +412,8 @@ def record_engine(output: str, store_options: Mapping[str, str], engine: Mapping
 @lru_cache(maxsize=16)
 def _record_engine_text(output: str, options: tuple[tuple[str, str], ...], text: str) -> str:
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
-    try:
+    with suppress(ObjectChanged):  # another worker was first, with the same words
         open_store(output, dict(options)).create(f"{_ENGINES}/{name}.json", text.encode())
-    except ObjectChanged:
-        pass  # another worker was first, with the same words
     return name
 
 
