@@ -186,7 +186,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, trees: Sequence[Tree]) -> npt.NDArray[np.float16]:
-        """float16[P, L, 2, T, H]; bfloat16 features fit into it exactly."""
+        """float16[P, L, 2, T, H]; holds bfloat16 features exactly, but for tiny ones."""
         width = max(len(tree.ids) for tree in trees)
         ids = torch.zeros(len(trees), width, dtype=torch.int64)
         positions = torch.zeros(len(trees), width, dtype=torch.int64)

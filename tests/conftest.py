@@ -1,11 +1,15 @@
 """What all tests share: one S3 server, one tiny model, and a temporary folder for each Ray."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from program import Program, temporary_ray_home
 from seaweed import S3Server, s3_server
+
+# Before torch is loaded: OpenMP threads that spin make two busy cores several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

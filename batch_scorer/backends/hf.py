@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -80,7 +81,7 @@ class HFBackend:
         pad_id = self._model.config.get_text_config().pad_token_id
         # Any id of the vocabulary will do: the mask hides it, and pooling goes by the length.
         self._pad_id = pad_id if pad_id in range(self._vocabulary_size) else 0
-        self._head = _float32_head(self._model)
+        self._head = _float32_head(self._model, model_dir)
         self._packed = implementation == PACKED_ATTENTION
         self.provenance: dict[str, Any] = {
             "backend": "hf",
@@ -371,9 +372,21 @@ def _load(
     return model.eval(), unexpected
 
 
-def _float32_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The score head in float32 whatever the body's dtype; None where the model pools itself."""
-    return copy.deepcopy(cast(nn.Linear, model.score)).float() if reads_last_token(model) else None
+def _float32_head(model: PreTrainedModel, model_dir: Path) -> nn.Linear | None:
+    """The score head in float32 whatever the body's dtype; None where the model pools itself.
+
+    Its weights come from the checkpoint once more: a head that is stored in float32 has been
+    rounded with the body by now.
+    """
+    if not reads_last_token(model):
+        return None
+    head = copy.deepcopy(cast(nn.Linear, model.score)).float()
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights, torch.no_grad():  # type: ignore[no-untyped-call]
+            for name, parameter in head.named_parameters():
+                if f"score.{name}" in weights.keys():  # noqa: SIM118  # no mapping
+                    parameter.copy_(weights.get_tensor(f"score.{name}"))
+    return head
 
 
 def _head_scores(head: nn.Linear, hidden: Tensor) -> Tensor:

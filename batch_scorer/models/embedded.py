@@ -75,7 +75,10 @@ def prompt_bucket(messages: Sequence[Mapping[str, str]]) -> int:
 
 
 def prompt_split(messages: Sequence[Mapping[str, str]]) -> Literal["train", "validation", "test"]:
-    """Where a conversation belongs: buckets 0 and 1 are held out as test, 2 is validation."""
+    """Where a conversation belongs: buckets 0 and 1 are held out as test, 2 is validation.
+
+    The shipped head was fitted on train and validation together, after its choices were made.
+    """
     bucket = prompt_bucket(messages)
     return "test" if bucket < 2 else "validation" if bucket == 2 else "train"
 
