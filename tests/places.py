@@ -95,8 +95,8 @@ def of_input(shards: Mapping[str, Stored], key: str) -> pa.Table:
     return pa.concat_tables(piece.table for piece in pieces)
 
 
-def rows_scored_and_marked(tables: Iterable[pa.Table]) -> tuple[int, int]:
+def rows_scored_and_marked(tables: Iterable[pa.Table], prefix: str = "") -> tuple[int, int]:
     """Recounted from the rows themselves."""
-    marks = [table["score_error"].is_valid().to_pylist() for table in tables]
+    marks = [table[f"{prefix}score_error"].is_valid().to_pylist() for table in tables]
     marked = sum(map(sum, marks))
     return sum(map(len, marks)) - marked, marked

@@ -382,7 +382,7 @@ def _float32_head(model: PreTrainedModel, model_dir: Path) -> nn.Linear | None:
         return None
     head = copy.deepcopy(cast(nn.Linear, model.score)).float()
     for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights, torch.no_grad():  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as weights, torch.no_grad():
             for name, parameter in head.named_parameters():
                 if f"score.{name}" in weights.keys():  # noqa: SIM118  # no mapping
                     parameter.copy_(weights.get_tensor(f"score.{name}"))

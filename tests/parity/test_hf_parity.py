@@ -19,6 +19,7 @@ from tiny_models import (
     PAD,
     SHAPE,
     VOCABULARY,
+    build_model,
     load_reference,
     random_sequences,
     reference_scores,
@@ -463,3 +464,15 @@ def test_provenance_says_what_did_the_work(model_dir: ModelDir) -> None:
     assert backend.provenance["token_budget"] == 256
     assert json.loads(json.dumps(backend.provenance)) == backend.provenance
     backend.close()
+
+
+def test_a_head_stored_in_float32_is_not_rounded_with_the_body(tmp_path: Path) -> None:
+    build_model("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    stored = weights.pop("score.weight").float() + 1e-4
+    body = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    save_file({**body, "score.weight": stored}, tmp_path / "model.safetensors", {"format": "pt"})
+    backend = HFBackend(tmp_path, dtype="bfloat16", attention="packed", device="cpu")
+    assert backend._head is not None
+    assert torch.equal(backend._head.weight, stored)
+    assert not torch.equal(stored.to(torch.bfloat16).float(), stored)
