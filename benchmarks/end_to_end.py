@@ -124,18 +124,12 @@ class Watch:
         tokens = sum(tokens for _, tokens, _ in self.commits[1:])
         return tokens / (self.commits[-1][0] - self.commits[0][0])
 
-    @property
-    def scoring_share(self) -> float:
-        """Part of that time in which the backend was scoring."""
-        scoring = sum(score_s for _, _, score_s in self.commits[1:])
-        return scoring / (self.commits[-1][0] - self.commits[0][0])
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
     tiny = parser.parse_args().tiny
-    rounds, num_pairs, shard_rows = (1, 12, 3) if tiny else (3, 160, 16)
+    rounds, num_pairs, shard_rows = (1, 12, 3) if tiny else (3, 120, 12)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = (
             tiny_reward_model(Path(folder) / "model")
@@ -196,7 +190,6 @@ def contest(
             "d_over_a": ratio(result, "d_job", "a_padded"),
         },
         "job_start_up_s": round(statistics.median(w.start_up_s for w in watches), 1),
-        "job_scoring_share": round(statistics.median(w.scoring_share for w in watches), 3),
         "largest_difference_a_c": round(float(np.abs(reference - scores).max()), 4),
         "machine": machine(),
     }

@@ -41,10 +41,9 @@ class Ended:
 
 def error_in(text: str) -> str:
     assert "Traceback" not in text, text
-    before, found, message = text.partition("error: ")
-    assert found and "error: " not in message, text
-    assert not before.strip() or before.endswith("\n"), text
-    return message.strip()
+    messages = f"\n{text}".split("\nerror: ")[1:]
+    assert len(messages) == 1, text
+    return messages[0].strip()
 
 
 class Running:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from long_job import SHARDS, LongJob
@@ -11,6 +12,7 @@ from program import Ended, Program, end_processes, wait_until
 pytestmark = pytest.mark.fault
 
 SCORING_ACTOR = "_ScoreStage"
+LOADS = 2
 
 
 def assert_as_undisturbed(
@@ -85,23 +87,31 @@ def test_a_run_that_is_asked_to_stop_lets_go_and_can_be_finished(
     assert_as_undisturbed(again, long_job, name, program, undisturbed)
 
 
-def test_a_worker_that_dies_whenever_it_starts_ends_the_run(
+def is_loading_the_model(pid: int) -> bool:
+    """Whether the process has torch, which a worker imports to load its model."""
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+def test_a_worker_that_dies_whenever_it_loads_the_model_ends_the_run(
     long_job: LongJob, program: Program
 ) -> None:
     """As when the model does not fit the machine's memory, and the kernel kills every loader."""
-    running = program.start(*long_job.arguments("never-loads"))
+    running = program.start(*long_job.arguments("never-loads", "--attempts", LOADS))
     killed: set[int] = set()
 
     def kill_loaders_until_the_end() -> bool:
         for pid, title in program.processes().items():
-            if SCORING_ACTOR in title and pid not in killed:
+            if SCORING_ACTOR in title and pid not in killed and is_loading_the_model(pid):
                 killed.add(pid)
                 os.kill(pid, signal.SIGKILL)
         return running.is_over
 
     wait_until(kill_loaders_until_the_end, "the run gives up")
     ended = running.wait()
-    assert ended.exit_code == 3
-    assert killed
-    assert ended.error
+    assert ended.exit_code == 3, ended.err
+    assert len(killed) == LOADS
+    assert ended.error.startswith(f"{LOADS} scoring workers died while loading the model")
     assert long_job.output("never-loads").shard_keys() == []

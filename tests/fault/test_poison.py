@@ -45,8 +45,8 @@ def poisoned_stage() -> type:
             return super().score(rows)
 
     class PoisonedStage(pipeline._ScoreStage):
-        def __init__(self, job: Any, attempts: Any) -> None:
-            super().__init__(job, attempts)
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
             self._backend = PoisonedBackend()
 
     return PoisonedStage
