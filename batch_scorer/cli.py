@@ -252,14 +252,23 @@ def _score(config: Config, *, as_json: bool) -> None:
         print(json.dumps(summary_json(summary)))
     else:
         print_summary(_out, summary)
-        _out.print(f"The scored shards are in {summary.output}", highlight=False, soft_wrap=True)
-        _out.print(f"Check them:  batch-scorer verify {summary.output}", soft_wrap=True)
+        for line in (
+            f"The scored shards are in {summary.output}",
+            f"Recount them from the data:  {_program()} verify {summary.output}",
+        ):
+            _out.print(line, highlight=False, soft_wrap=True)
     if not summary.is_complete:
         failed = summary.totals["shards_failed"]
         raise IncompleteError(
             f"{failed} of {summary.totals['shards']} shards are not scored (reasons above); "
             "mend their inputs and run the same command again"
         )
+
+
+def _program() -> str:
+    """How this program was called, so that the next command can be copied."""
+    called = sys.argv[0]
+    return os.path.relpath(called) if os.access(called, os.X_OK) else "batch-scorer"
 
 
 @app.callback(invoke_without_command=True)

@@ -179,7 +179,7 @@ def _compare_input(
         if info.version.etag != commit.input_etag:
             return False, ""
         source = _read_input(store, info)
-    except (StorageError, ShardError, pa.ArrowException):
+    except (StorageError, ShardError, pa.ArrowException, OSError):
         return False, ""
     expected = source.slice(commit.first_row, commit.num_rows)
     kept = table.select([n for n in table.column_names if n not in commit.added_columns])

@@ -36,14 +36,10 @@ class Ended:
     @property
     def error(self) -> str:
         """The message after `error:`; fails the test where it is not there once, or is a trace."""
-        return error_in(self.err)
-
-
-def error_in(text: str) -> str:
-    assert "Traceback" not in text, text
-    messages = f"\n{text}".split("\nerror: ")[1:]
-    assert len(messages) == 1, text
-    return messages[0].strip()
+        assert "Traceback" not in self.err, self.err
+        messages = f"\n{self.err}".split("\nerror: ")[1:]
+        assert len(messages) == 1, self.err
+        return messages[0].strip()
 
 
 class Running:

@@ -338,7 +338,10 @@ def _refuse_unsound(skeleton: PreTrainedModel, dtype: str, implementation: str |
     if implementation == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
             # transformers would look for a kernel on its hub instead.
-            raise MissingExtraError("attention flash_attention_2 needs the flash-attn package")
+            raise MissingExtraError(
+                "attention flash_attention_2 needs the flash-attn package: "
+                "pip install 'batch-scorer[flash-attn]'"
+            )
         if dtype == "float32":
             raise ModelError("flash_attention_2 has no float32; set dtype to bfloat16")
 

@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 from long_job import SHARDS, LongJob
 from places import Stored, digests
-from program import Ended, Program, end_processes, wait_until
+from program import Ended, Program, wait_until
 
 pytestmark = pytest.mark.fault
 
-SCORING_ACTOR = "_ScoreStage"
+# In the titles of Ray's processes.
+STAGES, SCORING_STAGE = "MapBatches(", "_ScoreStage"
 LOADS = 2
+
+
+def workers_of(program: Program, stage: str) -> list[int]:
+    """Processes that work on a stage."""
+    return [pid for pid, title in program.processes().items() if stage in title]
 
 
 def assert_as_undisturbed(
@@ -25,14 +31,14 @@ def assert_as_undisturbed(
     assert verdict.json["ok"]
 
 
-def test_a_killed_driver_is_resumed_without_scoring_a_shard_twice(
+def test_a_killed_driver_takes_its_workers_along_and_is_resumed_without_scoring_a_shard_twice(
     long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
 ) -> None:
     running = program.start(*long_job.arguments("driver-killed"))
     long_job.wait_for_shards("driver-killed", 2, running)
     running.send(signal.SIGKILL)
     assert running.wait().exit_code == -signal.SIGKILL
-    end_processes(program.home)
+    wait_until(lambda: not workers_of(program, STAGES), "the workers follow their driver")
     before = long_job.output("driver-killed").shards()
     assert 2 <= len(before) < SHARDS
 
@@ -44,25 +50,13 @@ def test_a_killed_driver_is_resumed_without_scoring_a_shard_twice(
     assert again.json["scored_tokens"] == again.json["tokens"] - done > 0
 
 
-def test_nothing_of_a_killed_driver_goes_on_working(
-    long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
-) -> None:
-    running = program.start(*long_job.arguments("driver-gone"))
-    long_job.wait_for_shards("driver-gone", 1, running)
-    running.send(signal.SIGKILL)
-    running.wait()
-    wait_until(lambda: not program.processes(), "Ray's processes follow their driver")
-    assert len(long_job.output("driver-gone").shard_keys()) < SHARDS
-
-
 def test_a_run_outlives_its_killed_scoring_worker(
     long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
 ) -> None:
     running = program.start(*long_job.arguments("worker-killed"))
     long_job.wait_for_shards("worker-killed", 1, running)
-    workers = [pid for pid, title in program.processes().items() if SCORING_ACTOR in title]
-    assert len(workers) == 1
-    os.kill(workers[0], signal.SIGKILL)
+    (worker,) = workers_of(program, SCORING_STAGE)
+    os.kill(worker, signal.SIGKILL)
     assert len(long_job.output("worker-killed").shard_keys()) < SHARDS
     ended = running.wait()
     assert_as_undisturbed(ended, long_job, "worker-killed", program, undisturbed)
@@ -103,8 +97,8 @@ def test_a_worker_that_dies_whenever_it_loads_the_model_ends_the_run(
     killed: set[int] = set()
 
     def kill_loaders_until_the_end() -> bool:
-        for pid, title in program.processes().items():
-            if SCORING_ACTOR in title and pid not in killed and is_loading_the_model(pid):
+        for pid in workers_of(program, SCORING_STAGE):
+            if pid not in killed and is_loading_the_model(pid):
                 killed.add(pid)
                 os.kill(pid, signal.SIGKILL)
         return running.is_over
