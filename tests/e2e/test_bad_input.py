@@ -65,8 +65,9 @@ def with_malformed_line() -> bytes:
 def with_damaged_page(data: bytes) -> bytes:
     """The bytes of a Parquet file whose second row group cannot be unpacked; its footer can."""
     chunk = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(0)
-    start, size = chunk.data_page_offset, chunk.total_compressed_size
-    return data[: start + size // 4] + b"\xff" * (size // 2) + data[start + size // 4 + size // 2 :]
+    half = int(chunk.total_compressed_size) // 2
+    start = int(chunk.data_page_offset) + half // 2
+    return data[:start] + b"\xff" * half + data[start + half :]
 
 
 def good_files() -> dict[str, bytes]:

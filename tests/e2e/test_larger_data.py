@@ -54,15 +54,11 @@ def assert_all_rows_are_there(
     shards: dict[str, Stored], given: dict[str, int], prefix: str = ""
 ) -> tuple[int, int]:
     """Compares file by file; returns how many rows are scored and how many are marked."""
-    assert {key: of_rows(shards, key) for key in given} == given
+    assert {key: of_input(shards, key).num_rows for key in given} == given
     counts = [rows_scored_and_marked([shard.table], prefix) for shard in shards.values()]
     scored, marked = (sum(column) for column in zip(*counts, strict=True))
     assert scored + marked == sum(given.values())
     return scored, marked
-
-
-def of_rows(shards: dict[str, Stored], key: str) -> int:
-    return of_input(shards, key).num_rows
 
 
 def test_every_row_of_all_real_files_is_scored_or_marked(
