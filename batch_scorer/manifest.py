@@ -294,7 +294,7 @@ def current_manifest(store: Store) -> list[Receipt]:
     """The receipts of the newest manifest; empty if there is none."""
     try:
         key = json.loads(store.read(_CURRENT_KEY))["manifest"]
-        table = pq.read_table(io.BytesIO(store.read(key)))
+        table = pq.read_table(io.BytesIO(store.read(key)), use_threads=False)
     except ObjectMissing:
         return []
     return [Receipt.from_json(json.loads(line)) for line in table["receipt"].to_pylist()]

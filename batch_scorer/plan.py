@@ -266,7 +266,11 @@ def _inspect_parquet(store: Store, source: Source, config: Config) -> InputFile:
     try:
         file = open_parquet(store, source)
         schema = file.schema_arrow
-        sample = next(file.iter_batches(_SAMPLE_ROWS), None) if file.metadata.num_rows else None
+        sample = (
+            next(file.iter_batches(_SAMPLE_ROWS, use_threads=False), None)
+            if file.metadata.num_rows
+            else None
+        )
     except (pa.ArrowException, OSError) as error:
         raise ShardError(
             ShardReason.UNREADABLE_FILE, f"not readable as Parquet: {error}"

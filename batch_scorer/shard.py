@@ -202,7 +202,9 @@ def _read_rows(
             kept = {row - start: error for row, error in malformed.items() if start <= row < stop}
             return table.slice(start, shard.num_rows), kept
         file = open_parquet(store, source)
-        table = file.read_row_groups(list(range(*shard.row_groups)), columns=columns)
+        table = file.read_row_groups(
+            list(range(*shard.row_groups)), columns=columns, use_threads=False
+        )
         return table.slice(shard.skip_rows, shard.num_rows), {}
     except ObjectChanged as error:
         raise ShardError(

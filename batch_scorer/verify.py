@@ -116,7 +116,7 @@ def _check(store: Store, receipt: Receipt, options: Mapping[str, str]) -> _Check
     except ObjectMissing:
         return _Checked(problems=(f"{key}: missing",))
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         return _Checked(problems=(f"{key}: not readable: {error}",))
     commit = Commit.from_footer(table.schema.metadata)
@@ -196,7 +196,7 @@ def _compare_input(
 def _read_input(store: Store, info: ObjectInfo) -> pa.Table:
     data = store.read(info.key, info.version)
     if info.key.endswith(".parquet"):
-        return pq.read_table(io.BytesIO(data))
+        return pq.read_table(io.BytesIO(data), use_threads=False)
     return formats.read_json_table(data, info.key)[0]
 
 
