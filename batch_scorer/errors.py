@@ -42,6 +42,8 @@ class RowReason(StrEnum):
     BAD_TOKEN_ID = "bad_token_id"
     NON_FINITE_SCORE = "non_finite_score"
     OUT_OF_MEMORY = "out_of_memory"
+    NO_MARK = "no_mark"
+    NO_STEPS = "no_steps"
 
 
 class ShardReason(StrEnum):

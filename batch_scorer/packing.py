@@ -1,7 +1,7 @@
 """Which sequences share a forward pass, and how a batch is laid out. Decides; runs nothing.
 
-Legend: S sequences, N nodes of a packed batch, T its tokens, K its gathered keys,
-L the longest sequence of a padded batch.
+Legend: S sequences, N nodes of a packed batch, T its tokens, K its gathered keys, P its pooled
+tokens, L the longest sequence of a padded batch.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from batch_scorer.records import TokenizedRows
+from batch_scorer.records import PooledTokens, TokenizedRows
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -66,7 +66,7 @@ class PackedBatch:
     """int32[N+1], bounds of the nodes' keys, in K (in T when `key_index` is None)."""
     key_index: Int64Array | None
     pooled_index: Int64Array
-    """int64[S], the token at which each sequence ends and is scored."""
+    """int64[P], the tokens that the score head reads, sequence after sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,12 @@ class PaddedBatch:
     """int64[S]"""
 
 
-def pack(rows: TokenizedRows, sequences: Int64Array) -> PackedBatch:
-    """The chosen sequences of a shard laid end to end."""
+def pack(rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens) -> PackedBatch:
+    """The chosen sequences of a shard laid end to end; `pooled` are those of the shard."""
     lengths = rows.lengths[sequences]
     offsets = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
+    chosen = pooled.of(sequences)
     return PackedBatch(
         sequences=sequences,
         token_ids=np.concatenate(_token_slices(rows, sequences)),
@@ -93,8 +94,15 @@ def pack(rows: TokenizedRows, sequences: Int64Array) -> PackedBatch:
         query_offsets=offsets,
         key_offsets=offsets,
         key_index=None,
-        pooled_index=offsets[1:].astype(np.int64) - 1,
+        pooled_index=chosen.positions + np.repeat(offsets[:-1].astype(np.int64), chosen.counts),
     )
+
+
+def last_tokens(rows: TokenizedRows) -> PooledTokens:
+    """The last token of every sequence that has any: what is pooled where nothing else is said."""
+    lengths = rows.lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths > 0)])
+    return PooledTokens(lengths[lengths > 0] - 1, offsets)
 
 
 def pad(rows: TokenizedRows, sequences: Int64Array, pad_id: int) -> PaddedBatch:

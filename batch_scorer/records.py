@@ -130,17 +130,46 @@ class TokenizedRows:
         return np.diff(self.sequence_offsets)
 
 
+@dataclass(frozen=True, slots=True)
+class PooledTokens:
+    """The tokens whose hidden states the score head reads.
+
+    Those of sequence s are at `positions[offsets[s]:offsets[s + 1]]`, counted from its first
+    token: int64[K] and int64[S+1].
+    """
+
+    positions: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """int64[S], pooled tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    def of(self, sequences: npt.NDArray[np.int64]) -> "PooledTokens":
+        """The same for these sequences, in this order."""
+        counts = self.counts[sequences]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[sequences] - offsets[:-1], counts)
+        return PooledTokens(self.positions[places], offsets)
+
+
 @dataclass(slots=True)
 class Scores:
     """What a backend gives back for S sequences, in their order.
 
     `values` is float32[S, O], raw outputs without activation; NaN where `errors` names the
-    sequence. `num_batches` counts forward passes, `computed_tokens` the tokens they held,
-    padding included; `oom_splits` the batches that were halved for lack of memory.
+    sequence. Output 0 is the score, the others the model's attributes; an embedding has no
+    score, all O are its dimensions. A process reward model adds `step_values`, float32[K], those
+    of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`. `num_batches` counts forward
+    passes, `computed_tokens` the tokens they held, padding included; `oom_splits` the batches
+    that were halved for lack of memory.
     """
 
     values: npt.NDArray[np.float32]
     errors: dict[int, RowError] = field(default_factory=dict)
+    step_values: npt.NDArray[np.float32] | None = None
+    step_offsets: npt.NDArray[np.int64] | None = None
     num_batches: int = 0
     computed_tokens: int = 0
     oom_splits: int = 0

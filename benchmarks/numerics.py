@@ -26,9 +26,9 @@ from machine import machine
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from batch_scorer.backends.attention import KERNELS, attention_bounds
+from batch_scorer.backends.attention import KERNELS, LayerSettings, attention_bounds
 from batch_scorer.backends.hf import HFBackend
-from batch_scorer.packing import pack
+from batch_scorer.packing import last_tokens, pack
 from batch_scorer.records import TokenizedRows
 
 SCORE_STD = 2.0
@@ -247,12 +247,13 @@ def attention_times(scale: Scale) -> dict[str, dict[str, float]]:
         query, key, value = (torch.randn(tokens, heads, 64).to(dtype) for heads in (9, 3, 3))
         for length in (scale.longest // 16, scale.longest // 2, 2 * scale.longest):
             rows = tokenized([[0] * length] * (tokens // length))
-            batch = pack(rows, np.arange(tokens // length))
+            batch = pack(rows, np.arange(tokens // length), last_tokens(rows))
             row = times.setdefault(f"{str(dtype)[6:]}, {tokens // length} x {length}", {})
             for name, softcap in (("sdpa_loop", None), ("eager_blocks", 50.0)):
                 bounds = attention_bounds(batch, KERNELS[name], torch.device("cpu"))
                 for window in (None, length // 4):
-                    call = partial(KERNELS[name], query, key, value, bounds, 0.125, window, softcap)
+                    layer = LayerSettings(0.125, window, softcap)
+                    call = partial(KERNELS[name], query, key, value, bounds, layer)
                     row[name + (", window length/4" if window else "")] = best_ms(scale, call)
             row["one square mask"] = best_ms(scale, partial(square_mask, query, key, value, length))
     return times

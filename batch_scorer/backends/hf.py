@@ -1,25 +1,25 @@
-"""Scores from a Hugging Face sequence classifier in this process.
+"""Scores from a Hugging Face model in this process.
 
 Decoders run packed: sequences lie end to end without padding, attention keeps them apart, and
-only the token at which a sequence ends meets the score head, in float32. Everything else
-(encoders, and decoders with another attention implementation) runs as length-sorted rectangles.
+only the pooled tokens meet the score head, in float32. Everything else (encoders, and decoders
+with another attention implementation) runs as length-sorted rectangles.
 
 Legend: S sequences, T tokens of a packed batch, L longest of a padded one, H hidden, O outputs.
 """
 
-import copy
 import importlib.util
 import logging
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from batch_scorer.backends.attention import (
     KERNELS,
@@ -29,9 +29,14 @@ from batch_scorer.backends.attention import (
     choose_kernel,
     to_device,
 )
+from batch_scorer.backends.readout import Embedding, Readout, StepAggregation
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
-from batch_scorer.packing import Int64Array, PackedBatch, pack, pad, plan_batches
-from batch_scorer.records import RowError, Scores, TokenizedRows
+from batch_scorer.models.adapter import Adapter
+from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.registry import choose_adapter
+from batch_scorer.models.weights import body_config, converted_state
+from batch_scorer.packing import Int64Array, PackedBatch, last_tokens, pack, pad, plan_batches
+from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +49,16 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 neighbour that leaks in far above."""
 
 
+_NOTHING_POOLED = PooledTokens(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+
 class HFBackend:
     """A reward model in transformers; see `Backend` for what it does.
 
-    `token_budget` None takes `DEFAULT_TOKEN_BUDGET`; `num_threads` None leaves torch's own.
-    Raises ModelError where the directory cannot give true scores with these settings.
+    `adapter` None chooses the model's family from its files. `step_aggregation` None takes the
+    family's own; with `embedding` the model's head is left out. `token_budget` None takes
+    `DEFAULT_TOKEN_BUDGET`; `num_threads` None leaves torch's own. Raises ModelError where the
+    directory cannot give true scores with these settings.
     """
 
     def __init__(
@@ -58,8 +68,12 @@ class HFBackend:
         dtype: str,
         attention: str,
         device: str,
+        adapter: Adapter | None = None,
+        step_aggregation: StepAggregation | None = None,
+        embedding: Embedding | None = None,
         token_budget: int | None = None,
         num_threads: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -68,23 +82,38 @@ class HFBackend:
             raise ConfigError("device is cuda, but torch finds no CUDA device; set device to cpu")
         self._token_budget = DEFAULT_TOKEN_BUDGET[device] if token_budget is None else token_budget
 
-        skeleton = _skeleton(model_dir)
-        implementation = _attention_implementation(skeleton, attention)
-        _refuse_unsound(skeleton, dtype, implementation)
-        model, unexpected = _load(model_dir, dtype, implementation)
+        adapter = adapter or choose_adapter(read_model_files(model_dir))
+        loader = _Loader(model_dir, adapter, trust_remote_code, embeds=embedding is not None)
+        implementation = loader.attention_implementation(attention)
+        _refuse_unsound(loader.skeleton, adapter, dtype, implementation)
+        model, unexpected = loader.load(dtype, implementation)
         self._model: PreTrainedModel = model.to(self._device)  # type: ignore[arg-type]  # decorated
         _check_rotary_dtype(self._model)
 
-        self.num_outputs: int = self._model.config.num_labels
+        config = self._model.config.get_text_config()
         self._vocabulary_size = len(cast(Tensor, self._model.get_input_embeddings().weight))
         self._max_length = max_sequence_length(self._model)
-        pad_id = self._model.config.get_text_config().pad_token_id
         # Any id of the vocabulary will do: the mask hides it, and pooling goes by the length.
-        self._pad_id = pad_id if pad_id in range(self._vocabulary_size) else 0
-        self._head = _float32_head(self._model, model_dir)
+        self._pad_id = (
+            config.pad_token_id if config.pad_token_id in range(self._vocabulary_size) else 0
+        )
+        self._separator_id = getattr(config, "sep_token_id", None)
+        self._readout: Readout | None = None
+        self.num_outputs = 1
+        if not loader.scores_itself:
+            facts = config.to_dict() | {"hidden_size": config.hidden_size}
+            self._readout = Readout(
+                model_dir,
+                adapter,
+                facts,
+                step_aggregation=step_aggregation,
+                embedding=embedding,
+            ).to(self._device)
+            self.num_outputs = self._readout.num_outputs
         self._packed = implementation == PACKED_ATTENTION
         self.provenance: dict[str, Any] = {
             "backend": "hf",
+            "adapter": adapter.name,
             "model_class": type(self._model).__name__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -94,6 +123,7 @@ class HFBackend:
             "token_budget": self._token_budget,
             "num_threads": torch.get_num_threads(),
             "unexpected_weights": unexpected,
+            "trust_remote_code": trust_remote_code,
         }
         if self._packed:
             self._choose_kernel()
@@ -104,6 +134,10 @@ class HFBackend:
         """Scores of all sequences in `rows`, in their order."""
         values = np.full((rows.num_sequences, self.num_outputs), np.nan, dtype=np.float32)
         scores = Scores(values, self._unscorable(rows))
+        pooled = _NOTHING_POOLED
+        if self._readout is not None:
+            pooled, unpooled = self._readout.pooled_tokens(rows)
+            scores.errors = unpooled | scores.errors
         lengths = rows.lengths.copy()
         lengths[list(scores.errors)] = 0  # the plan leaves them out
         pending = deque(plan_batches(lengths, self._token_budget, padded=not self._packed))
@@ -111,7 +145,7 @@ class HFBackend:
         outputs: list[Tensor] = []
         while pending:
             sequences = pending.popleft()
-            output = self._try_forward(rows, sequences)
+            output = self._try_forward(rows, sequences, pooled)
             if output is not None:
                 scored.append(sequences)
                 outputs.append(output)
@@ -126,13 +160,17 @@ class HFBackend:
                 scores.errors[int(sequences[0])] = RowError(RowReason.OUT_OF_MEMORY, detail)
         if outputs:
             # One copy per shard: a copy per batch would make the host wait for the device.
-            values[np.concatenate(scored)] = torch.cat(outputs).cpu().numpy()
-        _mark_non_finite(scores, np.flatnonzero(lengths))
+            everything = torch.cat(outputs).cpu().numpy()
+            if self._readout is None:
+                values[np.concatenate(scored)] = everything
+            else:
+                self._readout.fill(scores, np.concatenate(scored), everything, pooled)
+        mark_non_finite(scores, np.flatnonzero(lengths))
         return scores
 
     def close(self) -> None:
         """Free the device."""
-        del self._model, self._head
+        del self._model, self._readout
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -162,10 +200,12 @@ class HFBackend:
             )
         return errors
 
-    def _try_forward(self, rows: TokenizedRows, sequences: Int64Array) -> Tensor | None:
-        """float32[S, O] of one batch, or None where the memory does not suffice."""
+    def _try_forward(
+        self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
+    ) -> Tensor | None:
+        """What `Readout.read` gives for one batch, or None where the memory does not suffice."""
         try:
-            return self._forward(rows, sequences)
+            return self._forward(rows, sequences, pooled)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -175,24 +215,35 @@ class HFBackend:
         return None
 
     @torch.inference_mode()
-    def _forward(self, rows: TokenizedRows, sequences: Int64Array) -> Tensor:
+    def _forward(self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens) -> Tensor:
         if self._packed:
-            assert self._head is not None, "only last-token models run packed"
-            return _head_scores(self._head, self._packed_hidden(pack(rows, sequences)))
+            assert self._readout is not None, "only bodies run packed"
+            hidden = self._packed_hidden(pack(rows, sequences, pooled))
+            return self._readout.read(hidden, pooled.of(sequences))
         batch = pad(rows, sequences, self._pad_id)
         token_ids = to_device(torch.from_numpy(batch.token_ids), self._device).long()  # [S, L]
         lengths = to_device(torch.from_numpy(batch.lengths), self._device)  # [S]
         places = torch.arange(token_ids.shape[1], device=self._device)
-        mask = (places < lengths[:, None]).long()  # [S, L]
-        if self._head is None:
-            logits: Tensor = self._model(input_ids=token_ids, attention_mask=mask).logits  # [S, O]
-            return logits.float()
-        hidden = self._body(input_ids=token_ids, attention_mask=mask, use_cache=False)
-        rows_index = torch.arange(len(lengths), device=self._device)
-        return _head_scores(self._head, hidden.last_hidden_state[rows_index, lengths - 1])
+        inputs = {"input_ids": token_ids, "attention_mask": (places < lengths[:, None]).long()}
+        if self._readout is None:
+            inputs |= self._token_types(token_ids)
+            return _own_scores(self._model(**inputs))
+        hidden = self._body(**inputs, use_cache=False).last_hidden_state  # [S, L, H]
+        chosen = pooled.of(sequences)
+        owners = np.repeat(np.arange(len(sequences)), chosen.counts)
+        index = [to_device(torch.from_numpy(a), self._device) for a in (owners, chosen.positions)]
+        return self._readout.read(hidden[index[0], index[1]], chosen)
+
+    def _token_types(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """Of a pair: 0 up to the first separator, 1 after it; nothing for models without types."""
+        if self._separator_id is None or not getattr(self._model.config, "type_vocab_size", 0) > 1:
+            return {}
+        is_separator = token_ids == self._separator_id
+        before = is_separator.cumsum(1) - is_separator.long()  # separators left of each token
+        return {"token_type_ids": (before > 0).long()}
 
     def _packed_hidden(self, batch: PackedBatch) -> Tensor:
-        """[S, H], the last hidden state of each sequence."""
+        """[P, H], the hidden states of the batch's pooled tokens."""
         token_ids = to_device(torch.from_numpy(batch.token_ids), self._device).long()  # [T]
         position_ids = to_device(torch.from_numpy(batch.position_ids), self._device).long()
         hidden = self._body(
@@ -201,7 +252,7 @@ class HFBackend:
             use_cache=False,
             bounds=attention_bounds(batch, self._kernel, self._device),
         )
-        pooled = to_device(torch.from_numpy(batch.pooled_index), self._device)  # [S]
+        pooled = to_device(torch.from_numpy(batch.pooled_index), self._device)  # [P]
         return cast(Tensor, hidden.last_hidden_state[0, pooled])
 
     @property
@@ -236,8 +287,9 @@ class HFBackend:
         token_ids = (np.arange(12, dtype=np.int32) * 7 + 1) % self._vocabulary_size
         offsets, nothing = np.array([0, 8, 12]), np.zeros(0, dtype=np.int32)
         rows = TokenizedRows(token_ids, offsets, offsets, nothing, {}, {})
-        alone = self._packed_hidden(pack(rows, np.array([1])))[0].float()
-        beside = self._packed_hidden(pack(rows, np.array([0, 1])))[1].float()
+        last = last_tokens(rows)
+        alone = self._packed_hidden(pack(rows, np.array([1]), last))[0].float()
+        beside = self._packed_hidden(pack(rows, np.array([0, 1]), last))[1].float()
         moved = float((beside - alone).norm() / alone.norm())
         if not np.isfinite(moved):
             raise ModelError(f"hidden states are no numbers in {self.provenance['dtype']}")
@@ -248,24 +300,10 @@ class HFBackend:
             )
 
 
-def reads_last_token(model: PreTrainedModel) -> bool:
-    """Whether the model's score is one linear `score` head at a sequence's last token.
-
-    That is transformers' `GenericForSequenceClassification` and its older twins (GPT-2, OPT,
-    Falcon, …). These are scored by the body and the head, pooled by length; others, which name
-    their head otherwise (`classifier` in encoders), by their own forward.
-    """
-    return isinstance(getattr(model, "score", None), nn.Linear) and (
-        not model.config.is_encoder_decoder
-    )
-
-
 def is_causal(model: PreTrainedModel) -> bool:
-    """Whether no token sees a later one: attention that looks ahead says `is_causal = False`.
-
-    A model that `reads_last_token` and is causal is a decoder, and runs packed.
-    """
-    return all(getattr(module, "is_causal", True) for module in model.modules())
+    """Whether the model is a decoder: it has attention, and none that looks ahead."""
+    causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    return bool(causal) and all(causal)
 
 
 def max_sequence_length(model: PreTrainedModel) -> int | None:
@@ -279,47 +317,103 @@ def max_sequence_length(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def _skeleton(model_dir: Path) -> PreTrainedModel:
-    """The model without weights, to be judged before any are read."""
-    try:
-        config = AutoConfig.from_pretrained(
-            model_dir, local_files_only=True, trust_remote_code=False
+class _Loader:
+    """The model of a directory: its body, or for models that score themselves the whole."""
+
+    def __init__(
+        self, model_dir: Path, adapter: Adapter, trust_remote_code: bool, *, embeds: bool
+    ) -> None:
+        self._model_dir = model_dir
+        self._adapter = adapter
+        self._trust = trust_remote_code
+        self.scores_itself = adapter.build_head is None and not embeds
+        self._class = AutoModelForSequenceClassification if self.scores_itself else AutoModel
+        self._config = body_config(model_dir, adapter, trust_remote_code=trust_remote_code)
+        try:
+            with torch.device("meta"):
+                self.skeleton: PreTrainedModel = self._class.from_config(  # type: ignore[no-untyped-call]
+                    self._config, trust_remote_code=trust_remote_code
+                )
+        except ValueError as error:
+            raise ModelError(f"{model_dir}: transformers cannot build it: {error}") from error
+        if self.skeleton.config.is_encoder_decoder and not self.scores_itself:
+            raise ModelError(f"{model_dir}: encoder-decoder models have no single body to pool")
+
+    def attention_implementation(self, attention: str) -> str | None:
+        """The name to load the model with; None leaves the choice to transformers."""
+        if attention != "packed":
+            return attention
+        skeleton = self.skeleton
+        if self.scores_itself or not is_causal(skeleton):
+            logger.info("%s is no decoder's body: it runs padded", type(skeleton).__name__)
+            return "eager" if _softcap(skeleton) is not None else None
+        layer_types = getattr(skeleton.config.get_text_config(), "layer_types", None) or []
+        foreign = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
+        if foreign or not skeleton._supports_attention_backend:
+            layers = f"it has layers of type {', '.join(foreign)}"
+            raise ModelError(
+                f"{type(skeleton).__name__} cannot be packed: "
+                f"{layers if foreign else 'its attention is its own'}; set attention to eager"
+            )
+        return PACKED_ATTENTION
+
+    def load(self, dtype: str, implementation: str | None) -> tuple[PreTrainedModel, list[str]]:
+        """The model on the host, and the checkpoint's weights that it has no place for."""
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours runs
+        state = None if self.scores_itself else converted_state(self._model_dir, self._adapter)
+        # dtype must be given here: a later .to(dtype) would round the rotary frequencies too.
+        settings: dict[str, Any] = {
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": implementation,
+            "output_loading_info": True,
+        }
+        try:
+            with _unexpected_weights_unsaid():
+                loaded: Any
+                if state is not None:
+                    loaded = type(self.skeleton).from_pretrained(
+                        None, config=self._config, state_dict=state, **settings
+                    )
+                else:
+                    loaded = self._class.from_pretrained(
+                        self._model_dir,
+                        config=self._config,
+                        local_files_only=True,
+                        use_safetensors=True,
+                        trust_remote_code=self._trust,
+                        **settings,
+                    )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{self._model_dir} cannot be loaded: {error}") from error
+        model, report = loaded
+        missing = sorted(report["missing_keys"])
+        if not self.scores_itself:
+            # A pooling layer that checkpoints of pretrained encoders lack, and that is not read.
+            missing = [name for name in missing if not name.startswith("pooler.")]
+        if missing or report["mismatched_keys"]:
+            wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
+            raise ModelError(
+                f"{self._model_dir} lacks weights of {type(model).__name__}, which would be "
+                f"random: {', '.join(wrong)}"
+            )
+        unexpected = sorted(
+            name for name in report["unexpected_keys"] if not self._adapter.is_head_tensor(name)
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model_dir} holds no config that transformers can read: {error}"
-        ) from error
-    classes = config.architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in classes):
-        named = ", ".join(classes) or "not named"
-        raise ModelError(
-            f"{model_dir} has no score head: its architecture is {named}; a causal LM cannot score"
-        )
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise ModelError(f"{model_dir} is no sequence classifier: {error}") from error
-    return cast(PreTrainedModel, model)
+        if unexpected:
+            logger.warning("weights without a place in the model: %s", ", ".join(unexpected))
+        return model.eval(), unexpected
 
 
-def _attention_implementation(skeleton: PreTrainedModel, attention: str) -> str | None:
-    """The name to load the model with; None leaves the choice to transformers."""
-    if attention != "packed":
-        return attention
-    if not (reads_last_token(skeleton) and is_causal(skeleton)):
-        logger.info("%s is no decoder with a score head: it runs padded", type(skeleton).__name__)
-        return "eager" if _softcap(skeleton) is not None else None
-    layer_types = getattr(skeleton.config.get_text_config(), "layer_types", None) or []
-    foreign = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
-    if foreign or not skeleton._supports_attention_backend:
-        reason = (
-            f"it has layers of type {', '.join(foreign)}" if foreign else "its attention is its own"
-        )
-        raise ModelError(
-            f"{type(skeleton).__name__} cannot be packed: {reason}; set attention to sdpa or eager"
-        )
-    return PACKED_ATTENTION
+@contextmanager
+def _unexpected_weights_unsaid() -> Iterator[None]:
+    """transformers reports the head's tensors as unexpected in the body; we look at them all."""
+    reporter = logging.getLogger("transformers")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reporter.setLevel(level)
 
 
 def _softcap(model: PreTrainedModel) -> float | None:
@@ -327,12 +421,16 @@ def _softcap(model: PreTrainedModel) -> float | None:
     return softcap
 
 
-def _refuse_unsound(skeleton: PreTrainedModel, dtype: str, implementation: str | None) -> None:
+def _refuse_unsound(
+    skeleton: PreTrainedModel, adapter: Adapter, dtype: str, implementation: str | None
+) -> None:
     """Raise for settings that cannot run, or that run but give other scores."""
     if implementation == "sdpa" and _softcap(skeleton) is not None:
         raise ModelError(
             "sdpa ignores this model's attn_logit_softcapping; set attention to packed or eager"
         )
+    if dtype in adapter.forbidden_dtypes:
+        raise ModelError(f"{dtype} is known to fail in {adapter.name} models; set another dtype")
     if dtype == "float16" and skeleton.config.get_text_config().model_type.startswith("gemma2"):
         raise ModelError("float16 overflows in Gemma-2; set dtype to bfloat16 or float32")
     if implementation == "flash_attention_2":
@@ -346,55 +444,9 @@ def _refuse_unsound(skeleton: PreTrainedModel, dtype: str, implementation: str |
             raise ModelError("flash_attention_2 has no float32; set dtype to bfloat16")
 
 
-def _load(
-    model_dir: Path, dtype: str, implementation: str | None
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model on the host, and the checkpoint's weights that it has no place for."""
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours runs
-    try:
-        # dtype must be given here: a later .to(dtype) would round the rotary frequencies too.
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            model_dir,
-            dtype=getattr(torch, dtype),
-            attn_implementation=implementation,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{model_dir} cannot be loaded: {error}") from error
-    if report["missing_keys"]:
-        raise ModelError(
-            f"{model_dir} lacks weights of {type(model).__name__}, which would be random: "
-            + ", ".join(sorted(report["missing_keys"]))
-        )
-    unexpected = sorted(report["unexpected_keys"])
-    if unexpected:
-        logger.warning("weights without a place in the model: %s", ", ".join(unexpected))
-    return model.eval(), unexpected
-
-
-def _float32_head(model: PreTrainedModel, model_dir: Path) -> nn.Linear | None:
-    """The score head in float32 whatever the body's dtype; None where the model pools itself.
-
-    Its weights come from the checkpoint once more: a head that is stored in float32 has been
-    rounded with the body by now.
-    """
-    if not reads_last_token(model):
-        return None
-    head = copy.deepcopy(cast(nn.Linear, model.score)).float()
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights, torch.no_grad():
-            for name, parameter in head.named_parameters():
-                if f"score.{name}" in weights.keys():  # noqa: SIM118  # no mapping
-                    parameter.copy_(weights.get_tensor(f"score.{name}"))
-    return head
-
-
-def _head_scores(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """float32[S, O] from [S, H]."""
-    return cast(Tensor, head(hidden.float()))
+def _own_scores(output: Any) -> Tensor:
+    """float32[S, 1] of a model's own forward."""
+    return cast(Tensor, output.logits).float()
 
 
 def _check_rotary_dtype(model: PreTrainedModel) -> None:
@@ -410,7 +462,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _mark_non_finite(scores: Scores, planned: Int64Array) -> None:
+def mark_non_finite(scores: Scores, planned: Int64Array) -> None:
     """NaN and an error in place of a score that is no number."""
     broken = np.nonzero(~np.isfinite(scores.values))[0]
     for sequence in np.intersect1d(planned, broken).tolist():

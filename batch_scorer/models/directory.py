@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_scorer.errors import ModelError
+from batch_scorer.models.adapter import ModelFiles
+from batch_scorer.models.registry import EMBEDDING, choose_adapter
 
 _WEIGHTS = "*.safetensors"
 _TOKENIZER_FILES = (
@@ -26,7 +28,6 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_HEAD_MARKS = ("score.", "classifier.", "classification_head.")
 _UNLIMITED_TOKENS = 10**9
 _CHUNK_BYTES = 1 << 22
 
@@ -35,12 +36,15 @@ _CHUNK_BYTES = 1 << 22
 class ModelFacts:
     """What the files say.
 
+    `adapter` names the family (`models/families`), `attributes` its outputs beside the score.
     `max_tokens` is the longest sequence the positions allow. `digest` covers config, weights and
     tokenizer files: any byte changed there is another model.
     """
 
     path: Path
     architecture: str
+    adapter: str
+    attributes: tuple[str, ...]
     max_tokens: int
     vocab_size: int
     digest: str
@@ -70,40 +74,34 @@ def find_model(name: str) -> Path:
         ) from error
 
 
-def inspect_model(path: Path) -> ModelFacts:
-    """Read config and safetensors headers, digest all bytes.
-
-    Raises ModelError if this is not a sequence classifier with one output, if it has no
-    safetensors weights, or if the head is not among them: a head that is missing would be
-    filled with random numbers by the loader.
-    """
+def read_model_files(path: Path, name: str = "") -> ModelFiles:
+    """Config and safetensors headers. Raises ModelError for what is damaged or incomplete."""
     config = _read_json(path / "config.json")
-    architecture = (config.get("architectures") or ["unknown"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ModelError(
-            f"{path}: no score head: the config says {architecture}, and scoring needs a "
-            "…ForSequenceClassification model"
-        )
-    shapes = _tensor_shapes(path)
-    if not any(name.startswith(_HEAD_MARKS) for name in shapes):
-        raise ModelError(f"{path}: the weights hold no score head (no tensor score.weight)")
-    # The head itself is asked first: configs often leave num_labels to the caller.
-    outputs = shapes["score.weight"][0] if "score.weight" in shapes else _configured_outputs(config)
-    if outputs != 1:
-        raise ModelError(f"{path}: the head has {outputs} outputs, a scalar reward model has 1")
-    limits = [config.get("max_position_embeddings"), _tokenizer_limit(path)]
+    return ModelFiles(path, name or path.name, config, _tensor_shapes(path))
+
+
+def inspect_model(
+    path: Path, name: str = "", adapter: str | None = None, *, embeds: bool = False
+) -> ModelFacts:
+    """Choose the adapter, check that its head is there, digest all bytes.
+
+    `name` is what the user called the model; `adapter` overrules the choice; with `embeds` no
+    head is needed. Raises ModelError if no adapter fits, if the model has no safetensors
+    weights, or if the head is not among them or of another shape: a head that is missing would
+    be filled with random numbers by the loader.
+    """
+    files = read_model_files(path, name)
+    chosen = EMBEDDING if embeds else choose_adapter(files, adapter)
+    limits = [files.config.get("max_position_embeddings"), _tokenizer_limit(path)]
     return ModelFacts(
         path=path,
-        architecture=architecture,
+        architecture=files.architecture,
+        adapter=chosen.name,
+        attributes=chosen.attributes(files.config),
         max_tokens=min((limit for limit in limits if limit), default=_UNLIMITED_TOKENS),
-        vocab_size=int(config.get("vocab_size") or _UNLIMITED_TOKENS),
+        vocab_size=int(files.config.get("vocab_size") or _UNLIMITED_TOKENS),
         digest=_digest(path),
     )
-
-
-def _configured_outputs(config: dict[str, Any]) -> int:
-    labels = config.get("id2label")
-    return len(labels) if labels else 2  # transformers writes id2label unless there are two
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,11 +26,18 @@ from tiny_models import (
     tokenized,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 from batch_scorer.backends.hf import HFBackend, max_sequence_length
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
 from batch_scorer.packing import plan_batches
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ModelDir = Callable[[str], Path]
 TOLERANCE = 1e-4  # fp32; seen: 1.4e-5 at a score std of 2
@@ -140,32 +147,28 @@ def test_flash_attention_2_is_as_close_as_packed(name: str, model_dir: ModelDir)
     assert rms(scores.values - exact) <= 1.5 * rms(plain - exact)
 
 
-def test_several_outputs_and_a_head_with_bias(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **(SHAPE | GQA | {"num_labels": 5}))
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    model.save_pretrained(tmp_path)
-    backend = make_backend(tmp_path)
-    values = backend.score(tokenized(SEQUENCES)).values
-    assert backend.num_outputs == 5
-    reference = reference_scores(load_reference(tmp_path), SEQUENCES)
-    np.testing.assert_allclose(values, reference, rtol=0, atol=TOLERANCE)
+def test_a_head_with_bias(tmp_path: Path) -> None:
+    build_model("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"score.bias": torch.tensor([0.75])}, tmp_path / "model.safetensors")
+    values = make_backend(tmp_path).score(tokenized(SEQUENCES)).values
+    reference = reference_scores(load_reference(tmp_path), SEQUENCES)  # which has no bias
+    np.testing.assert_allclose(values, reference + 0.75, rtol=0, atol=TOLERANCE)
 
 
 # Pooling
 
 
 @pytest.mark.parametrize("attention", ["packed", "eager"])
-def test_a_sequence_that_ends_in_the_pad_id_is_pooled_at_its_last_token(
-    attention: str, model_dir: ModelDir, tmp_path: Path
+def test_a_sequence_that_ends_in_the_pad_id_is_pooled_where_transformers_pools(
+    attention: str, model_dir: ModelDir
 ) -> None:
-    """Where pad is eos, transformers reads the score one token early."""
-    sequences = [[*ids, PAD] for ids in SEQUENCES]
+    """T-POOL-1: at the last token that is not padding, and never mid-text."""
+    sequences = [[*ids[:3], PAD, *ids[3:], PAD] for ids in SEQUENCES]
     model = load_reference(model_dir("llama"))
-    early = reference_scores(model, sequences)
-    model.config.pad_token_id = None  # one sequence at a time, so the last token is the last
     reference = reference_scores(model, sequences)
-    assert np.abs(early - reference).max() > 0.1
+    model.config.pad_token_id = None  # one sequence at a time, so this pools the very last token
+    assert np.abs(reference_scores(model, sequences) - reference).max() > 0.1
     scores = make_backend(model_dir("llama"), attention=attention).score(tokenized(sequences))
     np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
 
@@ -184,8 +187,8 @@ def test_a_useless_pad_id_does_not_matter(
 def test_the_head_sees_pooled_positions_only_in_float32(model_dir: ModelDir) -> None:
     backend = make_backend(model_dir("llama"), dtype="bfloat16")
     seen: list[torch.Tensor] = []
-    backend._head.register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
-    backend._model.score.register_forward_hook(lambda *_: pytest.fail("the body's own head ran"))
+    head = backend._readout._head
+    head.register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
     backend.score(tokenized(SEQUENCES))
     assert sum(len(tensor) for tensor in seen) == 2 * len(SEQUENCES)
     assert {tensor.dtype for tensor in seen} == {torch.float32}
@@ -343,7 +346,7 @@ def edit_config(model_dir: Path, **changes: Any) -> None:
 
 def test_a_causal_lm_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(AutoConfig.for_model("llama", **(SHAPE | GQA))).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="architecture is LlamaForCausalLM"):
+    with pytest.raises(ModelError, match="the config says LlamaForCausalLM"):
         make_backend(tmp_path)
 
 
@@ -356,13 +359,22 @@ def test_a_missing_head_is_refused_by_name(model_dir: ModelDir, tmp_path: Path) 
         make_backend(tmp_path)
 
 
-def test_a_head_of_another_size_than_the_config_says_is_refused(
+def test_the_head_in_the_weights_counts_and_not_the_labels_in_the_config(
     model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    """A config without num_labels means 2 labels to transformers."""
+    """T-HEAD-2: a config without num_labels means 2 to transformers; Skywork's leave it out."""
     shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    values = make_backend(tmp_path).score(tokenized(SEQUENCES)).values
+    reference = reference_scores(load_reference(model_dir("llama")), SEQUENCES)
+    np.testing.assert_allclose(values, reference, rtol=0, atol=TOLERANCE)
+
+
+def test_a_head_with_two_outputs_is_refused(tmp_path: Path) -> None:
+    """T-HEAD-2"""
+    config = AutoConfig.for_model("llama", **(SHAPE | GQA | {"num_labels": 2}))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the head has 2 outputs"):
         make_backend(tmp_path)
 
 
@@ -423,13 +435,13 @@ def test_rounded_rotary_frequencies_are_refused(
     model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later .to(dtype) rounds them, an error that grows with the position."""
-    load = AutoModelForSequenceClassification.from_pretrained
+    load = AutoModel.from_pretrained
 
     def load_and_cast(*args: Any, **kwargs: Any) -> Any:
         model, report = load(*args, **kwargs)
         return model.to(torch.bfloat16), report
 
-    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_and_cast)
+    monkeypatch.setattr(AutoModel, "from_pretrained", load_and_cast)
     with pytest.raises(ModelError, match="inv_freq"):
         make_backend(model_dir("llama"), dtype="bfloat16")
 
@@ -460,7 +472,7 @@ def test_roberta_holds_fewer_tokens_than_positions(tmp_path: Path) -> None:
 def test_provenance_says_what_did_the_work(model_dir: ModelDir) -> None:
     backend = make_backend(model_dir("gemma2"), num_threads=torch.get_num_threads())
     assert backend.provenance["attention_kernel"] == "eager_blocks"
-    assert backend.provenance["model_class"] == "Gemma2ForSequenceClassification"
+    assert backend.provenance["model_class"] == "Gemma2Model"
     assert backend.provenance["token_budget"] == 256
     assert json.loads(json.dumps(backend.provenance)) == backend.provenance
     backend.close()
@@ -473,6 +485,6 @@ def test_a_head_stored_in_float32_is_not_rounded_with_the_body(tmp_path: Path) -
     body = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     save_file({**body, "score.weight": stored}, tmp_path / "model.safetensors", {"format": "pt"})
     backend = HFBackend(tmp_path, dtype="bfloat16", attention="packed", device="cpu")
-    assert backend._head is not None
-    assert torch.equal(backend._head.weight, stored)
+    assert backend._readout is not None and backend._readout._head is not None
+    assert torch.equal(backend._readout._head.score.weight, stored)
     assert not torch.equal(stored.to(torch.bfloat16).float(), stored)

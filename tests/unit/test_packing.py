@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_scorer.packing import pack, pad, plan_batches
+from batch_scorer.packing import last_tokens, pack, pad, plan_batches
 from batch_scorer.records import TokenizedRows
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=40).map(lambda n: np.array(n, dtype=np.int64))
@@ -69,7 +69,8 @@ def test_the_plan_is_a_function_of_lengths_and_budget(lengths: np.ndarray, budge
 
 
 def test_packed_batch_is_the_sequences_end_to_end() -> None:
-    batch = pack(make_rows([3, 0, 1, 2]), np.array([3, 0, 2]))
+    rows = make_rows([3, 0, 1, 2])
+    batch = pack(rows, np.array([3, 0, 2]), last_tokens(rows))
     assert batch.token_ids.tolist() == [104, 105, 100, 101, 102, 103]
     assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 0]
     assert batch.query_offsets.tolist() == [0, 2, 5, 6]
@@ -84,7 +85,7 @@ def test_packed_batch_is_the_sequences_end_to_end() -> None:
 def test_packing_loses_no_token(lengths: list[int], random: Random) -> None:
     rows = make_rows(lengths)
     chosen = np.array(random.sample(range(len(lengths)), k=len(lengths)))
-    batch = pack(rows, chosen)
+    batch = pack(rows, chosen, last_tokens(rows))
     for place, sequence in enumerate(chosen):
         start, stop = batch.query_offsets[place], batch.query_offsets[place + 1]
         own = rows.token_ids[rows.sequence_offsets[sequence] : rows.sequence_offsets[sequence + 1]]

@@ -1,0 +1,234 @@
+"""What is known about a family of reward models, as data: the vocabulary of `families/`.
+
+An adapter says how a checkpoint of its family becomes scores: which text the model was trained
+on, which tokens are pooled, where the head lies and what its outputs mean. Body and head are
+apart: the body is a transformers model that either engine runs, the head is small, ours, and
+always float32. No family needs remote code.
+
+Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_scorer.errors import RowReason
+from batch_scorer.records import RowError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Ids: TypeAlias = npt.NDArray[np.int32]
+Positions: TypeAlias = npt.NDArray[np.int64]
+ModelConfig: TypeAlias = Mapping[str, Any]
+"""A model's config.json."""
+Engine: TypeAlias = Literal["hf", "vllm"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model directory as far as it is known without loading it.
+
+    `name` is what the user called it, a hub id or the last parts of a path. `shapes` are those
+    of all tensors in its safetensors files.
+    """
+
+    path: Path
+    name: str
+    config: ModelConfig
+    shapes: Mapping[str, list[int]]
+
+    @property
+    def architecture(self) -> str:
+        return str((self.config.get("architectures") or ["unknown"])[0])
+
+
+class Pooling(Protocol):
+    """Which tokens of a sequence the head reads."""
+
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
+        """int64[k], ascending, of int32[n] with n > 0; an error where the row has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastToken:
+    """The last token. With `skips_pad`, the last one that is not the config's pad id, which is
+    what transformers' sequence classifiers read and were trained with (transformers 5.19,
+    `GenericForSequenceClassification`)."""
+
+    skips_pad: bool = False
+
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
+        last = len(token_ids) - 1
+        pad = config.get("pad_token_id")
+        if self.skips_pad and pad is not None and token_ids[last] == pad:
+            real = np.flatnonzero(token_ids != pad)
+            last = int(real[-1]) if len(real) else last
+        return np.array([last], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class MarkAndLast:
+    """The first token of the last occurrence of a mark, and the last token: [mark, last].
+
+    `marks` are token ids by the config's model_type.
+    """
+
+    marks: Mapping[str, tuple[int, ...]]
+
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
+        mark = np.array(self.marks[config["model_type"]], dtype=np.int32)
+        starts = np.flatnonzero(token_ids == mark[0])
+        starts = starts[starts <= len(token_ids) - len(mark)]
+        found = [s for s in starts.tolist() if np.array_equal(token_ids[s : s + len(mark)], mark)]
+        if not found:
+            return RowError(RowReason.NO_MARK, "the end of the prompt is not in the token ids")
+        return np.array([found[-1], len(token_ids) - 1], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """One position for each step of the answer: `offset` from each token `token_id`.
+
+    With `after` (token ids), only those preceded by exactly these ids count.
+    """
+
+    token_id: int
+    offset: int = 0
+    after: tuple[int, ...] = ()
+
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
+        places = np.flatnonzero(token_ids == self.token_id)
+        places = places[places >= max(len(self.after), -self.offset)]
+        for back, wanted in enumerate(reversed(self.after), start=1):
+            places = places[token_ids[places - back] == wanted]
+        if not len(places):
+            return RowError(RowReason.NO_STEPS, "the answer has no step that could be judged")
+        return (places + self.offset).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How an answer is cut into steps for a process reward model.
+
+    The answer is split at `separator`, unless it holds `tag` already. `tagged`: every step is
+    followed by the tag. `turns`: every step becomes a user turn, answered by the tag; the
+    prompt and the first step share a turn, joined by a space.
+    """
+
+    layout: Literal["tagged", "turns"]
+    tag: str
+    separator: str = "\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """How a conversation becomes text, where that is not the tokenizer's own template.
+
+    template      Jinja chat template in place of the tokenizer's.
+    system        put first where a conversation has no system message.
+    suffix_id_of  name of the config entry whose token id ends every sequence, exactly once.
+    pair          for encoders without a template: tokenizer(question, answer).
+    steps         the answer is cut into steps.
+    """
+
+    template: str | None = None
+    system: str | None = None
+    suffix_id_of: str | None = None
+    pair: bool = False
+    steps: Steps | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """How the checkpoint's body becomes a transformers model, where that is not as it lies.
+
+    model_type  transformers' name of the architecture, where the config has another.
+    config      config.json → the entries that model type expects.
+    tensors     one checkpoint tensor → the transformers tensors it holds, named as in the
+                causal language model (`model.layers.0.…`).
+    """
+
+    model_type: str | None = None
+    config: Callable[[ModelConfig], dict[str, Any]] | None = None
+    tensors: "Callable[[str, Tensor, ModelConfig], Iterable[tuple[str, Tensor]]] | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A published score: who published what for which model and input."""
+
+    model: str
+    case: str
+    score: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One family of reward models.
+
+    name           also the value of the setting `adapter`.
+    architectures  fnmatch patterns for the first of config.architectures.
+    head           tensors that make the head and their shapes, None for any size; all must be
+                   there. Empty: the model is scored by its own forward (encoders).
+    head_extra     fnmatch patterns of tensors that belong to the head where they are there.
+    build_head     head tensors (float32) and config → module. It takes float32[S, k, H] and gives
+                   float32[S, 1 + A], the score and then the attributes; with `step_aggregation`
+                   it takes [K, H] and gives [K, 1].
+    attributes     names of the A outputs beside the score, from the config.
+    model_ids      fnmatch patterns for the model's name (lower case), where architecture and
+                   tensors cannot tell; () fits all. `fits_config` asks the config for the same
+                   reason. `asked_only`: chosen by the setting or by the model's name only.
+    engines        that can run it; `hf` can run all.
+    step_aggregation  how step scores become the score, unless the setting says otherwise; None:
+                   not a process reward model.
+    forbidden_dtypes  dtypes in which it is known to fail.
+    refused        why models of this family cannot be scored here at all; None: they can.
+    summary, models, references, traps   for docs/models.md.
+    """
+
+    name: str
+    summary: str
+    architectures: tuple[str, ...]
+    head: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    head_extra: tuple[str, ...] = ()
+    build_head: "Callable[[Mapping[str, Tensor], ModelConfig], nn.Module] | None" = None
+    pooling: Pooling = LastToken()
+    prompt: Prompt = Prompt()
+    body: Body = Body()
+    attributes: Callable[[ModelConfig], tuple[str, ...]] = field(default=lambda config: ())
+    model_ids: tuple[str, ...] = ()
+    asked_only: bool = False
+    fits_config: Callable[[ModelConfig], bool] = field(default=lambda config: True)
+    engines: tuple[Engine, ...] = ("hf", "vllm")
+    step_aggregation: Literal["min", "last", "mean", "product"] | None = None
+    forbidden_dtypes: tuple[str, ...] = ()
+    refused: str | None = None
+    models: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()
+    traps: tuple[str, ...] = ()
+
+    def fits(self, files: ModelFiles) -> bool:
+        """Whether the model is of this family; its head may still be missing."""
+        name = files.name.lower()
+        return (
+            any(fnmatchcase(files.architecture, pattern) for pattern in self.architectures)
+            and self.fits_config(files.config)
+            and (
+                any(fnmatchcase(name, pattern) for pattern in self.model_ids)
+                or not (self.model_ids or self.asked_only)
+            )
+        )
+
+    def missing_tensors(self, files: ModelFiles) -> list[str]:
+        """Names of the head's tensors that the checkpoint lacks."""
+        return [name for name in self.head if name not in files.shapes]
+
+    def is_head_tensor(self, name: str) -> bool:
+        return name in self.head or any(fnmatchcase(name, pattern) for pattern in self.head_extra)

@@ -1,0 +1,102 @@
+"""ArmoRM: 19 attribute rewards, gated by the prompt (RLHFlow/ArmoRM-Llama3-8B-v0.1).
+
+Ported from the description of its forward (RLHFlow/RLHF-Reward-Modeling, model card): the
+remote code does not import with transformers 5.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batch_scorer.models.adapter import Adapter, MarkAndLast, ModelConfig
+from batch_scorer.models.families.sequence_classifier import linear
+
+ATTRIBUTES = (
+    "helpsteer-helpfulness",
+    "helpsteer-correctness",
+    "helpsteer-coherence",
+    "helpsteer-complexity",
+    "helpsteer-verbosity",
+    "ultrafeedback-overall_score",
+    "ultrafeedback-instruction_following",
+    "ultrafeedback-truthfulness",
+    "ultrafeedback-honesty",
+    "ultrafeedback-helpfulness",
+    "beavertails-is_safe",
+    "prometheus-score",
+    "argilla-overall_quality",
+    "argilla-judge_lm",
+    "code-complexity",
+    "code-style",
+    "code-explanation",
+    "code-instruction-following",
+    "code-readability",
+)
+PROMPT_END = MarkAndLast(
+    {
+        # End of the user turn and the assistant's header; the last occurrence counts.
+        "llama": (128009, 128006, 78191, 128007, 271),
+        "gemma2": (107, 108, 106, 2516, 108),
+    }
+)
+_NUM_GATE_LAYERS = 4
+
+
+class GatedRewards(nn.Module):
+    """[S, 2, H] (end of prompt, last token) → [S, 1 + 19]: the score, the untransformed rewards."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], temperature: float) -> None:
+        super().__init__()
+        self.transform: Tensor
+        self.logit_scale: Tensor
+        self.regression = linear(tensors["regression_layer.weight"])
+        self.register_buffer("transform", tensors["reward_transform_matrix"])  # [19, 19]
+        self.register_buffer("logit_scale", tensors["gating.logit_scale"])
+        self.gate = nn.ModuleList(
+            linear(tensors[f"gating.layers.{i}.weight"], tensors[f"gating.layers.{i}.bias"])
+            for i in range(_NUM_GATE_LAYERS)
+        )
+        self.temperature = temperature
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, last = hidden.unbind(1)
+        for layer in self.gate[:-1]:
+            gate = F.relu(layer(gate))
+        weights = F.softmax(self.gate[-1](gate) / self.temperature, dim=-1) * self.logit_scale
+        rewards: Tensor = self.regression(last)
+        score = (weights * (rewards @ self.transform)).sum(-1, keepdim=True)
+        return torch.cat([score, rewards], dim=-1)
+
+
+def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
+    return GatedRewards(tensors, float(config.get("gating_temperature", 10)))
+
+
+ADAPTERS = (
+    Adapter(
+        name="armorm",
+        summary="19 attribute rewards mixed by a gate that reads the end of the prompt",
+        architectures=("LlamaForRewardModelWithGating", "Gemma2ForRewardModelWithGating"),
+        head={
+            "regression_layer.weight": (19, None),
+            "reward_transform_matrix": (19, 19),
+            "gating.logit_scale": (1,),
+            **{
+                f"gating.layers.{i}.{part}": shape
+                for i in range(_NUM_GATE_LAYERS)
+                for part, shape in (("weight", (None, None)), ("bias", (None,)))
+            },
+        },
+        build_head=_head,
+        pooling=PROMPT_END,
+        attributes=lambda config: ATTRIBUTES,
+        models=("RLHFlow/ArmoRM-Llama3-8B-v0.1",),
+        traps=(
+            "the rewards column is the untransformed vector, as in the original's `rewards`",
+            "the original pools before the first pad id, which may lie mid-text; the last token "
+            "is pooled here",
+        ),
+    ),
+)

@@ -1,0 +1,72 @@
+"""Stock decoders with one linear `score` head: Skywork-Reward and most public reward models."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from batch_scorer.models.adapter import Adapter, LastToken, ModelConfig, Reference
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer that holds these float32 tensors."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+class LastTokenHead(nn.Module):
+    """`score` applied to the last pooled token: [S, k, H] → [S, 1]."""
+
+    def __init__(self, score: nn.Module) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        score: Tensor = self.score(hidden[:, -1])
+        return score
+
+
+def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
+    return LastTokenHead(linear(tensors["score.weight"], tensors.get("score.bias")))
+
+
+_JANE = "Jane's 12 apples, {} response"
+_PUBLISHED = {
+    ("Skywork/Skywork-Reward-Llama-3.1-8B", "model card"): (12.625, -15.25),
+    ("Skywork/Skywork-Reward-Gemma-2-27B", "SkyworkAI/Skywork-Reward README"): (9.1875, -17.875),
+    ("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", "model card"): (13.6875, -9.1875),
+    ("Skywork/Skywork-Reward-Gemma-2-27B-v0.2", "model card"): (4.59375, -18.125),
+    ("Skywork/Skywork-Reward-V2-Llama-3.1-8B", "SkyworkAI/Skywork-Reward-V2 README"): (
+        23.0,
+        3.59375,
+    ),
+}
+
+ADAPTERS = (
+    Adapter(
+        name="sequence_classifier",
+        summary="decoder with one linear score head, read at the last token",
+        architectures=("*ForSequenceClassification",),
+        head={"score.weight": (1, None)},
+        head_extra=("score.bias",),
+        build_head=_head,
+        pooling=LastToken(skips_pad=True),
+        models=(
+            "Skywork-Reward-Llama-3.1-8B, -Gemma-2-27B (v0.1, v0.2)",
+            "Skywork-Reward-V2 (Qwen3 0.6B-8B, Llama-3.1, Llama-3.2)",
+            "FsfairX-LLaMA3-RM, OffsetBias-RM-8B, GRM-*-rewardmodel-ft, Tulu-3-8B-RM, AceMath-RM",
+        ),
+        references=tuple(
+            Reference(model, _JANE.format(which), score, source)
+            for (model, source), scores in _PUBLISHED.items()
+            for which, score in zip(("right", "wrong"), scores, strict=True)
+        ),
+        traps=(
+            "BOS: v0.1 templates hold none, v0.2 and V2 do; the rendered text decides",
+            "Gemma-2: sdpa drops the softcap and float16 overflows; both are refused",
+            "pad id equal to the last token's: transformers pools one token earlier, so do we",
+        ),
+    ),
+)

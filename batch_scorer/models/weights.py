@@ -1,0 +1,86 @@
+"""Body and head of a checkpoint, each read on its own.
+
+The body may be rounded and quantised by the engine that runs it; the head is read from the
+checkpoint in the dtype it was stored in, and computes in float32.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from batch_scorer.errors import ModelError
+from batch_scorer.models.adapter import Adapter, ModelConfig
+
+_BODY_PREFIX = "model."
+
+
+def body_config(
+    model_dir: Path, adapter: Adapter, *, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The transformers config of the body. Raises ModelError if there is none."""
+    try:
+        if adapter.body.model_type is None:
+            config = AutoConfig.from_pretrained(
+                model_dir, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        else:
+            stored = _stored_config(model_dir)
+            entries = adapter.body.config(stored) if adapter.body.config else dict(stored)
+            entries = {k: v for k, v in entries.items() if k not in ("model_type", "auto_map")}
+            config = AutoConfig.for_model(adapter.body.model_type, **entries)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{model_dir} holds no config that transformers can read: {error}"
+        ) from error
+    return cast(PretrainedConfig, config)
+
+
+def load_head(model_dir: Path, adapter: Adapter) -> nn.Module:
+    """The score head in float32, in evaluation mode. Raises ModelError for damaged weights."""
+    assert adapter.build_head is not None, f"{adapter.name} has no head of its own"
+    tensors = {
+        name: tensor.float()
+        for name, tensor in checkpoint_tensors(model_dir, adapter.is_head_tensor)
+    }
+    return adapter.build_head(tensors, _stored_config(model_dir)).float().eval()
+
+
+def body_tensors(model_dir: Path, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """All tensors but the head's, under transformers' names (`model.layers.0.…`)."""
+    config = _stored_config(model_dir)
+    for name, tensor in checkpoint_tensors(model_dir, lambda n: not adapter.is_head_tensor(n)):
+        if adapter.body.tensors is None:
+            yield name, tensor
+        else:
+            yield from adapter.body.tensors(name, tensor, config)
+
+
+def converted_state(model_dir: Path, adapter: Adapter) -> dict[str, Tensor] | None:
+    """The body's state dict where its tensors need renaming; None: transformers reads the files."""
+    if adapter.body.tensors is None:
+        return None
+    tensors = body_tensors(model_dir, adapter)
+    return {name.removeprefix(_BODY_PREFIX): tensor for name, tensor in tensors}
+
+
+def checkpoint_tensors(
+    model_dir: Path, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of those that `wanted(name)` says yes to, on the host."""
+    for file in sorted(model_dir.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  # no mapping
+                    if wanted(name):
+                        yield name, weights.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{file}: damaged weights: {error}") from error
+
+
+def _stored_config(model_dir: Path) -> ModelConfig:
+    return cast(ModelConfig, json.loads((model_dir / "config.json").read_text()))
