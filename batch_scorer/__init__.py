@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from batch_scorer.config import Config, load_config
+    from batch_scorer.evaluation.evaluate import evaluate
     from batch_scorer.plan import make_plan
     from batch_scorer.reports.status import read_status
     from batch_scorer.run import Summary, score
@@ -21,6 +22,7 @@ _HOMES = {
     "Config": "config",
     "Summary": "run",
     "Verdict": "verify",
+    "evaluate": "evaluation.evaluate",
     "load_config": "config",
     "make_plan": "plan",
     "read_status": "reports.status",
@@ -32,6 +34,7 @@ __all__ = [
     "Config",
     "Summary",
     "Verdict",
+    "evaluate",
     "load_config",
     "make_plan",
     "read_status",

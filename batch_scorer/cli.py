@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from itertools import chain, combinations
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -22,7 +24,14 @@ from rich.console import Console
 from batch_scorer import __version__
 from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.config import Config, load_config
-from batch_scorer.errors import BatchScorerError, ConfigError, ExitCode, IncompleteError
+from batch_scorer.errors import (
+    BatchScorerError,
+    ConfigError,
+    ExitCode,
+    IncompleteError,
+    OutputError,
+)
+from batch_scorer.evaluation import Benchmark
 
 app = typer.Typer(
     name="batch-scorer",
@@ -89,7 +98,8 @@ def _escape(text: str) -> str:
 def _with_settings(command: Callable[..., None], **assumed: str) -> Callable[..., None]:
     """Give `command(config, **its own)` one flag for every field of Config.
 
-    `assumed` are values of needed settings that the command makes no use of.
+    `assumed` are values of needed settings that the command can do without; they count only where
+    neither a flag nor the file has them.
     """
     own = [
         parameter
@@ -103,9 +113,7 @@ def _with_settings(command: Callable[..., None], **assumed: str) -> Callable[...
         for name in ("columns", "store_options"):
             values[name] = _mapping(name, values[name])
         values["inputs"] = tuple(values["inputs"] or ()) or None
-        for name, value in assumed.items():
-            values[name] = values[name] or value
-        command(load_config(config_file, **values), **mine)
+        command(_load_assuming(assumed, config_file, values), **mine)
 
     file = inspect.Parameter(
         "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
@@ -115,6 +123,16 @@ def _with_settings(command: Callable[..., None], **assumed: str) -> Callable[...
     run.__doc__ = command.__doc__
     run.__name__ = command.__name__
     return run
+
+
+def _load_assuming(assumed: dict[str, str], file: Path | None, values: dict[str, Any]) -> Config:
+    """The config, with as few of the assumed values as it takes; raises for what else is wrong."""
+    given = {name: value for name, value in values.items() if value is not None}
+    sizes = range(len(assumed))
+    for names in chain.from_iterable(combinations(assumed, size) for size in sizes):
+        with suppress(ConfigError):
+            return load_config(file, **{name: assumed[name] for name in names} | given)
+    return load_config(file, **assumed | given)
 
 
 def _flag(name: str) -> inspect.Parameter:
@@ -131,9 +149,12 @@ def _flag(name: str) -> inspect.Parameter:
             "store_options": ("--store-option", "KEY=VALUE"),
         }[name]
         annotation = Annotated[list[str] | None, typer.Option(flag, metavar=metavar, help=text)]
-    elif kind is bool:
+    elif bool in (kind, _without_none(kind)):
         on = name.removeprefix("use_")
-        annotation = Annotated[bool | None, typer.Option(f"--{on}/--no-{on}", help=text)]
+        annotation = Annotated[
+            bool | None,
+            typer.Option(f"--{on.replace('_', '-')}/--no-{on.replace('_', '-')}", help=text),
+        ]
     else:
         default = "" if field.is_required() or field.default in (None, "") else field.default
         shown = f"{text} [dim]\\[default: {default}][/]" if default else text
@@ -167,6 +188,9 @@ def _mapping(name: str, pairs: list[str] | None) -> dict[str, str] | None:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+_NOT_GIVEN = "(not given)"
+
+
 @app.command()
 @_with_settings
 def score(config: Config, as_json: AsJson = False) -> None:
@@ -186,6 +210,28 @@ def plan(config: Config, as_json: AsJson = False) -> None:
         print(json.dumps(plan_json(made)))
     else:
         print_plan(_out, made)
+
+
+@app.command()
+@partial(_with_settings, model=_NOT_GIVEN, output="(not written)")
+def check(config: Config, as_json: AsJson = False) -> None:
+    """Hold the engine against plain Hugging Face: `check MODEL [INPUT...]`. Writes nothing.
+
+    Without INPUT, on the sample of real pairs that comes with this program.
+    """
+    from batch_scorer.reports.check import check_json, print_check
+    from batch_scorer.run import check as run
+
+    if config.model == _NOT_GIVEN:
+        model, *inputs = config.inputs
+        sample = str(Path(__file__).parent / "data" / "pairs")
+        config = config.model_copy(update={"model": model, "inputs": tuple(inputs or [sample])})
+    checked = run(config)
+    if as_json:
+        print(json.dumps(check_json(checked)))
+    else:
+        print_check(_out, checked)
+    checked.report.require()
 
 
 @app.command()
@@ -216,6 +262,78 @@ def verify(output: Output, store_option: StoreOptions = None, as_json: AsJson = 
 
 
 @app.command()
+@partial(_with_settings, model=_NOT_GIVEN, output=_NOT_GIVEN)
+def evaluate(
+    config: Config,
+    benchmark: Annotated[
+        Benchmark | None,
+        typer.Option(help="What the rows are. Default: found from their columns and subsets."),
+    ] = None,
+    legacy_xstest_weights: Annotated[
+        bool,
+        typer.Option(
+            "--legacy-xstest-weights",
+            help="RewardBench with its two xstest weights as before 2024-09-10.",
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result here too, as JSON.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute RewardBench 1 or 2, RM-Bench or JudgeBench from scores.
+
+    `evaluate OUTPUT` takes an output that is scored; `evaluate INPUT... --model M --output OUT`
+    scores it first, as `score` does.
+    """
+    from batch_scorer.evaluation.evaluate import (
+        JUDGEBENCH_COLUMNS,
+        evaluate,
+        files_of_plan,
+        find_benchmark,
+    )
+    from batch_scorer.plan import make_plan
+    from batch_scorer.reports.leaderboard import print_evaluation
+
+    absent = [name for name in ("model", "output") if getattr(config, name) == _NOT_GIVEN]
+    if len(absent) == 1:
+        raise ConfigError(f"`{absent[0]}` is needed to score first; or name a scored output alone")
+    if absent:
+        ignored = config.model_fields_set - {"model", "inputs", "output", "store_options"}
+        if len(config.inputs) > 1 or ignored:
+            raise ConfigError(
+                f"{', '.join(sorted(ignored)) or 'several inputs'}: only for scoring, which needs "
+                "--model and --output; otherwise name one scored output"
+            )
+        output = config.inputs[0]
+    else:
+        if benchmark is Benchmark.JUDGEBENCH:
+            columns = {**JUDGEBENCH_COLUMNS, **config.columns}
+            config = config.model_copy(update={"columns": columns})
+        # Before hours of scoring rather than after.
+        find_benchmark(files_of_plan(make_plan(config)), benchmark)
+        _score(config, as_json=as_json, is_last=False)
+        output = config.output
+    result = evaluate(
+        output,
+        config.store_options,
+        benchmark=benchmark,
+        legacy_xstest_weights=legacy_xstest_weights,
+    )
+    text = json.dumps(result.to_json())
+    if report is not None:
+        try:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(text + "\n")
+        except OSError as error:
+            raise OutputError(f"{report}: the report cannot be written: {error}") from error
+    if as_json:
+        print(text)
+    else:
+        print_evaluation(_out, result)
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Where the scored sample goes.")] = "demo-output",
     as_json: AsJson = False,
@@ -241,16 +359,17 @@ _DEMO_SHARD_ROWS = 50
 """Small, so that a laptop shows progress every few seconds."""
 
 
-def _score(config: Config, *, as_json: bool) -> None:
+def _score(config: Config, *, as_json: bool, is_last: bool = True) -> None:
+    """Run and print; with `as_json`, stdout belongs to the last thing that the command does."""
     from batch_scorer.reports.progress import ProgressView
     from batch_scorer.reports.summary import print_summary, summary_json
     from batch_scorer.run import score as run
 
     with ProgressView(_err if as_json else _out) as progress:
         summary = run(config, progress)
-    if as_json:
+    if as_json and is_last:
         print(json.dumps(summary_json(summary)))
-    else:
+    elif not as_json:
         print_summary(_out, summary)
         for line in (
             f"The scored shards are in {summary.output}",

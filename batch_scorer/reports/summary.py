@@ -42,9 +42,20 @@ def print_summary(console: Console, summary: Summary) -> None:
         table.add_row(
             "while a worker scores", f"{summary.scored_tokens / summary.score_s:,.0f} tokens/s"
         )
+    if summary.parity:
+        table.add_row("against plain Hugging Face", parity_line(summary.parity))
     console.print(table)
     if totals["pairs"]:
         console.print(pair_table(totals["pairs"]))
+
+
+def parity_line(parity: Mapping[str, Any]) -> str:
+    """The verdict of the gate in a few words."""
+    verdict = "agrees" if parity["agrees"] else "DIFFERS"
+    return (
+        f"{verdict} on {len(parity['compared'])} sequences (worst {parity['worst']:.2%} of the "
+        f"spread, {parity['allowed_worst']:.2%} allowed)"
+    )
 
 
 def pair_table(pairs: Mapping[str, list[int]]) -> Table:

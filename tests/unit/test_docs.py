@@ -73,6 +73,7 @@ def test_flags_in_the_documents_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
     known |= {"--column", "--store-option", "--no-ray", "--ray", "--config", "--json", "--help"}
     known |= {"--version", "--tiny", "--threads"}
+    known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
     other_programs = {"embedded-model.md"}  # its flags are those of a script in examples/
     pages = [page for page in ROOT.glob("docs/*.md") if page.name not in other_programs]
     for page in (*pages, ROOT / "README.md"):

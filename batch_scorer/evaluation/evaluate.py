@@ -1,0 +1,336 @@
+"""A scored output as a benchmark result: find the benchmark, read its columns, compute.
+
+Only committed shards of a complete output are read, and of them only the columns needed, pinned
+to the version that the manifest names.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_scorer.errors import ConfigError, IncompleteError, IntegrityError, OutputError
+from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbench2, rm_bench
+from batch_scorer.evaluation.result import Evaluation
+from batch_scorer.lease import holder_of
+from batch_scorer.manifest import (
+    Receipt,
+    Status,
+    committed,
+    current_manifest,
+    is_record,
+    known_receipts,
+    open_scored,
+    read_plan,
+    read_success,
+)
+from batch_scorer.plan import Plan
+from batch_scorer.records import Format
+from batch_scorer.storage import ObjectChanged, ObjectMissing, Store
+
+_READERS = 8
+_LINES_SHOWN = 20
+
+JUDGEBENCH_COLUMNS = {"chosen": "response_A", "rejected": "response_B"}
+"""How JudgeBench's pairs are scored: A as chosen. The label decides which one is right."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """What is known of an input file or of its scored shard, without its rows.
+
+    `fields` maps the fields of the format to columns, as `Layout.columns` does.
+    """
+
+    name: str
+    format: Format
+    fields: Mapping[str, str]
+    columns: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """A benchmark: how its files are told, what is read of them, who computes.
+
+    `texts` are columns of the input (null where a file has none), `scores` added ones under the
+    names that `evaluate` takes. `known` says whether a value of the first of `texts` is one of the
+    benchmark's.
+    """
+
+    needs: str
+    fits: Callable[[File], bool]
+    texts: tuple[str, ...]
+    scores: Callable[[File], dict[str, str]]
+    score_type: pa.DataType
+    evaluate: Callable[[pa.Table], Evaluation]
+    known: Callable[[str], bool]
+
+
+def evaluate(
+    output: str,
+    store_options: Mapping[str, str] | None = None,
+    *,
+    benchmark: str | None = None,
+    legacy_xstest_weights: bool = False,
+) -> Evaluation:
+    """The benchmark result of a complete scored output, local or in an object store.
+
+    `benchmark` is one of `Benchmark`; None: found from the columns and the names of the subsets.
+    Raises ConfigError for an unknown one, OutputError if there is no scored output or it is no
+    benchmark, InputError if a row cannot be of the benchmark, IncompleteError if shards are
+    missing, IntegrityError if one is not the object that was committed.
+    """
+    if benchmark is not None and benchmark not in list(Benchmark):
+        raise ConfigError(f"no benchmark {benchmark!r}; there are {', '.join(Benchmark)}")
+    wanted = Benchmark(benchmark) if benchmark else None
+    store, run = open_scored(output, dict(store_options or {}))
+    receipts, gone = _complete(store, output)
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        files = list(pool.map(partial(_file, store), receipts))
+        found = find_benchmark(files, wanted)
+        read = partial(_read, store, found, run["layout"]["column_prefix"])
+        table = pa.concat_tables(pool.map(read, receipts, files))
+    rules = _RULES[found]
+    names = set(table[rules.texts[0]].to_pylist())
+    if wanted is None and not any(rules.known(name or "") for name in names):
+        raise OutputError(
+            f"{output}: its rows look like {found}, but no {rules.texts[0]} is one of that "
+            f"benchmark; pass --benchmark {found} to compute what there is"
+        )
+    if not legacy_xstest_weights:
+        result = rules.evaluate(table)
+    elif found is Benchmark.REWARDBENCH:
+        result = rewardbench.evaluate(table, legacy_xstest_weights=True)
+    else:
+        raise ConfigError(f"the legacy xstest weights are RewardBench's, and this is {found}")
+    if gone:
+        note = f"{gone} shards of inputs that the last run did not name are not counted"
+        result = replace(result, notes=[*result.notes, note])
+    return replace(
+        result, model=run["provenance"]["model"], output=output, scored_with=run["fingerprint"]
+    )
+
+
+def find_benchmark(files: Sequence[File], wanted: Benchmark | None = None) -> Benchmark:
+    """The benchmark that all files are of, `wanted` or any; raises OutputError for none."""
+    candidates = [wanted] if wanted else list(_RULES)
+    if not files:
+        raise OutputError("there are no rows to evaluate")
+    for benchmark in candidates:
+        if all(map(_RULES[benchmark].fits, files)):
+            return benchmark
+    # Of files of several kinds, name one that fits nothing, if there is one.
+    file = min(files, key=lambda file: any(_RULES[one].fits(file) for one in candidates))
+    needs = "".join(f"\n  {one}: {_RULES[one].needs}" for one in candidates)
+    raise OutputError(
+        f"not the rows of one benchmark: {file.name} holds {file.format} rows with columns "
+        f"{', '.join(sorted(file.columns))}. Known are{needs}"
+    )
+
+
+def files_of_plan(plan: Plan) -> list[File]:
+    """The inputs of a run that is still to be made; those without rows tell nothing."""
+    return [
+        File(
+            name=file.source.key,
+            format=file.layout.format,
+            fields=file.layout.columns,
+            columns=frozenset(file.schema.names),
+        )
+        for file in plan.files
+        if file.num_rows
+    ]
+
+
+# What a benchmark looks like, and what is read of it.
+
+
+def _prior_set(file: File) -> str | None:
+    """The prior set that a file is: their data set has one split each, so the file name tells."""
+    split = PurePosixPath(file.name).name.split(".")[0].split("-")[0]
+    return split if split in rewardbench.PRIOR_SETS else None
+
+
+def _is_rewardbench(file: File) -> bool:
+    is_named = "subset" in file.columns or _prior_set(file) is not None
+    return file.format is Format.PREFERENCE_PAIR and is_named
+
+
+def _is_judgebench(file: File) -> bool:
+    sides = {file.fields.get("chosen"), file.fields.get("rejected")}
+    return (
+        file.format is Format.PREFERENCE_PAIR
+        and sides == set(JUDGEBENCH_COLUMNS.values())
+        and {"source", "label"} <= file.columns
+    )
+
+
+def _has(format: Format, *columns: str) -> Callable[[File], bool]:
+    return lambda file: file.format is format and file.columns.issuperset(columns)
+
+
+def _sides(file: File) -> dict[str, str]:
+    side_of = {column: side for side, column in file.fields.items()}
+    return {f"score_{x}": f"score_{side_of[f'response_{x.upper()}']}" for x in ("a", "b")}
+
+
+def _same(*names: str) -> Callable[[File], dict[str, str]]:
+    return lambda file: {name: name for name in names}
+
+
+_LIST = pa.list_(pa.float32())
+_RULES: Mapping[Benchmark, _Rules] = {
+    Benchmark.JUDGEBENCH: _Rules(
+        needs="pairs with columns source and label, scored with --column chosen=response_A "
+        "--column rejected=response_B",
+        fits=_is_judgebench,
+        texts=("source", "label", "response_model"),
+        scores=_sides,
+        score_type=pa.float32(),
+        evaluate=judgebench.evaluate,
+        known=lambda source: bool(judgebench.category_of(source)),
+    ),
+    Benchmark.REWARDBENCH: _Rules(
+        needs="pairs with a column subset, or in files named as the prior sets "
+        f"({', '.join(rewardbench.PRIOR_SETS)})",
+        fits=_is_rewardbench,
+        texts=("subset",),
+        scores=_same("score_chosen", "score_rejected"),
+        score_type=pa.float32(),
+        evaluate=rewardbench.evaluate,
+        known=lambda subset: subset in rewardbench.SUBSETS,
+    ),
+    Benchmark.REWARDBENCH_2: _Rules(
+        needs="best-of-n rows with columns id and subset",
+        fits=_has(Format.BEST_OF_N, "id", "subset"),
+        texts=("subset", "id"),
+        scores=_same("scores_chosen", "scores_rejected"),
+        score_type=_LIST,
+        evaluate=rewardbench2.evaluate,
+        known=lambda subset: subset.lower() in map(str.lower, rewardbench2.SUBSETS),
+    ),
+    Benchmark.RM_BENCH: _Rules(
+        needs="best-of-n rows, three to three, with a column domain",
+        fits=_has(Format.BEST_OF_N, "domain"),
+        texts=("domain",),
+        scores=_same("scores_chosen", "scores_rejected"),
+        score_type=_LIST,
+        evaluate=rm_bench.evaluate,
+        known=lambda domain: bool(rm_bench.domain_of(domain)),
+    ),
+}
+
+
+# Reading.
+
+
+@contextmanager
+def _opened(store: Store, receipt: Receipt) -> Iterator[pq.ParquetFile]:
+    """A committed shard, for reading; raises IntegrityError if it is not as it was committed."""
+    assert receipt.version is not None  # it is committed
+    try:
+        file = store.open(receipt.output_key, receipt.size_bytes, receipt.version)
+        yield pq.ParquetFile(file)
+    except (ObjectMissing, ObjectChanged, pa.ArrowException, OSError) as error:
+        raise IntegrityError(
+            f"{store.url(receipt.output_key)} is not the shard that was committed "
+            f"({error}); `batch-scorer verify` says more"
+        ) from error
+
+
+def _file(store: Store, receipt: Receipt) -> File:
+    commit = receipt.commit
+    assert commit is not None  # it is committed
+    with _opened(store, receipt) as shard:
+        names = shard.schema_arrow.names
+    return File(
+        name=receipt.input,
+        format=Format(commit.layout["format"]),
+        fields=commit.layout["columns"],
+        columns=frozenset(names),
+    )
+
+
+def _read(
+    store: Store, benchmark: Benchmark, prefix: str, receipt: Receipt, file: File
+) -> pa.Table:
+    """The columns of one shard, under the benchmark's names and types."""
+    rules = _RULES[benchmark]
+    prior = _prior_set(file) if benchmark is Benchmark.REWARDBENCH else None
+    texts = [name for name in rules.texts if name in file.columns]
+    scores = {name: f"{prefix}{column}" for name, column in rules.scores(file).items()}
+    url = store.url(receipt.output_key)
+    if missing := set(scores.values()) - file.columns:
+        raise OutputError(f"{url} has no column {', '.join(sorted(missing))}")
+    with _opened(store, receipt) as shard:
+        table = shard.read(columns=[*texts, *scores.values()], use_threads=False)
+    constants = dict.fromkeys(rules.texts) | ({"subset": prior} if prior else {})
+    columns = {
+        name: pa.array([value] * table.num_rows, pa.string()) for name, value in constants.items()
+    }
+    try:
+        columns |= {name: table[name].cast(pa.string()) for name in texts if not constants[name]}
+        columns |= {name: table[column].cast(rules.score_type) for name, column in scores.items()}
+    except pa.ArrowException as error:
+        raise OutputError(f"{url}: a column is not of the type it should be: {error}") from error
+    return pa.table(columns)
+
+
+def _complete(store: Store, output: str) -> tuple[list[Receipt], int]:
+    """The committed shards that hold rows, and how many belong to inputs no longer named.
+
+    Raises IncompleteError that says what is missing.
+    """
+    if read_success(store) is None:
+        raise IncompleteError("\n  ".join(_what_is_missing(store, output)))
+    receipts = current_manifest(store)
+    there = [r for r in receipts if r.status is Status.COMMITTED and r.num_rows]
+    return there, sum(r.status is Status.INPUT_GONE for r in receipts)
+
+
+def _what_is_missing(store: Store, output: str) -> list[str]:
+    """Lines for people: how much is there, which shards failed, which rows were not reached."""
+    known = known_receipts(store)
+    objects = [info for info in store.list() if not is_record(info.key)]
+    there = [r for _, r in committed(store, objects, known) if r and r.status is Status.COMMITTED]
+    keys = {receipt.output_key for receipt in there}
+    failed = [r for r in known.values() if r.commit is None and r.output_key not in keys]
+    try:
+        plan = read_plan(store)
+    except ObjectMissing:
+        return [f"{output} is not scored: its run has planned nothing yet"]
+    holder = holder_of(store)
+    advice = f"{holder} works on it" if holder else "run the same `score` command again"
+    lines = [f"{r.output_key} failed ({r.num_rows:,} rows): {r.reason}: {r.detail}" for r in failed]
+    named = {receipt.input for receipt in failed}
+    lines += [
+        f"{name}: rows {start:,} to {stop:,} are missing"
+        for name, start, stop in _gaps(there)
+        if name not in named
+    ]
+    if len(lines) > _LINES_SHOWN:
+        lines = [*lines[:_LINES_SHOWN], f"and {len(lines) - _LINES_SHOWN} more"]
+    return [
+        f"{output} is not complete: of the plan's {plan['shards']:,} shards {len(there):,} are "
+        f"scored, {sum(r.num_rows for r in there):,} of {plan['rows']:,} rows; {advice}",
+        *lines,
+    ]
+
+
+def _gaps(receipts: Iterable[Receipt]) -> Iterable[tuple[str, int, int]]:
+    """(input, first row, row after) of what lies before and between the committed shards.
+
+    What lies after them nobody knows here: the plan is not kept.
+    """
+    commits = [receipt.commit for receipt in receipts if receipt.commit]
+    reached: dict[str, int] = {}
+    for commit in sorted(commits, key=lambda commit: (commit.input, commit.first_row)):
+        start = reached.get(commit.input, 0)
+        if commit.first_row > start:
+            yield commit.input, start, commit.first_row
+        reached[commit.input] = commit.first_row + commit.num_rows
