@@ -2,12 +2,15 @@
 
 A row that could not be scored has nulls and a reason; a list of scores has a null in the place
 of each response without one. `score_error` is null exactly when every score of the row is there.
+Attributes of a model with several outputs are fixed-size lists under `rewards`, step scores of a
+process reward model are lists under `step_scores`, embeddings are fixed-size lists.
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +26,30 @@ IntArray = npt.NDArray[np.int64]
 _MAX_SOURCES = 100
 
 
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model gives for a sequence, as columns.
+
+    `attributes` are the names of a reward's parts, in order; `steps`: each step has a score.
+    `embedding_size` is not None where there is no score but an embedding.
+    """
+
+    attributes: tuple[str, ...] = ()
+    steps: bool = False
+    embedding_size: int | None = None
+
+
+SCALAR = Outputs()
+
+
 @dataclass(slots=True)
 class ScoredRows:
     """Scores of R rows and S sequences; the token ids stay behind.
 
-    `values` float32[S], NaN where there is no score; `lengths` and `truncated_tokens` int32[S];
-    `row_offsets` int64[R+1]; errors by sequence and by row. `rows_digest` is over what was
-    scored, `engine` says what scored it. The rest is measured: forward passes, the tokens in
+    `values` float32[S, O], NaN where there is no score; `step_values` float32[K] and
+    `step_offsets` int64[S+1] of a process reward model; `lengths` and `truncated_tokens`
+    int32[S]; `row_offsets` int64[R+1]; errors by sequence and by row. `rows_digest` is over what
+    was scored, `engine` says what scored it. The rest is measured: forward passes, the tokens in
     them, batches halved, seconds.
     """
 
@@ -45,6 +65,9 @@ class ScoredRows:
     num_batches: int
     oom_splits: int
     score_s: float
+    outputs: Outputs = SCALAR
+    step_values: FloatArray | None = None
+    step_offsets: IntArray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -60,18 +83,32 @@ class ScoredRows:
         return dict(sorted(errors.items()))
 
 
-def added_columns(format: Format, prefix: str, over_length: OverLength) -> list[str]:
+def added_columns(
+    format: Format, prefix: str, over_length: OverLength, outputs: Outputs = SCALAR
+) -> list[str]:
     """Names of the columns that scoring adds to a row of this format, in order."""
-    names = {
-        Format.PREFERENCE_PAIR: ["score_chosen", "score_rejected", "margin"],
-        Format.BEST_OF_N: ["scores_chosen", "scores_rejected"],
-        Format.ROLLOUT_GROUP: ["scores"],
-    }.get(format, ["score"])
-    sides = ["_chosen", "_rejected"] if "_chosen" in names[0] else [""]
+    sides = _SIDES.get(format, ("",))
+    plural = "s" if format in (Format.BEST_OF_N, Format.ROLLOUT_GROUP) else ""
+    if outputs.embedding_size is not None:
+        names = [f"embedding{plural}{side}" for side in sides]
+    else:
+        names = [f"score{plural}{side}" for side in sides]
+        if format is Format.PREFERENCE_PAIR:
+            names.append("margin")
+        if outputs.attributes:
+            names += [f"rewards{side}" for side in sides]
+        if outputs.steps:
+            names += [f"step_scores{side}" for side in sides]
     names += ["score_error", *(f"num_tokens{side}" for side in sides)]
     if over_length is OverLength.TRUNCATE_LEFT:
         names.append("num_truncated_tokens")
     return [prefix + name for name in names]
+
+
+_SIDES = {
+    Format.PREFERENCE_PAIR: ("_chosen", "_rejected"),
+    Format.BEST_OF_N: ("_chosen", "_rejected"),
+}
 
 
 def score_columns(
@@ -82,57 +119,106 @@ def score_columns(
     over_length: OverLength,
 ) -> dict[str, pa.Array]:
     """The added columns by name, R values each. `table` holds the input rows."""
-    values, lengths, offsets = scored.values, scored.lengths, scored.row_offsets
-    if layout.format is Format.PREFERENCE_PAIR:
-        chosen, rejected = (_pick(values, offsets, place, of=2) for place in (0, 1))
-        arrays = [chosen, rejected, pc.subtract(chosen, rejected)]
-        tokens = [_pick(lengths, offsets, place, of=2) for place in (0, 1)]
-    elif layout.format is Format.BEST_OF_N:
-        counts = _list_lengths(table[layout.columns["chosen"]], offsets)
-        arrays = _split_lists(values, offsets, counts)
-        tokens = _split_lists(lengths, offsets, counts)
-    elif layout.format is Format.ROLLOUT_GROUP:
-        arrays = [_lists(values, offsets)]
-        tokens = [_lists(lengths, offsets)]
+    offsets, outputs = scored.row_offsets, scored.outputs
+    sides = _sides_of(scored, table, layout)
+    if outputs.embedding_size is not None:
+        arrays = sides(_vectors(scored.values))
     else:
-        arrays = [_pick(values, offsets, 0, of=1)]
-        tokens = [_pick(lengths, offsets, 0, of=1)]
+        arrays = sides(_numbers(scored.values[:, 0]))
+        if layout.format is Format.PREFERENCE_PAIR:
+            arrays.append(pc.subtract(*arrays))
+        if outputs.attributes:
+            arrays += sides(_vectors(scored.values[:, 1:]))
+        if outputs.steps:
+            arrays += sides(_steps(scored))
     reasons: list[str | None] = [None] * scored.num_rows
     for row, error in scored.errors_by_row().items():
         reasons[row] = error.reason.value
-    arrays += [pa.array(reasons, pa.string()), *tokens]
+    arrays += [pa.array(reasons, pa.string()), *sides(pa.array(scored.lengths))]
     if over_length is OverLength.TRUNCATE_LEFT:
         cut_before = np.concatenate([[0], np.cumsum(scored.truncated_tokens)])[offsets]
         arrays.append(pa.array(np.diff(cut_before).astype(np.int32)))
-    names = added_columns(layout.format, prefix, over_length)
+    names = added_columns(layout.format, prefix, over_length, outputs)
     return dict(zip(names, arrays, strict=True))
 
 
-def _pick(values: npt.NDArray[Any], offsets: IntArray, place: int, *, of: int) -> pa.Array:
-    """[R]: the value at `place` of each row that has `of` of them; null for NaN and other rows."""
-    has_all = np.diff(offsets) == of
-    picked = np.zeros(len(has_all), dtype=values.dtype)
-    picked[has_all] = values[offsets[:-1][has_all] + place]
-    return pa.array(picked, mask=~has_all | np.isnan(picked))
+def column_metadata(outputs: Outputs, prefix: str) -> dict[str, dict[str, str]]:
+    """Field metadata by column name: which attribute is where in a `rewards` list."""
+    if not outputs.attributes:
+        return {}
+    named = {"batch_scorer.attributes": json.dumps(outputs.attributes)}
+    return {prefix + name: named for name in ("rewards", "rewards_chosen", "rewards_rejected")}
 
 
-def _lists(values: npt.NDArray[Any], offsets: IntArray) -> pa.Array:
-    """list[R] of each row's values, NaN as null; a row without sequences is null."""
-    inner = pa.array(values, mask=np.isnan(values))
-    is_empty = np.diff(offsets) == 0
+# One value per sequence
+
+
+def _numbers(values: FloatArray) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))
+
+
+def _vectors(values: FloatArray) -> pa.Array:
+    """fixed_size_list[S] of float32[S, n]; null where the first is NaN."""
+    inner = pa.array(np.nan_to_num(values).ravel())
+    missing = np.isnan(values).any(axis=1)
+    return pa.FixedSizeListArray.from_arrays(inner, values.shape[1], mask=pa.array(missing))
+
+
+def _steps(scored: ScoredRows) -> pa.Array:
+    """list[S]; null for a sequence without a score."""
+    assert scored.step_values is not None and scored.step_offsets is not None
+    missing = np.isnan(scored.values[:, 0])
     return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32)), inner, mask=pa.array(is_empty)
+        pa.array(scored.step_offsets.astype(np.int32)),
+        pa.array(scored.step_values),
+        mask=pa.array(missing),
     )
 
 
-def _split_lists(values: npt.NDArray[Any], offsets: IntArray, counts: IntArray) -> list[pa.Array]:
+# Sequences to rows
+
+_Sides: TypeAlias = Callable[[pa.Array], list[pa.Array]]
+
+
+def _sides_of(scored: ScoredRows, table: pa.Table, layout: Layout) -> _Sides:
+    """A function from one value per sequence to one column per side of the rows."""
+    offsets = scored.row_offsets
+    if layout.format is Format.PREFERENCE_PAIR:
+        return lambda values: [_pick(values, offsets, place, of=2) for place in (0, 1)]
+    if layout.format is Format.BEST_OF_N:
+        counts = _list_lengths(table[layout.columns["chosen"]], offsets)
+        return lambda values: _split_lists(values, offsets, counts)
+    if layout.format is Format.ROLLOUT_GROUP:
+        return lambda values: [_lists(values, offsets)]
+    return lambda values: [_pick(values, offsets, 0, of=1)]
+
+
+def _pick(values: pa.Array, offsets: IntArray, place: int, *, of: int) -> pa.Array:
+    """[R]: the value at `place` of each row that has `of` of them; null for other rows."""
+    has_all = np.diff(offsets) == of
+    where = np.where(has_all, offsets[:-1] + place, 0)
+    return values.take(pa.array(where, mask=~has_all))
+
+
+def _lists(values: pa.Array, offsets: IntArray) -> pa.Array:
+    """list[R] of each row's values; a row without sequences is null."""
+    is_empty = np.diff(offsets) == 0
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), values, mask=pa.array(is_empty)
+    )
+
+
+def _split_lists(values: pa.Array, offsets: IntArray, counts: IntArray) -> list[pa.Array]:
     """Two lists per row: its first `counts` values, and the rest."""
     sizes = np.diff(offsets)
     place_in_row = np.arange(len(values)) - np.repeat(offsets[:-1], sizes)
     is_first = place_in_row < np.repeat(counts, sizes)
-    parts = ((values[is_first], counts), (values[~is_first], sizes - counts))
+    parts = ((is_first, counts), (~is_first, sizes - counts))
     return [
-        _lists(part, np.concatenate([[0], np.cumsum(count)]).astype(np.int64))
+        _lists(
+            values.filter(pa.array(part)),
+            np.concatenate([[0], np.cumsum(count)]).astype(np.int64),
+        )
         for part, count in parts
     ]
 
@@ -148,8 +234,10 @@ def pair_counts(scored: ScoredRows, table: pa.Table) -> dict[str, list[int]]:
     Without a text column of that name, or with more than a hundred values in it, all pairs
     count under "all".
     """
+    scores = _numbers(scored.values[:, 0])
     chosen, rejected = (
-        np.asarray(_pick(scored.values, scored.row_offsets, place, of=2)) for place in (0, 1)
+        _pick(scores, scored.row_offsets, place, of=2).to_numpy(zero_copy_only=False)
+        for place in (0, 1)
     )
     both = ~(np.isnan(chosen) | np.isnan(rejected))
     sources = _sources(table)
@@ -190,6 +278,9 @@ def _update(digest: Any, column: pa.Array) -> None:
         digest.update(b"list")
         lengths = pc.fill_null(pc.list_value_length(column), 0)
         digest.update(np.asarray(lengths).astype(np.int64).tobytes())
+        _update(digest, column.flatten())
+    elif pa.types.is_fixed_size_list(column.type):
+        digest.update(f"vector {column.type.list_size}".encode())
         _update(digest, column.flatten())
     elif pa.types.is_string(column.type):
         digest.update(b"string")

@@ -58,6 +58,13 @@ class Config(BaseModel):
 
     # What is scored, and how.
 
+    task: Literal["score", "embed"] = _setting("score", "scores")
+    """`score`: rewards. `embed`: the model's hidden states as embeddings, for clustering and
+    finding near-duplicates in the same shards; needs no score head."""
+
+    adapter: str | None = _setting(None, "scores")
+    """Family of the reward model (docs/models.md). None: told from architecture and weights."""
+
     format: Format | None = _setting(None, "scores")
     """What a row is. None: detected from each file's schema, and said."""
 
@@ -76,9 +83,10 @@ class Config(BaseModel):
     `error`: its shard is not committed. `truncate_left`: the oldest tokens are cut, BOS and the
     judged answer stay, and `num_truncated_tokens` says how many."""
 
-    backend: Literal["hf", "fake"] = _setting("hf", "scores")
-    """Engine. `hf`: Hugging Face model, packed without padding. `fake`: no model, scores are a
-    hash of the tokens; for dry runs of the pipeline."""
+    backend: Literal["auto", "hf", "vllm", "fake"] = _setting("hf", "scores")
+    """Engine. `hf`: Hugging Face model, packed without padding. `vllm`: vLLM's pooling runner.
+    `auto`: whichever supports the model; if both do and there is a GPU, the faster of the two on
+    some of the job's own rows. `fake`: no model, scores are a hash of the tokens; for dry runs."""
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = _setting(None, "scores")
     """Of the model's body; the head is always float32. None: bfloat16 where the device has it,
@@ -89,6 +97,23 @@ class Config(BaseModel):
     )
     """`packed`: variable-length attention without padding, on CPU and CUDA. The others are
     transformers' own, run on padded batches."""
+
+    quantization: str | None = _setting(None, "scores")
+    """Of the body under vLLM, e.g. fp8; the head stays float32. None: as the weights are."""
+
+    step_aggregation: Literal["min", "last", "mean", "product"] | None = _setting(None, "scores")
+    """How a process reward model's step scores become the score. None: as the model's authors
+    do. The step scores are kept either way."""
+
+    embedding_pooling: Literal["last", "mean", "cls"] | None = _setting(None, "scores")
+    """Token or tokens that an embedding is read from. None: what the model's sentence-transformers
+    files say, otherwise `last` for decoders and `mean` for encoders."""
+
+    normalize: bool | None = _setting(None, "scores")
+    """Scale embeddings to length 1. None: what the model's sentence-transformers files say."""
+
+    trust_remote_code: bool = _setting(False, "scores")
+    """Run Python code that comes with the model. Recorded with the run."""
 
     # What the output looks like.
 
@@ -109,6 +134,13 @@ class Config(BaseModel):
 
     workers: int | None = _setting(None, "runtime", gt=0)
     """Scoring workers, one model each. None: one per GPU, or one per machine on CPU."""
+
+    tensor_parallel: int = _setting(1, "runtime", gt=0)
+    """GPUs that one vLLM worker splits the model over."""
+
+    parity_check: Literal["stop", "warn", "off"] = _setting("stop", "runtime")
+    """Before its first shard every worker scores a sample of the job's rows, which plain Hugging
+    Face scores too, one by one. `stop`: the job ends where they disagree. `warn`: it goes on."""
 
     token_budget: int | None = _setting(None, "runtime", gt=0)
     """Most tokens of one forward pass. None: the backend's default for the device."""

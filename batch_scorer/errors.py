@@ -5,6 +5,7 @@ BatchScorerError
 │   └── MissingExtraError  an optional package is needed; the message says which      exit 2
 ├── InputError             an input path, file or schema cannot be used at all        exit 2
 ├── ModelError             the model directory cannot give true scores                exit 2
+│   └── ParityError        the engine's scores are not those of plain Hugging Face    exit 2
 ├── OutputError            the output is not writable, or belongs to other work       exit 2
 │   └── OutputHeldError    another live run holds the output                          exit 2
 ├── IncompleteError        the run ended with shards that are not committed           exit 3
@@ -93,6 +94,10 @@ class ModelError(BatchScorerError):
     """The model directory cannot give true scores."""
 
     exit_code = ExitCode.CONFIG
+
+
+class ParityError(ModelError):
+    """The engine's scores are not those of plain Hugging Face."""
 
 
 class OutputError(BatchScorerError):

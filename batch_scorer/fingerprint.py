@@ -13,7 +13,7 @@ from typing import Any
 
 from batch_scorer.config import Config
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Raised when a change of this package changes scores (rendering, pooling, head)."""
 
 
@@ -38,7 +38,15 @@ class Fingerprint:
 
 
 def score_fingerprint(
-    config: Config, *, model_digest: str, dtype: str, max_tokens: int, probe_digest: str | None
+    config: Config,
+    *,
+    model_digest: str,
+    adapter: str,
+    backend: str,
+    embedding: tuple[str, bool] | None,
+    dtype: str,
+    max_tokens: int,
+    probe_digest: str | None,
 ) -> Fingerprint:
     """The fingerprint of `config` with everything derived filled in.
 
@@ -47,6 +55,9 @@ def score_fingerprint(
     parts = config.with_role("scores")
     parts |= {
         "model": model_digest,
+        "adapter": adapter,
+        "backend": backend,
+        "embedding": embedding and list(embedding),
         "dtype": dtype,
         "max_tokens": max_tokens,
         "template_probe": probe_digest,

@@ -37,12 +37,12 @@ from batch_scorer.errors import (
     ShardReason,
 )
 from batch_scorer.manifest import Receipt, Shard
+from batch_scorer.parity import Sample, proven_backend
 from batch_scorer.records import TokenizedRows
 from batch_scorer.shard import (
     Job,
     commit_shard,
     failed,
-    make_backend,
     read_shard,
     renderer_of,
     score_shard,
@@ -77,14 +77,17 @@ class _Scored:
     read_s: float = 0.0
 
 
-def run_here(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
-    """Score the shards one after the other: the reference for the other road."""
+def run_here(job: Job, todo: list[Shard], sample: Sample | None = None) -> Iterator[Receipt]:
+    """Score the shards one after the other: the reference for the other road.
+
+    With a `sample` the engine has to agree with plain Hugging Face first (`parity`).
+    """
     if not todo:
         return
-    backend = make_backend(job)
+    backend = proven_backend(job, sample)
     try:
         for shard in todo:
-            yield _commit(job, _score(backend, _prepare(job, shard)))
+            yield _commit(job, _score(job, backend, _prepare(job, shard)))
     finally:
         backend.close()
 
@@ -95,11 +98,12 @@ def _prepare(job: Job, shard: Shard) -> _Read:
     return _Read(shard, rows, time.perf_counter() - started)
 
 
-def _score(backend: Backend, read: _Read) -> _Scored:
+def _score(job: Job, backend: Backend, read: _Read) -> _Scored:
     rows = read.rows
     if isinstance(rows, ShardError):
         return _Scored(read.shard, rows, read.read_s)
-    return _Scored(read.shard, _caught(lambda: score_shard(rows, backend)), read.read_s)
+    scored = _caught(lambda: score_shard(rows, backend, job.outputs))
+    return _Scored(read.shard, scored, read.read_s)
 
 
 def _commit(job: Job, scored: _Scored) -> Receipt:
@@ -201,8 +205,10 @@ def has_gpus(config: Config) -> bool:
     return cuda_is_available()
 
 
-def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
+def run_on_ray(job: Job, todo: list[Shard], sample: Sample | None = None) -> Iterator[Receipt]:
     """Score the shards on the cluster; receipts come as shards are committed, in no order.
+
+    With a `sample` every worker has to agree with plain Hugging Face first (`parity`).
 
     Raises what stops every shard alike: a model that does not load, a cluster that is lost.
     """
@@ -230,7 +236,8 @@ def run_on_ray(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
                 _ScoreStage,
                 batch_size=1,
                 batch_format="pyarrow",
-                fn_constructor_kwargs=stage | {"max_loads": job.config.attempts * workers},
+                fn_constructor_kwargs=stage
+                | {"max_loads": job.config.attempts * workers, "sample": sample},
                 compute=ActorPoolStrategy(size=workers),
                 **_worker_resources(job, workers),
             )
@@ -256,8 +263,23 @@ def num_workers(job: Job) -> int:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if gpus == 0:
             raise ConfigError("device is cuda, but the cluster has no GPU")
-        return job.config.workers or gpus
+        return job.config.workers or max(1, gpus // job.config.tensor_parallel)
     return job.config.workers or len(_machine_cpus())
+
+
+def on_worker(job: Job, work: Callable[[], T]) -> T:
+    """The result of `work` on a machine like the scoring workers', in a process of its own."""
+    if not job.config.use_ray:
+        return work()
+    import ray
+
+    remote = ray.remote(max_calls=1, max_retries=0, **_worker_resources(job, workers=1))
+    result: T = ray.get(remote(_call).remote(work))
+    return result
+
+
+def _call(work: Callable[[], T]) -> T:
+    return work()
 
 
 def _machine_cpus() -> list[float]:
@@ -271,7 +293,7 @@ def _machine_cpus() -> list[float]:
 def _worker_resources(job: Job, workers: int) -> dict[str, Any]:
     """What one worker asks of Ray: a GPU, or its part of what a machine can spare."""
     if job.device is Device.CUDA:
-        return {"num_gpus": 1}
+        return {"num_gpus": job.config.tensor_parallel}  # all of one machine, as Ray gives them
     machines = _machine_cpus()
     per_machine = -(-workers // len(machines))
     return {
@@ -337,7 +359,7 @@ class _ScoreStage:
     with the results, and the driver raises it.
     """
 
-    def __init__(self, job: Job, attempts: Any, max_loads: int) -> None:
+    def __init__(self, job: Job, attempts: Any, max_loads: int, sample: Sample | None) -> None:
         import ray
 
         self._job = job
@@ -349,9 +371,12 @@ class _ScoreStage:
             )
             return
         try:
-            self._backend = make_backend(job)
+            self._backend = proven_backend(job, sample)
         except BatchScorerError as error:
             self._failure = error
+        except Exception as error:  # a defect of a library must reach the user by its own words
+            log.exception("the model does not load")
+            self._failure = IncompleteError(f"{type(error).__name__}: {error}"[:500])
         attempts.forget.remote("load")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -361,7 +386,7 @@ class _ScoreStage:
         refused = _refusal("score", reads[0].shard, self._job, self._attempts)
         return _pack(
             [
-                _Scored(read.shard, refused) if refused else _score(self._backend, read)
+                _Scored(read.shard, refused) if refused else _score(self._job, self._backend, read)
                 for read in reads
             ]
         )

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer import formats
-from batch_scorer.columns import added_columns
+from batch_scorer.columns import SCALAR, Outputs, added_columns
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, InputError, ShardError, ShardReason, StorageError
 from batch_scorer.fingerprint import digest_of
@@ -83,7 +83,7 @@ class Plan:
         return digest_of([shard.identity(fingerprint, column_prefix) for shard in self.shards])
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, outputs: Outputs = SCALAR) -> Plan:
     """List and inspect the inputs and cut them into shards, in the order of their keys.
 
     Raises InputError if there is nothing to score at all. A file that cannot be used is a failed
@@ -91,7 +91,7 @@ def make_plan(config: Config) -> Plan:
     """
     sources = list_sources(config)
     with ThreadPoolExecutor(max_workers=_INSPECTORS) as pool:
-        inspected = list(pool.map(lambda source: _inspect(source, config), sources))
+        inspected = list(pool.map(lambda source: _inspect(source, config, outputs), sources))
     files = [result for result in inspected if isinstance(result, InputFile)]
     failed = [result for result in inspected if isinstance(result, Receipt)]
     if not files and not failed:
@@ -244,16 +244,16 @@ def _suffixes() -> str:
     return ", ".join(PARQUET + JSON)
 
 
-def _inspect(source: Source, config: Config) -> InputFile | Receipt | None:
+def _inspect(source: Source, config: Config, outputs: Outputs) -> InputFile | Receipt | None:
     store = open_store(source.root, config.store_options)
     try:
         if source.key.endswith(PARQUET):
-            return _inspect_parquet(store, source, config)
+            return _inspect_parquet(store, source, config, outputs)
         table, _ = formats.read_json_table(store.read(source.key, source.version), source.key)
         if table.num_rows == 0:
             log.warning("%s holds no rows; skipped", source.url)
             return None
-        layout = _layout(table.schema, table.slice(0, _SAMPLE_ROWS), config)
+        layout = _layout(table.schema, table.slice(0, _SAMPLE_ROWS), config, outputs)
         rows = (table.num_rows, source.size_bytes // BYTES_PER_TOKEN)
         return InputFile(source, table.schema, layout, (rows,))
     except ShardError as error:
@@ -262,7 +262,7 @@ def _inspect(source: Source, config: Config) -> InputFile | Receipt | None:
         return failed_file(source, ShardReason.STORE_FAILED, str(error))
 
 
-def _inspect_parquet(store: Store, source: Source, config: Config) -> InputFile:
+def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outputs) -> InputFile:
     try:
         file = open_parquet(store, source)
         schema = file.schema_arrow
@@ -276,7 +276,7 @@ def _inspect_parquet(store: Store, source: Source, config: Config) -> InputFile:
             ShardReason.UNREADABLE_FILE, f"not readable as Parquet: {error}"
         ) from error
     table = pa.Table.from_batches([sample]) if sample else schema.empty_table()
-    layout = _layout(schema, table, config)
+    layout = _layout(schema, table, config, outputs)
     needed = tuple(formats.columns_needed(layout))
     groups = []
     for index in range(file.metadata.num_row_groups):
@@ -292,12 +292,16 @@ def _inspect_parquet(store: Store, source: Source, config: Config) -> InputFile:
 
 
 def open_parquet(store: Store, source: Source) -> pq.ParquetFile:
-    """The Parquet file behind `source`, every read pinned to the planned version."""
+    """The Parquet file behind `source`, every read pinned to the planned version.
+
+    Not pre-buffered: Arrow's IO threads would do the reading, and can abort a process that ends
+    soon after (see `read_parquet`); and a sample of some rows would fetch the whole file.
+    """
     file = store.open(source.key, source.size_bytes, source.version)
-    return pq.ParquetFile(file, pre_buffer=True)
+    return pq.ParquetFile(file, pre_buffer=False)
 
 
-def _layout(schema: pa.Schema, sample: pa.Table, config: Config) -> Layout:
+def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Outputs) -> Layout:
     layout = formats.detect(
         schema,
         sample,
@@ -306,7 +310,7 @@ def _layout(schema: pa.Schema, sample: pa.Table, config: Config) -> Layout:
         text_style=config.text_style,
     )
     taken = sorted(
-        set(added_columns(layout.format, config.column_prefix, config.over_length))
+        set(added_columns(layout.format, config.column_prefix, config.over_length, outputs))
         & set(schema.names)
     )
     if taken:

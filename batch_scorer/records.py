@@ -7,7 +7,7 @@ O outputs of the model (1 for a scalar reward).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias, TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +131,14 @@ class TokenizedRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """What an embedding is: the pooled hidden state, scaled to length 1 with `normalize`."""
+
+    pooling: Literal["last", "mean", "cls"]
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PooledTokens:
     """The tokens whose hidden states the score head reads.
 
@@ -162,8 +170,8 @@ class Scores:
     sequence. Output 0 is the score, the others the model's attributes; an embedding has no
     score, all O are its dimensions. A process reward model adds `step_values`, float32[K], those
     of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`. `num_batches` counts forward
-    passes, `computed_tokens` the tokens they held, padding included; `oom_splits` the batches
-    that were halved for lack of memory.
+    passes, `computed_tokens` the tokens they held, padding included; `cached_tokens` those that
+    a cache of shared prefixes saved; `oom_splits` the batches that were halved for lack of memory.
     """
 
     values: npt.NDArray[np.float32]
@@ -173,3 +181,4 @@ class Scores:
     num_batches: int = 0
     computed_tokens: int = 0
     oom_splits: int = 0
+    cached_tokens: int = 0

@@ -1,12 +1,14 @@
 """Parsed rows → token ids: the model's own chat template, exactly one BOS, the length policy.
 
 The ids are those that the model card's two steps give (render to text, then tokenise), taken in
-bulk. Whether BOS comes from the template or from the tokenizer is read off the rendered text
-and not guessed from the model's name: Skywork-Reward v0.1 templates hold none, v0.2 and V2 do
-(model cards).
+bulk. Families that were trained on another text than their tokenizer's template gives say so in
+`models.adapter.Prompt`. Whether BOS comes from the template or from the tokenizer is read off the
+rendered text and not guessed from the model's name: Skywork-Reward v0.1 templates hold none, v0.2
+and V2 do (model cards).
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,17 @@ import numpy.typing as npt
 
 from batch_scorer.config import OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
+from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.records import (
     Conversation,
+    Message,
     ParsedRows,
     RowError,
     TokenizedRows,
 )
+
+OWN_TEMPLATE = Prompt()
+"""The tokenizer's own template and nothing else."""
 
 PROBES: tuple[Conversation, ...] = (
     [
@@ -58,16 +65,28 @@ class Renderer:
     Raises ModelError if the directory holds no usable tokenizer.
     """
 
-    def __init__(self, model_dir: Path, max_tokens: int, over_length: OverLength) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        max_tokens: int,
+        over_length: OverLength,
+        prompt: Prompt = OWN_TEMPLATE,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         from transformers import AutoTokenizer  # takes seconds and imports torch
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(model_dir), local_files_only=True, trust_remote_code=False
+                str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise ModelError(f"{model_dir}: no usable tokenizer: {first_line}") from error
+        if prompt.template is not None:
+            self._tokenizer.chat_template = prompt.template
+        self._prompt = prompt
+        self._suffix_id = _suffix_id(model_dir, prompt)
         self._max_tokens = max_tokens
         self._over_length = over_length
         self._model_dir = model_dir
@@ -81,23 +100,39 @@ class Renderer:
         return len(self._tokenizer)
 
     @property
-    def has_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+    def renders(self) -> bool:
+        """Whether conversations can be turned into text here."""
+        return self._pairs or bool(self._tokenizer.chat_template)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that starts every sequence, once; None for tokenizers without one."""
+        return cast(int | None, self._tokenizer.bos_token_id)
+
+    def visible(self, token_ids: npt.NDArray[np.int32]) -> str:
+        """The text of these ids, special tokens included."""
+        return cast(str, self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False))
+
+    @property
+    def _pairs(self) -> bool:
+        return self._prompt.pair and not self._tokenizer.chat_template
 
     def probe(self) -> Probe:
         """Render and tokenise `PROBES`. Raises ModelError if there is no template, or it fails."""
-        if not self.has_template:
+        if not self.renders:
             raise ModelError(
                 f"{self._model_dir}: the tokenizer has no chat template, so conversations cannot "
                 "be rendered; add chat_template.jinja, or score pre-rendered text (--format text)"
             )
-        texts = [self._render(list(probe)) for probe in PROBES]
-        for text in texts:
-            if isinstance(text, RowError):
-                raise ModelError(f"{self._model_dir}: the chat template fails: {text.detail}")
-        rendered = cast(list[str], texts)
-        ids = self._tokenize(rendered)
-        return Probe(tuple(rendered), tuple(tuple(int(i) for i in row) for row in ids))
+        sequences: list[Any] = [list(probe) for probe in PROBES]
+        self._tokenize_all(sequences)
+        for sequence in sequences:
+            if isinstance(sequence, RowError):
+                raise ModelError(f"{self._model_dir}: the chat template fails: {sequence.detail}")
+        return Probe(
+            tuple(self.visible(ids) for ids in sequences),
+            tuple(tuple(int(i) for i in ids) for ids in sequences),
+        )
 
     def tokenize(self, parsed: ParsedRows) -> TokenizedRows:
         """Token ids of all sequences, in order.
@@ -105,8 +140,7 @@ class Renderer:
         Raises ShardError(OVER_LENGTH_ROW) under the `error` policy.
         """
         sequences: list[Any] = list(parsed.sequences)
-        self._render_conversations(sequences)
-        self._tokenize_texts(sequences)
+        self._tokenize_all(sequences)
         errors: dict[int, RowError] = {}
         truncated = np.zeros(len(sequences), dtype=np.int32)
         for index, sequence in enumerate(sequences):
@@ -131,6 +165,35 @@ class Renderer:
             sequence_errors=errors,
             row_errors=parsed.row_errors,
         )
+
+    def _tokenize_all(self, sequences: list[Any]) -> None:
+        """Conversations and texts → int32 ids, in place; ids stay, errors stay or come."""
+        for index, sequence in enumerate(sequences):
+            if _is_conversation(sequence):
+                sequences[index] = self._prepare(sequence)
+        if self._pairs:
+            self._encode_pairs(sequences)
+        self._render_conversations(sequences)
+        self._tokenize_texts(sequences)
+        if self._suffix_id is not None:
+            for index, ids in enumerate(sequences):
+                if not isinstance(ids, RowError) and len(ids) and ids[-1] != self._suffix_id:
+                    sequences[index] = np.append(np.asarray(ids, np.int32), self._suffix_id)
+
+    def _prepare(self, conversation: Conversation) -> Conversation | RowError:
+        """The conversation that the template sees: system prompt and steps as trained."""
+        system, steps = self._prompt.system, self._prompt.steps
+        if system is not None and conversation[0]["role"] != "system":
+            conversation = [{"role": "system", "content": system}, *conversation]
+        return conversation if steps is None else _with_steps(conversation, steps)
+
+    def _encode_pairs(self, sequences: list[Any]) -> None:
+        """tokenizer(question, answer); the turns before the answer are joined by blank lines."""
+        for index, sequence in enumerate(sequences):
+            if _is_conversation(sequence):
+                turns = [message["content"] for message in sequence]
+                question, answer = "\n\n".join(turns[:-1]), turns[-1]
+                sequences[index] = self._tokenizer(question, answer)["input_ids"]
 
     def _render_conversations(self, sequences: list[Any]) -> None:
         where = [i for i, s in enumerate(sequences) if _is_conversation(s)]
@@ -189,6 +252,8 @@ class Renderer:
         if self._over_length is OverLength.ERROR:
             row = int(np.searchsorted(parsed.row_offsets, index, side="right")) - 1
             raise ShardError(ShardReason.OVER_LENGTH_ROW, f"row {row}: {detail}")
+        if self._prompt.steps is not None:
+            return RowError(RowReason.TOO_LONG, f"{detail}; cutting would lose steps"), 0
         keeps_bos = ids[0] == self._tokenizer.bos_token_id
         head = ids[:1] if keeps_bos else ids[:0]
         tail = ids[len(ids) - (self._max_tokens - len(head)) :]
@@ -197,3 +262,37 @@ class Renderer:
 
 def _is_conversation(sequence: object) -> bool:
     return isinstance(sequence, list) and bool(sequence) and isinstance(sequence[0], dict)
+
+
+def _with_steps(conversation: Conversation, steps: Steps) -> Conversation | RowError:
+    """The answer cut into steps, each followed or answered by the tag (`models.adapter.Steps`)."""
+    *before, answer = conversation
+    mark = steps.tag if steps.tag in answer["content"] else steps.separator
+    parts = [part.strip() for part in answer["content"].split(mark)]
+    parts = [part for part in parts if part]
+    if not parts:
+        return RowError(RowReason.NO_STEPS, "the answer has no step that could be judged")
+    if steps.layout == "tagged":
+        text = "".join(part + steps.tag for part in parts)
+        return [*before, {"role": answer["role"], "content": text}]
+    if before and before[-1]["role"] == "user":
+        parts[0] = f"{before[-1]['content']} {parts[0]}"
+        before = before[:-1]
+    turns = [
+        message
+        for part in parts
+        for message in (
+            Message(role="user", content=part),
+            Message(role="assistant", content=steps.tag),
+        )
+    ]
+    return [*before, *turns]
+
+
+def _suffix_id(model_dir: Path, prompt: Prompt) -> int | None:
+    if prompt.suffix_id_of is None:
+        return None
+    config = json.loads((model_dir / "config.json").read_text())
+    if prompt.suffix_id_of not in config:
+        raise ModelError(f"{model_dir}: config.json has no {prompt.suffix_id_of}")
+    return int(config[prompt.suffix_id_of])

@@ -4,12 +4,21 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from batch_scorer import __version__
 from batch_scorer.backends.device import cpu_has_bfloat16
+from batch_scorer.columns import SCALAR, Outputs
 from batch_scorer.config import Config, Device
-from batch_scorer.errors import LeaseLostError, OutputError, ShardReason, StorageError
+from batch_scorer.errors import (
+    InputError,
+    LeaseLostError,
+    ModelError,
+    OutputError,
+    ShardReason,
+    StorageError,
+)
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.lease import Lease
 from batch_scorer.manifest import (
@@ -19,19 +28,31 @@ from batch_scorer.manifest import (
     Shard,
     Status,
     claim_output,
+    claimed_fingerprint,
     committed,
     is_record,
     known_receipts,
     publish,
+    read_engine,
     record_plan,
 )
 from batch_scorer.models.directory import ModelFacts, find_model, inspect_model
-from batch_scorer.pipeline import has_gpus, num_workers, ray_session, run_here, run_on_ray
+from batch_scorer.models.embedding import embedding_of
+from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
+from batch_scorer.pipeline import (
+    has_gpus,
+    num_workers,
+    on_worker,
+    ray_session,
+    run_here,
+    run_on_ray,
+)
 from batch_scorer.plan import Plan, make_plan
-from batch_scorer.records import Format
+from batch_scorer.records import Embedding, Format
 from batch_scorer.render import Probe
 from batch_scorer.shard import Job, renderer_of
 from batch_scorer.storage import Store, open_store
+from batch_scorer.trial import is_raced, supported_engines, tokens_per_second, trial_rows
 
 log = logging.getLogger("batch_scorer")
 
@@ -46,15 +67,22 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job whose model and settings have been checked, before any input is read."""
+    """A job whose model and settings have been checked, before any input is read.
+
+    `engines` are those that can run it, the first one does; `trial` their tokens per second
+    where that decided.
+    """
 
     config: Config
     model: ModelFacts
+    engines: tuple[str, ...]
+    embedding: Embedding | None
     device: Device
     dtype: str
     max_tokens: int
     probe: Probe | None
     fingerprint: Fingerprint
+    trial: dict[str, float] | None = None
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -63,6 +91,10 @@ class Prepared:
             "batch_scorer": __version__,
             "model": self.config.model,
             "architecture": self.model.architecture,
+            "adapter": self.model.adapter,
+            "backend": self.engines[0],
+            "trial_tokens_per_s": self.trial,
+            "trust_remote_code": self.config.trust_remote_code,
             "device": self.device,
             "rendered_probe": list(self.probe.texts) if self.probe else None,
         }
@@ -71,6 +103,10 @@ class Prepared:
         return Job(
             config=self.config,
             model_dir=self.model.path,
+            adapter=self.model.adapter,
+            backend=self.engines[0],
+            outputs=outputs_of(self.config, self.model),
+            embedding=self.embedding,
             device=self.device,
             dtype=self.dtype,
             max_tokens=self.max_tokens,
@@ -94,7 +130,8 @@ class Summary:
     """How a run ended. `totals` as in `_SUCCESS`; `elapsed_s` and what follows are this run's own.
 
     `score_s` is time inside the backend, summed over workers; `scored_tokens` were committed by
-    this run, `computed_tokens` went through the model for it.
+    this run, `computed_tokens` went through the model for it. `parity` is one worker's report
+    (`parity.ParityReport`), None where nothing was checked.
     """
 
     output: str
@@ -105,6 +142,7 @@ class Summary:
     score_s: float = 0.0
     scored_tokens: int = 0
     computed_tokens: int = 0
+    parity: dict[str, Any] | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -125,11 +163,11 @@ def score(config: Config, listener: Listener | None = None) -> Summary:
     `Summary.totals["shards_failed"]`.
     """
     listener = listener or _Silent()
-    model = inspect_model(find_model(config.model))
-    plan = make_plan(config)
+    model = look_at_model(config)
+    plan = make_plan(config, outputs_of(config, model))
     output = open_output(config)
     with ray_session(config):
-        prepared = prepare(config, model)
+        prepared = _with_engine(prepare(config, model), plan, output)
         _require_template(prepared, plan)
         claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
         plan_digest = plan.digest(prepared.fingerprint.digest, config.column_prefix)
@@ -143,23 +181,113 @@ def score(config: Config, listener: Listener | None = None) -> Summary:
             return _run(job, work, output, lease, listener)
 
 
-def prepare(config: Config, model: ModelFacts) -> Prepared:
-    """Derive what the settings leave open. Raises ModelError for a tokenizer that fails."""
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What `check` found: the settings it derived, the sample, and the comparison."""
+
+    prepared: Prepared
+    sample: Sample
+    report: ParityReport
+
+
+def check(config: Config) -> Checked:
+    """Hold the chosen engine against plain Hugging Face on a sample of the inputs.
+
+    Writes nothing. Raises what `score` raises before its first shard, but not for scores that
+    differ: see `Checked.report`.
+    """
+    model = look_at_model(config)
+    plan = make_plan(config, outputs_of(config, model))
+    with ray_session(config):
+        prepared = prepare(config, model)
+        _require_template(prepared, plan)
+        job = prepared.job(epoch=0)
+        sample = choose_sample(job, plan.shards)
+        if sample is None:
+            raise InputError(f"{', '.join(config.inputs)}: none of the first rows can be scored")
+        return Checked(prepared, sample, on_worker(job, partial(check_engine, job, sample)))
+
+
+def look_at_model(config: Config) -> ModelFacts:
+    """Find the model and check that it can score, or embed. Raises ModelError."""
+    return inspect_model(
+        find_model(config.model), config.model, config.adapter, embeds=config.task == "embed"
+    )
+
+
+def outputs_of(config: Config, model: ModelFacts) -> Outputs:
+    """What the job adds to a sequence."""
+    if config.task == "embed":
+        return Outputs(embedding_size=model.hidden_size)
+    if config.backend == "fake":
+        return SCALAR
+    return Outputs(attributes=model.attributes, steps=model.has_steps)
+
+
+def prepare(config: Config, model: ModelFacts, engine: str | None = None) -> Prepared:
+    """Derive what the settings leave open; `engine` overrules the setting `backend`.
+
+    Raises ModelError for a tokenizer that fails or does not fit the model.
+    """
     device = config.device or (Device.CUDA if has_gpus(config) else Device.CPU)
     has_bfloat16 = device is Device.CUDA or cpu_has_bfloat16()
     dtype = config.dtype or ("bfloat16" if has_bfloat16 else "float32")
     max_tokens = min(config.max_tokens or model.max_tokens, model.max_tokens)
-    settings = Prepared(config, model, device, dtype, max_tokens, None, Fingerprint({}))
+    embedding = None
+    if config.task == "embed":
+        embedding = embedding_of(model.path, config.embedding_pooling, config.normalize)
+    engines = supported_engines(config, model)
+    settings = Prepared(
+        config=config,
+        model=model,
+        engines=(engine,) if engine else tuple(engines),
+        embedding=embedding,
+        device=device,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        probe=None,
+        fingerprint=Fingerprint({}),
+    )
     renderer = renderer_of(settings.job(epoch=0))
-    probe = renderer.probe() if renderer.has_template else None
+    if renderer.vocab_size > model.vocab_size:
+        raise ModelError(
+            f"{model.path}: the tokenizer knows {renderer.vocab_size} tokens, the model "
+            f"{model.vocab_size}: they do not belong together"
+        )
+    probe = renderer.probe() if renderer.renders else None
     fingerprint = score_fingerprint(
         config,
         model_digest=model.digest,
+        adapter=model.adapter,
+        backend=settings.engines[0],
+        embedding=(embedding.pooling, embedding.normalize) if embedding else None,
         dtype=dtype,
         max_tokens=max_tokens,
         probe_digest=probe.digest if probe else None,
     )
     return replace(settings, probe=probe, fingerprint=fingerprint)
+
+
+def _with_engine(prepared: Prepared, plan: Plan, output: Store) -> Prepared:
+    """Settle `backend: auto`: as the output was begun, else by support, else by a race."""
+    if len(prepared.engines) == 1:
+        return prepared
+    config, model = prepared.config, prepared.model
+    begun_with = claimed_fingerprint(output).get("backend")
+    if begun_with in prepared.engines:
+        return prepare(config, model, begun_with)
+    if not is_raced(prepared.engines, prepared.device):
+        return prepare(config, model, prepared.engines[0])
+    jobs = {name: prepare(config, model, name).job(epoch=0) for name in prepared.engines}
+    rows = trial_rows(jobs[prepared.engines[0]], plan.shards)
+    if rows is None:
+        return prepare(config, model, prepared.engines[0])
+    speeds = {
+        name: on_worker(job, partial(tokens_per_second, job, rows)) for name, job in jobs.items()
+    }
+    fastest = max(speeds, key=lambda name: speeds[name])
+    log.info("tokens per second on the job's own rows: %s", speeds)
+    return replace(prepare(config, model, fastest), trial=speeds)
 
 
 def open_output(config: Config) -> Store:
@@ -209,7 +337,7 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
     receipts = [*work.done, *work.gone, *work.plan.failed]
     fresh: list[Receipt] = []
     try:
-        for receipt in _attempt_all(job, work.todo):
+        for receipt in _attempt_all(job, work.todo, _sample(job, work.todo)):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
@@ -230,17 +358,28 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
         score_s=sum(receipt.score_s for receipt in ours),
         scored_tokens=sum(receipt.commit.tokens for receipt in ours if receipt.commit),
         computed_tokens=sum(receipt.computed_tokens for receipt in ours),
+        parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
     )
 
 
-def _attempt_all(job: Job, todo: list[Shard]) -> Iterator[Receipt]:
+def _sample(job: Job, todo: list[Shard]) -> Sample | None:
+    """The rows on which every worker has to agree with plain Hugging Face."""
+    if job.config.parity_check == "off" or job.backend == "fake" or not todo:
+        return None
+    sample = choose_sample(job, todo)
+    if sample is None:
+        log.warning("none of the first rows can be scored: there is nothing to check them by")
+    return sample
+
+
+def _attempt_all(job: Job, todo: list[Shard], sample: Sample | None) -> Iterator[Receipt]:
     """The final receipt of every shard; what the store refused is tried again after the rest."""
     run_all = run_on_ray if job.config.use_ray else run_here
     for attempt in range(1, job.config.attempts + 1):
         again: set[str] = set()
         # Longest first, so that the last shards to finish are short ones.
         todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
-        for receipt in run_all(job, todo):
+        for receipt in run_all(job, todo, sample):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
                 log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
                 again.add(receipt.output_key)

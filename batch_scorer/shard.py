@@ -24,7 +24,15 @@ import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.backends.base import Backend
-from batch_scorer.columns import ScoredRows, digest_columns, pair_counts, score_columns
+from batch_scorer.columns import (
+    SCALAR,
+    Outputs,
+    ScoredRows,
+    column_metadata,
+    digest_columns,
+    pair_counts,
+    score_columns,
+)
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.lease import current_epoch
@@ -37,8 +45,16 @@ from batch_scorer.manifest import (
     read_commit,
     record_engine,
 )
+from batch_scorer.models.registry import adapter_named
 from batch_scorer.plan import open_parquet
-from batch_scorer.records import Format, RowError, Scores, TokenizedRows
+from batch_scorer.records import (
+    Embedding,
+    Format,
+    ParsedRows,
+    RowError,
+    Scores,
+    TokenizedRows,
+)
 from batch_scorer.render import Renderer
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version, open_store
 
@@ -54,6 +70,10 @@ class Job:
 
     config: Config
     model_dir: Path
+    adapter: str
+    backend: str
+    outputs: Outputs
+    embedding: Embedding | None
     device: Device
     dtype: str
     max_tokens: int
@@ -67,17 +87,22 @@ def read_shard(job: Job, shard: Shard, renderer: Renderer) -> TokenizedRows:
     Raises ShardError: the file is unreadable, gone, changed since it was planned, or holds an
     over-long row under the `error` policy.
     """
+    return renderer.tokenize(parse_shard(job, shard))
+
+
+def parse_shard(job: Job, shard: Shard) -> ParsedRows:
+    """The shard's rows cut into sequences, before rendering. Raises as `read_shard`."""
     table, malformed = _read_rows(job, shard, formats.columns_needed(shard.layout))
     parsed = formats.parse(table, shard.layout)
     parsed.row_errors.update(malformed)
-    return renderer.tokenize(parsed)
+    return parsed
 
 
-def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
+def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR) -> ScoredRows:
     """Score all sequences of the shard. Raises ShardError if the backend loses any."""
     started = time.perf_counter()
     scores = backend.score(rows)
-    if scores.values.shape != (rows.num_sequences, 1):
+    if scores.values.shape != (rows.num_sequences, backend.num_outputs):
         raise ShardError(
             ShardReason.INTERNAL,
             f"{rows.num_sequences} sequences went in, scores {scores.values.shape} came out",
@@ -96,6 +121,9 @@ def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
         num_batches=scores.num_batches,
         oom_splits=scores.oom_splits,
         score_s=time.perf_counter() - started,
+        outputs=outputs,
+        step_values=scores.step_values if outputs.steps else None,
+        step_offsets=scores.step_offsets if outputs.steps else None,
     )
 
 
@@ -117,7 +145,8 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
         scored, table, shard.layout, job.config.column_prefix, job.config.over_length
     )
     commit = _describe(job, shard, scored, table, columns, errors)
-    data = _encode(table, columns, commit)
+    fields = column_metadata(scored.outputs, job.config.column_prefix)
+    data = _encode(table, columns, fields, commit)
     version, standing = _publish(job, shard, commit, data)
     return Receipt(
         output_key=shard.output_key,
@@ -157,31 +186,50 @@ def failed(shard: Shard, error: ShardError) -> Receipt:
 
 
 @lru_cache(maxsize=4)
-def cached_renderer(model_dir: Path, max_tokens: int, over_length: Any) -> Renderer:
+def _cached_renderer(
+    model_dir: Path, max_tokens: int, over_length: Any, adapter: str, trust_remote_code: bool
+) -> Renderer:
     """One renderer per process: loading a tokenizer takes seconds."""
-    return Renderer(model_dir, max_tokens, over_length)
+    prompt = adapter_named(adapter).prompt
+    return Renderer(model_dir, max_tokens, over_length, prompt, trust_remote_code=trust_remote_code)
 
 
 def renderer_of(job: Job) -> Renderer:
-    return cached_renderer(job.model_dir, job.max_tokens, job.config.over_length)
+    config = job.config
+    return _cached_renderer(
+        job.model_dir, job.max_tokens, config.over_length, job.adapter, config.trust_remote_code
+    )
 
 
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
-    if job.config.backend == "fake":
+    if job.backend == "fake":
         from batch_scorer.backends.fake import FakeBackend
 
         return FakeBackend()
+    config = job.config
+    shared: dict[str, Any] = {
+        "adapter": adapter_named(job.adapter),
+        "dtype": job.dtype,
+        "device": job.device,
+        "step_aggregation": config.step_aggregation,
+        "embedding": job.embedding,
+        "token_budget": config.token_budget,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if job.backend == "vllm":
+        from batch_scorer.backends.vllm import VLLMBackend
+
+        return VLLMBackend(
+            job.model_dir,
+            max_tokens=job.max_tokens,
+            quantization=config.quantization,
+            tensor_parallel=config.tensor_parallel,
+            **shared,
+        )
     from batch_scorer.backends.hf import HFBackend
 
-    return HFBackend(
-        job.model_dir,
-        dtype=job.dtype,
-        attention=job.config.attention,
-        device=job.device,
-        token_budget=job.config.token_budget,
-        num_threads=None,
-    )
+    return HFBackend(job.model_dir, attention=config.attention, **shared)
 
 
 # Reading
@@ -232,11 +280,10 @@ def _rows_digest(rows: TokenizedRows) -> str:
 
 
 def _checked(scores: Scores, rows: TokenizedRows) -> tuple[FloatArray, dict[int, RowError]]:
-    """float32[S] and the errors of all sequences without a finite score."""
-    values = scores.values[:, 0].astype(np.float32)
+    """float32[S, O] and the errors of all sequences without a finite score."""
+    values = scores.values.astype(np.float32)
     errors = {**scores.errors, **rows.sequence_errors}
-    for index in np.flatnonzero(~np.isfinite(values)).tolist():
-        values[index] = np.nan
+    for index in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
         errors.setdefault(index, RowError(RowReason.NON_FINITE_SCORE, "the model gave no number"))
     values[list(errors)] = np.nan
     return values, errors
@@ -256,8 +303,10 @@ def _describe(
     marked: dict[str, int] = {}
     for error in errors.values():
         marked[error.reason.value] = marked.get(error.reason.value, 0) + 1
-    is_pair = shard.layout.format is Format.PREFERENCE_PAIR
-    finite = np.isfinite(scored.values)
+    is_pair = (
+        shard.layout.format is Format.PREFERENCE_PAIR and scored.outputs.embedding_size is None
+    )
+    finite = np.isfinite(scored.values[:, 0])
     return Commit(
         identity=shard.identity(job.fingerprint, job.config.column_prefix),
         fingerprint=job.fingerprint,
@@ -279,10 +328,19 @@ def _describe(
     )
 
 
-def _encode(table: pa.Table, columns: Mapping[str, pa.Array], commit: Commit) -> bytes:
-    """The scored shard as Parquet bytes: input columns as they were, then the added ones."""
+def _encode(
+    table: pa.Table,
+    columns: Mapping[str, pa.Array],
+    fields: Mapping[str, Mapping[str, str]],
+    commit: Commit,
+) -> bytes:
+    """The scored shard as Parquet bytes: input columns as they were, then the added ones.
+
+    `fields` is field metadata by column name.
+    """
     for name, column in columns.items():
-        table = table.append_column(name, column)
+        field = pa.field(name, column.type, metadata=fields.get(name))
+        table = table.append_column(field, column)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **commit.footer()})
     sink = io.BytesIO()
     try:

@@ -29,25 +29,26 @@ from batch_scorer.backends.attention import (
     choose_kernel,
     to_device,
 )
-from batch_scorer.backends.readout import Embedding, Readout, StepAggregation
+from batch_scorer.backends.base import (
+    PROBE_TOLERANCE,
+    mark_non_finite,
+    refuse_dtype,
+    unscorable,
+)
+from batch_scorer.backends.readout import Readout, StepAggregation
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.registry import choose_adapter
 from batch_scorer.models.weights import body_config, converted_state
 from batch_scorer.packing import Int64Array, PackedBatch, last_tokens, pack, pad, plan_batches
-from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
+from batch_scorer.records import Embedding, PooledTokens, RowError, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward pass. On the CPU 1024 was a third slower than 4096, and 8192 hardly
 faster; on CUDA it is a guess that fits an 8B model on 80 GB, not a measurement."""
-
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Share by which a packed neighbour may move a hidden state: rounding stays far below it, a
-neighbour that leaks in far above."""
-
 
 _NOTHING_POOLED = PooledTokens(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
@@ -133,7 +134,10 @@ class HFBackend:
     def score(self, rows: TokenizedRows) -> Scores:
         """Scores of all sequences in `rows`, in their order."""
         values = np.full((rows.num_sequences, self.num_outputs), np.nan, dtype=np.float32)
-        scores = Scores(values, self._unscorable(rows))
+        unscored = unscorable(
+            rows, max_tokens=self._max_length, vocabulary_size=self._vocabulary_size
+        )
+        scores = Scores(values, unscored)
         pooled = _NOTHING_POOLED
         if self._readout is not None:
             pooled, unpooled = self._readout.pooled_tokens(rows)
@@ -176,29 +180,6 @@ class HFBackend:
 
     def _batch_tokens(self, lengths: Int64Array) -> int:
         return int(lengths.sum() if self._packed else lengths.max() * len(lengths))
-
-    def _unscorable(self, rows: TokenizedRows) -> dict[int, RowError]:
-        """Sequences that must not reach the model, though they arrived without an error."""
-        errors: dict[int, RowError] = {}
-        for sequence in np.flatnonzero(rows.lengths == 0).tolist():
-            if sequence not in rows.sequence_errors:
-                errors[sequence] = RowError(RowReason.EMPTY, "the sequence has no tokens")
-        if self._max_length is not None:
-            for sequence in np.flatnonzero(rows.lengths > self._max_length).tolist():
-                errors[sequence] = RowError(
-                    RowReason.TOO_LONG,
-                    f"{rows.lengths[sequence]} tokens; the model takes {self._max_length}",
-                )
-        foreign = (rows.token_ids < 0) | (rows.token_ids >= self._vocabulary_size)  # bool[T]
-        places = np.flatnonzero(foreign)
-        owners = np.searchsorted(rows.sequence_offsets, places, side="right") - 1
-        for sequence, first in zip(*np.unique(owners, return_index=True), strict=True):
-            errors[int(sequence)] = RowError(
-                RowReason.BAD_TOKEN_ID,
-                f"token id {rows.token_ids[places[first]]} is outside the model's vocabulary "
-                f"of {self._vocabulary_size}",
-            )
-        return errors
 
     def _try_forward(
         self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
@@ -293,7 +274,7 @@ class HFBackend:
         moved = float((beside - alone).norm() / alone.norm())
         if not np.isfinite(moved):
             raise ModelError(f"hidden states are no numbers in {self.provenance['dtype']}")
-        if moved > PROBE_TOLERANCE[self._model.dtype]:
+        if moved > PROBE_TOLERANCE[self.provenance["dtype"]]:
             raise ModelError(
                 f"{type(self._model).__name__} lets packed sequences see each other (a probe moved "
                 f"by {moved:.1%}); set attention to sdpa or eager"
@@ -397,7 +378,7 @@ class _Loader:
                 f"random: {', '.join(wrong)}"
             )
         unexpected = sorted(
-            name for name in report["unexpected_keys"] if not self._adapter.is_head_tensor(name)
+            name for name in report["unexpected_keys"] if self._adapter.is_body_tensor(name)
         )
         if unexpected:
             logger.warning("weights without a place in the model: %s", ", ".join(unexpected))
@@ -429,10 +410,7 @@ def _refuse_unsound(
         raise ModelError(
             "sdpa ignores this model's attn_logit_softcapping; set attention to packed or eager"
         )
-    if dtype in adapter.forbidden_dtypes:
-        raise ModelError(f"{dtype} is known to fail in {adapter.name} models; set another dtype")
-    if dtype == "float16" and skeleton.config.get_text_config().model_type.startswith("gemma2"):
-        raise ModelError("float16 overflows in Gemma-2; set dtype to bfloat16 or float32")
+    refuse_dtype(adapter, skeleton.config.get_text_config().model_type, dtype)
     if implementation == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
             # transformers would look for a kernel on its hub instead.
@@ -460,16 +438,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         "can't allocate memory" in str(error)
     )
-
-
-def mark_non_finite(scores: Scores, planned: Int64Array) -> None:
-    """NaN and an error in place of a score that is no number."""
-    broken = np.nonzero(~np.isfinite(scores.values))[0]
-    for sequence in np.intersect1d(planned, broken).tolist():
-        if sequence not in scores.errors:
-            detail = f"the model gave {scores.values[sequence].tolist()}"
-            scores.errors[sequence] = RowError(RowReason.NON_FINITE_SCORE, detail)
-            scores.values[sequence] = np.nan
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,7 +6,6 @@ here: positions by index, the head in float32, steps folded into a score.
 Legend: S sequences, K pooled tokens, H hidden, O outputs.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
@@ -18,18 +17,9 @@ from torch.nn import functional as F
 
 from batch_scorer.models.adapter import Adapter, LastToken, ModelConfig
 from batch_scorer.models.weights import load_head
-from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
+from batch_scorer.records import Embedding, PooledTokens, RowError, Scores, TokenizedRows
 
 StepAggregation: TypeAlias = Literal["min", "last", "mean", "product"]
-EmbeddingPooling: TypeAlias = Literal["last", "mean", "cls"]
-
-
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """What an embedding is: the pooled hidden state, scaled to length 1 with `normalize`."""
-
-    pooling: EmbeddingPooling
-    normalize: bool
 
 
 class Readout:
@@ -48,6 +38,7 @@ class Readout:
         embedding: Embedding | None = None,
     ) -> None:
         self._pooling = adapter.pooling
+        self._averages = adapter.averages(config)
         self._config = config
         self.embedding = embedding
         self.step_aggregation = (
@@ -98,12 +89,13 @@ class Readout:
         counts = pooled.counts
         if self.embedding is not None:
             if self.embedding.pooling == "mean":
-                lengths = torch.from_numpy(counts).to(hidden.device)
-                hidden = torch.segment_reduce(hidden, "mean", lengths=lengths, unsafe=True)
+                hidden = _averaged(hidden, counts)
             return F.normalize(hidden, dim=-1) if self.embedding.normalize else hidden
         head = cast(nn.Module, self._head)
         if self.step_aggregation is not None:
             return cast(Tensor, head(hidden))
+        if self._averages:
+            return cast(Tensor, head(_averaged(hidden, counts)[:, None]))
         return cast(Tensor, head(hidden.view(len(counts), int(counts[0]), -1)))
 
     def fill(
@@ -128,6 +120,12 @@ class Readout:
         scores.values[sequences[order], 0] = aggregate_steps(
             scores.step_values, places.offsets, self.step_aggregation
         )
+
+
+def _averaged(hidden: Tensor, counts: npt.NDArray[np.int64]) -> Tensor:
+    """float32[S, H]: the mean of each sequence's rows of float32[K, H]."""
+    lengths = torch.from_numpy(counts).to(hidden.device)
+    return torch.segment_reduce(hidden, "mean", lengths=lengths, unsafe=True)
 
 
 def aggregate_steps(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_scorer.errors import ModelError
-from batch_scorer.models.adapter import ModelFiles
-from batch_scorer.models.registry import EMBEDDING, choose_adapter
+from batch_scorer.models.adapter import Adapter, ModelFiles
+from batch_scorer.models.registry import EMBEDDING, HEAD_FILES, choose_adapter
 
 _WEIGHTS = "*.safetensors"
 _TOKENIZER_FILES = (
@@ -28,6 +28,7 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
 _UNLIMITED_TOKENS = 10**9
 _CHUNK_BYTES = 1 << 22
 
@@ -36,7 +37,9 @@ _CHUNK_BYTES = 1 << 22
 class ModelFacts:
     """What the files say.
 
-    `adapter` names the family (`models/families`), `attributes` its outputs beside the score.
+    `adapter` names the family (`models/families`), `attributes` its outputs beside the score;
+    `has_steps`: it is a process reward model. `hidden_size` is None where the config has no name
+    for it.
     `max_tokens` is the longest sequence the positions allow. `digest` covers config, weights and
     tokenizer files: any byte changed there is another model.
     """
@@ -45,6 +48,8 @@ class ModelFacts:
     architecture: str
     adapter: str
     attributes: tuple[str, ...]
+    has_steps: bool
+    hidden_size: int | None
     max_tokens: int
     vocab_size: int
     digest: str
@@ -65,7 +70,7 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["*.json", _WEIGHTS, "*.model", "*.jinja"]
+        files = ["*.json", _WEIGHTS, "*.model", "*.jinja", *HEAD_FILES]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub client raises HTTP, OS and validation errors of its own
         raise ModelError(
@@ -98,9 +103,11 @@ def inspect_model(
         architecture=files.architecture,
         adapter=chosen.name,
         attributes=chosen.attributes(files.config),
+        has_steps=chosen.step_aggregation is not None,
+        hidden_size=next((files.config[n] for n in _HIDDEN_SIZES if n in files.config), None),
         max_tokens=min((limit for limit in limits if limit), default=_UNLIMITED_TOKENS),
         vocab_size=int(files.config.get("vocab_size") or _UNLIMITED_TOKENS),
-        digest=_digest(path),
+        digest=_digest(path, chosen),
     )
 
 
@@ -155,8 +162,9 @@ def _safetensors_header(file: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in tensors.items()}
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, adapter: Adapter) -> str:
     files = [path / "config.json", *sorted(path.glob(_WEIGHTS))]
+    files += [path / name for name in adapter.head_files if (path / name).exists()]
     files += [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_file_digest, files))

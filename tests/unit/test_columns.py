@@ -7,8 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_scorer.columns import (
+    SCALAR,
+    Outputs,
     ScoredRows,
     added_columns,
+    column_metadata,
     digest_columns,
     pair_counts,
     score_columns,
@@ -23,14 +26,16 @@ NULL = RowError(RowReason.NULL_VALUE, "")
 
 
 def scored(
-    values: list[float],
+    values: list[float] | list[list[float]],
     row_offsets: list[int],
     sequence_errors: dict[int, RowError] | None = None,
     row_errors: dict[int, RowError] | None = None,
     truncated: list[int] | None = None,
+    outputs: Outputs = SCALAR,
+    steps: list[list[float]] | None = None,
 ) -> ScoredRows:
     return ScoredRows(
-        values=np.array(values, dtype=np.float32),
+        values=np.array(values, dtype=np.float32).reshape(len(values), -1 if values else 1),
         lengths=np.arange(1, len(values) + 1, dtype=np.int32),
         truncated_tokens=np.array(truncated or [0] * len(values), dtype=np.int32),
         row_offsets=np.array(row_offsets, dtype=np.int64),
@@ -42,6 +47,9 @@ def scored(
         num_batches=0,
         oom_splits=0,
         score_s=0.0,
+        outputs=outputs,
+        step_values=None if steps is None else np.concatenate([np.float32([]), *map(np.float32, steps)]),
+        step_offsets=None if steps is None else np.cumsum([0, *map(len, steps)]),
     )
 
 
@@ -113,8 +121,55 @@ def test_truncation_is_summed_per_row() -> None:
 def test_the_names_are_those_that_are_made(format: Format, over_length: OverLength) -> None:
     table = pa.table({"chosen": pa.array([], pa.list_(pa.string()))})
     layout = Layout(format, {"chosen": "chosen"})
-    made = score_columns(scored([], [0]), table, layout, "p_", over_length)
-    assert list(made) == added_columns(format, "p_", over_length)
+    for outputs, width in (
+        (SCALAR, 1),
+        (Outputs(("a", "b"), steps=True), 3),
+        (Outputs((), False, 4), 4),
+    ):
+        rows = scored([], [0], outputs=outputs, steps=[])
+        rows.values = np.zeros((0, width), dtype=np.float32)
+        made = score_columns(rows, table, layout, "p_", over_length)
+        assert list(made) == added_columns(format, "p_", over_length, outputs)
+
+
+def test_attributes_are_named_vectors_beside_the_score() -> None:
+    outputs = Outputs(attributes=("helpfulness", "verbosity"))
+    rows = scored(
+        [[1.0, 0.5, 0.25], [2.0, 1.5, 1.25], [NAN] * 3, [3.0, 2.5, 2.25]],
+        [0, 2, 4],
+        {2: TOO_LONG},
+        outputs=outputs,
+    )
+    made = columns(Format.PREFERENCE_PAIR, rows)
+    assert made["score_chosen"] == [1.0, None]
+    assert made["rewards_chosen"] == [[0.5, 0.25], None]
+    assert made["rewards_rejected"] == [[1.5, 1.25], [2.5, 2.25]]
+    named = column_metadata(outputs, "rm_")["rm_rewards_chosen"]
+    assert named == {"batch_scorer.attributes": '["helpfulness", "verbosity"]'}
+
+
+def test_every_step_has_its_score() -> None:
+    """T-PRM-1: as many step scores as steps, none for a sequence that has no score."""
+    rows = scored(
+        [0.5, NAN, 0.25],
+        [0, 2, 3],
+        {1: TOO_LONG},
+        outputs=Outputs(steps=True),
+        steps=[[0.5, 0.75], [], [0.25]],
+    )
+    made = columns(Format.ROLLOUT_GROUP, rows)
+    assert made["scores"] == [[0.5, None], [0.25]]
+    assert made["step_scores"] == [[[0.5, 0.75], None], [[0.25]]]
+
+
+def test_embeddings_are_vectors_without_a_score() -> None:
+    rows = scored([[1.0, 0.0], [NAN, NAN]], [0, 1, 2], {1: TOO_LONG}, outputs=Outputs((), False, 2))
+    made = columns(Format.TEXT, rows)
+    assert made == {
+        "embedding": [[1.0, 0.0], None],
+        "score_error": [None, "too_long"],
+        "num_tokens": [1, 2],
+    }
 
 
 def test_pairs_are_counted_by_source_and_a_tie_is_no_win() -> None:
@@ -129,6 +184,8 @@ def test_the_digest_survives_parquet_and_sees_every_change() -> None:
         "score": pa.array([1.0, None, 3.0], pa.float32()),
         "scores": pa.array([[1.0, None], None, []], pa.list_(pa.float32())),
         "score_error": pa.array([None, "too_long", None]),
+        "rewards": pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32(), 2)),
+        "step_scores": pa.array([[[1.0], None], None, []], pa.list_(pa.list_(pa.float32()))),
     }
     sink = io.BytesIO()
     pq.write_table(pa.table(made), sink)
@@ -140,6 +197,8 @@ def test_the_digest_survives_parquet_and_sees_every_change() -> None:
         "score": pa.array([1.0, None, math.nextafter(3.0, 4.0) + 1e-6], pa.float32()),
         "scores": pa.array([[1.0, None], [], []], pa.list_(pa.float32())),
         "score_error": pa.array([None, "too_long", "empty"]),
+        "rewards": pa.array([[1.0, 2.0], None, [3.0, 5.0]], pa.list_(pa.float32(), 2)),
+        "step_scores": pa.array([[[1.0], []], None, []], pa.list_(pa.list_(pa.float32()))),
     }
     for name, column in changes.items():
         assert digest_columns({**made, name: column}) != digest

@@ -7,6 +7,9 @@ from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 
 FACTS: dict[str, Any] = {
     "model_digest": "d",
+    "adapter": "sequence_classifier",
+    "backend": "hf",
+    "embedding": None,
     "dtype": "float32",
     "max_tokens": 100,
     "probe_digest": "p",
@@ -30,7 +33,10 @@ def _fingerprint(config: Config | None = None, **facts: Any) -> Fingerprint:
         {"probe_digest": "q"},
         {"config": _config(over_length="truncate_left")},
         {"config": _config(attention="eager")},
-        {"config": _config(backend="fake")},
+        {"config": _config(step_aggregation="mean")},
+        {"backend": "vllm"},
+        {"adapter": "value_head"},
+        {"embedding": ("mean", True)},
     ],
 )
 def test_what_changes_scores_changes_the_fingerprint(change: dict[str, Any]) -> None:

@@ -1,0 +1,51 @@
+"""How a model's embeddings are read, as its own sentence-transformers files say."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from batch_scorer.records import Embedding
+
+_POOLING_FLAGS: tuple[tuple[str, Literal["last", "mean", "cls"]], ...] = (
+    ("pooling_mode_lasttoken", "last"),
+    ("pooling_mode_mean_tokens", "mean"),
+    ("pooling_mode_cls_token", "cls"),
+)
+
+
+def embedding_of(
+    model_dir: Path,
+    pooling: Literal["last", "mean", "cls"] | None = None,
+    normalize: bool | None = None,
+) -> Embedding:
+    """What is not given is taken from `modules.json` and the pooling module's `config.json`.
+
+    Without these files, decoders are read at their last token and encoders as the mean of all,
+    neither normalised.
+    """
+    modules = _read(model_dir / "modules.json") or []
+    types = {str(module.get("type", "")).rsplit(".", 1)[-1]: module for module in modules}
+    if pooling is None and "Pooling" in types:
+        flags = _read(model_dir / types["Pooling"].get("path", "") / "config.json") or {}
+        pooling = next((name for flag, name in _POOLING_FLAGS if flags.get(flag)), None)
+    if pooling is None:
+        pooling = "last" if _is_decoder(model_dir) else "mean"
+    if normalize is None:
+        normalize = "Normalize" in types
+    return Embedding(pooling, normalize)
+
+
+def _is_decoder(model_dir: Path) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    model_type = (_read(model_dir / "config.json") or {}).get("model_type")
+    # Encoders such as BERT are listed as causal models too, for use with a causal mask.
+    is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return is_causal and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.exists() else None

@@ -1,0 +1,499 @@
+"""The gate: are the engine's scores those of plain Hugging Face, on this job's own rows?
+
+A sample of the rows is rendered once more, by the tokenizer's plain call, and scored once more,
+by plain Hugging Face: eager, one sequence at a time, float32 where it fits. Token ids have to be
+the same; scores may differ by rounding. How much rounding is usual, plain Hugging Face shows
+itself: it is run in the engine's dtype too.
+
+    sample = choose_sample(job, shards)           on the driver; raises for a wrong rendering
+    reference = reference_of(job, sample)         on a worker, before its engine takes the memory
+    report = compare(sample, reference, scores)   pure
+
+Legend: S sampled sequences, O outputs, E errors as a share of the scores' spread.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_scorer.backends.base import Backend
+from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
+from batch_scorer.lease import RECORDS
+from batch_scorer.manifest import Shard
+from batch_scorer.models.adapter import Adapter
+from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.registry import adapter_named
+from batch_scorer.records import RowError, Scores, SequenceInput, TokenizedRows
+from batch_scorer.shard import Job, make_backend, parse_shard, renderer_of
+from batch_scorer.storage import ObjectChanged, ObjectMissing, open_store
+
+log = logging.getLogger("batch_scorer")
+
+FloatArray = npt.NDArray[np.float32]
+
+SAMPLE_ROWS = 8
+SAMPLE_TOKENS = {"cpu": 6_000, "cuda": 100_000}
+"""Beyond shortest, median and longest row, only so many: plain Hugging Face takes its time."""
+_SEQUENCES_PER_ROW = 4
+_SHARDS_READ = 3
+_ROWS_READ = 128
+
+EXACT_ALLOWANCE = 1e-3
+"""Error that float32 may have, as a share of the spread. Seen: 1e-5 (docs/numerics.md)."""
+WORST_FACTOR, RMS_FACTOR = 3.0, 2.0
+"""Times plain Hugging Face's own rounding in the engine's dtype that one sequence, and all
+together, may be off. Packed bfloat16 is seen at 0.6 to 1.1 times (docs/numerics.md)."""
+MOST_ALLOWED = (0.3, 0.1)
+"""Worst and rms that are never exceeded, however much plain Hugging Face itself loses in the
+engine's dtype, and what is allowed where that is not measured (the model fits the memory in half
+precision only, or is quantised): three times what plain bfloat16 loses on random models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """S sequences of the job's own: their places, token ids, and which are pairs.
+
+    `shown` is the first sequence's text with special tokens visible, `pooled` those of its
+    tokens that the head reads (() where the model pools by itself), `leading_bos` how many BOS
+    ids it starts with, None for a tokenizer without one. `marked` counts the sequences, among
+    those looked at, that have no score, by reason.
+    """
+
+    names: tuple[str, ...]
+    rows: TokenizedRows
+    pairs: tuple[tuple[int, int], ...]
+    shown: str
+    pooled: tuple[str, ...]
+    leading_bos: int | None
+    marked: dict[str, int]
+
+    @property
+    def digest(self) -> str:
+        ids, offsets = self.rows.token_ids.tobytes(), self.rows.sequence_offsets.tobytes()
+        return hashlib.sha256(ids + offsets).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What plain Hugging Face gives: float32[S, O], and its own rounding, float32[S] (E).
+
+    `rounding` is None where it could not be measured. Steps as in `Scores`.
+    """
+
+    dtype: str
+    values: FloatArray
+    rounding: FloatArray | None
+    step_values: FloatArray | None = None
+    step_offsets: npt.NDArray[np.int64] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        def array(name: str, dtype: Any) -> Any:
+            return None if value[name] is None else np.array(value[name], dtype=dtype)
+
+        return cls(
+            dtype=value["dtype"],
+            values=array("values", np.float32),
+            rounding=array("rounding", np.float32),
+            step_values=array("step_values", np.float32),
+            step_offsets=array("step_offsets", np.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One sequence: its first output from both, and the error over all outputs (E)."""
+
+    name: str
+    tokens: int
+    reference: float | None
+    engine: float | None
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """What was compared. `problems` is empty exactly if the engine agrees."""
+
+    backend: str
+    dtype: str
+    reference_dtype: str
+    worst: float
+    allowed_worst: float
+    rms: float
+    allowed_rms: float
+    pairs: int
+    pairs_agree: int
+    compared: tuple[Compared, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {"agrees": self.agrees, **asdict(self)}
+
+    def require(self) -> None:
+        """Raise ParityError if the engine does not agree."""
+        if not self.agrees:
+            raise ParityError(
+                f"the {self.backend} backend does not give the model's scores: "
+                + "; ".join(self.problems)
+                + " (look closer with `batch-scorer check`; --parity-check warn goes on regardless)"
+            )
+
+
+# The sample
+
+
+def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
+    """Short, median and long rows of a few shards; None if no row there can be scored.
+
+    Raises ModelError if the chat template refuses every row, and ParityError if token ids are
+    not those of the tokenizer's own call.
+    """
+    ordered = sorted(shards, key=lambda shard: shard.output_key)
+    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
+    parts: list[tuple[str, list[SequenceInput], TokenizedRows]] = []
+    refused: list[RowError] = []
+    renderer, adapter = renderer_of(job), adapter_named(job.adapter)
+    for shard in [ordered[place] for place in places][:_SHARDS_READ]:
+        try:
+            parsed = parse_shard(job, replace(shard, num_rows=min(_ROWS_READ, shard.num_rows)))
+            rows = renderer.tokenize(parsed)
+        except ShardError as error:
+            log.warning("%s: not sampled: %s", shard.source.key, error)
+            continue
+        refused += [*rows.sequence_errors.values(), *rows.row_errors.values()]
+        chosen = choose_rows(rows, SAMPLE_ROWS // len(places) or 1, SAMPLE_TOKENS[job.device])
+        for row in chosen:
+            inputs, ids = _take(parsed.sequences, rows, row)
+            parts.append((f"{shard.source.key} row {shard.first_row + row}", inputs, ids))
+    if not parts:
+        template = [e for e in refused if e.reason is RowReason.TEMPLATE_ERROR]
+        if template:
+            raise ModelError(
+                f"{job.model_dir}: the chat template refuses all of the first rows: "
+                f"{template[0].detail}"
+            )
+        return None
+    rows = join_rows([ids for _, _, ids in parts])
+    _check_rendering(job, [sequence for _, inputs, _ in parts for sequence in inputs], rows)
+    names = [
+        f"{name}, {place + 1} of {ids.num_sequences}" if ids.num_sequences > 1 else name
+        for name, _, ids in parts
+        for place in range(ids.num_sequences)
+    ]
+    firsts = rows.row_offsets[:-1][np.diff(rows.row_offsets) > 1].tolist()
+    first = rows.token_ids[: rows.sequence_offsets[1]]
+    return Sample(
+        names=tuple(names),
+        rows=rows,
+        pairs=tuple((first, first + 1) for first in firsts),
+        shown=renderer.visible(first),
+        pooled=_pooled(job, adapter, first),
+        leading_bos=_leading(first, renderer.bos_id),
+        marked=dict(Counter(error.reason.value for error in refused)),
+    )
+
+
+def _pooled(job: Job, adapter: Adapter, ids: npt.NDArray[np.int32]) -> tuple[str, ...]:
+    if job.embedding is not None or adapter.build_head is None:
+        return ()
+    places = adapter.pooling.positions(ids, read_model_files(job.model_dir).config)
+    if isinstance(places, RowError):
+        return (places.detail,)
+    return tuple(renderer_of(job).visible(ids[place : place + 1]) for place in places)
+
+
+def choose_rows(rows: TokenizedRows, num_rows: int, max_tokens: int) -> list[int]:
+    """Rows to sample, shortest first: shortest, median and longest, then the lengths between.
+
+    Only rows all of whose sequences can be scored.
+    """
+    broken = set(rows.row_errors)
+    owners = np.searchsorted(rows.row_offsets, list(rows.sequence_errors), side="right") - 1
+    broken |= set(owners.tolist())
+    starts = rows.sequence_offsets[rows.row_offsets]
+    tokens = np.diff(starts)  # int64[R]
+    usable = [row for row in range(rows.num_rows) if row not in broken and tokens[row] > 0]
+    usable.sort(key=lambda row: int(tokens[row]))
+    if not usable:
+        return []
+    last = len(usable) - 1
+    wanted = [0, last, last // 2, *np.linspace(0, last, num_rows).astype(int).tolist()]
+    chosen: list[int] = []
+    spent = 0
+    for place in dict.fromkeys(wanted):
+        row = usable[place]
+        if len(chosen) < num_rows and (len(chosen) < 3 or spent + tokens[row] <= max_tokens):
+            chosen.append(row)
+            spent += int(tokens[row])
+    return sorted(chosen, key=lambda row: int(tokens[row]))
+
+
+def _take(
+    sequences: Sequence[SequenceInput | RowError], rows: TokenizedRows, row: int
+) -> tuple[list[SequenceInput], TokenizedRows]:
+    """The first few sequences of one row, as they came and as token ids."""
+    start = int(rows.row_offsets[row])
+    stop = min(int(rows.row_offsets[row + 1]), start + _SEQUENCES_PER_ROW)
+    bounds = rows.sequence_offsets[start : stop + 1]
+    taken = TokenizedRows(
+        token_ids=rows.token_ids[bounds[0] : bounds[-1]],
+        sequence_offsets=bounds - bounds[0],
+        row_offsets=np.array([0, stop - start]),
+        truncated_tokens=rows.truncated_tokens[start:stop],
+        sequence_errors={},
+        row_errors={},
+    )
+    return [s for s in sequences[start:stop] if not isinstance(s, RowError)], taken
+
+
+def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
+    """Rows of several parts as one; parts without errors."""
+
+    def joined(offsets: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for o in offsets]))])
+
+    return TokenizedRows(
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        sequence_offsets=joined([part.sequence_offsets for part in parts]),
+        row_offsets=joined([part.row_offsets for part in parts]),
+        truncated_tokens=np.concatenate([part.truncated_tokens for part in parts]),
+        sequence_errors={},
+        row_errors={},
+    )
+
+
+def _check_rendering(job: Job, inputs: Sequence[SequenceInput], rows: TokenizedRows) -> None:
+    from batch_scorer.backends.plain import PlainTokenizer
+
+    renderer = renderer_of(job)
+    plain = PlainTokenizer(
+        job.model_dir,
+        adapter_named(job.adapter).prompt,
+        trust_remote_code=job.config.trust_remote_code,
+    )
+    for index, sequence in enumerate(inputs):
+        ids = rows.token_ids[rows.sequence_offsets[index] : rows.sequence_offsets[index + 1]]
+        if (_leading(ids, renderer.bos_id) or 0) > 1:
+            raise ParityError(f"a sequence starts with BOS twice: {renderer.visible(ids[:12])!r}")
+        wanted = plain.token_ids(sequence)
+        if wanted is not None and not rows.truncated_tokens[index] and wanted != ids.tolist():
+            raise ParityError(
+                "token ids are not those of the tokenizer's own chat template: "
+                f"{renderer.visible(ids[:12])!r} here, "
+                f"{renderer.visible(np.array(wanted[:12], dtype=np.int32))!r} there"
+            )
+
+
+def _leading(ids: npt.NDArray[np.int32], token_id: int | None) -> int | None:
+    """How many ids at the start are this one; None without one."""
+    if token_id is None:
+        return None
+    others = np.flatnonzero(ids != token_id)
+    return int(others[0]) if len(others) else len(ids)
+
+
+# Both sides
+
+
+def reference_of(job: Job, sample: Sample) -> Reference:
+    """Plain Hugging Face's scores of the sample; computed once for an output and kept there."""
+    key = f"{RECORDS}/parity/{job.fingerprint[:12]}-{sample.digest[:12]}.json"
+    store = open_store(job.config.output, job.config.store_options, create=True)
+    with suppress(ObjectMissing):
+        return Reference.from_json(json.loads(store.read(key)))
+    reference = compute_reference(job, sample)
+    with suppress(ObjectChanged):  # another worker was first, with the same scores
+        store.create(key, json.dumps(reference.to_json()).encode())
+    return reference
+
+
+def compute_reference(job: Job, sample: Sample) -> Reference:
+    """Plain Hugging Face in float32 if it fits, and in the engine's dtype, for its rounding."""
+    from batch_scorer.backends.plain import plain_scores, reference_dtype
+
+    def scored(dtype: str) -> Scores:
+        return plain_scores(
+            job.model_dir,
+            sample.rows,
+            adapter=adapter_named(job.adapter),
+            dtype=dtype,
+            device=job.device,
+            step_aggregation=job.config.step_aggregation,
+            embedding=job.embedding,
+            trust_remote_code=job.config.trust_remote_code,
+        )
+
+    dtype = reference_dtype(job.model_dir, job.device)
+    exact = scored(dtype)
+    rounding = None
+    if job.config.quantization is None:
+        if job.dtype == dtype == "float32":
+            rounding = np.zeros(len(exact.values), dtype=np.float32)
+        elif dtype == "float32":
+            rounding = errors_of(exact, scored(job.dtype), job.embedding is not None)
+    return Reference(dtype, exact.values, rounding, exact.step_values, exact.step_offsets)
+
+
+def check_engine(job: Job, sample: Sample) -> ParityReport:
+    """Hold the engine against plain Hugging Face on the sample, and nothing else."""
+    reference = compute_reference(job, sample)
+    backend = make_backend(job)
+    try:
+        return compare(sample, reference, backend.score(sample.rows), job)
+    finally:
+        backend.close()
+
+
+def proven_backend(job: Job, sample: Sample | None) -> Backend:
+    """The engine of this job, after it has agreed with plain Hugging Face on the sample.
+
+    The report is in its provenance as `parity`. Raises ParityError under `parity_check: stop`.
+    """
+    if sample is None:
+        return make_backend(job)
+    reference = reference_of(job, sample)
+    backend = make_backend(job)
+    report = compare(sample, reference, backend.score(sample.rows), job)
+    backend.provenance["parity"] = report.to_json()
+    if job.config.parity_check == "stop":
+        report.require()
+    elif not report.agrees:
+        log.warning("scores differ from plain Hugging Face's: %s", "; ".join(report.problems))
+    return backend
+
+
+# The verdict
+
+
+def errors_of(exact: Scores | Reference, scores: Scores, is_embedding: bool) -> FloatArray:
+    """float32[S]: the largest error of a sequence over its outputs, as a share of their spread.
+
+    Spread is the standard deviation over the sample, or a tenth of the scores' size where they
+    hardly differ; for embeddings it is the vector's own length. Infinite where one side has no
+    number and the other has.
+    """
+    with np.errstate(invalid="ignore"):
+        if is_embedding:
+            lengths = np.linalg.norm(exact.values, axis=1)
+            errors = np.linalg.norm(scores.values - exact.values, axis=1) / lengths
+        else:
+            errors = _scaled(exact.values, scores.values).max(axis=1)
+    if exact.step_values is not None and exact.step_offsets is not None:
+        assert scores.step_values is not None and scores.step_offsets is not None
+        if not np.array_equal(exact.step_offsets, scores.step_offsets):
+            return np.full(len(errors), np.inf, dtype=np.float32)
+        steps = _scaled(exact.step_values[:, None], scores.step_values[:, None])[:, 0]
+        has_steps = np.diff(exact.step_offsets) > 0
+        starts = exact.step_offsets[:-1][has_steps]
+        worst = np.maximum.reduceat(steps, starts) if len(starts) else steps
+        errors[has_steps] = np.maximum(errors[has_steps], worst)
+    both_missing = np.isnan(exact.values).all(axis=1) & np.isnan(scores.values).all(axis=1)
+    errors = np.where(np.isnan(errors), np.inf, errors)
+    return np.where(both_missing, 0.0, errors).astype(np.float32)
+
+
+def _scaled(exact: FloatArray, values: FloatArray) -> FloatArray:
+    spread = np.nanstd(exact, axis=0)
+    size = np.sqrt(np.nanmean(exact**2, axis=0))
+    scale = np.maximum(np.maximum(spread, size / 10), 1e-6)
+    scaled: FloatArray = np.abs(values - exact) / scale
+    return scaled
+
+
+def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> ParityReport:
+    """Hold the engine's scores of the sample against plain Hugging Face's."""
+    is_embedding = job.embedding is not None
+    errors = errors_of(reference, scores, is_embedding)
+    allowed_worst, allowed_rms = MOST_ALLOWED
+    if reference.rounding is not None:
+        usual = float(reference.rounding.max()), _rms(reference.rounding)
+        allowed_worst = min(allowed_worst, EXACT_ALLOWANCE + WORST_FACTOR * usual[0])
+        allowed_rms = min(allowed_rms, EXACT_ALLOWANCE + RMS_FACTOR * usual[1])
+    worst, rms = float(errors.max()), _rms(errors)
+    problems = []
+    if not np.isfinite(worst):
+        lost = int(np.isinf(errors).sum())
+        problems.append(f"{lost} of {len(errors)} sequences are scored by one side only")
+    elif worst > allowed_worst or rms > allowed_rms:
+        where = int(errors.argmax())
+        problems.append(
+            f"{sample.names[where]} is {scores.values[where, 0]:.4g}, and "
+            f"{reference.values[where, 0]:.4g} in plain Hugging Face: off by {worst:.1%} of the "
+            f"spread, {allowed_worst:.1%} is allowed (rms {rms:.1%}, {allowed_rms:.1%} is allowed)"
+        )
+    pairs = agree = 0
+    if not is_embedding:
+        pairs, agree = _pairs_in_order(sample, reference, scores, allowed_worst)
+    if np.isfinite(worst) and agree < pairs:
+        problems.append(f"{pairs - agree} of {pairs} pairs are ranked the other way round")
+    return ParityReport(
+        backend=job.backend,
+        dtype=job.dtype,
+        reference_dtype=reference.dtype,
+        worst=_number(worst),
+        allowed_worst=allowed_worst,
+        rms=_number(rms),
+        allowed_rms=allowed_rms,
+        pairs=pairs,
+        pairs_agree=agree,
+        compared=tuple(
+            Compared(name, int(tokens), _finite(exact), _finite(got), _number(float(error)))
+            for name, tokens, exact, got, error in zip(
+                sample.names,
+                sample.rows.lengths,
+                reference.values[:, 0],
+                scores.values[:, 0],
+                errors,
+                strict=True,
+            )
+        ),
+        problems=tuple(problems),
+    )
+
+
+def _pairs_in_order(
+    sample: Sample, reference: Reference, scores: Scores, allowed: float
+) -> tuple[int, int]:
+    """Pairs whose margin is beyond rounding, and how many of them rank alike."""
+    scale = max(float(np.nanstd(reference.values[:, 0])), 1e-6)
+    compared = agree = 0
+    for one, other in sample.pairs:
+        margin = reference.values[one, 0] - reference.values[other, 0]
+        if abs(margin) > 2 * allowed * scale:
+            compared += 1
+            agree += bool(
+                np.sign(scores.values[one, 0] - scores.values[other, 0]) == np.sign(margin)
+            )
+    return compared, agree
+
+
+def _rms(errors: FloatArray) -> float:
+    return float(np.sqrt(np.mean(errors.astype(np.float64) ** 2)))
+
+
+def _number(value: float) -> float:
+    """Rounded, so that workers alike leave one record; 1e9 stands for infinity in JSON."""
+    return float(f"{min(value, 1e9):.3g}")
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,76 @@
+"""Which engine: by support, and where both can run the model on a GPU, by a short race.
+
+Engines give the same scores within rounding (`parity`), but not the same bits, so an output
+keeps the engine it was begun with.
+"""
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from batch_scorer.config import Config, Device
+from batch_scorer.errors import BatchScorerError, ModelError, ShardError
+from batch_scorer.manifest import Shard
+from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.registry import adapter_named
+from batch_scorer.records import TokenizedRows
+from batch_scorer.shard import Job, make_backend, read_shard, renderer_of
+
+TRIAL_ROWS = 512
+
+
+def supported_engines(config: Config, model: ModelFacts) -> list[str]:
+    """Engines that can run this job, our own first. Raises ModelError if the one asked for cannot.
+
+    What is not installed counts as not supported under `auto`.
+    """
+    adapter = adapter_named(model.adapter)
+    if config.backend != "auto":
+        if config.backend != "fake" and config.backend not in adapter.engines:
+            raise ModelError(
+                f"{model.path}: {adapter.name} models do not run on {config.backend}; "
+                f"set backend to {' or '.join(adapter.engines)}"
+            )
+        return [config.backend]
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    engines: list[str] = [e for e in adapter.engines if e == "hf" or has_vllm]
+    if config.quantization is not None:
+        engines.remove("hf")
+    if not engines:
+        raise ModelError("quantization needs the vllm backend, which is not installed")
+    return engines
+
+
+def is_raced(engines: Sequence[str], device: Device) -> bool:
+    """Whether the choice is made by measuring."""
+    return len(engines) > 1 and device is Device.CUDA
+
+
+def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
+    """Some of the job's own rows, from its first readable shard."""
+    for shard in shards:
+        part = replace(shard, num_rows=min(TRIAL_ROWS, shard.num_rows))
+        try:
+            return read_shard(job, part, renderer_of(job))
+        except ShardError:
+            continue
+    return None
+
+
+def tokens_per_second(job: Job, rows: TokenizedRows) -> float:
+    """Real tokens per second of this job's engine, after a first round that warms it up.
+
+    0 for an engine that does not come up.
+    """
+    try:
+        backend = make_backend(job)
+    except BatchScorerError:
+        return 0.0
+    try:
+        backend.score(rows)
+        started = time.perf_counter()
+        backend.score(rows)
+        return rows.num_tokens / (time.perf_counter() - started)
+    finally:
+        backend.close()

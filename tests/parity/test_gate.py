@@ -1,0 +1,283 @@
+"""The gate catches what makes scores wrong: each trap is set for real, and must be named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from in_process import run_cli
+from inputs import pairs, parquet
+from safetensors.torch import load_file, save_file
+from tiny import tiny_reward_model, tiny_tokenizer
+
+from batch_scorer import parity, run
+from batch_scorer.backends import hf
+from batch_scorer.backends.attention import attention_bounds
+from batch_scorer.backends.base import Backend
+from batch_scorer.backends.hf import HFBackend
+from batch_scorer.backends.readout import Readout
+from batch_scorer.config import Config, load_config
+from batch_scorer.errors import ParityError
+from batch_scorer.models.adapter import LastToken
+from batch_scorer.packing import PackedBatch
+from batch_scorer.records import Scores, TokenizedRows
+from batch_scorer.render import Renderer
+from batch_scorer.shard import Job, make_backend
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose tokenizer puts BOS first."""
+    return tiny_reward_model(tmp_path_factory.mktemp("gate") / "model", bos=True)
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Config:
+    return config_for(model, tmp_path)
+
+
+def config_for(model: Path, folder: Path, **settings: Any) -> Config:
+    (folder / "pairs.parquet").write_bytes(parquet(pairs(40)))
+    return load_config(
+        model=str(model),
+        inputs=(str(folder / "pairs.parquet"),),
+        output=str(folder / "out"),
+        use_ray=False,
+        **{"dtype": "float32", **settings},
+    )
+
+
+def sabotage(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[HFBackend, Scores, TokenizedRows], Scores]
+) -> None:
+    """Let the engine's scores go through `change`."""
+
+    def make(job: Job) -> Backend:
+        backend = make_backend(job)
+        assert isinstance(backend, HFBackend)
+        score = backend.score
+        monkeypatch.setattr(backend, "score", lambda rows: change(backend, score(rows), rows))
+        return backend
+
+    monkeypatch.setattr(parity, "make_backend", make)
+
+
+def assert_caught(config: Config, match: str) -> None:
+    report = run.check(config).report
+    assert not report.agrees
+    with pytest.raises(ParityError, match=match):
+        report.require()
+    with pytest.raises(ParityError, match=match):
+        run.score(config)
+    scored = [file for file in Path(config.output).glob("*.parquet")]
+    assert scored == [], "a shard was scored by an engine that disagrees"
+
+
+def test_a_sound_engine_agrees_and_the_report_is_kept(config: Config) -> None:
+    summary = run.score(config)
+    assert summary.parity is not None and summary.parity["agrees"]
+    assert summary.parity["worst"] < 1e-4
+    assert summary.parity["pairs_agree"] == summary.parity["pairs"] > 0
+    lengths = [row["tokens"] for row in summary.parity["compared"]]
+    assert len(lengths) >= 6 and max(lengths) > min(lengths)
+    (engine,) = (Path(config.output) / "_batch_scorer" / "engines").glob("*.json")
+    assert json.loads(engine.read_text())["parity"] == json.loads(json.dumps(summary.parity))
+
+
+def test_bfloat16_may_round_as_much_as_plain_hugging_face(model: Path, tmp_path: Path) -> None:
+    report = run.check(config_for(model, tmp_path, dtype="bfloat16")).report
+    assert report.agrees, report.problems
+    assert report.reference_dtype == "float32" and 0 < report.worst < report.allowed_worst
+
+
+def test_an_activation_left_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def activate(backend: HFBackend, scores: Scores, rows: TokenizedRows) -> Scores:
+        scores.values = 1 / (1 + np.exp(-scores.values))
+        return scores
+
+    sabotage(monkeypatch, activate)
+    assert_caught(config, "of the spread")
+
+
+def test_the_wrong_token_pooled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_early(self: Readout, ids: np.ndarray) -> np.ndarray:
+        return np.array([len(ids) - 2])
+
+    def make(job: Job) -> Backend:
+        backend = make_backend(job)
+        monkeypatch.setattr(Readout, "_positions", one_early)
+        return backend
+
+    monkeypatch.setattr(parity, "make_backend", make)
+    report = run.check(config).report
+    assert not report.agrees and "of the spread" in report.problems[0]
+
+
+def test_attention_bounds_left_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed sequences see each other, as if they were one long text."""
+
+    def unbounded(batch: PackedBatch, kernel: Any, device: torch.device) -> Any:
+        ends = np.array([0, len(batch.token_ids)], dtype=np.int32)
+        return attention_bounds(
+            PackedBatch(
+                batch.sequences,
+                batch.token_ids,
+                batch.position_ids,
+                ends,
+                ends,
+                None,
+                batch.pooled_index,
+            ),
+            kernel,
+            device,
+        )
+
+    monkeypatch.setattr(hf, "attention_bounds", unbounded)
+    monkeypatch.setattr(HFBackend, "_check_isolation", lambda self: None)
+    assert_caught(config, "of the spread")
+
+
+def test_a_random_head(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(job: Job) -> Backend:
+        backend = make_backend(job)
+        assert isinstance(backend, HFBackend) and backend._readout is not None
+        head = backend._readout._head
+        assert head is not None
+        torch.manual_seed(1)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter.data)
+        return backend
+
+    monkeypatch.setattr(parity, "make_backend", make)
+    assert_caught(config, "of the spread")
+
+
+def test_chosen_and_rejected_swapped(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swap(backend: HFBackend, scores: Scores, rows: TokenizedRows) -> Scores:
+        scores.values = scores.values.reshape(-1, 2)[:, ::-1].reshape(-1, 1)
+        return scores
+
+    sabotage(monkeypatch, swap)
+    assert_caught(config, "ranked the other way round")
+
+
+def test_sdpa_on_gemma_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It drops the softcap without a word; the guard that refuses it is taken away here."""
+    model = tmp_path / "gemma2"
+    monkeypatch.setitem(
+        tiny_models.MODEL_CONFIGS,
+        "gemma2",
+        tiny_models.MODEL_CONFIGS["gemma2"] | {"vocab_size": 512, "max_position_embeddings": 4096},
+    )
+    tiny_models.build_model("gemma2", model)
+    tiny_tokenizer(model)
+    with pytest.raises(Exception, match="attn_logit_softcapping"):
+        run.check(config_for(model, tmp_path, attention="sdpa"))
+    monkeypatch.setattr(hf, "_refuse_unsound", lambda *_: None)
+    assert_caught(config_for(model, tmp_path, attention="sdpa"), "of the spread")
+
+
+@pytest.mark.parametrize(("keep", "trap"), [(True, "BOS twice"), (False, "not those of")])
+def test_bos_doubled_or_lost(
+    keep: bool, trap: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer adds BOS; where the template writes it too, only one may stay."""
+    if keep:
+        copied = tmp_path / "with-bos"
+        tiny_reward_model(copied, bos=True)
+        template = (copied / "chat_template.jinja").read_text()
+        (copied / "chat_template.jinja").write_text("{{ bos_token }}" + template)
+        model = copied
+        assert run.check(config_for(model, tmp_path)).sample.leading_bos == 1
+    encode = Renderer._encode
+
+    def wrong(self: Renderer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        return encode(self, texts, add_special_tokens=keep)
+
+    monkeypatch.setattr(Renderer, "_encode", wrong)
+    with pytest.raises(ParityError, match=trap):
+        run.check(config_for(model, tmp_path))
+    with pytest.raises(ParityError, match=trap):
+        run.score(config_for(model, tmp_path))
+
+
+def overflowing(folder: Path) -> Path:
+    """A model whose hidden states pass 65504 on the way, which float16 cannot hold.
+
+    The packed road's own probe refuses it at load; the padded road leaves it to the gate.
+    """
+    model = tiny_reward_model(folder / "overflows")
+    weights = load_file(model / "model.safetensors")
+    for name, tensor in weights.items():
+        if "up_proj" in name or "down_proj" in name:
+            tensor.mul_(3000)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def test_float16_that_overflows(tmp_path: Path) -> None:
+    model = overflowing(tmp_path)
+    assert run.check(config_for(model, tmp_path)).report.agrees
+    assert_caught(
+        config_for(model, tmp_path, dtype="float16", attention="eager"), "scored by one side only"
+    )
+
+
+def test_warn_goes_on_and_off_compares_nothing(model: Path, tmp_path: Path) -> None:
+    bad = overflowing(tmp_path)
+    warned = run.score(
+        config_for(bad, tmp_path, dtype="float16", attention="eager", parity_check="warn")
+    )
+    assert warned.parity is not None and not warned.parity["agrees"]
+    assert warned.totals["marked"] == {"non_finite_score": 40}
+    (tmp_path / "sound").mkdir()
+    unchecked = run.score(config_for(model, tmp_path / "sound", parity_check="off"))
+    assert unchecked.parity is None and unchecked.totals["rows_scored"] == 40
+
+
+def test_the_reference_is_computed_once_for_an_output(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run.score(config)
+    (shard,) = Path(config.output).glob("*.parquet")
+    shard.unlink()
+    monkeypatch.setattr(parity, "compute_reference", lambda *_: pytest.fail("computed again"))
+    assert run.score(config).parity == first.parity
+
+
+def test_check_shows_what_the_model_sees(model: Path, tmp_path: Path) -> None:
+    config = config_for(model, tmp_path)
+    ended = run_cli("check", model, *config.inputs, "--no-ray", "--dtype", "float32")
+    assert ended.exit_code == 0
+    for shown in ("<s><|im_start|>user", "sequence_classifier", "gives the model's own scores"):
+        assert shown in ended.out
+    ended = run_cli("check", model, "--no-ray", "--json")  # on the sample in the package
+    checked = json.loads(ended.out)
+    assert checked["parity"]["agrees"] and checked["leading_bos"] == 1
+    assert checked["pooled_tokens"] == ["\n"] and checked["rendered"].startswith("<s><|im_start|>")
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_ends_with_an_error_where_engines_disagree(tmp_path: Path) -> None:
+    model = overflowing(tmp_path)
+    config = config_for(model, tmp_path)
+    ended = run_cli(
+        "check", model, *config.inputs, "--no-ray", "--dtype", "float16", "--attention", "eager"
+    )
+    assert ended.exit_code == 2
+    assert "does not give the model's scores" in ended.err
+
+
+def test_pooling_follows_transformers() -> None:
+    """What the reference pools is what the adapter pools: the last token that is not padding."""
+    config = {"pad_token_id": 7}
+    for ids, place in (([1, 2, 7], 1), ([1, 7, 2], 2), ([7, 7], 1), ([5], 0)):
+        positions = LastToken(skips_pad=True).positions(np.array(ids, dtype=np.int32), config)
+        assert not isinstance(positions, Exception)
+        np.testing.assert_array_equal(positions, [place])
