@@ -171,6 +171,28 @@ class Config(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        """A setting that would be ignored is a mistake, not a wish."""
+        if self.backend in ("hf", "fake"):
+            if self.quantization is not None:
+                raise ValueError("quantization: only the vllm backend quantises; set backend: vllm")
+            if self.tensor_parallel > 1:
+                raise ValueError(
+                    "tensor_parallel: only the vllm backend splits a model; set backend: vllm"
+                )
+        if self.task == "score":
+            for name in ("embedding_pooling", "normalize"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: only for embeddings; set task: embed")
+        else:
+            for name in ("adapter", "step_aggregation"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: only for scores; an embedding has no head")
+            if self.backend == "fake":
+                raise ValueError("backend: fake makes scores, not embeddings")
+        return self
+
     @classmethod
     def roles(cls) -> dict[str, Role]:
         """Role of each field."""

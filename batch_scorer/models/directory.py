@@ -14,6 +14,7 @@ from batch_scorer.models.adapter import Adapter, ModelFiles
 from batch_scorer.models.registry import EMBEDDING, HEAD_FILES, choose_adapter
 
 _WEIGHTS = "*.safetensors"
+_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -138,6 +139,10 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
         pickled = [f.name for pattern in _PICKLED for f in path.glob(pattern)]
         hint = f" (only {pickled[0]}: pickled weights can run code)" if pickled else ""
         raise ModelError(f"{path}: no safetensors weights{hint}")
+    index = path / _INDEX
+    listed = set(_read_json(index).get("weight_map", {}).values()) if index.exists() else set()
+    if absent := sorted(listed - {file.name for file in files}):
+        raise ModelError(f"{path}: incomplete download: {', '.join(absent)} not there")
     return {name: shape for file in files for name, shape in _safetensors_header(file).items()}
 
 

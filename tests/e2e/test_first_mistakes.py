@@ -1,9 +1,11 @@
 """First-time mistakes: each ends with one clear line on stderr and exit code 2."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
 from in_process import run_cli
 from inputs import pairs, parquet
 from program import Ended, Program
@@ -108,6 +110,69 @@ def test_an_incomplete_model(tiny_model: Path, inputs: Path, tmp_path: Path) -> 
         file.unlink()
     shutil.copy(tiny_model / "model.safetensors", weights)
     assert_one_line(score(model, inputs, tmp_path / "out"), model, "tokenizer")
+
+
+def test_a_model_with_a_shard_of_its_weights_missing(
+    tiny_model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    ended = score(model, inputs, tmp_path / "out")
+    assert_one_line(ended, "incomplete download", "model-00002-of-00002.safetensors")
+
+
+def test_a_tokenizer_of_another_model(tiny_model: Path, inputs: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    assert_one_line(score(model, inputs, tmp_path / "out"), "do not belong together")
+
+
+def test_a_template_that_refuses_the_rows(tiny_model: Path, inputs: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    # Good for the probes, and for no row of the input, which all start with a number.
+    template = (model / "chat_template.jinja").read_text()
+    refusal = (
+        "{% if messages[0]['content'][0] in '0123456789' %}"
+        "{{ raise_exception('no numbers here') }}{% endif %}"
+    )
+    (model / "chat_template.jinja").write_text(refusal + template)
+    ended = score(model, inputs, tmp_path / "out")
+    assert_one_line(ended, "refuses all of the first rows", "no numbers here")
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (("--attention", "sdpa"), "attn_logit_softcapping"),
+        (("--dtype", "float16"), "float16 overflows"),
+    ],
+)
+def test_what_gemma_2_cannot_bear(
+    flags: tuple[str, str], cause: str, inputs: Path, tmp_path: Path
+) -> None:
+    """T-GEM-1, T-GEM-3: refused before any shard is scored."""
+    tiny_models.build_model("gemma2", tmp_path / "model", vocab_size=512)
+    tiny_tokenizer(tmp_path / "model")
+    assert_one_line(score(tmp_path / "model", inputs, tmp_path / "out", *flags), cause)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (("--quantization", "fp8"), "set backend: vllm"),
+        (("--normalize",), "set task: embed"),
+        (("--task", "embed", "--adapter", "armorm"), "an embedding has no head"),
+        (("--adapter", "armour"), "known are"),
+    ],
+)
+def test_settings_without_effect(
+    flags: tuple[str, ...], cause: str, tiny_model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    assert_one_line(score(tiny_model, inputs, tmp_path / "out", *flags), cause)
 
 
 def test_an_output_that_cannot_be_written(tiny_model: Path, inputs: Path, tmp_path: Path) -> None:

@@ -170,12 +170,7 @@ def test_chosen_and_rejected_swapped(config: Config, monkeypatch: pytest.MonkeyP
 def test_sdpa_on_gemma_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It drops the softcap without a word; the guard that refuses it is taken away here."""
     model = tmp_path / "gemma2"
-    monkeypatch.setitem(
-        tiny_models.MODEL_CONFIGS,
-        "gemma2",
-        tiny_models.MODEL_CONFIGS["gemma2"] | {"vocab_size": 512, "max_position_embeddings": 4096},
-    )
-    tiny_models.build_model("gemma2", model)
+    tiny_models.build_model("gemma2", model, vocab_size=512, max_position_embeddings=4096)
     tiny_tokenizer(model)
     with pytest.raises(Exception, match="attn_logit_softcapping"):
         run.check(config_for(model, tmp_path, attention="sdpa"))

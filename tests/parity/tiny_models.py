@@ -86,10 +86,10 @@ def reference_scores(model: PreTrainedModel, sequences: Sequences) -> np.ndarray
     return torch.cat(logits).float().cpu().numpy()
 
 
-def build_model(name: str, model_dir: Path) -> None:
+def build_model(name: str, model_dir: Path, **shape: Any) -> None:
     """A random model with peaked attention and scores of standard deviation `SCORE_STD`."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **MODEL_CONFIGS[name])
+    config = AutoConfig.for_model(name, **(MODEL_CONFIGS[name] | shape))
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     model.eval()
     queries_and_keys = ("q_proj", "k_proj", "query", "key", "Wqkv", "c_attn")
