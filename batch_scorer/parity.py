@@ -51,10 +51,14 @@ EXACT_ALLOWANCE = 1e-3
 WORST_FACTOR, RMS_FACTOR = 3.0, 2.0
 """Times plain Hugging Face's own rounding in the engine's dtype that one sequence, and all
 together, may be off. Packed bfloat16 is seen at 0.6 to 1.1 times (docs/numerics.md)."""
+HALF_ALLOWANCE = (0.15, 0.06)
+"""Worst and rms that a half-precision engine may be off even where plain Hugging Face happens to
+be closer: with a few sequences its own rounding is a matter of luck. Plain bfloat16 is seen at
+(0.11, 0.03) on random models of 8 layers (docs/numerics.md)."""
 MOST_ALLOWED = (0.3, 0.1)
 """Worst and rms that are never exceeded, however much plain Hugging Face itself loses in the
 engine's dtype, and what is allowed where that is not measured (the model fits the memory in half
-precision only, or is quantised): three times what plain bfloat16 loses on random models."""
+precision only, or is quantised)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,9 +429,10 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> P
     errors = errors_of(reference, scores, is_embedding)
     allowed_worst, allowed_rms = MOST_ALLOWED
     if reference.rounding is not None:
-        usual = float(reference.rounding.max()), _rms(reference.rounding)
-        allowed_worst = min(allowed_worst, EXACT_ALLOWANCE + WORST_FACTOR * usual[0])
-        allowed_rms = min(allowed_rms, EXACT_ALLOWANCE + RMS_FACTOR * usual[1])
+        least = (EXACT_ALLOWANCE,) * 2 if job.dtype == "float32" else HALF_ALLOWANCE
+        worst_rounding = WORST_FACTOR * float(reference.rounding.max())
+        allowed_worst = min(allowed_worst, max(least[0], worst_rounding))
+        allowed_rms = min(allowed_rms, max(least[1], RMS_FACTOR * _rms(reference.rounding)))
     worst, rms = float(errors.max()), _rms(errors)
     problems = []
     if not np.isfinite(worst):

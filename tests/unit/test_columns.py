@@ -48,7 +48,9 @@ def scored(
         oom_splits=0,
         score_s=0.0,
         outputs=outputs,
-        step_values=None if steps is None else np.concatenate([np.float32([]), *map(np.float32, steps)]),
+        step_values=None
+        if steps is None
+        else np.concatenate([np.float32([]), *map(np.float32, steps)]),
         step_offsets=None if steps is None else np.cumsum([0, *map(len, steps)]),
     )
 
