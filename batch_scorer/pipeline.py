@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from batch_scorer.backends.base import Backend
+from batch_scorer.backends.base import Backend, EngineDied
 from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.columns import ScoredRows
 from batch_scorer.config import Config, Device
@@ -88,6 +88,8 @@ def run_here(job: Job, todo: list[Shard], sample: Sample | None = None) -> Itera
     try:
         for shard in todo:
             yield _commit(job, _score(job, backend, _prepare(job, shard)))
+    except EngineDied as error:
+        raise IncompleteError(f"the engine died: {error}; run the same command again") from error
     finally:
         backend.close()
 
@@ -122,6 +124,8 @@ def _caught(work: Callable[[], T]) -> T | ShardError:
         return work()
     except ShardError as error:
         return error
+    except EngineDied:
+        raise
     except Exception as error:  # the one place that turns a defect into a record
         log.exception("unforeseen failure")
         return ShardError(ShardReason.INTERNAL, f"{type(error).__name__}: {error}"[:500])
@@ -384,12 +388,14 @@ class _ScoreStage:
             return _pack(self._failure)
         reads: list[_Read] = _unpack(batch)
         refused = _refusal("score", reads[0].shard, self._job, self._attempts)
-        return _pack(
-            [
-                _Scored(read.shard, refused) if refused else _score(self._job, self._backend, read)
-                for read in reads
-            ]
-        )
+        if refused is not None:
+            return _pack([_Scored(read.shard, refused) for read in reads])
+        try:
+            return _pack([_score(self._job, self._backend, read) for read in reads])
+        except EngineDied:
+            # Nothing in this process can be relied on: Ray starts another, and the death counts.
+            log.exception("the engine died, and this worker with it")
+            os._exit(1)
 
 
 def _commit_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:

@@ -294,8 +294,9 @@ def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outp
 def open_parquet(store: Store, source: Source) -> pq.ParquetFile:
     """The Parquet file behind `source`, every read pinned to the planned version.
 
-    Not pre-buffered: Arrow's IO threads would do the reading, and can abort a process that ends
-    soon after (see `read_parquet`); and a sample of some rows would fetch the whole file.
+    Not pre-buffered: Arrow's IO threads would do the reading, which aborted 2 of 1600 short
+    processes as they ended (0 of 1600 without; see `read_parquet`), and a sample of 32 rows would
+    fetch whole files (14.6 MB of 14.6, instead of the first row group's 3.7).
     """
     file = store.open(source.key, source.size_bytes, source.version)
     return pq.ParquetFile(file, pre_buffer=False)

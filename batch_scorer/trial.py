@@ -5,10 +5,12 @@ keeps the engine it was begun with.
 """
 
 import importlib.util
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from batch_scorer.backends.base import EngineDied
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import BatchScorerError, ModelError, ShardError
 from batch_scorer.manifest import Shard
@@ -16,6 +18,8 @@ from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import TokenizedRows
 from batch_scorer.shard import Job, make_backend, read_shard, renderer_of
+
+log = logging.getLogger("batch_scorer")
 
 TRIAL_ROWS = 512
 
@@ -61,16 +65,21 @@ def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
 def tokens_per_second(job: Job, rows: TokenizedRows) -> float:
     """Real tokens per second of this job's engine, after a first round that warms it up.
 
-    0 for an engine that does not come up.
+    0 for an engine that does not come up or does not last: it loses the race, and the log says
+    why.
     """
     try:
         backend = make_backend(job)
-    except BatchScorerError:
+    except (BatchScorerError, RuntimeError) as error:
+        log.warning("%s does not come up: %s", job.backend, error)
         return 0.0
     try:
         backend.score(rows)
         started = time.perf_counter()
         backend.score(rows)
         return rows.num_tokens / (time.perf_counter() - started)
+    except EngineDied as error:
+        log.warning("%s died: %s", job.backend, error)
+        return 0.0
     finally:
         backend.close()

@@ -6,7 +6,6 @@ scored or marked, and that the input's columns came back as they were.
 """
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,14 +22,17 @@ from batch_scorer.manifest import (
     SUCCESS_KEY,
     Commit,
     Receipt,
+    Source,
     Status,
     current_manifest,
     is_record,
     known_receipts,
     open_scored,
     read_commit,
+    read_parquet,
     read_success,
 )
+from batch_scorer.plan import PARQUET, open_parquet
 from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, open_store
 
 _READERS = 8
@@ -73,9 +75,15 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
     store, _ = open_scored(output, options)
     success = read_success(store)
     receipts = list(known_receipts(store).values()) if success is None else current_manifest(store)
-    committed = [receipt for receipt in receipts if receipt.commit]
+    groups = _read_together([receipt for receipt in receipts if receipt.commit])
+    committed = [receipt for group in groups for receipt in group]
+
+    def check_group(group: list[Receipt]) -> list[_Checked]:
+        inputs = _Inputs(options)
+        return [_check(store, receipt, inputs) for receipt in group]
+
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        checks = list(pool.map(lambda receipt: _check(store, receipt, options), committed))
+        checks = [checked for group in pool.map(check_group, groups) for checked in group]
     problems = [problem for check in checks for problem in check.problems]
     known = {receipt.output_key for receipt in committed}
     strangers = [info for info in store.list() if _is_stranger(info, known)]
@@ -109,14 +117,65 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
     )
 
 
-def _check(store: Store, receipt: Receipt, options: Mapping[str, str]) -> _Checked:
+def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
+    """What one thread checks: all shards of a JSON file, or one shard of a Parquet file."""
+    together: dict[tuple[str, str], list[Receipt]] = {}
+    for receipt in receipts:
+        name = receipt.output_key if _is_parquet(receipt) else receipt.input
+        together.setdefault((receipt.input_root, name), []).append(receipt)
+    return list(together.values())
+
+
+class _Inputs:
+    """The rows that were scored. A JSON file is parsed whole, and kept for its next shard."""
+
+    def __init__(self, options: Mapping[str, str]) -> None:
+        self._options = options
+        self._json: tuple[Source, pa.Table] | None = None
+
+    def rows(self, receipt: Receipt, commit: Commit) -> pa.Table | None:
+        """None if the file is gone, not readable, or no longer the one that was scored."""
+        try:
+            store = open_store(receipt.input_root, self._options)
+            info = store.head(receipt.input)
+            if info.version.etag != commit.input_etag:
+                return None
+            source = Source(receipt.input_root, info.key, info.size_bytes, info.version)
+            if _is_parquet(receipt):
+                return _read_rows(open_parquet(store, source), commit.first_row, commit.num_rows)
+            if self._json is None or self._json[0] != source:
+                data = store.read(source.key, source.version)
+                self._json = source, formats.read_json_table(data, source.key)[0]
+            return self._json[1].slice(commit.first_row, commit.num_rows)
+        except (StorageError, ShardError, pa.ArrowException, OSError):
+            return None
+
+
+def _is_parquet(receipt: Receipt) -> bool:
+    return receipt.input.endswith(PARQUET)
+
+
+def _read_rows(file: pq.ParquetFile, first_row: int, num_rows: int) -> pa.Table:
+    """Rows of a Parquet file, out of the row groups that hold them."""
+    groups: list[int] = []
+    skipped = stop = 0
+    for index in range(file.metadata.num_row_groups):
+        start, stop = stop, stop + file.metadata.row_group(index).num_rows
+        if stop <= first_row:
+            skipped = stop
+        elif start < first_row + num_rows:
+            groups.append(index)
+    return file.read_row_groups(groups, use_threads=False).slice(first_row - skipped, num_rows)
+
+
+def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
     key = receipt.output_key
     try:
         data = store.read(key)
     except ObjectMissing:
         return _Checked(problems=(f"{key}: missing",))
     try:
-        table = pq.read_table(io.BytesIO(data), use_threads=False)
+        table = read_parquet(data)
     except (pa.ArrowException, OSError) as error:
         return _Checked(problems=(f"{key}: not readable: {error}",))
     commit = Commit.from_footer(table.schema.metadata)
@@ -126,11 +185,11 @@ def _check(store: Store, receipt: Receipt, options: Mapping[str, str]) -> _Check
     if receipt.sha256 and hashlib.sha256(data).hexdigest() != receipt.sha256:
         problems.append(f"{key}: its bytes are not those that were committed")
     problems += [f"{key}: {problem}" for problem in _row_problems(table, commit)]
-    compared, difference = _compare_input(table, commit, receipt, options)
-    if difference:
+    expected = inputs.rows(receipt, commit)
+    if expected is not None and (difference := _compare_input(table, commit, expected)):
         problems.append(f"{key}: {difference}")
     scored = table.num_rows - _num_marked(table, commit)
-    return _Checked(table.num_rows, scored, compared, tuple(problems))
+    return _Checked(table.num_rows, scored, expected is not None, tuple(problems))
 
 
 def _num_marked(table: pa.Table, commit: Commit) -> int:
@@ -165,39 +224,22 @@ def _row_problems(table: pa.Table, commit: Commit) -> Iterator[str]:
 
 
 def _is_complete(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return value is not None and all(v is not None and abs(v) < float("inf") for v in values)
+    if isinstance(value, list):
+        return all(_is_complete(inner) for inner in value)
+    return value is not None and abs(value) < float("inf")
 
 
-def _compare_input(
-    table: pa.Table, commit: Commit, receipt: Receipt, options: Mapping[str, str]
-) -> tuple[bool, str]:
-    """Whether the input could be compared, and the first difference in its columns."""
-    try:
-        store = open_store(receipt.input_root, options)
-        info = store.head(receipt.input)
-        if info.version.etag != commit.input_etag:
-            return False, ""
-        source = _read_input(store, info)
-    except (StorageError, ShardError, pa.ArrowException, OSError):
-        return False, ""
-    expected = source.slice(commit.first_row, commit.num_rows)
+def _compare_input(table: pa.Table, commit: Commit, expected: pa.Table) -> str:
+    """The first difference between the shard's columns and those of the input, or ""."""
     kept = table.select([n for n in table.column_names if n not in commit.added_columns])
     if kept.column_names != expected.column_names:
-        return True, f"columns {kept.column_names}, the input has {expected.column_names}"
+        return f"columns {kept.column_names}, the input has {expected.column_names}"
     for name in kept.column_names:
         if kept.schema.field(name).type != expected.schema.field(name).type:
-            return True, f"column {name} changed its type"
+            return f"column {name} changed its type"
         if not kept[name].equals(expected[name]):
-            return True, f"column {name} is not as it was in the input"
-    return True, ""
-
-
-def _read_input(store: Store, info: ObjectInfo) -> pa.Table:
-    data = store.read(info.key, info.version)
-    if info.key.endswith(".parquet"):
-        return pq.read_table(io.BytesIO(data), use_threads=False)
-    return formats.read_json_table(data, info.key)[0]
+            return f"column {name} is not as it was in the input"
+    return ""
 
 
 def _is_stranger(info: ObjectInfo, known: set[str]) -> bool:

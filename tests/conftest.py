@@ -29,6 +29,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_reward_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Short operations wait for each other's threads: on a busy machine two are ten times slower
+    than one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def ray_home() -> Iterator[Path]:
     """RAY_TMPDIR of one Ray; whatever still runs from it is ended with the test."""

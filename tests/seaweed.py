@@ -20,6 +20,7 @@ SECRET_KEY = "test-secret"
 BUCKET = "bkt"
 _START_TIMEOUT_S = 60
 _PORTS_PER_SERVER = 5
+_GRPC_SHIFT = 10000
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def s3_server() -> Iterator[S3Server]:
     config.write_text(json.dumps({"identities": [identity]}))
     data = folder / "data"
     data.mkdir()
-    port = _free_ports(_PORTS_PER_SERVER)
+    port = _free_port()
     command = [
         str(Path(sys.executable).parent / "weed"), f"-logdir={folder}", "mini", f"-dir={data}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false",
@@ -72,6 +73,9 @@ def s3_server() -> Iterator[S3Server]:
         process.kill()  # its data is temporary, and a polite stop takes ten seconds
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+        for own in _ports_from(port):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):  # it knows no other folder
+                left.unlink(missing_ok=True)
 
 
 def _wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -92,12 +96,18 @@ def _wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> No
     raise RuntimeError(f"no S3 server on port {port}: {log.read_text()[-2000:]}")
 
 
-def _free_ports(count: int) -> int:
-    """First of `count` free ports in a row whose port + 10000 (gRPC) is free too."""
+def _ports_from(port: int) -> list[int]:
+    """All ports of the server at `port`: each of its parts has another one for gRPC."""
+    return [
+        own + shift for own in range(port, port + _PORTS_PER_SERVER) for shift in (0, _GRPC_SHIFT)
+    ]
+
+
+def _free_port() -> int:
+    """First of the free ports that a server takes."""
     start = 20000 + (os.getpid() * 37) % 20000
-    for port in range(start, start + 5000, count):
-        wanted = [p + shift for p in range(port, port + count) for shift in (0, 10000)]
-        if all(_is_free(p) for p in wanted):
+    for port in range(start, start + 5000, _PORTS_PER_SERVER):
+        if all(_is_free(own) for own in _ports_from(port)):
             return port
     raise RuntimeError("no free ports")
 

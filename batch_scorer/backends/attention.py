@@ -76,12 +76,19 @@ class AttentionBounds:
     max_keys: int
 
 
-Kernel: TypeAlias = Callable[
-    [Tensor, Tensor, Tensor, AttentionBounds, float, int | None, float | None], Tensor
-]
-"""(query [T, H, D], key [K, G, D], value [K, G, D], bounds, scale, window, softcap)
--> [T, H, D]. A query sees the keys up to its own, at most `window` of them where it is set;
-the last query of a node is its last key."""
+@dataclass(frozen=True, slots=True)
+class LayerSettings:
+    """What a decoder layer asks of its attention."""
+
+    scale: float
+    window: int | None
+    """Keys that a query sees at most, its own included."""
+    softcap: float | None
+
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionBounds, LayerSettings], Tensor]
+"""(query [T, H, D], key [K, G, D], value [K, G, D], bounds, layer) -> [T, H, D]. A query sees
+the keys up to its own; the last query of a node is its last key."""
 
 
 def attention_bounds(batch: PackedBatch, kernel: Kernel, device: torch.device) -> AttentionBounds:
@@ -142,7 +149,8 @@ def packed_attention(
     if bounds.key_index is not None:
         keys, values = keys[bounds.key_index], values[bounds.key_index]
     scale = size**-0.5 if scaling is None else float(scaling)
-    output = bounds.kernel(queries, keys, values, bounds, scale, sliding_window, softcap)
+    layer = LayerSettings(scale, sliding_window, softcap)
+    output = bounds.kernel(queries, keys, values, bounds, layer)
     return output[None, ..., :value_size], None
 
 
@@ -186,25 +194,19 @@ def _layer_slides(module: nn.Module) -> bool:
 
 
 def sdpa_loop(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: AttentionBounds,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
 ) -> Tensor:
     """torch's own attention, node by node: flash on the CPU, any device and dtype. No softcap."""
-    if softcap is not None:
+    if layer.softcap is not None:
         raise ModelError("scaled_dot_product_attention cannot apply attn_logit_softcapping")
     output = torch.empty_like(query)
     for own, keys in _node_slices(bounds):
         num_queries, num_keys = own.stop - own.start, keys.stop - keys.start
-        if num_queries == num_keys and (window is None or num_keys <= window):
-            output[own] = _sdpa(query[own], key[keys], value[keys], None, scale)
+        if num_queries == num_keys and (layer.window is None or num_keys <= layer.window):
+            output[own] = _sdpa(query[own], key[keys], value[keys], None, layer.scale)
             continue
-        for block, seen, mask in _blocks(own, keys, window, query.device):
-            output[block] = _sdpa(query[block], key[seen], value[seen], mask, scale)
+        for block, seen, mask in _blocks(own, keys, layer.window, query.device):
+            output[block] = _sdpa(query[block], key[seen], value[seen], mask, layer.scale)
     return output
 
 
@@ -223,24 +225,18 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
 
 
 def eager_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: AttentionBounds,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
 ) -> Tensor:
     """Plain matrix products with softcap, node by node: each step as transformers' eager."""
     output = torch.empty_like(query)
     group_shape = (key.shape[1], query.shape[1] // key.shape[1])  # (G, H/G)
     for own, keys in _node_slices(bounds):
-        for block, seen, mask in _blocks(own, keys, window, query.device):
+        for block, seen, mask in _blocks(own, keys, layer.window, query.device):
             # [G, H/G, queries, D] and [G, 1, D, keys]: GQA by broadcasting, nothing repeated
             heads = query[block].view(-1, *group_shape, query.shape[2]).permute(1, 2, 0, 3)
-            scores = torch.matmul(heads, key[seen].permute(1, 2, 0)[:, None]).mul_(scale)
-            if softcap is not None:
-                scores.div_(softcap).tanh_().mul_(softcap)
+            scores = torch.matmul(heads, key[seen].permute(1, 2, 0)[:, None]).mul_(layer.scale)
+            if layer.softcap is not None:
+                scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
             scores.masked_fill_(~mask, float("-inf"))
             weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
             mixed = torch.matmul(weights, value[seen].transpose(0, 1)[:, None])
@@ -249,13 +245,7 @@ def eager_blocks(
 
 
 def flash_attn_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: AttentionBounds,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
 ) -> Tensor:
     """The flash-attn package: one call for all nodes."""
     function = _import_flash_attn()
@@ -268,26 +258,20 @@ def flash_attn_varlen(
         cu_seqlens_k=bounds.key_offsets,
         max_seqlen_q=bounds.max_queries,
         max_seqlen_k=bounds.max_keys,
-        softmax_scale=scale,
+        softmax_scale=layer.scale,
         causal=True,
         # flash-attn counts the tokens before the query's own
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=0.0 if softcap is None else softcap,
+        window_size=(-1, -1) if layer.window is None else (layer.window - 1, 0),
+        softcap=0.0 if layer.softcap is None else layer.softcap,
     )
     return output
 
 
 def torch_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: AttentionBounds,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
 ) -> Tensor:
     """torch's own variable-length flash attention: one call for all nodes. No softcap."""
-    if softcap is not None:
+    if layer.softcap is not None:
         raise ModelError("torch's varlen_attn cannot apply attn_logit_softcapping")
     from torch.nn.attention.varlen import varlen_attn
 
@@ -302,8 +286,8 @@ def torch_varlen(
         bounds.key_offsets,
         bounds.max_queries,
         bounds.max_keys,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
+        scale=layer.scale,
+        window_size=(-1 if layer.window is None else layer.window - 1, 0),
         **gqa,
     )
     assert isinstance(output, Tensor)

@@ -235,7 +235,7 @@ def _opened(store: Store, receipt: Receipt) -> Iterator[pq.ParquetFile]:
     assert receipt.version is not None  # it is committed
     try:
         file = store.open(receipt.output_key, receipt.size_bytes, receipt.version)
-        yield pq.ParquetFile(file)
+        yield pq.ParquetFile(file, pre_buffer=False)
     except (ObjectMissing, ObjectChanged, pa.ArrowException, OSError) as error:
         raise IntegrityError(
             f"{store.url(receipt.output_key)} is not the shard that was committed "

@@ -84,6 +84,7 @@ def summary_json(summary: Summary) -> dict[str, Any]:
         "score_s": round(summary.score_s, 3),
         "scored_tokens": summary.scored_tokens,
         "computed_tokens": summary.computed_tokens,
+        "parity": summary.parity,
         "input_gone": [r.output_key for r in summary.receipts if r.status is Status.INPUT_GONE],
         "failed": [
             {"input": r.input, "output_key": r.output_key, "reason": r.reason, "detail": r.detail}

@@ -1,12 +1,16 @@
 """What `verify` tells a scheduler: 0 all is well, 3 not finished, 4 not what was committed."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from in_process import run_cli
-from inputs import pairs, parquet
+from inputs import jsonl, pair_rows, pairs, parquet
 from places import Place
+
+from batch_scorer import formats
+from batch_scorer.formats import read_json_table
 
 pytestmark = pytest.mark.e2e
 
@@ -15,12 +19,16 @@ pytestmark = pytest.mark.e2e
 def scored(tmp_path: Path, tiny_model: Path) -> Place:
     place = Place(str(tmp_path))
     (place / "in").write({"a.parquet": parquet(pairs(12)), "b.parquet": parquet(pairs(3, 50))})
+    score(place, tiny_model)
+    return place
+
+
+def score(place: Place, model: Path, *flags: object) -> None:
     done = run_cli(
-        "score", "--model", tiny_model, (place / "in").url, "--output", (place / "out").url,
-        "--no-ray", "--backend", "fake",
+        "score", "--model", model, (place / "in").url, "--output", (place / "out").url,
+        "--no-ray", "--backend", "fake", *flags,
     )  # fmt: skip
     assert done.exit_code == 0, done.err
-    return place
 
 
 def verify(place: Place) -> tuple[int, str]:
@@ -65,6 +73,39 @@ def test_changed_scores_and_changed_input_columns_are_found(scored: Place) -> No
     code, said = verify(scored)
     assert code == 4
     assert "a.parquet: column chosen is not as it was in the input" in said
+
+
+def test_a_shard_is_compared_with_its_own_rows(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row groups of three rows, cut in two; and a file that has to be parsed from its start."""
+    place = Place(str(tmp_path))
+    (place / "in").write(
+        {"p.parquet": parquet(pairs(10), row_group_rows=3), "j.jsonl": jsonl(pair_rows(10, 50))}
+    )
+    score(place, tiny_model, "--shard-rows", 2)
+
+    parsed: list[str] = []
+
+    def counted(data: bytes, name: str) -> Any:
+        parsed.append(name)
+        return read_json_table(data, name)
+
+    monkeypatch.setattr(formats, "read_json_table", counted)
+    code, said = verify(place)
+    assert code == 0
+    assert "12 shards compared with their input" in said
+    assert parsed == ["j.jsonl"]
+
+    # The first rows of the file, in the place of rows 3 and 4.
+    other = pairs(2)["chosen"]
+    file = Path(place.url, "out", "p.rows3-5.parquet")
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.column_names.index("chosen"), "chosen", other), file)
+    code, said = verify(place)
+    assert code == 4
+    assert said.count("is not as it was in the input") == 1
+    assert "p.rows3-5.parquet: column chosen is not as it was in the input" in said
 
 
 def test_a_shard_of_no_run_is_found(scored: Place) -> None:

@@ -11,6 +11,7 @@ from inputs import pairs, parquet
 from places import Place
 
 from batch_scorer import Config, pipeline
+from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.errors import ShardReason
 from batch_scorer.records import Scores, TokenizedRows
@@ -33,13 +34,18 @@ def private_ray(ray_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     ray.shutdown()
 
 
-def poisoned_stage() -> type:
-    """The scoring stage with a backend that a shard of `POISON_ROWS` rows ends."""
+def poisoned_stage(engine_dies: bool) -> type:
+    """The scoring stage with a backend that a shard of `POISON_ROWS` rows ends.
+
+    The process goes down with it, or only the engine in it, which says so.
+    """
 
     class PoisonedBackend(FakeBackend):
         def score(self, rows: TokenizedRows) -> Scores:
             if rows.num_rows == POISON_ROWS:
                 time.sleep(POISON_S)
+                if engine_dies:
+                    raise EngineDied("out of order")
                 os._exit(1)
             time.sleep(NEIGHBOUR_S)
             return super().score(rows)
@@ -53,14 +59,15 @@ def poisoned_stage() -> type:
 
 
 @pytest.mark.usefixtures("private_ray")
+@pytest.mark.parametrize("engine_dies", [False, True], ids=["process", "engine"])
 def test_a_shard_that_ends_every_worker_fails_alone(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    engine_dies: bool, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place(str(tmp_path))
     # Longest first: the poison comes in the middle.
     files = {f"{rows}.parquet": parquet(pairs(rows)) for rows in (1, 2, POISON_ROWS, 4, 5)}
     (place / "in").write(files)
-    monkeypatch.setattr(pipeline, "_ScoreStage", poisoned_stage())
+    monkeypatch.setattr(pipeline, "_ScoreStage", poisoned_stage(engine_dies))
     config = Config(
         model=str(tiny_model),
         inputs=((place / "in").url,),

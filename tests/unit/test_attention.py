@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +19,8 @@ from batch_scorer.backends.attention import (
 )
 from batch_scorer.errors import ModelError
 from batch_scorer.packing import PackedBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
 SCALE = 0.3  # not 1/sqrt(16): what the model asks for must be what is used
@@ -42,16 +43,6 @@ KERNELS_HERE = WITHOUT_SOFTCAP + [
     ]
     for softcap in (None, 2.0)
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Short operations wait for each other's threads: on a busy machine two are ten times slower
-    than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_bounds(

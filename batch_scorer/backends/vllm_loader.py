@@ -1,0 +1,91 @@
+"""What runs in vLLM's workers: the loader of a body's weights, and the clearing of their cache.
+
+Beside `vllm.py` and not in it, because there vLLM is imported only once it is known to be
+installed, while its workers, in whatever process, import this by name (`worker_extension_cls`).
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
+
+from batch_scorer.errors import ModelError
+from batch_scorer.models.registry import adapter_named
+from batch_scorer.models.weights import body_tensors
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMAT = "batch_scorer"
+WORKER_EXTENSION = f"{__name__}.WorkerExtension"
+
+_LANGUAGE_HEAD = "lm_head"
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class, which also brings the loader below into its process."""
+
+    model_runner: Any
+
+    def clear_kv_cache(self) -> None:
+        """Zero in place of all keys and values."""
+        for caches in self.model_runner.kv_caches:
+            for cache in caches if isinstance(caches, list | tuple) else [caches]:
+                cache.zero_()
+
+
+@register_model_loader(LOAD_FORMAT)
+class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
+    """Loads what `models.weights.body_tensors` gives.
+
+    `model_loader_extra_config` names the `model_dir` and the `adapter`.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        asked = load_config.model_loader_extra_config
+        self._model_dir = Path(asked["model_dir"])
+        self._adapter = adapter_named(asked["adapter"])
+        super().__init__(replace(load_config, model_loader_extra_config={}))
+
+    @torch.no_grad()
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Raises ModelError for weights that the model has and the checkpoint lacks.
+
+        vLLM 0.32 looks for these itself, but not in linear layers, nor for a part of what it
+        fuses. So all weights are no numbers until they are loaded.
+        """
+        for _, weight in _plain_weights(model):
+            weight.fill_(math.nan)
+        super().load_weights(model, model_config)
+        if missing := [name for name, weight in _plain_weights(model) if weight.isnan().any()]:
+            raise ModelError(
+                f"{self._model_dir} lacks weights, or holds some that are no numbers: "
+                f"{', '.join(missing)} (under vLLM's names)"
+            )
+
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names as in the checkpoint: `model.layers.0.…`, or `layers.0.…` of a bare body."""
+        parts = {name for name, _ in model.named_children()} - {_LANGUAGE_HEAD}
+        inner = getattr(model, "model", None)
+        if isinstance(inner, nn.Module):
+            parts |= {name for name, _ in inner.named_children()}
+        unused: list[str] = []
+        for name, tensor in body_tensors(self._model_dir, self._adapter):
+            if name.split(".", 1)[0] in parts:
+                yield name, tensor
+            elif not name.startswith(_LANGUAGE_HEAD):
+                unused.append(name)
+        if unused:
+            logger.warning("weights without a place in the model: %s", ", ".join(sorted(unused)))
+
+
+def _plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that are in memory as ordinary numbers: while it quantises, vLLM has others too."""
+    for name, weight in model.named_parameters():
+        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.is_meta:
+            yield name, weight
