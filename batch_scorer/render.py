@@ -267,13 +267,14 @@ def _is_conversation(sequence: object) -> bool:
 def _with_steps(conversation: Conversation, steps: Steps) -> Conversation | RowError:
     """The answer cut into steps, each followed or answered by the tag (`models.adapter.Steps`)."""
     *before, answer = conversation
-    mark = steps.tag if steps.tag in answer["content"] else steps.separator
+    is_tagged = steps.layout == "tagged" and steps.tag in answer["content"]
+    mark = steps.tag if is_tagged else steps.separator
     parts = [part.strip() for part in answer["content"].split(mark)]
     parts = [part for part in parts if part]
     if not parts:
         return RowError(RowReason.NO_STEPS, "the answer has no step that could be judged")
     if steps.layout == "tagged":
-        text = "".join(part + steps.tag for part in parts)
+        text = steps.joint.join(part + steps.tag for part in parts)
         return [*before, {"role": answer["role"], "content": text}]
     if before and before[-1]["role"] == "user":
         parts[0] = f"{before[-1]['content']} {parts[0]}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from batch_scorer.errors import RowReason
+from batch_scorer.errors import ModelError, RowReason
 from batch_scorer.records import RowError
 
 if TYPE_CHECKING:
@@ -59,17 +59,43 @@ class Pooling(Protocol):
 class LastToken:
     """The last token. With `skips_pad`, the last one that is not the config's pad id, which is
     what transformers' sequence classifiers read and were trained with (transformers 5.19,
-    `GenericForSequenceClassification`)."""
+    `GenericForSequenceClassification`). With `must_be`, the name of a config entry, a sequence
+    whose last token has another id is an error."""
 
     skips_pad: bool = False
+    must_be: str | None = None
 
     def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
         last = len(token_ids) - 1
+        if self.must_be is not None and token_ids[last] != config[self.must_be]:
+            detail = f"the sequence does not end in {self.must_be} {config[self.must_be]}"
+            return RowError(RowReason.NO_MARK, detail)
         pad = config.get("pad_token_id")
         if self.skips_pad and pad is not None and token_ids[last] == pad:
             real = np.flatnonzero(token_ids != pad)
             last = int(real[-1]) if len(real) else last
         return np.array([last], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class LastOrAll:
+    """What the config entry `pooling` says: `last`, the last token, or `mean`, all of them.
+
+    Belongs with `Adapter.averages`.
+    """
+
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
+        if is_mean_pooled(config):
+            return np.arange(len(token_ids), dtype=np.int64)
+        return np.array([len(token_ids) - 1], dtype=np.int64)
+
+
+def is_mean_pooled(config: ModelConfig) -> bool:
+    """Raises ModelError for a config entry `pooling` that is neither `last` nor `mean`."""
+    pooling = config.get("pooling") or "last"
+    if pooling not in ("last", "mean"):
+        raise ModelError(f"the config's pooling is {pooling}; known are last and mean")
+    return bool(pooling == "mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +144,13 @@ class Steps:
 
     The answer is split at `separator`, unless it holds `tag` already. `tagged`: every step is
     followed by the tag. `turns`: every step becomes a user turn, answered by the tag; the
-    prompt and the first step share a turn, joined by a space.
+    prompt and the first step share a turn, joined by a space. `joint` stands between tagged steps.
     """
 
     layout: Literal["tagged", "turns"]
     tag: str
     separator: str = "\n\n"
+    joint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +205,20 @@ class Adapter:
     head           tensors that make the head and their shapes, None for any size; all must be
                    there. Empty: the model is scored by its own forward (encoders).
     head_extra     fnmatch patterns of tensors that belong to the head where they are there.
+    head_rows      rows of the head's tensors that are read, where a tensor has one row for every
+                   token of the vocabulary; () reads all.
+    head_files     files beside the safetensors that hold head tensors (`torch.save`), and what
+                   stands before the tensors' names there.
+    tied           head tensor → the body's tensor that stands for it where a checkpoint, to save
+                   space, leaves it out (tied embeddings).
+    unused         fnmatch patterns of tensors that neither body nor head reads.
     build_head     head tensors (float32) and config → module. It takes float32[S, k, H] and gives
                    float32[S, 1 + A], the score and then the attributes; with `step_aggregation`
                    it takes [K, H] and gives [K, 1].
+    averages       whether the pooled hidden states of a sequence are averaged before the head.
     attributes     names of the A outputs beside the score, from the config.
+    tokens         by the config's model_type: token ids that pooling or head rely on, under their
+                   spelling in tokenizer.json. Another id there is an error.
     model_ids      fnmatch patterns for the model's name (lower case), where architecture and
                    tensors cannot tell; () fits all. `fits_config` asks the config for the same
                    reason. `asked_only`: chosen by the setting or by the model's name only.
@@ -190,7 +227,7 @@ class Adapter:
                    not a process reward model.
     forbidden_dtypes  dtypes in which it is known to fail.
     refused        why models of this family cannot be scored here at all; None: they can.
-    summary, models, references, traps   for docs/models.md.
+    summary, models, reads, references, traps   for docs/models.md; `reads` are the pooled tokens.
     """
 
     name: str
@@ -198,11 +235,17 @@ class Adapter:
     architectures: tuple[str, ...]
     head: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     head_extra: tuple[str, ...] = ()
+    head_rows: tuple[int, ...] = ()
+    head_files: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     build_head: "Callable[[Mapping[str, Tensor], ModelConfig], nn.Module] | None" = None
     pooling: Pooling = LastToken()
+    averages: Callable[[ModelConfig], bool] = field(default=lambda config: False)
     prompt: Prompt = Prompt()
     body: Body = Body()
     attributes: Callable[[ModelConfig], tuple[str, ...]] = field(default=lambda config: ())
+    tokens: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     model_ids: tuple[str, ...] = ()
     asked_only: bool = False
     fits_config: Callable[[ModelConfig], bool] = field(default=lambda config: True)
@@ -211,6 +254,7 @@ class Adapter:
     forbidden_dtypes: tuple[str, ...] = ()
     refused: str | None = None
     models: tuple[str, ...] = ()
+    reads: str = "the last token"
     references: tuple[Reference, ...] = ()
     traps: tuple[str, ...] = ()
 
@@ -228,7 +272,22 @@ class Adapter:
 
     def missing_tensors(self, files: ModelFiles) -> list[str]:
         """Names of the head's tensors that the checkpoint lacks."""
-        return [name for name in self.head if name not in files.shapes]
+        return [name for name in self.head if not self._has(files, name)]
+
+    def _has(self, files: ModelFiles, name: str) -> bool:
+        return (
+            name in files.shapes
+            or self.tied.get(name) in files.shapes
+            or any(
+                name.startswith(prefix) and (files.path / file).is_file()
+                for file, prefix in self.head_files.items()
+            )
+        )
 
     def is_head_tensor(self, name: str) -> bool:
         return name in self.head or any(fnmatchcase(name, pattern) for pattern in self.head_extra)
+
+    def is_body_tensor(self, name: str) -> bool:
+        return not self.is_head_tensor(name) and not any(
+            fnmatchcase(name, pattern) for pattern in self.unused
+        )

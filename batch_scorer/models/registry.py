@@ -1,5 +1,7 @@
 """Which adapter a model has."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from batch_scorer.errors import ConfigError, ModelError
@@ -12,7 +14,11 @@ EMBEDDING = Adapter(
     architectures=("*",),
 )
 
+HEAD_FILES = tuple(sorted({file for adapter in ADAPTERS for file in adapter.head_files}))
+"""Files beside the safetensors that some family's head lies in."""
+
 _ENCODER_HEADS = ("classifier.", "classification_head.", "score.")
+_HEADLESS = ("ForCausalLM", "LMHeadModel", "Model")
 
 
 def adapter_named(name: str) -> Adapter:
@@ -35,44 +41,100 @@ def choose_adapter(files: ModelFiles, asked: str | None = None) -> Adapter:
         raise ModelError(f"{files.path}: {refused.refused}")
     complete = [a for a in fitting if a.head and not a.missing_tensors(files)]
     if complete:
-        _check_shapes(complete[0], files)
-        return complete[0]
+        # Two families may have tensors of the same names: their shapes tell them apart. Where
+        # none fits, what is wrong with the most general one says most.
+        adapter = next((a for a in complete if _has_shapes(a, files)), complete[-1])
+        _check_shapes(adapter, files)
+        _check_tokens(adapter, files)
+        return adapter
     encoder = next((a for a in fitting if not a.head), None)
     if encoder and any(name.startswith(_ENCODER_HEADS) for name in files.shapes):
         _check_single_output(_configured_outputs(files.config), files)
         return encoder
-    is_bare = files.architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    if not fitting or (is_bare and not asked):
+    if not asked and (not fitting or _is_headless(files.architecture)):
         raise ModelError(
             f"{files.path}: no score head: the config says {files.architecture}, and neither name "
             "nor weights are those of a known reward model (docs/models.md). If the reward is the "
             "logit of a token, as in Nemotron-Reward, say so: --adapter token_logit"
         )
-    missing = next((a for a in fitting if a.head), fitting[0]).missing_tensors(files)
+    general = [a for a in fitting if a.head] or fitting
+    missing = general[-1].missing_tensors(files)
     raise ModelError(
         f"{files.path}: the weights hold no score head "
         f"(no tensor {' or '.join(missing[:2]) or 'classifier.*'}); it would be random"
     )
 
 
+def _is_headless(architecture: str) -> bool:
+    return architecture.endswith(_HEADLESS) and "Reward" not in architecture
+
+
+def _has_shapes(adapter: Adapter, files: ModelFiles) -> bool:
+    return all(
+        _is_shape(files.shapes[name], wanted)
+        for name, wanted in adapter.head.items()
+        if name in files.shapes
+    )
+
+
+def _is_shape(shape: list[int], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        size is None or size == there for size, there in zip(wanted, shape, strict=True)
+    )
+
+
 def _check_shapes(adapter: Adapter, files: ModelFiles) -> None:
     for name, wanted in adapter.head.items():
+        if name not in files.shapes:
+            continue  # it lies in a file of its own, or is tied to the body's
         shape = files.shapes[name]
         if wanted and wanted[0] == 1 != shape[0]:
             _check_single_output(shape[0], files)
-        if len(shape) != len(wanted) or any(
-            size is not None and size != there for size, there in zip(wanted, shape, strict=True)
-        ):
+        if not _is_shape(shape, wanted):
             expected = ", ".join("any" if size is None else str(size) for size in wanted)
             raise ModelError(
                 f"{files.path}: {name} is {shape}, and {adapter.name} expects [{expected}]"
             )
 
 
+def _check_tokens(adapter: Adapter, files: ModelFiles) -> None:
+    """Raise if the tokenizer gives other ids to the tokens that the adapter relies on.
+
+    Tokenizers without a tokenizer.json are not looked at.
+    """
+    model_type = adapter.body.model_type or str(files.config.get("model_type"))
+    relied_on = adapter.tokens.get(model_type, {})
+    path = files.path / "tokenizer.json"
+    if not relied_on or not path.is_file():
+        return
+    ids = read_vocabulary(path)
+    for token, wanted in relied_on.items():
+        if ids.get(token) != wanted:
+            raise ModelError(
+                f"{path}: {token!r} is {ids.get(token, 'no token')}, and {adapter.name} was "
+                f"written for a tokenizer where it is {wanted}"
+            )
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Tokens and their ids, of a tokenizer.json. Raises ModelError if it is damaged."""
+    try:
+        stored = json.loads(path.read_text())
+        tokens = stored["model"]["vocab"]
+        # Unigram models list [token, log probability] in the order of the ids.
+        pieces = tokens if isinstance(tokens, dict) else {t: i for i, (t, _) in enumerate(tokens)}
+        added = {token["content"]: token["id"] for token in stored.get("added_tokens") or []}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not readable: {error}") from error
+    return pieces | added
+
+
 def _check_single_output(outputs: int, files: ModelFiles) -> None:
     if outputs != 1:
         raise ModelError(
-            f"{files.path}: the head has {outputs} outputs, a scalar reward model has 1"
+            f"{files.path}: the head has {outputs} outputs, a scalar reward model has 1; for "
+            "outputs named as HelpSteer's attributes name the weights to mix them by: "
+            "--adapter nemotron4_attributes or steerlm_attributes"
         )
 
 

@@ -7,8 +7,10 @@ checkpoint in the dtype it was stored in, and computes in float32.
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
@@ -41,19 +43,38 @@ def body_config(
 
 
 def load_head(model_dir: Path, adapter: Adapter) -> nn.Module:
-    """The score head in float32, in evaluation mode. Raises ModelError for damaged weights."""
+    """The score head in float32, in evaluation mode.
+
+    Raises ModelError for damaged or missing weights.
+    """
     assert adapter.build_head is not None, f"{adapter.name} has no head of its own"
-    tensors = {
-        name: tensor.float()
-        for name, tensor in checkpoint_tensors(model_dir, adapter.is_head_tensor)
-    }
+    tensors = {name: tensor.float() for name, tensor in _head_tensors(model_dir, adapter)}
+    for name, stand_in in adapter.tied.items():
+        if name not in tensors:
+            for _, tensor in checkpoint_tensors(model_dir, stand_in.__eq__, adapter.head_rows):
+                tensors[name] = tensor.float()
+    if missing := [name for name in adapter.head if name not in tensors]:
+        raise ModelError(f"{model_dir}: the head lacks {', '.join(missing)}")
     return adapter.build_head(tensors, _stored_config(model_dir)).float().eval()
 
 
+def _head_tensors(model_dir: Path, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    yield from checkpoint_tensors(model_dir, adapter.is_head_tensor, adapter.head_rows)
+    for file, prefix in adapter.head_files.items():
+        if not (model_dir / file).is_file():
+            continue
+        try:
+            # weights_only refuses everything but tensors: the file cannot run code.
+            stored = torch.load(model_dir / file, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise ModelError(f"{model_dir / file}: not a file of tensors: {error}") from error
+        yield from ((prefix + name, tensor) for name, tensor in stored.items())
+
+
 def body_tensors(model_dir: Path, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """All tensors but the head's, under transformers' names (`model.layers.0.…`)."""
+    """The body's tensors, under transformers' names (`model.layers.0.…`)."""
     config = _stored_config(model_dir)
-    for name, tensor in checkpoint_tensors(model_dir, lambda n: not adapter.is_head_tensor(n)):
+    for name, tensor in checkpoint_tensors(model_dir, adapter.is_body_tensor):
         if adapter.body.tensors is None:
             yield name, tensor
         else:
@@ -69,14 +90,22 @@ def converted_state(model_dir: Path, adapter: Adapter) -> dict[str, Tensor] | No
 
 
 def checkpoint_tensors(
-    model_dir: Path, wanted: Callable[[str], bool]
+    model_dir: Path, wanted: Callable[[str], bool], rows: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of those that `wanted(name)` says yes to, on the host."""
+    """Name and tensor of those that `wanted(name)` says yes to, on the host.
+
+    With `rows`, only these of every tensor are read.
+    """
     for file in sorted(model_dir.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  # no mapping
-                    if wanted(name):
+                    if not wanted(name):
+                        continue
+                    if rows:
+                        tensor = weights.get_slice(name)
+                        yield name, torch.cat([tensor[row : row + 1] for row in rows])
+                    else:
                         yield name, weights.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{file}: damaged weights: {error}") from error

@@ -1,4 +1,4 @@
-"""Documents that could drift are held to the code; run this file to rewrite the generated one."""
+"""Documents that could drift are held to the code; run this file to rewrite the generated ones."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,13 @@ import pytest
 
 from batch_scorer.config import Config
 from batch_scorer.errors import RowReason, ShardReason
+from batch_scorer.models.adapter import Adapter
+from batch_scorer.models.families import ADAPTERS
+from batch_scorer.models.families.attribute_regression import labels
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ROOT / "docs" / "settings.md"
+MODELS = ROOT / "docs" / "models.md"
 
 _INTRO = """# Settings
 
@@ -63,6 +67,110 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+_MODELS_INTRO = """# Models
+
+A family is data (`batch_scorer/models/families/`): where the head lies, which tokens it reads, what
+text it was trained on. The family is found from config.json, the names of the tensors and, where
+neither can tell, the model's name; `--adapter` names it outright. Body and head are apart: either
+engine runs the body, the head is ours, in float32, and no family needs remote code. Each family is
+held to a plain model, one sequence at a time, in `tests/parity/test_matrix.py`.
+
+`score` is the raw output; higher is better in every family. Attributes come beside it, in
+`rewards`, raw. Not here: implicit rewards of DPO policies, which need a second model and the log
+probabilities of every token.
+
+| family | what it is | engines | outputs beside `score` |
+|---|---|---|---|
+"""
+# A config that gives every family all the outputs it can have.
+_FULL_CONFIG = {"mean": 0.0, "std": 1.0}
+
+
+def models_page() -> str:
+    parts = [_MODELS_INTRO]
+    scoring = [adapter for adapter in ADAPTERS if not adapter.refused]
+    for adapter in scoring:
+        outputs = _outputs(adapter)
+        count = f"{len(outputs)} attributes" if len(outputs) > 1 else ", ".join(outputs)
+        parts.append(
+            f"| [`{adapter.name}`](#{adapter.name}) | {adapter.summary} | "
+            f"{', '.join(adapter.engines)} | {count} |\n"
+        )
+    for adapter in scoring:
+        parts.append(_family(adapter))
+    parts.append("\n## Refused\n\n")
+    for adapter in ADAPTERS:
+        if adapter.refused:
+            parts.append(
+                f"- **{adapter.summary}** ({', '.join(adapter.models)}): {adapter.refused}\n"
+            )
+    parts.append("\n## Published scores\n\n")
+    parts.append(
+        "What their makers report, mostly in bfloat16: check a new machine against them.\n\n"
+    )
+    parts.append("| model | input | score | source |\n|---|---|---|---|\n")
+    for adapter in ADAPTERS:
+        for known in adapter.references:
+            parts.append(f"| {known.model} | {known.case} | {known.score} | {known.source} |\n")
+    return "".join(parts)
+
+
+def _family(adapter: Adapter) -> str:
+    head = ", ".join(f"`{name}`" for name in list(adapter.head)[:4])
+    head += f" and {len(adapter.head) - 4} more" if len(adapter.head) > 4 else ""
+    lines = [
+        f"\n## {adapter.name}\n\n{adapter.summary[0].upper()}{adapter.summary[1:]}.\n",
+        f"models: {'; '.join(adapter.models)}",
+        f"found by: {_found_by(adapter)}",
+        f"head: {head}" if head else "head: the model's own",
+        f"reads: {adapter.reads}",
+        f"text: {_text(adapter)}",
+    ]
+    if outputs := _outputs(adapter):
+        lines.append(f"outputs beside the score: {', '.join(outputs)}")
+    if adapter.step_aggregation:
+        lines.append(f"score: the {adapter.step_aggregation} of the steps' (`--step-aggregation`)")
+    lines += [f"trap: {trap}" for trap in adapter.traps]
+    return lines[0] + "\n" + "".join(f"- {line}\n" for line in lines[1:])
+
+
+def _outputs(adapter: Adapter) -> tuple[str, ...]:
+    if adapter.attributes is labels:
+        return ("the attributes that id2label names",)
+    return adapter.attributes(_FULL_CONFIG)
+
+
+def _found_by(adapter: Adapter) -> str:
+    how = "architecture " + ", ".join(f"`{name}`" for name in adapter.architectures)
+    if adapter.model_ids:
+        return f"{how} and a name like {', '.join(f'`{name}`' for name in adapter.model_ids)}"
+    return how
+
+
+def _text(adapter: Adapter) -> str:
+    prompt = adapter.prompt
+    parts = [
+        "the tokenizer's chat template" if prompt.template is None else "a template of its own"
+    ]
+    if prompt.pair:
+        parts = ["the pair (question, answer), where the tokenizer has no chat template"]
+    if prompt.system is not None:
+        parts.append(
+            f"system prompt “{prompt.system}”" if prompt.system else "an empty system turn"
+        )
+    if prompt.steps is not None:
+        tag, how = prompt.steps.tag.strip(), prompt.steps.layout
+        steps = "every step followed by" if how == "tagged" else "every step a turn, answered by"
+        parts.append(f"{steps} `{tag}`")
+    if prompt.suffix_id_of is not None:
+        parts.append(f"the config's `{prompt.suffix_id_of}` at the end")
+    return "; ".join(parts)
+
+
+def test_the_models_page_is_made_from_the_families() -> None:
+    assert MODELS.read_text() == models_page(), "run: python tests/unit/test_docs.py"
+
+
 def test_every_reason_is_explained() -> None:
     text = (ROOT / "docs" / "reasons.md").read_text()
     for reason in (*RowReason, *ShardReason):
@@ -83,3 +191,4 @@ def test_flags_in_the_documents_exist() -> None:
 
 if __name__ == "__main__":
     SETTINGS.write_text(settings_page())
+    MODELS.write_text(models_page())

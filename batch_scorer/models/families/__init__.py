@@ -1,15 +1,40 @@
-"""The families of reward models that are known here, one file each.
+"""The families of reward models that are known here, close relatives in one file.
 
 The order decides: the first adapter that fits a model and finds its head in the weights has it,
 so the special ones stand above the general.
 """
 
 from batch_scorer.models.adapter import Adapter
-from batch_scorer.models.families import armorm, encoder, sequence_classifier, value_head
+from batch_scorer.models.families import (
+    armorm,
+    attribute_regression,
+    beaver,
+    encoder,
+    internlm2,
+    mlp_head,
+    oasst_pythia,
+    process_reward,
+    refused,
+    regression_head,
+    reward_distribution,
+    sequence_classifier,
+    token_logit,
+    value_head,
+)
 
 ADAPTERS: tuple[Adapter, ...] = (
+    *refused.ADAPTERS,
     *armorm.ADAPTERS,
+    *reward_distribution.ADAPTERS,
+    *mlp_head.ADAPTERS,
+    *internlm2.ADAPTERS,
+    *beaver.ADAPTERS,
+    *oasst_pythia.ADAPTERS,
+    *process_reward.ADAPTERS,
+    *token_logit.ADAPTERS,
+    *regression_head.ADAPTERS,
     *value_head.ADAPTERS,
+    *attribute_regression.ADAPTERS,
     *sequence_classifier.ADAPTERS,
     *encoder.ADAPTERS,
 )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batch_scorer.models.adapter import Adapter, MarkAndLast, ModelConfig
-from batch_scorer.models.families.sequence_classifier import linear
+from batch_scorer.models.adapter import Adapter, MarkAndLast, ModelConfig, Reference
+from batch_scorer.models.families.heads import linear
 
 ATTRIBUTES = (
     "helpsteer-helpfulness",
@@ -41,7 +41,19 @@ PROMPT_END = MarkAndLast(
         "gemma2": (107, 108, 106, 2516, 108),
     }
 )
+PROMPT_END_TOKENS = {
+    "llama": {
+        "<|eot_id|>": 128009,
+        "<|start_header_id|>": 128006,
+        "assistant": 78191,
+        "<|end_header_id|>": 128007,
+        "ĊĊ": 271,  # two newlines
+    },
+    "gemma2": {"<end_of_turn>": 107, "<start_of_turn>": 106, "model": 2516, "\n": 108},
+}
 _NUM_GATE_LAYERS = 4
+
+_PUBLISHED = (2.78125, 2.859375, 3.484375, 1.3847656, 1.296875)
 
 
 class GatedRewards(nn.Module):
@@ -91,8 +103,19 @@ ADAPTERS = (
         },
         build_head=_head,
         pooling=PROMPT_END,
+        reads="the end of the prompt (gate) and the last token (rewards)",
         attributes=lambda config: ATTRIBUTES,
+        tokens=PROMPT_END_TOKENS,
         models=("RLHFlow/ArmoRM-Llama3-8B-v0.1",),
+        references=tuple(
+            Reference(
+                "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+                f'synonyms for "beautiful", 5 · {attribute} - 0.5',
+                score,
+                "model card",
+            )
+            for attribute, score in zip(ATTRIBUTES, _PUBLISHED, strict=False)
+        ),
         traps=(
             "the rewards column is the untransformed vector, as in the original's `rewards`",
             "the original pools before the first pad id, which may lie mid-text; the last token "

@@ -10,6 +10,7 @@ ADAPTERS = (
         name="encoder",
         summary="encoder with its own classification head (pooler, dense layers), one output",
         architectures=("*ForSequenceClassification",),
+        reads="what the model's own head reads, mostly the first token",
         prompt=Prompt(pair=True),
         engines=("hf",),
         models=("OpenAssistant reward-model-deberta-v3-base, -large, -large-v2", "ModernBERT RMs"),

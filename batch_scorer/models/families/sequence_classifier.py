@@ -5,27 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from batch_scorer.models.adapter import Adapter, LastToken, ModelConfig, Reference
-
-
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer that holds these float32 tensors."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
-
-
-class LastTokenHead(nn.Module):
-    """`score` applied to the last pooled token: [S, k, H] → [S, 1]."""
-
-    def __init__(self, score: nn.Module) -> None:
-        super().__init__()
-        self.score = score
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        score: Tensor = self.score(hidden[:, -1])
-        return score
+from batch_scorer.models.families.heads import LastTokenHead, linear
 
 
 def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
@@ -53,6 +33,7 @@ ADAPTERS = (
         head_extra=("score.bias",),
         build_head=_head,
         pooling=LastToken(skips_pad=True),
+        reads="the last token that is not the config's pad id",
         models=(
             "Skywork-Reward-Llama-3.1-8B, -Gemma-2-27B (v0.1, v0.2)",
             "Skywork-Reward-V2 (Qwen3 0.6B-8B, Llama-3.1, Llama-3.2)",

@@ -1,0 +1,67 @@
+"""Parts that heads are made of. All compute in float32.
+
+Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
+"""
+
+from collections.abc import Mapping
+from itertools import chain, pairwise
+
+from torch import Tensor, nn
+
+from batch_scorer.errors import ModelError
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer that holds these float32 tensors."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def mlp(tensors: Mapping[str, Tensor], prefix: str, activation: type[nn.Module]) -> nn.Sequential:
+    """The linear layers `<prefix><index>.weight` (and `.bias`) in the order of their indices, with
+    an activation between any two.
+
+    The indices are those of the checkpoint's own `nn.Sequential`; what stands between the layers
+    there besides the activation holds no tensors and does nothing in evaluation (dropout).
+    """
+    indices = sorted(
+        int(name.removeprefix(prefix).removesuffix(".weight"))
+        for name in tensors
+        if name.startswith(prefix) and name.endswith(".weight")
+    )
+    layers = [
+        linear(tensors[f"{prefix}{i}.weight"], tensors.get(f"{prefix}{i}.bias")) for i in indices
+    ]
+    for before, after in pairwise(layers):
+        if before.out_features != after.in_features:
+            raise ModelError(f"the layers {prefix}* do not fit each other")
+    alternating = chain.from_iterable((activation(), layer) for layer in layers)
+    return nn.Sequential(*list(alternating)[1:])
+
+
+class LastTokenHead(nn.Module):
+    """`score` applied to the last pooled token: [S, k, H] → [S, 1]."""
+
+    def __init__(self, score: nn.Module) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        score: Tensor = self.score(hidden[:, -1])
+        return score
+
+
+class ClassProbability(nn.Module):
+    """Share of one class among all, of every pooled token: [K, H] → [K, 1]."""
+
+    def __init__(self, logits: nn.Module, wanted: int) -> None:
+        super().__init__()
+        self.logits = logits
+        self.wanted = wanted
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        shares: Tensor = self.logits(hidden).softmax(dim=-1)
+        return shares[:, self.wanted : self.wanted + 1]
