@@ -118,7 +118,12 @@ def run(body: PreTrainedModel, formula: Formula, sequences: Sequences) -> list[n
 def new_body(model_type: str, vocabulary: int = VOCABULARY, **entries: Any) -> PreTrainedModel:
     """A random body whose attention is peaked and whose norms and biases differ from each other."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=vocabulary, **(SHAPE | entries))
+    shape = SHAPE | entries
+    if model_type == "qwen2":
+        # Its heads have the size that its width and their number give, and vLLM goes by that; its
+        # CPU kernels have none for heads of 16.
+        shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(model_type, vocab_size=vocabulary, **shape)
     body = AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in body.named_parameters():
@@ -970,6 +975,7 @@ LLAMA_CLASSIFIER = "LlamaForSequenceClassification"
 NEMOTRON_ORDER = ["verbosity", "quality", "helpfulness", "toxicity", "humor"]
 NEMOTRON_ORDER += ["complexity", "creativity", "coherence", "correctness"]
 STEERLM_ORDER = ["complexity", "verbosity", "helpfulness", "coherence", "correctness"]
+HF_ONLY = ("packed", "padded")
 PADDED_ONLY = ("padded",)
 
 FAMILIES = (
@@ -1017,8 +1023,8 @@ FAMILIES = (
     Family("internlm2_reward", internlm2),
     Family("beaver_reward", beaver("reward")),
     Family("beaver_cost", beaver("cost")),
-    Family("oasst_pythia", oasst("mean"), "mean"),
-    Family("oasst_pythia", oasst("last"), "last"),
+    Family("oasst_pythia", oasst("mean"), "mean", roads=HF_ONLY),
+    Family("oasst_pythia", oasst("last"), "last", roads=HF_ONLY),
     Family("armorm", armorm("llama")),
     Family("armorm", armorm("gemma2"), "gemma2"),
     Family("qrm", qrm),

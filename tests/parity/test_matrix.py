@@ -6,6 +6,7 @@ sequence at a time, and the head written out from what is published.
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tokenized
 
 from batch_scorer.backends.hf import HFBackend
+from batch_scorer.backends.vllm import VLLMBackend
 from batch_scorer.errors import ModelError, RowReason
 from batch_scorer.models.adapter import LastToken
 from batch_scorer.models.directory import inspect_model, read_model_files
@@ -49,8 +51,13 @@ ROADS: dict[str, Callable[..., Any]] = {
     "padded": lambda model_dir, dtype: HFBackend(
         model_dir, dtype=dtype, attention="eager", device="cpu", token_budget=512
     ),
-    # Further engines go here: a function of the directory and dtype that gives a `Backend`.
-    # Families name the roads that they take (`Family.roads`).
+    "vllm": lambda model_dir, dtype: VLLMBackend(
+        model_dir,
+        adapter=choose_adapter(read_model_files(model_dir)),
+        dtype=dtype,
+        device="cpu",
+        max_tokens=512,
+    ),
 }
 
 
@@ -111,7 +118,8 @@ def test_scores_are_those_of_the_plain_model(family: Family, road: str, built: B
     """T-MLP, T-NEMO, T-ARMO-1 and all their kind: score and attributes of every sequence."""
     checkpoint = built(family)
     expected = table(checkpoint.reference, family)
-    scores = make_backend(road, checkpoint.model_dir).score(tokenized(checkpoint.sequences))
+    with closing(make_backend(road, checkpoint.model_dir)) as backend:
+        scores = backend.score(tokenized(checkpoint.sequences))
     scale = np.abs(expected).max(axis=0)
     assert expected[:, 0].std() > 0.1 * scale[0], "nothing to tell apart"
     np.testing.assert_array_less(
@@ -126,8 +134,8 @@ def test_bfloat16_is_no_further_from_float32_than_plain_hugging_face(
     checkpoint = built(family)
     exact = table(checkpoint.reference, family)[:, 0]
     plain = table(checkpoint.bfloat16_reference, family)[:, 0]
-    backend = make_backend(road, checkpoint.model_dir, "bfloat16")
-    scores = given(backend.score(tokenized(checkpoint.sequences)), family)[:, 0]
+    with closing(make_backend(road, checkpoint.model_dir, "bfloat16")) as backend:
+        scores = given(backend.score(tokenized(checkpoint.sequences)), family)[:, 0]
     assert 0 < rms(scores - exact) <= BFLOAT16_FACTOR * rms(plain - exact)
 
 

@@ -1,11 +1,12 @@
 """Beaver reward and cost models of safe-rlhf: a linear `score_head` and a normaliser."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batch_scorer.models.adapter import Adapter, ModelConfig, Prompt, Reference
+from batch_scorer.models.adapter import Adapter, Body, ModelConfig, Prompt, Reference
 from batch_scorer.models.families.heads import linear
 
 _TEMPLATE = (
@@ -57,6 +58,11 @@ def _figure(
     return torch.tensor(config[name]).float().reshape(1) if config.get(name) else default
 
 
+def _body_config(config: ModelConfig) -> dict[str, Any]:
+    """Without `bias`, which is the head's: vLLM takes it for the attention's."""
+    return {name: value for name, value in config.items() if name != "bias"}
+
+
 ADAPTERS = tuple(
     Adapter(
         name=f"beaver_{kind}",
@@ -67,6 +73,7 @@ ADAPTERS = tuple(
         head_extra=("score_head.bias", "normalizer.*"),
         unused=("lm_head.*",),
         build_head=_head(is_cost=kind == "cost"),
+        body=Body(model_type="llama", config=_body_config),
         prompt=Prompt(template=_TEMPLATE),
         attributes=attributes,
         models=models,

@@ -39,6 +39,7 @@ ADAPTERS = (
         reads="all tokens, averaged, or the last: the config's `pooling`",
         body=Body(model_type="gpt_neox"),
         prompt=Prompt(template=_TEMPLATE),
+        engines=("hf",),  # vLLM 0.32 has no GPT-NeoX of its own, and cannot load it otherwise
         models=("OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5, oasst-rm-2-pythia-6.9b",),
         traps=("the score has an offset that means nothing: compare within a prompt",),
     ),
