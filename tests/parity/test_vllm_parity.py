@@ -1,5 +1,6 @@
 """The vllm backend gives the scores of plain Hugging Face, one row at a time."""
 
+import gc
 import importlib.util
 import itertools
 import json
@@ -73,6 +74,7 @@ def start() -> Iterator[Start]:
         if running.get("asked") != asked:
             end()
             defaults = {"dtype": "float32", "device": "cpu", "max_tokens": MAX_TOKENS}
+            gc.freeze()  # vLLM collects garbage eight times at every start
             engine = VLLMBackend(model_dir, adapter=adapter, **(defaults | settings))
             running.update(asked=asked, backend=engine)
         return running["backend"]
