@@ -156,6 +156,40 @@ def test_a_head_with_bias(tmp_path: Path) -> None:
     np.testing.assert_allclose(values, reference + 0.75, rtol=0, atol=TOLERANCE)
 
 
+def test_gemma_2_looks_beyond_its_window_in_every_other_layer(
+    model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """T-GEM-2: a far token counts through the full-attention layers, and through them alone."""
+    sequence = random_sequences(1, longest=40, seed=3)[0]
+    sequence = (sequence * 40)[:40]  # the window is 16
+    changed = [sequence[0] + 1, *sequence[1:]]
+    alternating = make_backend(model_dir("gemma2")).score(tokenized([sequence, changed])).values
+    assert abs(alternating[0, 0] - alternating[1, 0]) > 1e-2
+    shutil.copytree(model_dir("gemma2"), tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, layer_types=["sliding_attention"] * 4, sliding_window=8)
+    local = make_backend(tmp_path).score(tokenized([sequence, changed])).values
+    # Four layers of windows of 8 reach 4 x 7 tokens back.
+    assert abs(local[0, 0] - local[1, 0]) < 1e-5
+    assert abs(local[0, 0] - alternating[0, 0]) > 1e-2
+
+
+@torch.inference_mode()
+def test_a_pair_has_token_types(tmp_path: Path) -> None:
+    """T-ENC: 0 for the question and its separator, 1 for the answer."""
+    build_model("bert", tmp_path)
+    separator = 4
+    edit_config(tmp_path, sep_token_id=separator)
+    question, answer = [3, 9, 8, 7, separator], [11, 12, 13, separator]
+    longer = [3, 5, separator, *range(20, 60), separator]
+    values = make_backend(tmp_path).score(tokenized([question + answer, longer])).values
+    model = load_reference(tmp_path)
+    ids = torch.tensor([question + answer])
+    types = torch.tensor([[0] * len(question) + [1] * len(answer)])
+    expected = model(input_ids=ids, token_type_ids=types).logits.numpy()
+    np.testing.assert_allclose(values[:1], expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(model(input_ids=ids).logits.numpy() - expected).max() > 0.05
+
+
 # Pooling
 
 

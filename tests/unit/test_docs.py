@@ -171,6 +171,16 @@ def test_the_models_page_is_made_from_the_families() -> None:
     assert MODELS.read_text() == models_page(), "run: python tests/unit/test_docs.py"
 
 
+def test_every_trap_names_tests_that_exist() -> None:
+    lines = [line for line in (ROOT / "docs" / "traps.md").read_text().splitlines() if "T-" in line]
+    for line in lines:
+        _, trap, _, held_by, _ = line.split("|")
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held_by)
+        assert tests or "there is no curation" in held_by or "labels are not read" in held_by, trap
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / file).read_text(), f"{trap}: {file} has no {name}"
+
+
 def test_every_reason_is_explained() -> None:
     text = (ROOT / "docs" / "reasons.md").read_text()
     for reason in (*RowReason, *ShardReason):

@@ -1,3 +1,5 @@
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -6,10 +8,12 @@ from tiny import TEMPLATE, tiny_tokenizer
 
 from batch_scorer.config import OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError
+from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.records import Conversation, ParsedRows, RowError
-from batch_scorer.render import Renderer
+from batch_scorer.render import OWN_TEMPLATE, Renderer
 
 LONG = 10_000
+REWARD = 97
 
 
 def conversation(*contents: str, first: str = "user") -> Conversation:
@@ -30,6 +34,7 @@ def renderer(
     template: str | None = TEMPLATE,
     max_tokens: int = LONG,
     over_length: OverLength = OverLength.MARK,
+    prompt: Prompt = OWN_TEMPLATE,
 ) -> Renderer:
     tiny_tokenizer(folder, bos=bos)
     file = folder / "chat_template.jinja"
@@ -37,7 +42,19 @@ def renderer(
         file.unlink()
     else:
         file.write_text(template)
-    return Renderer(folder, max_tokens, over_length)
+    (folder / "config.json").write_text(json.dumps({"reward_token_id": REWARD}))
+    return Renderer(folder, max_tokens, over_length, prompt)
+
+
+def texts(tokenizer: Renderer, *sequences: object) -> list[str]:
+    """What the model sees of each sequence."""
+    made = tokenizer.tokenize(rows(*sequences))
+    assert made.sequence_errors == {}
+    bounds = made.sequence_offsets
+    return [
+        tokenizer.visible(made.token_ids[start:stop])
+        for start, stop in pairwise(bounds)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -141,3 +158,87 @@ def test_a_missing_or_broken_template_is_refused(
 def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no usable tokenizer"):
         Renderer(tmp_path, LONG, OverLength.MARK)
+
+
+# What a family was trained on, where that is not its tokenizer's own template
+
+
+def test_a_system_prompt_is_put_where_there_is_none(tmp_path: Path) -> None:
+    tokenizer = renderer(tmp_path, prompt=Prompt(system="Be exact."))
+    own = [{"role": "system", "content": "Be kind."}, *conversation("Q", "A")]
+    without, with_own = texts(tokenizer, conversation("Q", "A"), own)
+    assert without.startswith("<|im_start|>system\nBe exact.<|im_end|>")
+    assert "Be exact." not in with_own and "Be kind." in with_own
+
+
+def test_the_suffix_token_ends_every_sequence_once(tmp_path: Path) -> None:
+    """T-INTERN: absent, already there, and twice in the content; kept by truncation."""
+    prompt = Prompt(suffix_id_of="reward_token_id")
+    tokenizer = renderer(
+        tmp_path, prompt=prompt, max_tokens=12, over_length=OverLength.TRUNCATE_LEFT
+    )
+    made = tokenizer.tokenize(
+        rows([5, 6], [5, 6, REWARD], [REWARD, 5, REWARD, 6], conversation("Long " * 20, "A"))
+    )
+    ids = np.split(made.token_ids, made.sequence_offsets[1:-1])
+    assert [part.tolist() for part in ids[:3]] == [
+        [5, 6, REWARD],
+        [5, 6, REWARD],
+        [REWARD, 5, REWARD, 6, REWARD],
+    ]
+    assert len(ids[3]) == 12 and ids[3][-1] == REWARD and ids[3][-2] != REWARD
+    with pytest.raises(ModelError, match="no other_id"):
+        renderer(tmp_path, prompt=Prompt(suffix_id_of="other_id"))
+
+
+def test_a_pair_is_given_to_the_tokenizer_as_one(tmp_path: Path) -> None:
+    """T-ENC: turns before the answer are joined by blank lines; a template goes before."""
+    tokenizer = renderer(tmp_path, template=None, prompt=Prompt(pair=True))
+    (text,) = texts(tokenizer, conversation("Q1", "A1", "Q2", "A2"))
+    assert text == "Q1\n\nA1\n\nQ2A2"
+    with_template = renderer(tmp_path, prompt=Prompt(pair=True))
+    assert texts(with_template, conversation("Q", "A"))[0].startswith("<|im_start|>user")
+
+
+TAGGED = Steps("tagged", "<+>")
+TURNS = Steps("turns", "+")
+
+
+def test_an_answer_is_cut_into_steps(tmp_path: Path) -> None:
+    """T-PRM-1: at blank lines; at its own tags where it has some; no empty steps."""
+    tokenizer = renderer(tmp_path, prompt=Prompt(steps=TAGGED))
+    plain, tagged, loose = texts(
+        tokenizer,
+        conversation("Q", "one\n\ntwo"),
+        conversation("Q", "one <+> two <+>"),
+        conversation("Q", "\n\none\n\n\n\ntwo\n"),
+    )
+    assert plain.endswith("assistant\none<+>two<+><|im_end|>\n")
+    assert plain == tagged == loose
+    (turns,) = texts(
+        renderer(tmp_path, prompt=Prompt(steps=TURNS)), conversation("1+1?", "1+1\n\n= 2")
+    )
+    assert turns == (
+        "<|im_start|>user\n1+1? 1+1<|im_end|>\n<|im_start|>assistant\n+<|im_end|>\n"
+        "<|im_start|>user\n= 2<|im_end|>\n<|im_start|>assistant\n+<|im_end|>\n"
+    )
+
+
+def test_an_answer_without_steps_is_marked(tmp_path: Path) -> None:
+    """T-PRM-1"""
+    tokenizer = renderer(tmp_path, prompt=Prompt(steps=TAGGED))
+    made = tokenizer.tokenize(rows(conversation("Q", "one"), conversation("Q", " <+> ")))
+    assert {i: error.reason for i, error in made.sequence_errors.items()} == {1: RowReason.NO_STEPS}
+
+
+def test_steps_are_never_cut_off(tmp_path: Path) -> None:
+    """T-PRM-2: a step that the model does not see would be missing without a word."""
+    tokenizer = renderer(
+        tmp_path,
+        prompt=Prompt(steps=TAGGED),
+        max_tokens=30,
+        over_length=OverLength.TRUNCATE_LEFT,
+    )
+    made = tokenizer.tokenize(rows(conversation("Q", "a long step\n\n" * 20)))
+    (error,) = made.sequence_errors.values()
+    assert error.reason is RowReason.TOO_LONG and "would lose steps" in error.detail
