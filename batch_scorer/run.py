@@ -211,7 +211,11 @@ def check(config: Config) -> Checked:
 def look_at_model(config: Config) -> ModelFacts:
     """Find the model and check that it can score, or embed. Raises ModelError."""
     return inspect_model(
-        find_model(config.model), config.model, config.adapter, embeds=config.task == "embed"
+        find_model(config.model, with_code=config.trust_remote_code),
+        config.model,
+        config.adapter,
+        embeds=config.task == "embed",
+        trust_remote_code=config.trust_remote_code,
     )
 
 

@@ -14,6 +14,7 @@ from batch_scorer.models.adapter import Adapter, ModelFiles
 from batch_scorer.models.registry import EMBEDDING, HEAD_FILES, choose_adapter
 
 _WEIGHTS = "*.safetensors"
+_CODE = "*.py"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -56,8 +57,9 @@ class ModelFacts:
     digest: str
 
 
-def find_model(name: str) -> Path:
-    """The local directory of `name`; a hub id is fetched where a hub can be reached.
+def find_model(name: str, *, with_code: bool = False) -> Path:
+    """The local directory of `name`; a hub id is fetched where a hub can be reached, `with_code`
+    or without its Python files.
 
     Raises ModelError.
     """
@@ -71,7 +73,15 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["*.json", _WEIGHTS, "*.model", "*.jinja", *HEAD_FILES]
+        files = [
+            *([_CODE] if with_code else []),
+            "*.json",
+            _WEIGHTS,
+            "*.model",
+            "*.jinja",
+            *HEAD_FILES,
+        ]
+        files += [_CODE] if with_code else []
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub client raises HTTP, OS and validation errors of its own
         raise ModelError(
@@ -87,17 +97,24 @@ def read_model_files(path: Path, name: str = "") -> ModelFiles:
 
 
 def inspect_model(
-    path: Path, name: str = "", adapter: str | None = None, *, embeds: bool = False
+    path: Path,
+    name: str = "",
+    adapter: str | None = None,
+    *,
+    embeds: bool = False,
+    trust_remote_code: bool = False,
 ) -> ModelFacts:
     """Choose the adapter, check that its head is there, digest all bytes.
 
     `name` is what the user called the model; `adapter` overrules the choice; with `embeds` no
-    head is needed. Raises ModelError if no adapter fits, if the model has no safetensors
-    weights, or if the head is not among them or of another shape: a head that is missing would
-    be filled with random numbers by the loader.
+    head is needed; with `trust_remote_code` the model's own code may score. Raises ModelError if
+    no adapter fits, if the model has no safetensors weights, or if the head is not among them or
+    of another shape: a head that is missing would be filled with random numbers by the loader.
     """
     files = read_model_files(path, name)
-    chosen = EMBEDDING if embeds else choose_adapter(files, adapter)
+    chosen = EMBEDDING
+    if not embeds:
+        chosen = choose_adapter(files, adapter, trust_remote_code=trust_remote_code)
     limits = [files.config.get("max_position_embeddings"), _tokenizer_limit(path)]
     return ModelFacts(
         path=path,
@@ -108,7 +125,7 @@ def inspect_model(
         hidden_size=next((files.config[n] for n in _HIDDEN_SIZES if n in files.config), None),
         max_tokens=min((limit for limit in limits if limit), default=_UNLIMITED_TOKENS),
         vocab_size=int(files.config.get("vocab_size") or _UNLIMITED_TOKENS),
-        digest=_digest(path, chosen),
+        digest=_digest(path, chosen, trust_remote_code),
     )
 
 
@@ -167,8 +184,9 @@ def _safetensors_header(file: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in tensors.items()}
 
 
-def _digest(path: Path, adapter: Adapter) -> str:
+def _digest(path: Path, adapter: Adapter, trust_remote_code: bool) -> str:
     files = [path / "config.json", *sorted(path.glob(_WEIGHTS))]
+    files += sorted(path.glob(_CODE)) if trust_remote_code else []
     files += [path / name for name in adapter.head_files if (path / name).exists()]
     files += [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

@@ -14,16 +14,24 @@ EMBEDDING = Adapter(
     architectures=("*",),
 )
 
+REMOTE_CODE = Adapter(
+    name="remote_code",
+    summary="scored by Python code that comes with the model: `--trust-remote-code`",
+    architectures=("*",),
+    engines=("hf",),
+)
+
 HEAD_FILES = tuple(sorted({file for adapter in ADAPTERS for file in adapter.head_files}))
 """Files beside the safetensors that some family's head lies in."""
 
 _ENCODER_HEADS = ("classifier.", "classification_head.", "score.")
+_OWN_SCORER = "AutoModelForSequenceClassification"
 _HEADLESS = ("ForCausalLM", "LMHeadModel", "Model")
 
 
 def adapter_named(name: str) -> Adapter:
     """Raises ConfigError for a name that is none."""
-    for adapter in (*ADAPTERS, EMBEDDING):
+    for adapter in (*ADAPTERS, EMBEDDING, REMOTE_CODE):
         if adapter.name == name:
             return adapter
     raise ConfigError(
@@ -31,8 +39,12 @@ def adapter_named(name: str) -> Adapter:
     )
 
 
-def choose_adapter(files: ModelFiles, asked: str | None = None) -> Adapter:
+def choose_adapter(
+    files: ModelFiles, asked: str | None = None, *, trust_remote_code: bool = False
+) -> Adapter:
     """The first family that fits and whose head is in the weights, or the one asked for.
+
+    Where there is none, and only with `trust_remote_code`, the model's own code.
 
     Raises ModelError where there is none: what is missing, and what could be meant.
     """
@@ -51,6 +63,13 @@ def choose_adapter(files: ModelFiles, asked: str | None = None) -> Adapter:
     if encoder and any(name.startswith(_ENCODER_HEADS) for name in files.shapes):
         _check_single_output(_configured_outputs(files.config), files)
         return encoder
+    if not asked and _OWN_SCORER in (files.config.get("auto_map") or {}):
+        if trust_remote_code:
+            return REMOTE_CODE
+        raise ModelError(
+            f"{files.path}: no family known here scores {files.architecture} (docs/models.md); "
+            "to run the Python code that comes with the model: --trust-remote-code"
+        )
     if not asked and (not fitting or _is_headless(files.architecture)):
         raise ModelError(
             f"{files.path}: no score head: the config says {files.architecture}, and neither name "

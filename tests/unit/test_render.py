@@ -51,10 +51,7 @@ def texts(tokenizer: Renderer, *sequences: object) -> list[str]:
     made = tokenizer.tokenize(rows(*sequences))
     assert made.sequence_errors == {}
     bounds = made.sequence_offsets
-    return [
-        tokenizer.visible(made.token_ids[start:stop])
-        for start, stop in pairwise(bounds)
-    ]
+    return [tokenizer.visible(made.token_ids[start:stop]) for start, stop in pairwise(bounds)]
 
 
 @pytest.mark.parametrize(

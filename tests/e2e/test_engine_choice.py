@@ -1,0 +1,92 @@
+"""`--backend auto`: by support, by what an output was begun with, and by a race."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inputs import pairs, parquet
+
+from batch_scorer import run, trial
+from batch_scorer.config import Config, Device, load_config
+from batch_scorer.errors import ModelError
+from batch_scorer.models.directory import ModelFacts, inspect_model
+
+pytestmark = pytest.mark.e2e
+
+
+def config_for(model: Path, folder: Path, **settings: Any) -> Config:
+    (folder / "pairs.parquet").write_bytes(parquet(pairs(20)))
+    return load_config(
+        model=str(model),
+        inputs=(str(folder / "pairs.parquet"),),
+        output=str(folder / "out"),
+        use_ray=False,
+        **{"dtype": "float32", "backend": "auto", **settings},
+    )
+
+
+def facts(tiny_model: Path, adapter: str) -> ModelFacts:
+    from dataclasses import replace
+
+    return replace(inspect_model(tiny_model), adapter=adapter)
+
+
+def test_only_engines_that_can_run_the_family_are_candidates(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = config_for(tiny_model, tmp_path)
+    stock, encoder = (facts(tiny_model, name) for name in ("sequence_classifier", "encoder"))
+    assert trial.supported_engines(auto, stock) == ["hf", "vllm"]
+    assert trial.supported_engines(auto, encoder) == ["hf"]
+    with pytest.raises(ModelError, match="encoder models do not run on vllm; set backend to hf"):
+        trial.supported_engines(config_for(tiny_model, tmp_path, backend="vllm"), encoder)
+    quantised = config_for(tiny_model, tmp_path, quantization="fp8")
+    assert trial.supported_engines(quantised, stock) == ["vllm"]
+    with pytest.raises(ModelError, match="quantization needs the vllm backend"):
+        trial.supported_engines(quantised, encoder)
+    monkeypatch.setattr(trial.importlib.util, "find_spec", lambda name: None)
+    assert trial.supported_engines(auto, stock) == ["hf"]
+
+
+def test_a_race_is_run_where_there_is_a_gpu() -> None:
+    assert trial.is_raced(["hf", "vllm"], Device.CUDA)
+    assert not trial.is_raced(["hf", "vllm"], Device.CPU)
+    assert not trial.is_raced(["hf"], Device.CUDA)
+
+
+def test_the_race_is_recorded_and_its_winner_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both engines for real, on the CPU; without a GPU nothing would be raced."""
+    monkeypatch.setattr(run, "is_raced", lambda engines, device: True)
+    config = config_for(tiny_model, tmp_path)
+    summary = run.score(config)
+    records = tmp_path / "out" / "_batch_scorer"
+    provenance = json.loads((records / "run.json").read_text())["provenance"]
+    speeds = provenance["trial_tokens_per_s"]
+    assert set(speeds) == {"hf", "vllm"} and min(speeds.values()) > 0
+    winner = max(speeds, key=lambda name: speeds[name])
+    assert provenance["backend"] == winner
+    assert summary.parity is not None and summary.parity["backend"] == winner
+    # The other way round the next time: the output keeps the engine it was begun with.
+    monkeypatch.setattr(run, "tokens_per_second", lambda *_: pytest.fail("raced again"))
+    (shard,) = (tmp_path / "out").glob("*.parquet")
+    before = shard.read_bytes()
+    shard.unlink()
+    run.score(config)
+    assert shard.read_bytes() == before
+
+
+def test_an_engine_that_does_not_come_up_loses(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(trial, "make_backend", broken)
+    config = config_for(tiny_model, tmp_path)
+    job = run.prepare(config, inspect_model(tiny_model), "hf").job(epoch=0)
+    rows = trial.trial_rows(job, run.make_plan(config).shards)
+    assert rows is not None and rows.num_sequences == 40
+    assert trial.tokens_per_second(job, rows) == 0
