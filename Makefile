@@ -12,7 +12,8 @@ demo: $(VENV)/demo.ok
 	@$(BIN)/batch-scorer demo
 
 test: $(VENV)/test.ok lint
-	@$(BIN)/pytest
+	@# Two files at a time: many tests wait for Ray or a server. A file stays in one process.
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test.ok
 	@$(BIN)/ruff check .

@@ -28,6 +28,7 @@ import pyarrow as pa
 from batch_scorer.backends.base import Backend, EngineDied
 from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.columns import ScoredRows
+from batch_scorer.commits import Receipt, Shard
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import (
     BatchScorerError,
@@ -36,7 +37,6 @@ from batch_scorer.errors import (
     ShardError,
     ShardReason,
 )
-from batch_scorer.manifest import Receipt, Shard
 from batch_scorer.parity import Sample, proven_backend
 from batch_scorer.records import TokenizedRows
 from batch_scorer.shard import (

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.columns import SCALAR, Outputs, added_columns
+from batch_scorer.commits import Receipt, Shard, Source, Status
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, InputError, ShardError, ShardReason, StorageError
 from batch_scorer.fingerprint import digest_of
-from batch_scorer.manifest import Receipt, Shard, Source, Status
 from batch_scorer.records import Layout
 from batch_scorer.storage import (
     AccessDenied,

@@ -8,7 +8,6 @@ and V2 do (model cards).
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from batch_scorer.config import OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
 from batch_scorer.models.adapter import Prompt, Steps
+from batch_scorer.models.directory import read_json
 from batch_scorer.records import (
     Conversation,
     Message,
@@ -293,7 +293,7 @@ def _with_steps(conversation: Conversation, steps: Steps) -> Conversation | RowE
 def _suffix_id(model_dir: Path, prompt: Prompt) -> int | None:
     if prompt.suffix_id_of is None:
         return None
-    config = json.loads((model_dir / "config.json").read_text())
+    config = read_json(model_dir / "config.json")
     if prompt.suffix_id_of not in config:
         raise ModelError(f"{model_dir}: config.json has no {prompt.suffix_id_of}")
     return int(config[prompt.suffix_id_of])

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from batch_scorer import __version__
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.columns import SCALAR, Outputs
+from batch_scorer.commits import Receipt, Shard, Status
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import (
     InputError,
@@ -24,9 +25,6 @@ from batch_scorer.lease import Lease
 from batch_scorer.manifest import (
     SUCCESS_KEY,
     Ledger,
-    Receipt,
-    Shard,
-    Status,
     claim_output,
     claimed_fingerprint,
     committed,
@@ -281,17 +279,18 @@ def _with_engine(prepared: Prepared, plan: Plan, output: Store) -> Prepared:
     if begun_with in prepared.engines:
         return prepare(config, model, begun_with)
     if not is_raced(prepared.engines, prepared.device):
-        return prepare(config, model, prepared.engines[0])
-    jobs = {name: prepare(config, model, name).job(epoch=0) for name in prepared.engines}
-    rows = trial_rows(jobs[prepared.engines[0]], plan.shards)
+        return prepared
+    rows = trial_rows(prepared.job(epoch=0), plan.shards)
     if rows is None:
-        return prepare(config, model, prepared.engines[0])
+        return prepared
+    racing = {name: prepare(config, model, name) for name in prepared.engines}
+    jobs = {name: candidate.job(epoch=0) for name, candidate in racing.items()}
     speeds = {
         name: on_worker(job, partial(tokens_per_second, job, rows)) for name, job in jobs.items()
     }
     fastest = max(speeds, key=lambda name: speeds[name])
     log.info("tokens per second on the job's own rows: %s", speeds)
-    return replace(prepare(config, model, fastest), trial=speeds)
+    return replace(racing[fastest], trial=speeds)
 
 
 def open_output(config: Config) -> Store:
@@ -393,6 +392,6 @@ def _attempt_all(job: Job, todo: list[Shard], sample: Sample | None) -> Iterator
 
 
 def _require_template(prepared: Prepared, plan: Plan) -> None:
-    rendered = {Format.TEXT, Format.TOKEN_IDS}
-    if prepared.probe is None and any(f.layout.format not in rendered for f in plan.files):
+    needs_none = {Format.TEXT, Format.TOKEN_IDS}
+    if prepared.probe is None and any(f.layout.format not in needs_none for f in plan.files):
         renderer_of(prepared.job(epoch=0)).probe()  # raises: it says what is missing

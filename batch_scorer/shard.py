@@ -33,18 +33,11 @@ from batch_scorer.columns import (
     pair_counts,
     score_columns,
 )
+from batch_scorer.commits import Commit, Receipt, Shard, Status, layout_to_json
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.lease import current_epoch
-from batch_scorer.manifest import (
-    Commit,
-    Receipt,
-    Shard,
-    Status,
-    layout_to_json,
-    read_commit,
-    record_engine,
-)
+from batch_scorer.manifest import read_commit, record_engine
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.plan import open_parquet
 from batch_scorer.records import (

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from batch_scorer.backends.base import EngineDied
+from batch_scorer.commits import Shard
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import BatchScorerError, ModelError, ShardError
-from batch_scorer.manifest import Shard
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import TokenizedRows

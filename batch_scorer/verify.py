@@ -17,13 +17,10 @@ import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.columns import digest_columns
+from batch_scorer.commits import Commit, Receipt, Source, Status
 from batch_scorer.errors import ExitCode, ShardError, StorageError
 from batch_scorer.manifest import (
     SUCCESS_KEY,
-    Commit,
-    Receipt,
-    Source,
-    Status,
     current_manifest,
     is_record,
     known_receipts,

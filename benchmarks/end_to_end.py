@@ -32,8 +32,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from batch_scorer import formats
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.backends.hf import HFBackend
+from batch_scorer.commits import Receipt
 from batch_scorer.config import Config, OverLength, load_config
-from batch_scorer.manifest import Receipt
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 from batch_scorer.pipeline import ray_session
 from batch_scorer.records import Format, Layout, TokenizedRows

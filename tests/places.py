@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_scorer.manifest import Commit, is_record
+from batch_scorer.commits import Commit
+from batch_scorer.manifest import is_record
 from batch_scorer.storage import ObjectMissing, Store
 
 

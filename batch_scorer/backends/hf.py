@@ -58,8 +58,8 @@ class HFBackend:
 
     `adapter` None chooses the model's family from its files. `step_aggregation` None takes the
     family's own; with `embedding` the model's head is left out. `token_budget` None takes
-    `DEFAULT_TOKEN_BUDGET`; `num_threads` None leaves torch's own. Raises ModelError where the
-    directory cannot give true scores with these settings.
+    `DEFAULT_TOKEN_BUDGET`. Raises ModelError where the directory cannot give true scores with
+    these settings.
     """
 
     def __init__(
@@ -73,11 +73,8 @@ class HFBackend:
         step_aggregation: StepAggregation | None = None,
         embedding: Embedding | None = None,
         token_budget: int | None = None,
-        num_threads: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
         self._device = torch.device(device)
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is cuda, but torch finds no CUDA device; set device to cpu")
@@ -102,11 +99,10 @@ class HFBackend:
         self._readout: Readout | None = None
         self.num_outputs = 1
         if not loader.scores_itself:
-            facts = config.to_dict() | {"hidden_size": config.hidden_size}
             self._readout = Readout(
                 model_dir,
                 adapter,
-                facts,
+                config,
                 step_aggregation=step_aggregation,
                 embedding=embedding,
             ).to(self._device)
@@ -208,7 +204,7 @@ class HFBackend:
         inputs = {"input_ids": token_ids, "attention_mask": (places < lengths[:, None]).long()}
         if self._readout is None:
             inputs |= self._token_types(token_ids)
-            return _own_scores(self._model(**inputs))
+            return cast(Tensor, self._model(**inputs).logits).float()  # [S, 1]
         hidden = self._body(**inputs, use_cache=False).last_hidden_state  # [S, L, H]
         chosen = pooled.of(sequences)
         owners = np.repeat(np.arange(len(sequences)), chosen.counts)
@@ -332,9 +328,9 @@ class _Loader:
         foreign = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
         if foreign or not skeleton._supports_attention_backend:
             layers = f"it has layers of type {', '.join(foreign)}"
+            why = layers if foreign else "its attention is its own"
             raise ModelError(
-                f"{type(skeleton).__name__} cannot be packed: "
-                f"{layers if foreign else 'its attention is its own'}; set attention to eager"
+                f"{type(skeleton).__name__} cannot be packed: {why}; set attention to eager"
             )
         return PACKED_ATTENTION
 
@@ -420,11 +416,6 @@ def _refuse_unsound(
             )
         if dtype == "float32":
             raise ModelError("flash_attention_2 has no float32; set dtype to bfloat16")
-
-
-def _own_scores(output: Any) -> Tensor:
-    """float32[S, 1] of a model's own forward."""
-    return cast(Tensor, output.logits).float()
 
 
 def _check_rotary_dtype(model: PreTrainedModel) -> None:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
-from batch_scorer.models.adapter import Adapter, LastToken, ModelConfig
+from batch_scorer.models.adapter import Adapter, LastToken
 from batch_scorer.models.weights import load_head
 from batch_scorer.records import Embedding, PooledTokens, RowError, Scores, TokenizedRows
 
@@ -25,28 +26,28 @@ StepAggregation: TypeAlias = Literal["min", "last", "mean", "product"]
 class Readout:
     """The head of one model, or the pooling of an embedding.
 
-    `width` is O; None until the first hidden state is seen where it is the body's size.
+    `config` is the body's. `num_outputs` is O: 1 + attributes, or the size of an embedding.
     """
 
     def __init__(
         self,
         model_dir: Path,
         adapter: Adapter,
-        config: ModelConfig,
+        config: PretrainedConfig,
         *,
         step_aggregation: StepAggregation | None = None,
         embedding: Embedding | None = None,
     ) -> None:
+        self._config = config.to_dict()
         self._pooling = adapter.pooling
-        self._averages = adapter.averages(config)
-        self._config = config
+        self._averages = adapter.averages(self._config)
         self.embedding = embedding
         self.step_aggregation = (
             (step_aggregation or adapter.step_aggregation) if adapter.step_aggregation else None
         )
         self._head = None if embedding else load_head(model_dir, adapter)
         self.num_outputs = (
-            int(config["hidden_size"]) if embedding else 1 + len(adapter.attributes(config))
+            int(config.hidden_size) if embedding else 1 + len(adapter.attributes(self._config))
         )
 
     def to(self, device: torch.device) -> "Readout":
@@ -54,6 +55,13 @@ class Readout:
         if self._head is not None:
             self._head.to(device)
         return self
+
+    @property
+    def reads_all_tokens(self) -> bool:
+        """Whether any token of a sequence may be read (steps, means), not only one or two."""
+        if self.embedding is not None:
+            return self.embedding.pooling == "mean"
+        return self._averages or self.step_aggregation is not None
 
     def pooled_tokens(self, rows: TokenizedRows) -> tuple[PooledTokens, dict[int, RowError]]:
         """The tokens to read of every sequence, and the sequences that lack one."""

@@ -142,7 +142,7 @@ class VLLMBackend:
         self._readout = Readout(
             model_dir,
             adapter,
-            text_config.to_dict() | {"hidden_size": text_config.hidden_size},
+            text_config,
             step_aggregation=step_aggregation,
             embedding=embedding,
         )
@@ -150,11 +150,6 @@ class VLLMBackend:
         self._vocabulary_size: int = text_config.vocab_size
         limit = getattr(text_config, "max_position_embeddings", None) or max_tokens
         self._max_tokens = min(max_tokens, limit)
-        self._reads_all_tokens = (
-            self._readout.step_aggregation is not None
-            or (embedding is not None and embedding.pooling == "mean")
-            or (embedding is None and adapter.averages(text_config.to_dict()))
-        )
         budget = token_budget or TOKEN_BUDGET[device]
         architecture = _causal_architecture(model_dir, text_config)
         settings = {
@@ -164,7 +159,7 @@ class VLLMBackend:
             "max_num_seqs": min(MAX_SEQUENCES, budget),
             "block_size": BLOCK_SIZE[device],
             # Requests for all tokens do not read the cache, so it would only cost them.
-            "enable_prefix_caching": prefix_caching and not self._reads_all_tokens,
+            "enable_prefix_caching": prefix_caching and not self._readout.reads_all_tokens,
             "quantization": quantization,
             "tensor_parallel_size": tensor_parallel,
             "distributed_executor_backend": "mp" if tensor_parallel > 1 else None,
@@ -172,7 +167,7 @@ class VLLMBackend:
             "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if device == "cpu" else None,
             "trust_remote_code": trust_remote_code,
         }
-        self._task = "token_embed" if self._reads_all_tokens else "embed"
+        self._task = "token_embed" if self._readout.reads_all_tokens else "embed"
         source = model_dir if trust_remote_code else None
         with _body_directory(config, architecture, source) as body_dir:
             self._engine = _start(model_dir, body_dir, adapter, self._task, settings)
@@ -225,7 +220,7 @@ class VLLMBackend:
             return scores
         self._steps = self._computed_tokens = self._cached_tokens = 0
         chosen = pooled.of(sequences)
-        read = self._read_all_tokens if self._reads_all_tokens else self._read_last_tokens
+        read = self._read_all_tokens if self._readout.reads_all_tokens else self._read_last_tokens
         self._readout.fill(scores, sequences, read(rows, sequences, chosen), pooled)
         mark_non_finite(scores, sequences)
         scores.num_batches = self._steps
@@ -327,7 +322,9 @@ class VLLMBackend:
         if output.error is not None:
             raise RuntimeError(f"a request failed: {output.error}")
         states: Tensor = output.outputs.data
-        expected = (length, self._hidden_size) if self._reads_all_tokens else (self._hidden_size,)
+        expected = (
+            (length, self._hidden_size) if self._readout.reads_all_tokens else (self._hidden_size,)
+        )
         if tuple(states.shape) != expected:
             raise RuntimeError(f"hidden states {tuple(states.shape)} came out, expected {expected}")
         return states

@@ -14,13 +14,12 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_scorer.commits import Receipt, Status
 from batch_scorer.errors import ConfigError, IncompleteError, IntegrityError, OutputError
 from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbench2, rm_bench
 from batch_scorer.evaluation.result import Evaluation
 from batch_scorer.lease import holder_of
 from batch_scorer.manifest import (
-    Receipt,
-    Status,
     committed,
     current_manifest,
     is_record,

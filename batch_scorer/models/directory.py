@@ -11,7 +11,7 @@ from typing import Any
 
 from batch_scorer.errors import ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles
-from batch_scorer.models.registry import EMBEDDING, HEAD_FILES, choose_adapter
+from batch_scorer.models.registry import EMBEDDING, choose_adapter, head_files
 
 _WEIGHTS = "*.safetensors"
 _CODE = "*.py"
@@ -79,9 +79,8 @@ def find_model(name: str, *, with_code: bool = False) -> Path:
             _WEIGHTS,
             "*.model",
             "*.jinja",
-            *HEAD_FILES,
+            *head_files(),
         ]
-        files += [_CODE] if with_code else []
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub client raises HTTP, OS and validation errors of its own
         raise ModelError(
@@ -92,7 +91,7 @@ def find_model(name: str, *, with_code: bool = False) -> Path:
 
 def read_model_files(path: Path, name: str = "") -> ModelFiles:
     """Config and safetensors headers. Raises ModelError for what is damaged or incomplete."""
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     return ModelFiles(path, name or path.name, config, _tensor_shapes(path))
 
 
@@ -129,7 +128,8 @@ def inspect_model(
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model directory. Raises ModelError if there is none, or it is damaged."""
     try:
         loaded = json.loads(path.read_text())
     except FileNotFoundError:
@@ -145,7 +145,7 @@ def _tokenizer_limit(path: Path) -> int | None:
     file = path / "tokenizer_config.json"
     if not file.exists():
         return None
-    limit = _read_json(file).get("model_max_length")
+    limit = read_json(file).get("model_max_length")
     # Tokenizers without a limit write 1e30.
     return int(limit) if isinstance(limit, int | float) and limit < _UNLIMITED_TOKENS else None
 
@@ -157,7 +157,7 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
         hint = f" (only {pickled[0]}: pickled weights can run code)" if pickled else ""
         raise ModelError(f"{path}: no safetensors weights{hint}")
     index = path / _INDEX
-    listed = set(_read_json(index).get("weight_map", {}).values()) if index.exists() else set()
+    listed = set(read_json(index).get("weight_map", {}).values()) if index.exists() else set()
     if absent := sorted(listed - {file.name for file in files}):
         raise ModelError(f"{path}: incomplete download: {', '.join(absent)} not there")
     return {name: shape for file in files for name, shape in _safetensors_header(file).items()}

@@ -1,12 +1,16 @@
-"""Which adapter a model has."""
+"""Which adapter a model has.
+
+The families bring torch along, which takes seconds to import and not every process needs: so they
+are imported when the first adapter is asked for.
+"""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles
-from batch_scorer.models.families import ADAPTERS
 
 EMBEDDING = Adapter(
     name="embedding",
@@ -21,21 +25,31 @@ REMOTE_CODE = Adapter(
     engines=("hf",),
 )
 
-HEAD_FILES = tuple(sorted({file for adapter in ADAPTERS for file in adapter.head_files}))
-"""Files beside the safetensors that some family's head lies in."""
-
 _ENCODER_HEADS = ("classifier.", "classification_head.", "score.")
 _OWN_SCORER = "AutoModelForSequenceClassification"
 _HEADLESS = ("ForCausalLM", "LMHeadModel", "Model")
 
 
+@cache
+def adapters() -> tuple[Adapter, ...]:
+    """All families; the special ones stand before the general."""
+    from batch_scorer.models.families import ADAPTERS
+
+    return ADAPTERS
+
+
+def head_files() -> tuple[str, ...]:
+    """Files beside the safetensors that some family's head lies in."""
+    return tuple(sorted({file for adapter in adapters() for file in adapter.head_files}))
+
+
 def adapter_named(name: str) -> Adapter:
     """Raises ConfigError for a name that is none."""
-    for adapter in (*ADAPTERS, EMBEDDING, REMOTE_CODE):
+    for adapter in (*adapters(), EMBEDDING, REMOTE_CODE):
         if adapter.name == name:
             return adapter
     raise ConfigError(
-        f"adapter: no `{name}`; known are {', '.join(adapter.name for adapter in ADAPTERS)}"
+        f"adapter: no `{name}`; known are {', '.join(adapter.name for adapter in adapters())}"
     )
 
 
@@ -48,7 +62,7 @@ def choose_adapter(
 
     Raises ModelError where there is none: what is missing, and what could be meant.
     """
-    fitting = [adapter_named(asked)] if asked else [a for a in ADAPTERS if a.fits(files)]
+    fitting = [adapter_named(asked)] if asked else [a for a in adapters() if a.fits(files)]
     if refused := next((a for a in fitting if a.refused), None):
         raise ModelError(f"{files.path}: {refused.refused}")
     complete = [a for a in fitting if a.head and not a.missing_tensors(files)]

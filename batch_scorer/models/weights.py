@@ -4,7 +4,6 @@ The body may be rounded and quantised by the engine that runs it; the head is re
 checkpoint in the dtype it was stored in, and computes in float32.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from batch_scorer.errors import ModelError
-from batch_scorer.models.adapter import Adapter, ModelConfig
+from batch_scorer.models.adapter import Adapter
+from batch_scorer.models.directory import read_json
 
 _BODY_PREFIX = "model."
 
@@ -31,7 +31,7 @@ def body_config(
                 model_dir, local_files_only=True, trust_remote_code=trust_remote_code
             )
         else:
-            stored = _stored_config(model_dir)
+            stored = read_json(model_dir / "config.json")
             entries = adapter.body.config(stored) if adapter.body.config else dict(stored)
             entries = {k: v for k, v in entries.items() if k not in ("model_type", "auto_map")}
             config = AutoConfig.for_model(adapter.body.model_type, **entries)
@@ -55,7 +55,7 @@ def load_head(model_dir: Path, adapter: Adapter) -> nn.Module:
                 tensors[name] = tensor.float()
     if missing := [name for name in adapter.head if name not in tensors]:
         raise ModelError(f"{model_dir}: the head lacks {', '.join(missing)}")
-    return adapter.build_head(tensors, _stored_config(model_dir)).float().eval()
+    return adapter.build_head(tensors, read_json(model_dir / "config.json")).float().eval()
 
 
 def _head_tensors(model_dir: Path, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
@@ -73,7 +73,7 @@ def _head_tensors(model_dir: Path, adapter: Adapter) -> Iterator[tuple[str, Tens
 
 def body_tensors(model_dir: Path, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """The body's tensors, under transformers' names (`model.layers.0.…`)."""
-    config = _stored_config(model_dir)
+    config = read_json(model_dir / "config.json")
     for name, tensor in checkpoint_tensors(model_dir, adapter.is_body_tensor):
         if adapter.body.tensors is None:
             yield name, tensor
@@ -109,7 +109,3 @@ def checkpoint_tensors(
                         yield name, weights.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{file}: damaged weights: {error}") from error
-
-
-def _stored_config(model_dir: Path) -> ModelConfig:
-    return cast(ModelConfig, json.loads((model_dir / "config.json").read_text()))

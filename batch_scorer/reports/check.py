@@ -28,7 +28,7 @@ def print_check(console: Console, checked: Checked) -> None:
         ("longest sequence", f"{prepared.max_tokens:,} tokens"),
         ("BOS", _bos(sample.leading_bos)),
         ("pooled tokens", ", ".join(repr(t) for t in sample.pooled) or "by the model itself"),
-        ("truncated", f"{int((sample.rows.truncated_tokens > 0).sum())} of the sequences below"),
+        ("truncated", f"{sample.num_truncated} of the sequences below"),
         ("without a score", _marked(sample.marked)),
     ):
         facts.add_row(name, Text(value))
@@ -67,7 +67,7 @@ def check_json(checked: Checked) -> dict[str, Any]:
         "rendered": sample.shown,
         "pooled_tokens": list(sample.pooled),
         "leading_bos": sample.leading_bos,
-        "truncated": int((sample.rows.truncated_tokens > 0).sum()),
+        "truncated": sample.num_truncated,
         "marked": sample.marked,
         "parity": checked.report.to_json(),
     }

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from batch_scorer import formats
-from batch_scorer.manifest import Receipt
+from batch_scorer.commits import Receipt
 from batch_scorer.run import Work
 
 log = logging.getLogger("batch_scorer")

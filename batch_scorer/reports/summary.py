@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from batch_scorer import formats
+from batch_scorer.commits import Status, layout_to_json
 from batch_scorer.errors import ExitCode
-from batch_scorer.manifest import Status, layout_to_json
 from batch_scorer.plan import Plan
 from batch_scorer.reports.status import OutputStatus
 from batch_scorer.run import Summary

@@ -12,7 +12,7 @@ from program import Ended, Program
 from seaweed import S3Server
 
 from batch_scorer import Config
-from batch_scorer.manifest import Receipt
+from batch_scorer.commits import Receipt
 from batch_scorer.run import Work
 from batch_scorer.run import score as run_score
 

@@ -15,9 +15,9 @@ from seaweed import S3Server
 from batch_scorer import Config
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.columns import ScoredRows
+from batch_scorer.commits import Receipt, Shard
 from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.lease import Lease
-from batch_scorer.manifest import Receipt, Shard
 from batch_scorer.models.directory import inspect_model
 from batch_scorer.plan import make_plan
 from batch_scorer.run import prepare

@@ -8,8 +8,8 @@ from places import Place, Stored, digests
 from program import Program, Running, wait_until
 
 from batch_scorer import Config
+from batch_scorer.commits import Receipt
 from batch_scorer.errors import ExitCode, LeaseLostError
-from batch_scorer.manifest import Receipt
 from batch_scorer.run import Work
 from batch_scorer.run import score as run_score
 from batch_scorer.storage import ObjectChanged

@@ -14,7 +14,7 @@ from inputs import pairs, parquet
 from safetensors.torch import load_file, save_file
 from tiny import tiny_reward_model, tiny_tokenizer
 
-from batch_scorer import parity, run
+from batch_scorer import run
 from batch_scorer.backends import hf
 from batch_scorer.backends.attention import attention_bounds
 from batch_scorer.backends.base import Backend
@@ -24,6 +24,7 @@ from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ParityError
 from batch_scorer.models.adapter import LastToken
 from batch_scorer.packing import PackedBatch
+from batch_scorer.parity import gate
 from batch_scorer.records import Scores, TokenizedRows
 from batch_scorer.render import Renderer
 from batch_scorer.shard import Job, make_backend
@@ -65,7 +66,7 @@ def sabotage(
         monkeypatch.setattr(backend, "score", lambda rows: change(backend, score(rows), rows))
         return backend
 
-    monkeypatch.setattr(parity, "make_backend", make)
+    monkeypatch.setattr(gate, "make_backend", make)
 
 
 def assert_caught(config: Config, match: str) -> None:
@@ -114,7 +115,7 @@ def test_the_wrong_token_pooled(config: Config, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(Readout, "_positions", one_early)
         return backend
 
-    monkeypatch.setattr(parity, "make_backend", make)
+    monkeypatch.setattr(gate, "make_backend", make)
     report = run.check(config).report
     assert not report.agrees and "of the spread" in report.problems[0]
 
@@ -154,7 +155,7 @@ def test_a_random_head(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
             torch.nn.init.normal_(parameter.data)
         return backend
 
-    monkeypatch.setattr(parity, "make_backend", make)
+    monkeypatch.setattr(gate, "make_backend", make)
     assert_caught(config, "of the spread")
 
 
@@ -242,7 +243,7 @@ def test_the_reference_is_computed_once_for_an_output(
     first = run.score(config)
     (shard,) = Path(config.output).glob("*.parquet")
     shard.unlink()
-    monkeypatch.setattr(parity, "compute_reference", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(gate, "compute_reference", lambda *_: pytest.fail("computed again"))
     assert run.score(config).parity == first.parity
 
 

@@ -504,7 +504,7 @@ def test_roberta_holds_fewer_tokens_than_positions(tmp_path: Path) -> None:
 
 
 def test_provenance_says_what_did_the_work(model_dir: ModelDir) -> None:
-    backend = make_backend(model_dir("gemma2"), num_threads=torch.get_num_threads())
+    backend = make_backend(model_dir("gemma2"))
     assert backend.provenance["attention_kernel"] == "eager_blocks"
     assert backend.provenance["model_class"] == "Gemma2Model"
     assert backend.provenance["token_budget"] == 256

@@ -22,6 +22,7 @@ LADDER = (
     "packing",
     "backends",
     "columns",
+    "commits",
     "lease",
     "manifest",
     "plan",
@@ -90,6 +91,20 @@ def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
         "from batch_scorer.cli import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         f"loaded = sorted({set(HEAVY)!r} & set(sys.modules))\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_stages_are_loaded_without_torch() -> None:
+    """A worker that dies while it imports torch must have been counted, so that Ray's restarts
+    end; and the workers that read and commit need none of it."""
+    code = (
+        "import sys, batch_scorer.pipeline\n"
+        "loaded = sorted({'torch', 'transformers', 'vllm'} & set(sys.modules))\n"
         "assert not loaded, loaded\n"
     )
     done = subprocess.run(

@@ -77,8 +77,8 @@ held to a plain model, one sequence at a time, in `tests/parity/test_matrix.py`.
 
 `score` is the raw output; higher is better in every family. Attributes come beside it, in
 `rewards`, raw. Not here: implicit rewards of DPO policies, which need a second model and the log
-probabilities of every token. A model that no family fits can be scored by the Python code that comes
-with it, with `--trust-remote-code`, on the hf engine; the run records that.
+probabilities of every token. A model that no family fits can be scored by the Python code that
+comes with it, with `--trust-remote-code`, on the hf engine; the run records that.
 
 | family | what it is | engines | outputs beside `score` |
 |---|---|---|---|

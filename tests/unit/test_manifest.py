@@ -3,15 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from batch_scorer.commits import Commit, Receipt, Shard, Source, Status
 from batch_scorer.errors import IntegrityError, OutputError, ShardReason
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.manifest import (
-    Commit,
     Ledger,
-    Receipt,
-    Shard,
-    Source,
-    Status,
     claim_output,
     current_manifest,
     known_receipts,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_scorer.commits import Source
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, InputError, ShardReason
-from batch_scorer.manifest import Source
 from batch_scorer.plan import InputFile, cut, list_sources, make_plan
 from batch_scorer.records import Format, Layout
 from batch_scorer.storage import Version

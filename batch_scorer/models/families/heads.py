@@ -3,12 +3,13 @@
 Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain, pairwise
 
 from torch import Tensor, nn
 
 from batch_scorer.errors import ModelError
+from batch_scorer.models.adapter import ModelConfig
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -52,6 +53,15 @@ class LastTokenHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         score: Tensor = self.score(hidden[:, -1])
         return score
+
+
+def linear_head(name: str) -> Callable[[Mapping[str, Tensor], ModelConfig], nn.Module]:
+    """What builds a head of one linear layer, `<name>.weight` (and `.bias`), on the last token."""
+
+    def build(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
+        return LastTokenHead(linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
+
+    return build
 
 
 class ClassProbability(nn.Module):

@@ -1,12 +1,12 @@
 """InternLM2-reward: InternLM2's body is Llama's under other names, read at a reward token."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from batch_scorer.models.adapter import Adapter, Body, LastToken, ModelConfig, Prompt, Reference
-from batch_scorer.models.families.heads import LastTokenHead, linear
+from batch_scorer.models.families.heads import linear_head
 
 _NAMES = {
     "tok_embeddings": "embed_tokens",
@@ -42,10 +42,6 @@ def _tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterable[tuple[s
     yield name, tensor
 
 
-def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
-    return LastTokenHead(linear(tensors["v_head.weight"]))
-
-
 ADAPTERS = (
     Adapter(
         name="internlm2_reward",
@@ -53,7 +49,7 @@ ADAPTERS = (
         architectures=("InternLM2ForRewardModel",),
         head={"v_head.weight": (1, None)},
         unused=("output.*",),
-        build_head=_head,
+        build_head=linear_head("v_head"),
         pooling=LastToken(must_be="reward_token_id"),
         reads="the reward token (the config's reward_token_id), put behind the conversation",
         body=Body(model_type="llama", config=_config, tensors=_tensors),

@@ -1,18 +1,13 @@
 """OpenAssistant's GPT-NeoX reward models: a linear `out_proj`, mean or last pooling by config."""
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
-
 from batch_scorer.models.adapter import (
     Adapter,
     Body,
     LastOrAll,
-    ModelConfig,
     Prompt,
     is_mean_pooled,
 )
-from batch_scorer.models.families.heads import LastTokenHead, linear
+from batch_scorer.models.families.heads import linear_head
 
 _TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|prompter|>' }}"
@@ -22,10 +17,6 @@ _TEMPLATE = (
 )
 
 
-def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
-    return LastTokenHead(linear(tensors["out_proj.weight"], tensors["out_proj.bias"]))
-
-
 ADAPTERS = (
     Adapter(
         name="oasst_pythia",
@@ -33,7 +24,7 @@ ADAPTERS = (
         architectures=("GPTNeoXRewardModel",),
         head={"out_proj.weight": (1, None), "out_proj.bias": (1,)},
         unused=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
-        build_head=_head,
+        build_head=linear_head("out_proj"),
         pooling=LastOrAll(),
         averages=is_mean_pooled,
         reads="all tokens, averaged, or the last: the config's `pooling`",

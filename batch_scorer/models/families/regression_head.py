@@ -3,12 +3,12 @@
 Templates are the models' own, from their cards; none is in their tokenizers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from batch_scorer.models.adapter import Adapter, Body, ModelConfig, Prompt, Reference
-from batch_scorer.models.families.heads import LastTokenHead, linear
+from batch_scorer.models.families.heads import linear_head
 
 _NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}"
@@ -37,10 +37,6 @@ _STARLING_34B = (
 )
 
 
-def _head(name: str) -> Callable[[Mapping[str, Tensor], ModelConfig], nn.Module]:
-    return lambda tensors, config: LastTokenHead(linear(tensors[name]))
-
-
 def _starling_body(name: str, tensor: Tensor, config: ModelConfig) -> Iterable[tuple[str, Tensor]]:
     if name.startswith("transformer."):
         yield name.replace("transformer.", "model.", 1), tensor
@@ -53,7 +49,7 @@ ADAPTERS = (
         architectures=("EurusRewardModel",),
         head={"regression_head.weight": (1, None)},
         unused=("lm_head.*",),
-        build_head=_head("regression_head.weight"),
+        build_head=linear_head("regression_head"),
         prompt=Prompt(template=_EURUS),
         models=("openbmb/Eurus-RM-7b",),
         references=(
@@ -72,7 +68,7 @@ ADAPTERS = (
         architectures=("LlamaRewardModel", "LlamaForCausalLM"),
         head={"regression_head.weight": (1, None)},
         unused=("lm_head.*",),
-        build_head=_head("regression_head.weight"),
+        build_head=linear_head("regression_head"),
         prompt=Prompt(template=_ULTRARM),
         models=("openbmb/UltraRM-13b",),
         traps=("RewardBench renders `User:` where the model was trained on `Human:`",),
@@ -83,7 +79,7 @@ ADAPTERS = (
             summary="Llama body under `transformer.`, with `v_head`",
             architectures=("LlamaForSequenceClassification", "GPTRewardModel", "LlamaForCausalLM"),
             head={"v_head.weight": (1, None)},
-            build_head=_head("v_head.weight"),
+            build_head=linear_head("v_head"),
             body=Body(tensors=_starling_body),
             prompt=Prompt(template=template),
             model_ids=ids,

@@ -1,16 +1,7 @@
 """Stock decoders with one linear `score` head: Skywork-Reward and most public reward models."""
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
-
-from batch_scorer.models.adapter import Adapter, LastToken, ModelConfig, Reference
-from batch_scorer.models.families.heads import LastTokenHead, linear
-
-
-def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
-    return LastTokenHead(linear(tensors["score.weight"], tensors.get("score.bias")))
-
+from batch_scorer.models.adapter import Adapter, LastToken, Reference
+from batch_scorer.models.families.heads import linear_head
 
 _JANE = "Jane's 12 apples, {} response"
 _PUBLISHED = {
@@ -31,7 +22,7 @@ ADAPTERS = (
         architectures=("*ForSequenceClassification",),
         head={"score.weight": (1, None)},
         head_extra=("score.bias",),
-        build_head=_head,
+        build_head=linear_head("score"),
         pooling=LastToken(skips_pad=True),
         reads="the last token that is not the config's pad id",
         models=(

@@ -1,18 +1,9 @@
 """The logit of one token as reward: Nemotron-Reward, a plain causal language model."""
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
-
-from batch_scorer.models.adapter import Adapter, ModelConfig, Reference
-from batch_scorer.models.families.heads import LastTokenHead, linear
+from batch_scorer.models.adapter import Adapter, Reference
+from batch_scorer.models.families.heads import linear_head
 
 _REWARD_ID = 0
-
-
-def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
-    return LastTokenHead(linear(tensors["lm_head.weight"]))
-
 
 ADAPTERS = (
     Adapter(
@@ -22,7 +13,7 @@ ADAPTERS = (
         head={"lm_head.weight": (None, None)},
         head_rows=(_REWARD_ID,),
         tied={"lm_head.weight": "model.embed_tokens.weight"},
-        build_head=_head,
+        build_head=linear_head("lm_head"),
         model_ids=("*nemotron*reward*",),
         models=(
             "nvidia/Llama-3.1-Nemotron-70B-Reward-HF",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from batch_scorer.models.adapter import Adapter, ModelConfig
-from batch_scorer.models.families.heads import LastTokenHead, linear, mlp
+from batch_scorer.models.families.heads import LastTokenHead, linear, linear_head, mlp
 
 _ARCHITECTURES = ("*ForCausalLM", "*ForCausalLMWithValueHead", "GRewardModel")
 
@@ -24,12 +24,6 @@ class NormalizedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         raw: Tensor = self.score(hidden[:, -1])
         return torch.cat([(raw - self.mean) / self.std, raw], dim=-1)
-
-
-def _summary(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
-    return LastTokenHead(
-        linear(tensors["v_head.summary.weight"], tensors.get("v_head.summary.bias"))
-    )
 
 
 def _summary_mlp(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
@@ -59,7 +53,7 @@ ADAPTERS = (
         head={"v_head.summary.weight": (1, None)},
         head_extra=("v_head.summary.bias",),
         unused=("lm_head.*",),
-        build_head=_summary,
+        build_head=linear_head("v_head.summary"),
         models=("TRL and LLaMA-Factory reward models", "GRM-*-sftreg with vhead_layer_type linear"),
         traps=("the head's dropout is for training; scores are taken without it",),
     ),

@@ -1,50 +1,29 @@
-"""The gate: are the engine's scores those of plain Hugging Face, on this job's own rows?
-
-A sample of the rows is rendered once more, by the tokenizer's plain call, and scored once more,
-by plain Hugging Face: eager, one sequence at a time, float32 where it fits. Token ids have to be
-the same; scores may differ by rounding. How much rounding is usual, plain Hugging Face shows
-itself: it is run in the engine's dtype too.
-
-    sample = choose_sample(job, shards)           on the driver; raises for a wrong rendering
-    reference = reference_of(job, sample)         on a worker, before its engine takes the memory
-    report = compare(sample, reference, scores)   pure
+"""Both sides' scores of the sample, and the verdict on them.
 
 Legend: S sampled sequences, O outputs, E errors as a share of the scores' spread.
 """
 
-import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.backends.base import Backend
-from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
+from batch_scorer.errors import ParityError
 from batch_scorer.lease import RECORDS
-from batch_scorer.manifest import Shard
-from batch_scorer.models.adapter import Adapter
-from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.records import RowError, Scores, SequenceInput, TokenizedRows
-from batch_scorer.shard import Job, make_backend, parse_shard, renderer_of
+from batch_scorer.parity.sample import Sample
+from batch_scorer.records import Scores
+from batch_scorer.shard import Job, make_backend
 from batch_scorer.storage import ObjectChanged, ObjectMissing, open_store
 
 log = logging.getLogger("batch_scorer")
 
 FloatArray = npt.NDArray[np.float32]
-
-SAMPLE_ROWS = 8
-SAMPLE_TOKENS = {"cpu": 6_000, "cuda": 100_000}
-"""Beyond shortest, median and longest row, only so many: plain Hugging Face takes its time."""
-_SEQUENCES_PER_ROW = 4
-_SHARDS_READ = 3
-_ROWS_READ = 128
 
 EXACT_ALLOWANCE = 1e-3
 """Error that float32 may have, as a share of the spread. Seen: 1e-5 (docs/numerics.md)."""
@@ -59,30 +38,6 @@ MOST_ALLOWED = (0.3, 0.1)
 """Worst and rms that are never exceeded, however much plain Hugging Face itself loses in the
 engine's dtype, and what is allowed where that is not measured (the model fits the memory in half
 precision only, or is quantised)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """S sequences of the job's own: their places, token ids, and which are pairs.
-
-    `shown` is the first sequence's text with special tokens visible, `pooled` those of its
-    tokens that the head reads (() where the model pools by itself), `leading_bos` how many BOS
-    ids it starts with, None for a tokenizer without one. `marked` counts the sequences, among
-    those looked at, that have no score, by reason.
-    """
-
-    names: tuple[str, ...]
-    rows: TokenizedRows
-    pairs: tuple[tuple[int, int], ...]
-    shown: str
-    pooled: tuple[str, ...]
-    leading_bos: int | None
-    marked: dict[str, int]
-
-    @property
-    def digest(self) -> str:
-        ids, offsets = self.rows.token_ids.tobytes(), self.rows.sequence_offsets.tobytes()
-        return hashlib.sha256(ids + offsets).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,159 +115,6 @@ class ParityReport:
                 + "; ".join(self.problems)
                 + " (look closer with `batch-scorer check`; --parity-check warn goes on regardless)"
             )
-
-
-# The sample
-
-
-def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
-    """Short, median and long rows of a few shards; None if no row there can be scored.
-
-    Raises ModelError if the chat template refuses every row, and ParityError if token ids are
-    not those of the tokenizer's own call.
-    """
-    ordered = sorted(shards, key=lambda shard: shard.output_key)
-    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
-    parts: list[tuple[str, list[SequenceInput], TokenizedRows]] = []
-    refused: list[RowError] = []
-    renderer, adapter = renderer_of(job), adapter_named(job.adapter)
-    for shard in [ordered[place] for place in places][:_SHARDS_READ]:
-        try:
-            parsed = parse_shard(job, replace(shard, num_rows=min(_ROWS_READ, shard.num_rows)))
-            rows = renderer.tokenize(parsed)
-        except ShardError as error:
-            log.warning("%s: not sampled: %s", shard.source.key, error)
-            continue
-        refused += [*rows.sequence_errors.values(), *rows.row_errors.values()]
-        chosen = choose_rows(rows, SAMPLE_ROWS // len(places) or 1, SAMPLE_TOKENS[job.device])
-        for row in chosen:
-            inputs, ids = _take(parsed.sequences, rows, row)
-            parts.append((f"{shard.source.key} row {shard.first_row + row}", inputs, ids))
-    if not parts:
-        template = [e for e in refused if e.reason is RowReason.TEMPLATE_ERROR]
-        if template:
-            raise ModelError(
-                f"{job.model_dir}: the chat template refuses all of the first rows: "
-                f"{template[0].detail}"
-            )
-        return None
-    rows = join_rows([ids for _, _, ids in parts])
-    _check_rendering(job, [sequence for _, inputs, _ in parts for sequence in inputs], rows)
-    names = [
-        f"{name}, {place + 1} of {ids.num_sequences}" if ids.num_sequences > 1 else name
-        for name, _, ids in parts
-        for place in range(ids.num_sequences)
-    ]
-    firsts = rows.row_offsets[:-1][np.diff(rows.row_offsets) > 1].tolist()
-    first = rows.token_ids[: rows.sequence_offsets[1]]
-    return Sample(
-        names=tuple(names),
-        rows=rows,
-        pairs=tuple((first, first + 1) for first in firsts),
-        shown=renderer.visible(first),
-        pooled=_pooled(job, adapter, first),
-        leading_bos=_leading(first, renderer.bos_id),
-        marked=dict(Counter(error.reason.value for error in refused)),
-    )
-
-
-def _pooled(job: Job, adapter: Adapter, ids: npt.NDArray[np.int32]) -> tuple[str, ...]:
-    if job.embedding is not None or adapter.build_head is None:
-        return ()
-    places = adapter.pooling.positions(ids, read_model_files(job.model_dir).config)
-    if isinstance(places, RowError):
-        return (places.detail,)
-    return tuple(renderer_of(job).visible(ids[place : place + 1]) for place in places)
-
-
-def choose_rows(rows: TokenizedRows, num_rows: int, max_tokens: int) -> list[int]:
-    """Rows to sample, shortest first: shortest, median and longest, then the lengths between.
-
-    Only rows all of whose sequences can be scored.
-    """
-    broken = set(rows.row_errors)
-    owners = np.searchsorted(rows.row_offsets, list(rows.sequence_errors), side="right") - 1
-    broken |= set(owners.tolist())
-    starts = rows.sequence_offsets[rows.row_offsets]
-    tokens = np.diff(starts)  # int64[R]
-    usable = [row for row in range(rows.num_rows) if row not in broken and tokens[row] > 0]
-    usable.sort(key=lambda row: int(tokens[row]))
-    if not usable:
-        return []
-    last = len(usable) - 1
-    wanted = [0, last, last // 2, *np.linspace(0, last, num_rows).astype(int).tolist()]
-    chosen: list[int] = []
-    spent = 0
-    for place in dict.fromkeys(wanted):
-        row = usable[place]
-        if len(chosen) < num_rows and (len(chosen) < 3 or spent + tokens[row] <= max_tokens):
-            chosen.append(row)
-            spent += int(tokens[row])
-    return sorted(chosen, key=lambda row: int(tokens[row]))
-
-
-def _take(
-    sequences: Sequence[SequenceInput | RowError], rows: TokenizedRows, row: int
-) -> tuple[list[SequenceInput], TokenizedRows]:
-    """The first few sequences of one row, as they came and as token ids."""
-    start = int(rows.row_offsets[row])
-    stop = min(int(rows.row_offsets[row + 1]), start + _SEQUENCES_PER_ROW)
-    bounds = rows.sequence_offsets[start : stop + 1]
-    taken = TokenizedRows(
-        token_ids=rows.token_ids[bounds[0] : bounds[-1]],
-        sequence_offsets=bounds - bounds[0],
-        row_offsets=np.array([0, stop - start]),
-        truncated_tokens=rows.truncated_tokens[start:stop],
-        sequence_errors={},
-        row_errors={},
-    )
-    return [s for s in sequences[start:stop] if not isinstance(s, RowError)], taken
-
-
-def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
-    """Rows of several parts as one; parts without errors."""
-
-    def joined(offsets: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for o in offsets]))])
-
-    return TokenizedRows(
-        token_ids=np.concatenate([part.token_ids for part in parts]),
-        sequence_offsets=joined([part.sequence_offsets for part in parts]),
-        row_offsets=joined([part.row_offsets for part in parts]),
-        truncated_tokens=np.concatenate([part.truncated_tokens for part in parts]),
-        sequence_errors={},
-        row_errors={},
-    )
-
-
-def _check_rendering(job: Job, inputs: Sequence[SequenceInput], rows: TokenizedRows) -> None:
-    from batch_scorer.backends.plain import PlainTokenizer
-
-    renderer = renderer_of(job)
-    plain = PlainTokenizer(
-        job.model_dir,
-        adapter_named(job.adapter).prompt,
-        trust_remote_code=job.config.trust_remote_code,
-    )
-    for index, sequence in enumerate(inputs):
-        ids = rows.token_ids[rows.sequence_offsets[index] : rows.sequence_offsets[index + 1]]
-        if (_leading(ids, renderer.bos_id) or 0) > 1:
-            raise ParityError(f"a sequence starts with BOS twice: {renderer.visible(ids[:12])!r}")
-        wanted = plain.token_ids(sequence)
-        if wanted is not None and not rows.truncated_tokens[index] and wanted != ids.tolist():
-            raise ParityError(
-                "token ids are not those of the tokenizer's own chat template: "
-                f"{renderer.visible(ids[:12])!r} here, "
-                f"{renderer.visible(np.array(wanted[:12], dtype=np.int32))!r} there"
-            )
-
-
-def _leading(ids: npt.NDArray[np.int32], token_id: int | None) -> int | None:
-    """How many ids at the start are this one; None without one."""
-    if token_id is None:
-        return None
-    others = np.flatnonzero(ids != token_id)
-    return int(others[0]) if len(others) else len(ids)
 
 
 # Both sides

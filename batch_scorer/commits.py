@@ -1,0 +1,161 @@
+"""What a shard, a commit and a receipt are: the records of work, planned, committed, ended."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from batch_scorer.errors import ShardReason
+from batch_scorer.fingerprint import digest_of
+from batch_scorer.records import Layout
+from batch_scorer.storage import Version
+
+_FOOTER_KEY = b"batch_scorer"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input file, as it was when the run was planned. `key` is relative to `root`."""
+
+    root: str
+    key: str
+    size_bytes: int
+    version: Version
+
+    @property
+    def url(self) -> str:
+        return f"{self.root.rstrip('/')}/{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A row range of one input file: the unit of work and of commit.
+
+    Rows [first_row, first_row + num_rows) of the file. `row_groups` are the Parquet row groups
+    [start, stop) that hold them and `skip_rows` the rows of the first group that come before;
+    None for files that are not Parquet. `replaces` is the stale object to be replaced, if any.
+    """
+
+    source: Source
+    layout: Layout
+    first_row: int
+    num_rows: int
+    row_groups: tuple[int, int] | None
+    skip_rows: int
+    estimated_tokens: int
+    output_key: str
+    replaces: Version | None = None
+
+    def identity(self, fingerprint: str, column_prefix: str) -> str:
+        """Digest of what this shard's scores are made of: equal identities, equal scores."""
+        return digest_of(
+            {
+                "input": self.source.key,
+                "etag": self.source.version.etag,
+                "size_bytes": self.source.size_bytes,
+                "rows": [self.first_row, self.num_rows],
+                "layout": layout_to_json(self.layout),
+                "column_prefix": column_prefix,
+                "fingerprint": fingerprint,
+            }
+        )
+
+
+def layout_to_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "format": layout.format,
+        "columns": dict(layout.columns),
+        "text_style": layout.text_style,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a scored shard says of itself, in its Parquet footer.
+
+    Holds no clock, host or attempt, so the object's bytes are a function of input, model and
+    plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
+    columns. `pairs` counts [pairs, chosen higher, ties] by the input's `source` column.
+    """
+
+    identity: str
+    fingerprint: str
+    epoch: int
+    input: str
+    input_etag: str
+    first_row: int
+    num_rows: int
+    rows_scored: int
+    rows_marked: int
+    marked: dict[str, int]
+    sequences: int
+    tokens: int
+    rows_digest: str
+    scores_digest: str
+    pairs: dict[str, list[int]]
+    layout: dict[str, Any]
+    added_columns: list[str]
+
+    def footer(self) -> dict[bytes, bytes]:
+        return {_FOOTER_KEY: json.dumps(asdict(self), sort_keys=True).encode()}
+
+    @classmethod
+    def from_footer(cls, metadata: dict[bytes, bytes] | None) -> Self | None:
+        """The commit in a schema's metadata; None if the file is not one of ours."""
+        raw = (metadata or {}).get(_FOOTER_KEY)
+        return None if raw is None else cls(**json.loads(raw))
+
+
+class Status(StrEnum):
+    """How a shard stands. INPUT_GONE: committed by an earlier run, its input is no longer there;
+    kept and named in the manifest, but not counted in any total."""
+
+    COMMITTED = "committed"
+    FAILED = "failed"
+    INPUT_GONE = "input_gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How one shard ended. A committed one carries its commit and what the store holds.
+
+    `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
+    record of what scored the shard (device, versions, attention kernel). `reused` tells a
+    shard that was committed before this run. `examples` names up to a few marked rows as [row of
+    the file, reason, detail]. The rest is measured: forward passes, the tokens in them, seconds
+    of reading, scoring and writing.
+    """
+
+    output_key: str
+    input: str
+    input_root: str
+    num_rows: int
+    status: Status
+    commit: Commit | None = None
+    version: Version | None = None
+    size_bytes: int = 0
+    sha256: str = ""
+    engine: str = ""
+    reason: ShardReason | None = None
+    detail: str = ""
+    reused: bool = False
+    examples: list[tuple[int, str, str]] = field(default_factory=list)
+    computed_tokens: int = 0
+    num_batches: int = 0
+    oom_splits: int = 0
+    read_s: float = 0.0
+    score_s: float = 0.0
+    write_s: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        value = dict(value)
+        value["status"] = Status(value["status"])
+        value["commit"] = Commit(**value["commit"]) if value["commit"] else None
+        value["version"] = Version(**value["version"]) if value["version"] else None
+        value["reason"] = ShardReason(value["reason"]) if value["reason"] else None
+        value["examples"] = [tuple(example) for example in value["examples"]]
+        return cls(**value)

@@ -1,0 +1,16 @@
+"""The gate: are the engine's scores those of plain Hugging Face, on this job's own rows?
+
+`sample` renders some of the rows once more, by the tokenizer's plain call; token ids have to be
+the same. `gate` scores them once more, by plain Hugging Face: eager, one sequence at a time,
+float32 where it fits; scores may differ by rounding. How much rounding is usual, plain Hugging
+Face shows itself: it is run in the engine's dtype too.
+
+    sample = choose_sample(job, shards)           on the driver; raises for a wrong rendering
+    reference = reference_of(job, sample)         on a worker, before its engine takes the memory
+    report = compare(sample, reference, scores)   pure
+"""
+
+from batch_scorer.parity.gate import ParityReport, check_engine, proven_backend
+from batch_scorer.parity.sample import Sample, choose_sample
+
+__all__ = ["ParityReport", "Sample", "check_engine", "choose_sample", "proven_backend"]
