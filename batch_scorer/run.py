@@ -189,8 +189,9 @@ class Checked:
 
 
 def check(config: Config) -> Checked:
-    """Hold the chosen engine against plain Hugging Face on a sample of the inputs.
+    """Hold an engine against plain Hugging Face on a sample of the inputs.
 
+    Under `backend: auto` that is the first engine that supports the model; nothing is raced.
     Writes nothing. Raises what `score` raises before its first shard, but not for scores that
     differ: see `Checked.report`.
     """

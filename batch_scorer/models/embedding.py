@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from batch_scorer.errors import ModelError
 from batch_scorer.records import Embedding
 
 _POOLING_FLAGS: tuple[tuple[str, Literal["last", "mean", "cls"]], ...] = (
@@ -21,7 +22,7 @@ def embedding_of(
     """What is not given is taken from `modules.json` and the pooling module's `config.json`.
 
     Without these files, decoders are read at their last token and encoders as the mean of all,
-    neither normalised.
+    neither normalised. Raises ModelError for files that are no JSON.
     """
     modules = _read(model_dir / "modules.json") or []
     types = {str(module.get("type", "")).rsplit(".", 1)[-1]: module for module in modules}
@@ -48,4 +49,7 @@ def _is_decoder(model_dir: Path) -> bool:
 
 
 def _read(file: Path) -> Any:
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise ModelError(f"{file}: not readable: {error}") from error

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.run import Checked
+from batch_scorer.run import Checked, Prepared
 
 _SHOWN_CHARACTERS = 600
 
@@ -22,12 +22,12 @@ def print_check(console: Console, checked: Checked) -> None:
     for name, value in (
         ("architecture", prepared.model.architecture),
         ("family", f"{adapter.name}: {adapter.summary}"),
-        ("outputs", ", ".join(("score", *prepared.model.attributes))),
+        ("outputs", _outputs(prepared)),
         ("engine", f"{report.backend} in {report.dtype} on {prepared.device}"),
         ("reference", f"plain Hugging Face, eager, one by one, {report.reference_dtype}"),
         ("longest sequence", f"{prepared.max_tokens:,} tokens"),
         ("BOS", _bos(sample.leading_bos)),
-        ("pooled tokens", ", ".join(repr(t) for t in sample.pooled) or "by the model itself"),
+        ("pooled tokens", ", ".join(repr(token) for token in sample.pooled) or _pooled(prepared)),
         ("truncated", f"{sample.num_truncated} of the sequences below"),
         ("without a score", _marked(sample.marked)),
     ):
@@ -71,6 +71,19 @@ def check_json(checked: Checked) -> dict[str, Any]:
         "marked": sample.marked,
         "parity": checked.report.to_json(),
     }
+
+
+def _outputs(prepared: Prepared) -> str:
+    if prepared.embedding is not None:
+        return f"an embedding of {prepared.model.hidden_size} dimensions"
+    return ", ".join(("score", *prepared.model.attributes))
+
+
+def _pooled(prepared: Prepared) -> str:
+    if prepared.embedding is None:
+        return "chosen by the model itself"
+    scaled = ", scaled to length 1" if prepared.embedding.normalize else ""
+    return f"{prepared.embedding.pooling}{scaled}"
 
 
 def _bos(leading: int | None) -> str:

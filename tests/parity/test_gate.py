@@ -258,6 +258,8 @@ def test_check_shows_what_the_model_sees(model: Path, tmp_path: Path) -> None:
     assert checked["parity"]["agrees"] and checked["leading_bos"] == 1
     assert checked["pooled_tokens"] == ["\n"] and checked["rendered"].startswith("<s><|im_start|>")
     assert not (tmp_path / "out").exists()
+    ended = run_cli("check", model, *config.inputs, "--no-ray", "--task", "embed", "--normalize")
+    assert "an embedding of 64 dimensions" in ended.out and "last, scaled to length 1" in ended.out
 
 
 def test_check_ends_with_an_error_where_engines_disagree(tmp_path: Path) -> None:
