@@ -272,13 +272,21 @@ def num_workers(job: Job) -> int:
 
 
 def on_worker(job: Job, work: Callable[[], T]) -> T:
-    """The result of `work` on a machine like the scoring workers', in a process of its own."""
+    """The result of `work` on a machine like the scoring workers', in a process of its own.
+
+    Raises what `work` raises, and IncompleteError if its process dies.
+    """
     if not job.config.use_ray:
         return work()
     import ray
 
     remote = ray.remote(max_calls=1, max_retries=0, **_worker_resources(job, workers=1))
-    result: T = ray.get(remote(_call).remote(work))
+    try:
+        result: T = ray.get(remote(_call).remote(work))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as it was raised there, without Ray's frames around it
+    except ray.exceptions.RayError as error:
+        raise IncompleteError(f"a worker died: {str(error).splitlines()[0]}") from error
     return result
 
 

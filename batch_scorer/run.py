@@ -13,6 +13,7 @@ from batch_scorer.columns import SCALAR, Outputs
 from batch_scorer.commits import Receipt, Shard, Status
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import (
+    IncompleteError,
     InputError,
     LeaseLostError,
     ModelError,
@@ -46,7 +47,7 @@ from batch_scorer.pipeline import (
     run_on_ray,
 )
 from batch_scorer.plan import Plan, make_plan
-from batch_scorer.records import Embedding, Format
+from batch_scorer.records import Embedding, Format, TokenizedRows
 from batch_scorer.render import Probe
 from batch_scorer.shard import Job, renderer_of
 from batch_scorer.storage import Store, open_store
@@ -286,12 +287,19 @@ def _with_engine(prepared: Prepared, plan: Plan, output: Store) -> Prepared:
         return prepared
     racing = {name: prepare(config, model, name) for name in prepared.engines}
     jobs = {name: candidate.job(epoch=0) for name, candidate in racing.items()}
-    speeds = {
-        name: on_worker(job, partial(tokens_per_second, job, rows)) for name, job in jobs.items()
-    }
+    speeds = {name: _speed(job, rows) for name, job in jobs.items()}
     fastest = max(speeds, key=lambda name: speeds[name])
     log.info("tokens per second on the job's own rows: %s", speeds)
     return replace(racing[fastest], trial=speeds)
+
+
+def _speed(job: Job, rows: TokenizedRows) -> float:
+    """Tokens per second of the job's engine on a worker; 0 if it takes its process down."""
+    try:
+        return on_worker(job, partial(tokens_per_second, job, rows))
+    except IncompleteError as error:
+        log.warning("%s: %s", job.backend, error)
+        return 0.0
 
 
 def open_output(config: Config) -> Store:

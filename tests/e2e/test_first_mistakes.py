@@ -249,8 +249,9 @@ def test_a_flag_that_does_not_exist_is_named(inputs: Path) -> None:
     assert "--modle" in ended.err and "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize("command", ["score", "check"])
 def test_an_extra_that_is_not_installed_is_named_by_the_worker_on_ray(
-    program: Program, tiny_model: Path, inputs: Path, tmp_path: Path
+    command: str, program: Program, tiny_model: Path, inputs: Path, tmp_path: Path
 ) -> None:
     try:
         import flash_attn  # noqa: F401
@@ -259,7 +260,7 @@ def test_an_extra_that_is_not_installed_is_named_by_the_worker_on_ray(
     else:
         pytest.skip("flash-attn is installed")
     ended = program.run(
-        "score", "--model", tiny_model, inputs, "--output", tmp_path / "out",
+        command, "--model", tiny_model, inputs, "--output", tmp_path / "out",
         "--attention", "flash_attention_2",
     )  # fmt: skip
     assert_one_line(ended, "flash-attn", "pip install")
