@@ -13,7 +13,8 @@ demo: $(VENV)/demo.ok
 
 test: $(VENV)/test.ok lint
 	@# Two files at a time: many tests wait for Ray or a server. A file stays in one process.
-	@$(BIN)/pytest -n 2 --dist loadfile
+	@# In the order of folders, so that the slow ones do not come last.
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.ok
 	@$(BIN)/ruff check .
