@@ -181,6 +181,8 @@ class Config(BaseModel):
                 raise ValueError(
                     "tensor_parallel: only the vllm backend splits a model; set backend: vllm"
                 )
+        if self.backend == "vllm" and self.attention != "packed":
+            raise ValueError("attention: vllm chooses its own; only the hf backend takes it")
         if self.task == "score":
             for name in ("embedding_pooling", "normalize"):
                 if getattr(self, name) is not None:

@@ -13,6 +13,7 @@ from batch_scorer.columns import SCALAR, Outputs
 from batch_scorer.commits import Receipt, Shard, Status
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import (
+    ConfigError,
     IncompleteError,
     InputError,
     LeaseLostError,
@@ -209,14 +210,22 @@ def check(config: Config) -> Checked:
 
 
 def look_at_model(config: Config) -> ModelFacts:
-    """Find the model and check that it can score, or embed. Raises ModelError."""
-    return inspect_model(
+    """Find the model and check that it can score, or embed.
+
+    Raises ModelError, and ConfigError for a setting that this model has no use for.
+    """
+    model = inspect_model(
         find_model(config.model, with_code=config.trust_remote_code),
         config.model,
         config.adapter,
         embeds=config.task == "embed",
         trust_remote_code=config.trust_remote_code,
     )
+    if config.step_aggregation is not None and not model.has_steps:
+        raise ConfigError(
+            f"step_aggregation: {model.adapter} models give no step scores; leave it out"
+        )
+    return model
 
 
 def outputs_of(config: Config, model: ModelFacts) -> Outputs:

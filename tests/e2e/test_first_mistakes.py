@@ -164,7 +164,9 @@ def test_what_gemma_2_cannot_bear(
     ("flags", "cause"),
     [
         (("--quantization", "fp8"), "set backend: vllm"),
+        (("--backend", "vllm", "--attention", "eager"), "vllm chooses its own"),
         (("--normalize",), "set task: embed"),
+        (("--step-aggregation", "mean"), "give no step scores"),
         (("--task", "embed", "--adapter", "armorm"), "an embedding has no head"),
         (("--adapter", "armour"), "known are"),
     ],
