@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_scorer.config import OverLength
-from batch_scorer.records import Format, Layout, RowError
+from batch_scorer.records import Effort, Format, Layout, RowError
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -49,8 +49,7 @@ class ScoredRows:
     `values` float32[S, O], NaN where there is no score; `step_values` float32[K] and
     `step_offsets` int64[S+1] of a process reward model; `lengths` and `truncated_tokens`
     int32[S]; `row_offsets` int64[R+1]; errors by sequence and by row. `rows_digest` is over what
-    was scored, `engine` says what scored it. The rest is measured: forward passes, the tokens in
-    them, batches halved, seconds.
+    was scored, `engine` says what scored it, `effort` and `score_s` what it took.
     """
 
     values: FloatArray
@@ -61,9 +60,7 @@ class ScoredRows:
     row_errors: dict[int, RowError]
     rows_digest: str
     engine: dict[str, Any]
-    computed_tokens: int
-    num_batches: int
-    oom_splits: int
+    effort: Effort
     score_s: float
     outputs: Outputs = SCALAR
     step_values: FloatArray | None = None

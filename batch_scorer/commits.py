@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from batch_scorer.errors import ShardReason
 from batch_scorer.fingerprint import digest_of
-from batch_scorer.records import Layout
+from batch_scorer.records import Effort, Layout
 from batch_scorer.storage import Version
 
 _FOOTER_KEY = b"batch_scorer"
@@ -122,8 +122,8 @@ class Receipt:
     `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
     record of what scored the shard (device, versions, attention kernel). `reused` tells a
     shard that was committed before this run. `examples` names up to a few marked rows as [row of
-    the file, reason, detail]. The rest is measured: forward passes, the tokens in them, seconds
-    of reading, scoring and writing.
+    the file, reason, detail]. The rest says what it took: `effort`, and seconds of reading, scoring
+    and writing.
     """
 
     output_key: str
@@ -140,9 +140,7 @@ class Receipt:
     detail: str = ""
     reused: bool = False
     examples: list[tuple[int, str, str]] = field(default_factory=list)
-    computed_tokens: int = 0
-    num_batches: int = 0
-    oom_splits: int = 0
+    effort: Effort = field(default_factory=Effort)
     read_s: float = 0.0
     score_s: float = 0.0
     write_s: float = 0.0
@@ -157,5 +155,6 @@ class Receipt:
         value["commit"] = Commit(**value["commit"]) if value["commit"] else None
         value["version"] = Version(**value["version"]) if value["version"] else None
         value["reason"] = ShardReason(value["reason"]) if value["reason"] else None
+        value["effort"] = Effort(**value["effort"])
         value["examples"] = [tuple(example) for example in value["examples"]]
         return cls(**value)

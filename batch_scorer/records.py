@@ -163,22 +163,41 @@ class PooledTokens:
 
 
 @dataclass(slots=True)
+class Effort:
+    """What it took to score some sequences; adds up over shards.
+
+    Of the tokens of all sequences, `computed_tokens` went through the model, `shared_tokens` did
+    not because another sequence of their prefix already had (a sequence that is asked twice is
+    neither: it counts once).
+    """
+
+    num_batches: int = 0
+    """Forward passes."""
+    computed_tokens: int = 0
+    """Tokens that went through the model, padding not counted."""
+    padding_tokens: int = 0
+    """Places of padded batches that held no token."""
+    shared_tokens: int = 0
+    """Tokens of distinct sequences that were found computed, as part of a shared prefix."""
+    attended_pairs: int = 0
+    """Pairs of a computed token and a token that it attends to, its own included; sliding windows
+    not considered."""
+    oom_splits: int = 0
+    """Batches that were cut smaller for lack of memory."""
+
+
+@dataclass(slots=True)
 class Scores:
     """What a backend gives back for S sequences, in their order.
 
     `values` is float32[S, O], raw outputs without activation; NaN where `errors` names the
     sequence. Output 0 is the score, the others the model's attributes; an embedding has no
     score, all O are its dimensions. A process reward model adds `step_values`, float32[K], those
-    of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`. `num_batches` counts forward
-    passes, `computed_tokens` the tokens they held, padding included; `cached_tokens` those that
-    a cache of shared prefixes saved; `oom_splits` the batches that were halved for lack of memory.
+    of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`.
     """
 
     values: npt.NDArray[np.float32]
     errors: dict[int, RowError] = field(default_factory=dict)
     step_values: npt.NDArray[np.float32] | None = None
     step_offsets: npt.NDArray[np.int64] | None = None
-    num_batches: int = 0
-    computed_tokens: int = 0
-    oom_splits: int = 0
-    cached_tokens: int = 0
+    effort: Effort = field(default_factory=Effort)

@@ -378,7 +378,7 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
         workers=num_workers(job),
         score_s=sum(receipt.score_s for receipt in ours),
         scored_tokens=sum(receipt.commit.tokens for receipt in ours if receipt.commit),
-        computed_tokens=sum(receipt.computed_tokens for receipt in ours),
+        computed_tokens=sum(receipt.effort.computed_tokens for receipt in ours),
         parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
     )
 

@@ -110,9 +110,7 @@ def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR
         row_errors=rows.row_errors,
         rows_digest=_rows_digest(rows),
         engine=backend.provenance,
-        computed_tokens=scores.computed_tokens,
-        num_batches=scores.num_batches,
-        oom_splits=scores.oom_splits,
+        effort=scores.effort,
         score_s=time.perf_counter() - started,
         outputs=outputs,
         step_values=scores.step_values if outputs.steps else None,
@@ -157,9 +155,7 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
             (shard.first_row + row, error.reason.value, error.detail)
             for row, error in list(errors.items())[:_EXAMPLES_PER_SHARD]
         ],
-        computed_tokens=scored.computed_tokens,
-        num_batches=scored.num_batches,
-        oom_splits=scored.oom_splits,
+        effort=scored.effort,
         score_s=scored.score_s,
         write_s=time.perf_counter() - started,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.errors import RowReason
-from batch_scorer.records import RowError, Scores, TokenizedRows
+from batch_scorer.records import Effort, RowError, Scores, TokenizedRows
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 
@@ -30,7 +30,9 @@ class FakeBackend:
             for sequence in np.flatnonzero(rows.lengths == 0).tolist()
             if sequence not in rows.sequence_errors
         }
-        return Scores(values, errors, num_batches=1, computed_tokens=rows.num_tokens)
+        pairs = int((rows.lengths * (rows.lengths + 1) // 2).sum())
+        effort = Effort(num_batches=1, computed_tokens=rows.num_tokens, attended_pairs=pairs)
+        return Scores(values, errors, effort=effort)
 
     def close(self) -> None:
         """Nothing is held."""

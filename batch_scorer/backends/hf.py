@@ -149,10 +149,10 @@ class HFBackend:
             if output is not None:
                 scored.append(sequences)
                 outputs.append(output)
-                scores.num_batches += 1
-                scores.computed_tokens += self._batch_tokens(lengths[sequences])
+                scores.effort.num_batches += 1
+                scores.effort.computed_tokens += self._batch_tokens(lengths[sequences])
             elif len(sequences) > 1:
-                scores.oom_splits += 1
+                scores.effort.oom_splits += 1
                 half = len(sequences) // 2
                 pending.extendleft((sequences[half:], sequences[:half]))
             else:

@@ -47,7 +47,7 @@ from batch_scorer.errors import ConfigError, MissingExtraError, ModelError
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.weights import body_config
 from batch_scorer.packing import Int64Array
-from batch_scorer.records import Embedding, PooledTokens, Scores, TokenizedRows
+from batch_scorer.records import Effort, Embedding, PooledTokens, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class VLLMBackend:
         self._head_device = torch.device(device if tensor_parallel == 1 else "cpu")
         self._readout.to(self._head_device)
         self._request_numbers = itertools.count()
-        self._steps = self._computed_tokens = self._cached_tokens = 0
+        self._effort = Effort()
         self.provenance: dict[str, Any] = {
             "backend": "vllm",
             "adapter": adapter.name,
@@ -218,13 +218,12 @@ class VLLMBackend:
         sequences = np.flatnonzero(lengths)
         if not len(sequences):
             return scores
-        self._steps = self._computed_tokens = self._cached_tokens = 0
+        self._effort = Effort()
         chosen = pooled.of(sequences)
         read = self._read_all_tokens if self._readout.reads_all_tokens else self._read_last_tokens
         self._readout.fill(scores, sequences, read(rows, sequences, chosen), pooled)
         mark_non_finite(scores, sequences)
-        scores.num_batches = self._steps
-        scores.computed_tokens, scores.cached_tokens = self._computed_tokens, self._cached_tokens
+        scores.effort = self._effort
         return scores
 
     def close(self) -> None:
@@ -307,12 +306,15 @@ class VLLMBackend:
                     submitted[name] = index
                 if not submitted:
                     return
-                self._steps += 1
+                self._effort.num_batches += 1
                 for output in self._engine.step():
                     index = submitted.pop(output.request_id)
                     length = len(prompts[index]) // 4
-                    self._cached_tokens += output.num_cached_tokens
-                    self._computed_tokens += length - output.num_cached_tokens
+                    cached = output.num_cached_tokens
+                    self._effort.shared_tokens += cached
+                    self._effort.computed_tokens += length - cached
+                    pairs = (length * (length + 1) - cached * (cached + 1)) // 2
+                    self._effort.attended_pairs += pairs
                     yield index, self._checked(output, length)
         except Exception as error:
             raise EngineDied(f"vLLM stopped: {type(error).__name__}: {error}") from error

@@ -241,11 +241,11 @@ def test_one_forward_per_planned_batch(name: str, attention: str, model_dir: Mod
     rows = tokenized(SEQUENCES)
     scores = backend.score(rows)
     plan = plan_batches(rows.lengths, 256, padded=attention != "packed")
-    assert len(sizes) == len(plan) == scores.num_batches
-    assert sum(sizes) == scores.computed_tokens
+    assert len(sizes) == len(plan) == scores.effort.num_batches
+    assert sum(sizes) == scores.effort.computed_tokens
     if attention == "packed":
-        assert scores.computed_tokens == rows.num_tokens
-    assert scores.oom_splits == 0
+        assert scores.effort.computed_tokens == rows.num_tokens
+    assert scores.effort.oom_splits == 0
 
 
 def test_no_mask_of_the_packed_row_is_made(model_dir: ModelDir) -> None:
@@ -264,7 +264,7 @@ def test_no_mask_of_the_packed_row_is_made(model_dir: ModelDir) -> None:
     backend = make_backend(model_dir("llama"), token_budget=1000)
     with LargestSquare() as largest:
         scores = backend.score(tokenized(sequences))
-    assert scores.num_batches == 1
+    assert scores.effort.num_batches == 1
     # Hidden states are [1000, 128] at most; a mask or scores of the row would be [1000, 1000].
     assert largest.side <= 128
 
@@ -296,8 +296,8 @@ def test_a_batch_that_does_not_fit_is_halved(
     halved = backend.score(tokenized(SEQUENCES))
     np.testing.assert_allclose(halved.values, whole.values, rtol=0, atol=TOLERANCE)
     assert halved.errors == {}
-    assert halved.oom_splits > 0
-    assert halved.num_batches == whole.num_batches + halved.oom_splits
+    assert halved.effort.oom_splits > 0
+    assert halved.effort.num_batches == whole.effort.num_batches + halved.effort.oom_splits
 
 
 def test_a_sequence_that_does_not_fit_alone_is_marked_and_the_others_scored(
@@ -351,7 +351,7 @@ def test_a_shard_without_anything_to_score(model_dir: ModelDir) -> None:
     assert backend.score(tokenized([])).values.shape == (0, 1)
     scores = backend.score(tokenized([[]]))
     assert np.isnan(scores.values).all()
-    assert scores.num_batches == 0
+    assert scores.effort.num_batches == 0
 
 
 def test_a_score_that_is_no_number_is_marked(model_dir: ModelDir) -> None:

@@ -190,7 +190,7 @@ def test_a_sequence_goes_through_the_model_once_however_much_is_read_of_it(
     )
     scores = backend.score(rows)
     assert tokens == [rows.num_tokens]
-    assert scores.num_batches == 1
+    assert scores.effort.num_batches == 1
     assert sum(len(values) for values in checkpoint.reference) > len(checkpoint.sequences)
 
 

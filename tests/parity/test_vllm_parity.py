@@ -163,14 +163,14 @@ def test_responses_to_one_prompt_share_its_computation(model_dir: ModelDir, star
     random = np.random.default_rng(0)
     sequences = [sequences[index] for index in random.permutation(len(sequences))]
     scores = backend.score(tokenized(sequences))
-    assert scores.cached_tokens >= 9 * 96
-    assert scores.cached_tokens + scores.computed_tokens == sum(map(len, sequences))
+    assert scores.effort.shared_tokens >= 9 * 96
+    assert scores.effort.shared_tokens + scores.effort.computed_tokens == sum(map(len, sequences))
 
 
 def test_equal_sequences_are_computed_once(model_dir: ModelDir, start: Start) -> None:
     once = start(model_dir("llama")).score(tokenized([[3, 4, 5], [9]]))
     thrice = start(model_dir("llama")).score(tokenized([[3, 4, 5], [9], [3, 4, 5], [3, 4, 5]]))
-    assert once.computed_tokens == thrice.computed_tokens == 4
+    assert once.effort.computed_tokens == thrice.effort.computed_tokens == 4
     assert (thrice.values[[2, 3]] == thrice.values[0]).all()
     np.testing.assert_allclose(thrice.values, once.values[[0, 1, 0, 0]], rtol=0, atol=TOLERANCE)
 
@@ -181,7 +181,7 @@ def test_more_rows_than_the_engine_holds_at_once(
     whole = start(model_dir("llama")).score(tokenized(SEQUENCES)).values
     monkeypatch.setattr("batch_scorer.backends.vllm.MAX_SEQUENCES", 2)
     scores = start(model_dir("llama")).score(tokenized(SEQUENCES))
-    assert scores.num_batches > len(SEQUENCES) // 4
+    assert scores.effort.num_batches > len(SEQUENCES) // 4
     np.testing.assert_allclose(scores.values, whole, rtol=0, atol=TOLERANCE)
 
 
@@ -253,8 +253,8 @@ def test_the_prefix_cache_does_not_move_scores(model_dir: ModelDir, start: Start
     reference = plain(model_dir("llama"), sequences).values
     cached = start(model_dir("llama"), token_budget=128).score(tokenized(sequences))
     computed = start(model_dir("llama"), prefix_caching=False).score(tokenized(sequences))
-    assert cached.cached_tokens > 0
-    assert computed.cached_tokens == 0
+    assert cached.effort.shared_tokens > 0
+    assert computed.effort.shared_tokens == 0
     np.testing.assert_allclose(cached.values, reference, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(computed.values, reference, rtol=0, atol=TOLERANCE)
 
@@ -336,7 +336,7 @@ def test_a_head_that_reads_two_tokens(model_dir: ModelDir, start: Start, tmp_pat
     assert scores.values.shape == (len(sequences), 20)
     assert {i: e.reason for i, e in scores.errors.items()} == {12: RowReason.NO_MARK}
     np.testing.assert_allclose(scores.values, reference.values, rtol=1e-4, atol=1e-3)
-    assert scores.cached_tokens > 0  # the prompt of the mark is a prefix of the whole
+    assert scores.effort.shared_tokens > 0  # the prompt of the mark is a prefix of the whole
 
 
 def test_a_step_head_reads_every_step_from_one_forward(
@@ -365,7 +365,7 @@ def test_a_step_head_reads_every_step_from_one_forward(
     np.testing.assert_allclose(scores.step_values, reference.step_values, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(scores.values, reference.values, rtol=0, atol=TOLERANCE)
     # One forward for each distinct sequence that has steps, however many.
-    assert scores.computed_tokens == sum(map(len, sequences[: len(steps)]))
+    assert scores.effort.computed_tokens == sum(map(len, sequences[: len(steps)]))
     assert np.std(scores.step_values) > 0.05
 
 

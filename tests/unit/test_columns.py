@@ -18,7 +18,7 @@ from batch_scorer.columns import (
 )
 from batch_scorer.config import OverLength
 from batch_scorer.errors import RowReason
-from batch_scorer.records import Format, Layout, RowError
+from batch_scorer.records import Effort, Format, Layout, RowError
 
 NAN = float("nan")
 TOO_LONG = RowError(RowReason.TOO_LONG, "")
@@ -43,9 +43,7 @@ def scored(
         row_errors=row_errors or {},
         rows_digest="",
         engine={},
-        computed_tokens=0,
-        num_batches=0,
-        oom_splits=0,
+        effort=Effort(),
         score_s=0.0,
         outputs=outputs,
         step_values=None
