@@ -189,6 +189,7 @@ def _mapping(name: str, pairs: list[str] | None) -> dict[str, str] | None:
 
 
 _NOT_GIVEN = "(not given)"
+_NOT_READ = "(not read)"
 
 
 @app.command()
@@ -199,17 +200,18 @@ def score(config: Config, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@partial(_with_settings, model="(not read)", output="(not written)")
+@partial(_with_settings, model=_NOT_READ, output="(not written)")
 def plan(config: Config, as_json: AsJson = False) -> None:
-    """Say what a run would do: files, what their rows are, shards. Writes nothing."""
-    from batch_scorer.plan import make_plan
+    """Say what a run would do: files, what their rows are, shards; with --model also how many
+    tokens it would compute, and the FLOPs. Writes nothing."""
     from batch_scorer.reports.summary import plan_json, print_plan
+    from batch_scorer.run import look_ahead
 
-    made = make_plan(config)
+    ahead = look_ahead(config, with_model=config.model != _NOT_READ)
     if as_json:
-        print(json.dumps(plan_json(made)))
+        print(json.dumps(plan_json(ahead)))
     else:
-        print_plan(_out, made)
+        print_plan(_out, ahead)
 
 
 @app.command()

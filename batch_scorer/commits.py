@@ -122,8 +122,15 @@ class Receipt:
     `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
     record of what scored the shard (device, versions, attention kernel). `reused` tells a
     shard that was committed before this run. `examples` names up to a few marked rows as [row of
-    the file, reason, detail]. The rest says what it took: `effort`, and seconds of reading, scoring
-    and writing.
+    the file, reason, detail].
+
+    The rest says what it took. `epoch` is of the run that did the work, 0 if no record tells.
+    `estimated_tokens` are those of the plan. `started_at` and `committed_at` are clock times, in
+    seconds since 1970, of the worker that scored and of the one that wrote. `peak_flops` is what
+    the scoring worker's devices do together in large matrix products, FLOP/s, 0 where it was not
+    measured. Seconds: `read_s` of reading, `tokenize_s` of rendering and tokenising, `wait_s` for
+    which the worker had nothing to score between its shard before and this one, `score_s` inside
+    the backend, `write_s` of joining, encoding and publishing.
     """
 
     output_key: str
@@ -140,8 +147,15 @@ class Receipt:
     detail: str = ""
     reused: bool = False
     examples: list[tuple[int, str, str]] = field(default_factory=list)
+    epoch: int = 0
+    estimated_tokens: int = 0
     effort: Effort = field(default_factory=Effort)
+    started_at: float = 0.0
+    committed_at: float = 0.0
+    peak_flops: float = 0.0
     read_s: float = 0.0
+    tokenize_s: float = 0.0
+    wait_s: float = 0.0
     score_s: float = 0.0
     write_s: float = 0.0
 

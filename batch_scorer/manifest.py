@@ -4,6 +4,7 @@
     OUT/_SUCCESS                           JSON totals; written last
     OUT/_batch_scorer/run.json             what this output is: fingerprint, layout, provenance
                       plan.json            how much the newest run set out to do
+                      runs/*.json          what each run had to do, and what it measured
                       engines/*.json       what scored: device, versions, kernel
                       lease.json           who works on it now, and the epoch
                       ledger/*.jsonl       receipts as they come in; only saves reading shards
@@ -31,6 +32,7 @@ from batch_scorer.commits import Commit, Receipt, Status
 from batch_scorer.errors import IntegrityError, OutputError
 from batch_scorer.fingerprint import Fingerprint, digest_of
 from batch_scorer.lease import RECORDS
+from batch_scorer.metrics import Run
 from batch_scorer.storage import (
     AccessDenied,
     ObjectChanged,
@@ -45,6 +47,7 @@ _RUN_KEY = f"{RECORDS}/run.json"
 _CURRENT_KEY = f"{RECORDS}/CURRENT"
 _ENGINES = f"{RECORDS}/engines"
 _PLAN_KEY = f"{RECORDS}/plan.json"
+_RUNS = f"{RECORDS}/runs"
 _READERS = 16
 
 
@@ -286,6 +289,22 @@ def read_plan(store: Store) -> dict[str, int]:
     """What `record_plan` wrote; raises ObjectMissing before any run has planned."""
     plan: dict[str, int] = json.loads(store.read(_PLAN_KEY))
     return plan
+
+
+def record_run(store: Store, run: Run, metrics: dict[str, Any] | None) -> None:
+    """Keep what a run has to do and, once it has ended, its `Metrics.to_json`."""
+    body = {"run": run.to_json(), "metrics": metrics}
+    put(store, f"{_RUNS}/{run.epoch:06d}.json", json.dumps(body, indent=1).encode())
+
+
+def newest_run(store: Store) -> tuple[Run, dict[str, Any] | None] | None:
+    """The newest run that had anything to score, and its figures; None for those of a run that
+    has not ended."""
+    key = max((info.key for info in store.list(_RUNS)), default=None)
+    if key is None:
+        return None
+    record = json.loads(store.read(key))
+    return Run.from_json(record["run"]), record["metrics"]
 
 
 def read_success(store: Store) -> dict[str, Any] | None:

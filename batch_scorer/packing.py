@@ -1,9 +1,13 @@
-"""Which sequences share a forward pass, and how a batch is laid out. Decides; runs nothing.
+"""Which tokens share a forward pass, and how a batch is laid out. Decides; runs nothing.
 
-Legend: S sequences, N nodes of a packed batch, T its tokens, K its gathered keys, P its pooled
-tokens, L the longest sequence of a padded batch.
+Decoders run over the token trie of a shard: every distinct prefix of its sequences goes through
+the model once, in batches that are slices of the trie. Encoders run in padded rectangles.
+
+Legend: S sequences, U tokens of a trie, T tokens of a batch, C tokens carried into it, P its
+pooled tokens, K pooled tokens of a shard, L the longest sequence of a padded batch.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,57 +20,173 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 
-def plan_batches(
-    lengths: Int64Array, token_budget: int, *, padded: bool = False
-) -> list[Int64Array]:
-    """Batches of sequence indices, the longest sequences first.
+@dataclass(frozen=True, slots=True)
+class TokenTrie:
+    """The distinct prefixes of some sequences, each once, depth first.
 
-    A packed batch costs the sum of its lengths, a padded one its longest length times its
-    sequences; no batch costs more than `token_budget`, save that a sequence longer than the
-    budget is a batch of its own. Sequences without tokens are left out. The plan is a pure
-    function of its arguments: equal lengths keep their order.
+    A token is followed by its longest continuation; where the position falls back to d, another
+    sequence begins to differ after d tokens. So the ancestors of a token are the last tokens
+    before it at positions 0, 1, … below its own, and the positions are all that is needed to find
+    them. Two sequences that are equal end at the same token.
     """
-    order = np.argsort(-lengths, kind="stable")  # int64[S]
-    order = order[lengths[order] > 0]
-    ends = np.cumsum(lengths[order])  # tokens up to and including each sequence
-    batches: list[Int64Array] = []
-    start = 0
-    while start < len(order):
-        if padded:
-            stop = start + token_budget // int(lengths[order[start]])
-        else:
-            tokens_before = int(ends[start - 1]) if start else 0
-            stop = int(np.searchsorted(ends, tokens_before + token_budget, side="right"))
-        stop = max(stop, start + 1)
-        batches.append(order[start:stop])
-        start = stop
-    return batches
+
+    token_ids: Int32Array
+    """int32[U]"""
+    position_ids: Int32Array
+    """int32[U], ancestors of each token: its place in every sequence that goes through it."""
+    ends: Int64Array
+    """int64[S], where the last token of each sequence lies in U."""
+    pooled_index: Int64Array
+    """int64[K], where each pooled token of the sequences lies in U, sequence after sequence."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def subtree_stop(self, start: int) -> int:
+        """Where the tokens end that descend from token `start`, itself included."""
+        falls_back = np.flatnonzero(self.position_ids[start + 1 :] <= self.position_ids[start])
+        return start + 1 + int(falls_back[0]) if len(falls_back) else self.num_tokens
+
+    @property
+    def attended_pairs(self) -> int:
+        """Pairs of a token and one that it attends to, its own included."""
+        return int(self.position_ids.sum(dtype=np.int64)) + self.num_tokens
+
+    def batch(self, start: int, stop: int) -> "PackedBatch":
+        """The tokens from `start` to `stop`."""
+        inside = self.pooled_index[(self.pooled_index >= start) & (self.pooled_index < stop)]
+        return PackedBatch(
+            token_ids=self.token_ids[start:stop],
+            position_ids=self.position_ids[start:stop],
+            num_kept=int(self.position_ids[stop]) if stop < self.num_tokens else 0,
+            pooled_index=np.unique(inside) - start,
+        )
+
+
+def build_trie(
+    rows: TokenizedRows,
+    sequences: Int64Array | None = None,
+    pooled: PooledTokens | None = None,
+) -> TokenTrie:
+    """The trie of the chosen `sequences` of a shard, by default of all that have tokens.
+
+    `pooled` are the pooled tokens of these sequences, in their order; by default none.
+    """
+    if sequences is None:
+        sequences = np.flatnonzero(rows.lengths)
+    starts = rows.sequence_offsets[sequences].tolist()
+    stops = rows.sequence_offsets[sequences + 1].tolist()
+    # As bytes with the highest first, ids sort and compare as the numbers do.
+    big_endian = rows.token_ids.astype(">i4").tobytes()
+    keys = [big_endian[4 * a : 4 * b] for a, b in zip(starts, stops, strict=True)]
+    ends = np.empty(len(keys), np.int64)
+    places = np.zeros(0, np.int64) if pooled is None else np.empty(len(pooled.positions), np.int64)
+    longest = max((len(key) // 4 for key in keys), default=0)
+    path = np.empty(longest, np.int64)  # where in the trie the newest sequence's tokens lie
+    ids: list[Int32Array] = [np.zeros(0, np.int32)]
+    positions: list[Int32Array] = [np.zeros(0, np.int32)]
+    counting = np.arange(longest, dtype=np.int32)
+    before, tokens_before = b"", np.zeros(0, np.int32)
+    size = 0
+    for number in sorted(range(len(keys)), key=keys.__getitem__):
+        if keys[number] != before or not size:
+            before = keys[number]
+            tokens = rows.token_ids[starts[number] : stops[number]]
+            shared = _shared_prefix(tokens_before, tokens)
+            ids.append(tokens[shared:])
+            positions.append(counting[shared : len(tokens)])
+            path[shared : len(tokens)] = np.arange(size, size + len(tokens) - shared)
+            size += len(tokens) - shared
+            tokens_before = tokens
+        ends[number] = size - 1
+        if pooled is not None:
+            here = slice(pooled.offsets[number], pooled.offsets[number + 1])
+            places[here] = path[pooled.positions[here]]
+    return TokenTrie(np.concatenate(ids), np.concatenate(positions), ends, places)
+
+
+def _shared_prefix(one: Int32Array, other: Int32Array) -> int:
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """N nodes laid end to end in one row without padding, and what each may attend to.
+    """A slice of a trie: T tokens that go through the model together, without padding.
 
-    A node is a run of tokens that go through the model once. Its queries are its own tokens;
-    its keys are its ancestors' tokens and its own, causal and aligned at the bottom right: a
-    node's last query sees all of its keys. Today every node is a whole sequence, so its keys
-    are its own tokens, which is what `key_index` None says; otherwise it is int64[K], the
-    token behind each key, node after node.
+    Its keys are numbered from the C tokens carried into it, the ancestors of its first token that
+    earlier batches computed, to its own: token t is key C + t. The next batch carries on with
+    `num_kept` of these keys, the ancestors of its own first token.
     """
 
-    sequences: Int64Array
-    """int64[S], indices of the sequences in the shard."""
     token_ids: Int32Array
     """int32[T]"""
     position_ids: Int32Array
-    """int32[T], place of each token in its sequence: starts again at every sequence."""
-    query_offsets: Int32Array
-    """int32[N+1], bounds of the nodes' own tokens in T."""
-    key_offsets: Int32Array
-    """int32[N+1], bounds of the nodes' keys, in K (in T when `key_index` is None)."""
-    key_index: Int64Array | None
+    """int32[T], place of each token in its sequences."""
+    num_kept: int
     pooled_index: Int64Array
-    """int64[P], the tokens that the score head reads, sequence after sequence."""
+    """int64[P], ascending: the tokens whose hidden states are read."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_carried(self) -> int:
+        """C."""
+        return int(self.position_ids[0])
+
+    @property
+    def kept_keys(self) -> Int64Array:
+        """int64[num_kept], the keys that the next batch carries on with, first position first."""
+        return next(self.ancestors([self.num_tokens]))
+
+    @property
+    def attended_pairs(self) -> int:
+        """Pairs of a token and one that it attends to, its own included."""
+        return int(self.position_ids.sum(dtype=np.int64)) + self.num_tokens
+
+    @property
+    def run_starts(self) -> Int64Array:
+        """int64[N], the first token of each run: of consecutive tokens of one sequence."""
+        steps = np.diff(self.position_ids)
+        return np.concatenate([[0], np.flatnonzero(steps != 1) + 1])
+
+    def ancestors(self, tokens: Sequence[int]) -> Iterator[Int64Array]:
+        """For each of the ascending `tokens` the keys before its own, first position first.
+
+        Token number T is the first of the next batch.
+        """
+        carried = self.num_carried
+        starts = [*self.run_starts.tolist(), self.num_tokens]
+        newest = np.zeros(int(self.position_ids.max()) + 1, np.int64)  # key at each position
+        newest[:carried] = np.arange(carried)
+        run = done = 0
+        for token in tokens:
+            while done < token:
+                stop = min(starts[run + 1], token)
+                first = int(self.position_ids[done])
+                newest[first : first + stop - done] = np.arange(carried + done, carried + stop)
+                run, done = run + (stop == starts[run + 1]), stop
+            depth = int(self.position_ids[token]) if token < self.num_tokens else self.num_kept
+            yield newest[:depth].copy()
+
+
+def longest_first(lengths: Int64Array) -> Int64Array:
+    """The sequences that have tokens, in the order in which rectangles take them: neighbours pad
+    each other least, and what does not fit the memory shows early. Equal lengths keep theirs."""
+    order = np.argsort(-lengths, kind="stable")
+    return order[lengths[order] > 0]
+
+
+def rectangle_stop(lengths: Int64Array, start: int, token_budget: int) -> int:
+    """Where the padded batch that starts with sequence `start` of the longest-first `lengths`
+    ends: it costs its first length times its sequences, at most `token_budget`, save that a longer
+    sequence is a batch of its own."""
+    return min(len(lengths), start + max(1, token_budget // int(lengths[start])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,40 +201,11 @@ class PaddedBatch:
     """int64[S]"""
 
 
-def pack(rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens) -> PackedBatch:
-    """The chosen sequences of a shard laid end to end; `pooled` are those of the shard."""
-    lengths = rows.lengths[sequences]
-    offsets = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    chosen = pooled.of(sequences)
-    return PackedBatch(
-        sequences=sequences,
-        token_ids=np.concatenate(_token_slices(rows, sequences)),
-        position_ids=np.arange(offsets[-1], dtype=np.int32) - np.repeat(offsets[:-1], lengths),
-        query_offsets=offsets,
-        key_offsets=offsets,
-        key_index=None,
-        pooled_index=chosen.positions + np.repeat(offsets[:-1].astype(np.int64), chosen.counts),
-    )
-
-
-def last_tokens(rows: TokenizedRows) -> PooledTokens:
-    """The last token of every sequence that has any: what is pooled where nothing else is said."""
-    lengths = rows.lengths
-    offsets = np.concatenate([[0], np.cumsum(lengths > 0)])
-    return PooledTokens(lengths[lengths > 0] - 1, offsets)
-
-
 def pad(rows: TokenizedRows, sequences: Int64Array, pad_id: int) -> PaddedBatch:
     """The chosen sequences of a shard as rows of one rectangle."""
     lengths = rows.lengths[sequences]
     token_ids = np.full((len(sequences), int(lengths.max())), pad_id, dtype=np.int32)
-    for row, tokens in zip(token_ids, _token_slices(rows, sequences), strict=True):
-        row[: len(tokens)] = tokens
-    return PaddedBatch(sequences, token_ids, lengths)
-
-
-def _token_slices(rows: TokenizedRows, sequences: Int64Array) -> list[Int32Array]:
     starts = rows.sequence_offsets[sequences].tolist()
-    stops = rows.sequence_offsets[sequences + 1].tolist()
-    return [rows.token_ids[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    for row, start, length in zip(token_ids, starts, lengths.tolist(), strict=True):
+        row[:length] = rows.token_ids[start : start + length]
+    return PaddedBatch(sequences, token_ids, lengths)

@@ -20,13 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from batch_scorer.backends.base import Backend, EngineDied
-from batch_scorer.backends.device import CPU_ENVIRONMENT
+from batch_scorer.backends.base import EngineDied
+from batch_scorer.backends.device import CPU_ENVIRONMENT, matmul_peak
 from batch_scorer.columns import ScoredRows
 from batch_scorer.commits import Receipt, Shard
 from batch_scorer.config import Config, Device
@@ -43,7 +44,7 @@ from batch_scorer.shard import (
     Job,
     commit_shard,
     failed,
-    read_shard,
+    parse_shard,
     renderer_of,
     score_shard,
 )
@@ -64,17 +65,28 @@ and commit need one each."""
 
 
 @dataclass(frozen=True, slots=True)
+class _Spent:
+    """What is known of a shard's cost before it is committed; as in `Receipt`."""
+
+    read_s: float = 0.0
+    tokenize_s: float = 0.0
+    wait_s: float = 0.0
+    started_at: float = 0.0
+    peak_flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class _Read:
     shard: Shard
     rows: TokenizedRows | ShardError
-    read_s: float = 0.0
+    spent: _Spent = _Spent()
 
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
     shard: Shard
     rows: ScoredRows | ShardError
-    read_s: float = 0.0
+    spent: _Spent = _Spent()
 
 
 def run_here(job: Job, todo: list[Shard], sample: Sample | None = None) -> Iterator[Receipt]:
@@ -84,28 +96,63 @@ def run_here(job: Job, todo: list[Shard], sample: Sample | None = None) -> Itera
     """
     if not todo:
         return
-    backend = proven_backend(job, sample)
+    scorer = _Scorer(job, sample)
     try:
         for shard in todo:
-            yield _commit(job, _score(job, backend, _prepare(job, shard)))
+            yield _commit(job, scorer.score(_prepare(job, shard)))
     except EngineDied as error:
         raise IncompleteError(f"the engine died: {error}; run the same command again") from error
     finally:
-        backend.close()
+        scorer.close()
 
 
 def _prepare(job: Job, shard: Shard) -> _Read:
+    """`read_shard`, its two halves timed; loading the tokenizer belongs to neither."""
+    renderer = _caught(partial(renderer_of, job))
+    if isinstance(renderer, ShardError):
+        return _Read(shard, renderer)
     started = time.perf_counter()
-    rows = _caught(lambda: read_shard(job, shard, renderer_of(job)))
-    return _Read(shard, rows, time.perf_counter() - started)
+    parsed = _caught(partial(parse_shard, job, shard))
+    read_s = time.perf_counter() - started
+    if isinstance(parsed, ShardError):
+        return _Read(shard, parsed)
+    rows = _caught(partial(renderer.tokenize, parsed))
+    return _Read(shard, rows, _Spent(read_s, time.perf_counter() - started - read_s))
 
 
-def _score(job: Job, backend: Backend, read: _Read) -> _Scored:
-    rows = read.rows
-    if isinstance(rows, ShardError):
-        return _Scored(read.shard, rows, read.read_s)
-    scored = _caught(lambda: score_shard(rows, backend, job.outputs))
-    return _Scored(read.shard, scored, read.read_s)
+class _Scorer:
+    """An engine at work, and the time for which it had nothing to do."""
+
+    def __init__(self, job: Job, sample: Sample | None) -> None:
+        self._job = job
+        self._backend = proven_backend(job, sample)
+        self._peak_flops = 0.0
+        if job.backend != "fake":
+            # After loading: an engine may set the number of threads.
+            peak = matmul_peak(job.device, job.dtype)
+            self._peak_flops = peak * job.config.tensor_parallel
+        self._ended: float | None = None
+
+    def score(self, read: _Read) -> _Scored:
+        rows = read.rows
+        if isinstance(rows, ShardError):
+            return _Scored(read.shard, rows, read.spent)
+        started, started_at = time.perf_counter(), time.time()
+        scored = _caught(lambda: score_shard(rows, self._backend, self._job.outputs))
+        ended = time.perf_counter()
+        wait_s = 0.0
+        if isinstance(scored, ScoredRows):
+            # Waits and scores of a worker add up to its time since its first shard.
+            since = started if self._ended is None else self._ended
+            wait_s = ended - since - scored.score_s
+        self._ended = ended
+        spent = replace(
+            read.spent, wait_s=wait_s, started_at=started_at, peak_flops=self._peak_flops
+        )
+        return _Scored(read.shard, scored, spent)
+
+    def close(self) -> None:
+        self._backend.close()
 
 
 def _commit(job: Job, scored: _Scored) -> Receipt:
@@ -115,7 +162,7 @@ def _commit(job: Job, scored: _Scored) -> Receipt:
     receipt = _caught(lambda: commit_shard(job, scored.shard, rows))
     if isinstance(receipt, ShardError):
         return failed(scored.shard, receipt)
-    return replace(receipt, read_s=scored.read_s)
+    return replace(receipt, **asdict(scored.spent))
 
 
 def _caught(work: Callable[[], T]) -> T | ShardError:
@@ -383,7 +430,7 @@ class _ScoreStage:
             )
             return
         try:
-            self._backend = proven_backend(job, sample)
+            self._scorer = _Scorer(job, sample)
         except BatchScorerError as error:
             self._failure = error
         except Exception as error:  # a defect of a library must reach the user by its own words
@@ -399,7 +446,7 @@ class _ScoreStage:
         if refused is not None:
             return _pack([_Scored(read.shard, refused) for read in reads])
         try:
-            return _pack([_score(self._job, self._backend, read) for read in reads])
+            return _pack([self._scorer.score(read) for read in reads])
         except EngineDied:
             # Nothing in this process can be relied on: Ray starts another, and the death counts.
             log.exception("the engine died, and this worker with it")

@@ -8,7 +8,7 @@ and V2 do (model cards).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,10 @@ from batch_scorer.records import (
 
 OWN_TEMPLATE = Prompt()
 """The tokenizer's own template and nothing else."""
+
+_TEXTS_AT_ONCE = 64
+"""What the tokenizer gives back takes a hundred bytes a token and more, of which the id is four:
+2.5 million tokens at once take 220 MB and 15 % longer than in pieces."""
 
 PROBES: tuple[Conversation, ...] = (
     [
@@ -224,24 +228,27 @@ class Renderer:
         """int32 ids of each text with exactly one BOS where the tokenizer or template has one."""
         bos = self._tokenizer.bos_token
         has_bos = [bool(bos) and text.startswith(bos) for text in texts]
-        ids: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(texts)
+        ids = [np.empty(0, dtype=np.int32)] * len(texts)
         for given in (True, False):
             where = [i for i, flag in enumerate(has_bos) if flag == given]
             # A text that starts with BOS must not get another one from the tokenizer.
             encoded = self._encode([texts[i] for i in where], add_special_tokens=not given)
             for index, row in zip(where, encoded, strict=True):
-                ids[index] = np.asarray(row, dtype=np.int32)
+                ids[index] = row
         return ids
 
-    def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        if not self._tokenizer.is_fast:
-            encoded = self._tokenizer(texts, add_special_tokens=add_special_tokens)
-            return cast(list[list[int]], encoded["input_ids"])
-        fast = self._tokenizer.backend_tokenizer
-        rows = fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        return [row.ids for row in rows]
+    def _encode(
+        self, texts: list[str], *, add_special_tokens: bool
+    ) -> Iterator[npt.NDArray[np.int32]]:
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = texts[start : start + _TEXTS_AT_ONCE]
+            if self._tokenizer.is_fast:
+                encode = self._tokenizer.backend_tokenizer.encode_batch_fast
+                rows = [row.ids for row in encode(some, add_special_tokens=add_special_tokens)]
+            else:
+                rows = self._tokenizer(some, add_special_tokens=add_special_tokens)["input_ids"]
+            for row in rows:
+                yield np.array(row, dtype=np.int32)
 
     def _shorten(
         self, parsed: ParsedRows, index: int, ids: npt.NDArray[np.int32]

@@ -22,6 +22,7 @@ from batch_scorer.errors import (
     ShardReason,
     StorageError,
 )
+from batch_scorer.estimate import Estimate, estimate
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.lease import Lease
 from batch_scorer.manifest import (
@@ -35,7 +36,9 @@ from batch_scorer.manifest import (
     publish,
     read_engine,
     record_plan,
+    record_run,
 )
+from batch_scorer.metrics import Metrics, Run
 from batch_scorer.models.directory import ModelFacts, find_model, inspect_model
 from batch_scorer.models.embedding import embedding_of
 from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
@@ -129,19 +132,16 @@ class Work:
 class Summary:
     """How a run ended. `totals` as in `_SUCCESS`; `elapsed_s` and what follows are this run's own.
 
-    `score_s` is time inside the backend, summed over workers; `scored_tokens` were committed by
-    this run, `computed_tokens` went through the model for it. `parity` is one worker's report
-    (`parity.ParityReport`), None where nothing was checked.
+    `elapsed_s` is with starting up, `metrics` are of the shards that this run scored. `parity` is
+    one worker's report (`parity.ParityReport`), None where nothing was checked.
     """
 
     output: str
     totals: dict[str, Any]
     receipts: list[Receipt]
     elapsed_s: float
-    workers: int
-    score_s: float = 0.0
-    scored_tokens: int = 0
-    computed_tokens: int = 0
+    run: Run
+    metrics: Metrics
     parity: dict[str, Any] | None = None
 
     @property
@@ -177,8 +177,11 @@ def score(config: Config, listener: Listener | None = None) -> Summary:
             if work.todo or plan.failed:
                 output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
             record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
+            run = _set_out(job, prepared, work)
+            if work.todo:
+                record_run(output, run, None)
             listener.planned(work)
-            return _run(job, work, output, lease, listener)
+            return _run(job, run, work, output, lease, listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,17 +212,58 @@ def check(config: Config) -> Checked:
         return Checked(prepared, sample, on_worker(job, partial(check_engine, job, sample)))
 
 
-def look_at_model(config: Config) -> ModelFacts:
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a run would do. Without an `estimate`, `unknown` says why; None: no model is named."""
+
+    plan: Plan
+    estimate: Estimate | None = None
+    unknown: str | None = None
+
+
+def look_ahead(config: Config, *, with_model: bool) -> Outlook:
+    """Plan a run and, where the model is at hand, estimate what it takes from a sample of rows.
+
+    Writes nothing, starts no Ray, fetches no model. Raises ConfigError and InputError.
+    """
+    if not with_model:
+        return Outlook(make_plan(config))
+    try:
+        model = look_at_model(config, with_weights=False)
+        plan = make_plan(config, outputs_of(config, model))
+        job = Job(
+            config=config,
+            model_dir=model.path,
+            adapter=model.adapter,
+            backend=config.backend,
+            outputs=outputs_of(config, model),
+            embedding=None,
+            device=Device.CPU,
+            dtype="float32",
+            max_tokens=_max_tokens(config, model),
+            fingerprint="",
+            epoch=0,
+        )
+        estimated = estimate(job, model, plan.shards)
+    except ModelError as error:
+        return Outlook(make_plan(config), unknown=str(error))
+    unknown = None if estimated else "none of the sampled rows can be scored"
+    return Outlook(plan, estimated, unknown)
+
+
+def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     """Find the model and check that it can score, or embed.
 
-    Raises ModelError, and ConfigError for a setting that this model has no use for.
+    Without `with_weights` nothing is fetched, and the digest is left out. Raises ModelError, and
+    ConfigError for a setting that this model has no use for.
     """
     model = inspect_model(
-        find_model(config.model, with_code=config.trust_remote_code),
+        find_model(config.model, with_code=config.trust_remote_code, fetch=with_weights),
         config.model,
         config.adapter,
         embeds=config.task == "embed",
         trust_remote_code=config.trust_remote_code,
+        with_digest=with_weights,
     )
     if config.step_aggregation is not None and not model.has_steps:
         raise ConfigError(
@@ -245,7 +289,6 @@ def prepare(config: Config, model: ModelFacts, engine: str | None = None) -> Pre
     device = config.device or (Device.CUDA if has_gpus(config) else Device.CPU)
     has_bfloat16 = device is Device.CUDA or cpu_has_bfloat16()
     dtype = config.dtype or ("bfloat16" if has_bfloat16 else "float32")
-    max_tokens = min(config.max_tokens or model.max_tokens, model.max_tokens)
     embedding = None
     if config.task == "embed":
         embedding = embedding_of(model.path, config.embedding_pooling, config.normalize)
@@ -257,7 +300,7 @@ def prepare(config: Config, model: ModelFacts, engine: str | None = None) -> Pre
         embedding=embedding,
         device=device,
         dtype=dtype,
-        max_tokens=max_tokens,
+        max_tokens=_max_tokens(config, model),
         probe=None,
         fingerprint=Fingerprint({}),
     )
@@ -275,10 +318,14 @@ def prepare(config: Config, model: ModelFacts, engine: str | None = None) -> Pre
         backend=settings.engines[0],
         embedding=(embedding.pooling, embedding.normalize) if embedding else None,
         dtype=dtype,
-        max_tokens=max_tokens,
+        max_tokens=settings.max_tokens,
         probe_digest=probe.digest if probe else None,
     )
     return replace(settings, probe=probe, fingerprint=fingerprint)
+
+
+def _max_tokens(config: Config, model: ModelFacts) -> int:
+    return min(config.max_tokens or model.max_tokens, model.max_tokens)
 
 
 def _with_engine(prepared: Prepared, plan: Plan, output: Store) -> Prepared:
@@ -352,22 +399,41 @@ def remaining(plan: Plan, job: Job, output: Store) -> Work:
     return Work(plan, todo, done, gone)
 
 
-def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) -> Summary:
+def _set_out(job: Job, prepared: Prepared, work: Work) -> Run:
+    workers = num_workers(job)
+    return Run(
+        epoch=job.epoch,
+        shards=len(work.todo),
+        rows=sum(shard.num_rows for shard in work.todo),
+        estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
+        workers=workers,
+        devices=workers * job.config.tensor_parallel,
+        cost=None if job.backend == "fake" else prepared.model.cost,
+    )
+
+
+def _run(
+    job: Job, run: Run, work: Work, output: Store, lease: Lease, listener: Listener
+) -> Summary:
     started = time.perf_counter()
     ledger = Ledger(output, lease.epoch, lease.holder_id)
     receipts = [*work.done, *work.gone, *work.plan.failed]
     fresh: list[Receipt] = []
+    metrics = Metrics()
     try:
         for receipt in _attempt_all(job, work.todo, _sample(job, work.todo)):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
             fresh.append(receipt)
+            metrics.add(receipt)
             ledger.add(receipt)
             listener.finished(receipt)
     finally:
         ledger.flush()
     lease.check()
+    if work.todo:
+        record_run(output, run, metrics.to_json(run))
     totals = publish(output, lease.epoch, job.fingerprint, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
     return Summary(
@@ -375,10 +441,8 @@ def _run(job: Job, work: Work, output: Store, lease: Lease, listener: Listener) 
         totals=totals,
         receipts=receipts + fresh,
         elapsed_s=time.perf_counter() - started,
-        workers=num_workers(job),
-        score_s=sum(receipt.score_s for receipt in ours),
-        scored_tokens=sum(receipt.commit.tokens for receipt in ours if receipt.commit),
-        computed_tokens=sum(receipt.effort.computed_tokens for receipt in ours),
+        run=run,
+        metrics=metrics,
         parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
     )
 

@@ -95,6 +95,7 @@ def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR
     """Score all sequences of the shard. Raises ShardError if the backend loses any."""
     started = time.perf_counter()
     scores = backend.score(rows)
+    score_s = time.perf_counter() - started
     if scores.values.shape != (rows.num_sequences, backend.num_outputs):
         raise ShardError(
             ShardReason.INTERNAL,
@@ -111,7 +112,7 @@ def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR
         rows_digest=_rows_digest(rows),
         engine=backend.provenance,
         effort=scores.effort,
-        score_s=time.perf_counter() - started,
+        score_s=score_s,
         outputs=outputs,
         step_values=scores.step_values if outputs.steps else None,
         step_offsets=scores.step_offsets if outputs.steps else None,
@@ -155,7 +156,10 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
             (shard.first_row + row, error.reason.value, error.detail)
             for row, error in list(errors.items())[:_EXAMPLES_PER_SHARD]
         ],
+        epoch=job.epoch,
+        estimated_tokens=shard.estimated_tokens,
         effort=scored.effort,
+        committed_at=time.time(),
         score_s=scored.score_s,
         write_s=time.perf_counter() - started,
     )
@@ -171,6 +175,7 @@ def failed(shard: Shard, error: ShardError) -> Receipt:
         status=Status.FAILED,
         reason=error.reason,
         detail=error.detail,
+        estimated_tokens=shard.estimated_tokens,
     )
 
 

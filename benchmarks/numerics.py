@@ -19,27 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
-from machine import machine
+from common import (
+    FAMILIES,
+    Floats,
+    last_hidden,
+    machine,
+    padded_attention,
+    random_config,
+    tokenized,
+    write_random_model,
+)
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from batch_scorer.backends.attention import KERNELS, LayerSettings, attention_bounds
 from batch_scorer.backends.hf import HFBackend
-from batch_scorer.packing import last_tokens, pack
-from batch_scorer.records import TokenizedRows
+from batch_scorer.backends.kernels import KERNELS, LayerSettings
+from batch_scorer.packing import build_trie
 
-SCORE_STD = 2.0
-QUERY_KEY_GAIN = 2.5
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 128, "query_pre_attn_scalar": 64},
-}
 Sequences = list[list[int]]
-Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,6 @@ class Scale:
     median_length: int
     longest: int
     rounds: int
-
-    def config(self, family: str, layers: int | None = None) -> Any:
-        return AutoConfig.for_model(
-            family,
-            num_hidden_layers=layers or self.layers,
-            hidden_size=self.hidden,
-            intermediate_size=3 * self.hidden,
-            num_attention_heads=self.hidden // 64,
-            num_key_value_heads=self.hidden // 192,
-            head_dim=64,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=self.longest,
-            num_labels=1,
-            pad_token_id=0,
-            **FAMILIES[family],
-        )
 
 
 FULL = Scale(8, 768, 32000, 48, 100, 512, 5)
@@ -115,7 +98,7 @@ def accuracy(
     """Errors of each road against exact scores, and its jitter over compositions of batches."""
     sequences = random_sequences(scale)
     exact, _ = one_at_a_time(model_dir, "float32", sequences)
-    padded = "eager" if "gemma2" in model_dir.name else "sdpa"
+    padded = padded_attention(AutoConfig.from_pretrained(model_dir))
     plain, float32_head = one_at_a_time(model_dir, "bfloat16", sequences)
     errors = {
         "plain bfloat16": error(plain, exact),
@@ -132,7 +115,7 @@ def accuracy(
     return errors, jitter
 
 
-def error(values: Array, exact: Array) -> dict[str, float]:
+def error(values: Floats, exact: Floats) -> dict[str, float]:
     difference = values - exact
     return {
         "rms": float(np.sqrt(np.mean(difference**2))),
@@ -143,7 +126,7 @@ def error(values: Array, exact: Array) -> dict[str, float]:
 
 def compositions(
     scale: Scale, model_dir: Path, dtype: str, attention: str, sequences: Sequences
-) -> Array:
+) -> Floats:
     """float32[3, S]: the same sequences with three token budgets, the last in another order."""
     order = np.random.default_rng(1).permutation(len(sequences))
     runs = []
@@ -163,7 +146,7 @@ def compositions(
 
 
 @torch.inference_mode()
-def one_at_a_time(model_dir: Path, dtype: str, sequences: Sequences) -> tuple[Array, Array]:
+def one_at_a_time(model_dir: Path, dtype: str, sequences: Sequences) -> tuple[Floats, Floats]:
     """float32[S] from plain transformers with eager attention, and with the head in float32."""
     model = AutoModelForSequenceClassification.from_pretrained(
         model_dir, dtype=getattr(torch, dtype), attn_implementation="eager"
@@ -176,26 +159,15 @@ def one_at_a_time(model_dir: Path, dtype: str, sequences: Sequences) -> tuple[Ar
     )
 
 
-def last_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """[S, H], what the head reads."""
-    body = model.base_model
-    states = [body(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in sequences]
-    return torch.stack(states)
-
-
 def build_model(scale: Scale, family: str, model_dir: Path, layers: int | None = None) -> None:
-    torch.manual_seed(0)
-    config = scale.config(family, layers)
-    model = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
-        config, attn_implementation="eager"
-    ).eval()
-    with torch.inference_mode():
-        for name, parameter in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
-                parameter.mul_(QUERY_KEY_GAIN)
-        sample = model.score(last_hidden(model, random_sequences(scale)[:24]))
-        model.score.weight.mul_(SCORE_STD / float(sample.std()))
-    model.save_pretrained(model_dir)
+    config = random_config(
+        family,
+        layers=layers or scale.layers,
+        hidden=scale.hidden,
+        vocabulary=scale.vocabulary,
+        positions=scale.longest,
+    )
+    write_random_model(config, model_dir, random_sequences(scale)[:24])
 
 
 def random_sequences(scale: Scale) -> Sequences:
@@ -206,18 +178,6 @@ def random_sequences(scale: Scale) -> Sequences:
         random.integers(3, scale.vocabulary, int(length)).tolist()
         for length in lengths.clip(2, scale.longest)
     ]
-
-
-def tokenized(sequences: Sequences) -> TokenizedRows:
-    offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
-    return TokenizedRows(
-        token_ids=np.concatenate(sequences).astype(np.int32),
-        sequence_offsets=offsets,
-        row_offsets=np.arange(len(offsets), dtype=np.int64),
-        truncated_tokens=np.zeros(len(sequences), dtype=np.int32),
-        sequence_errors={},
-        row_errors={},
-    )
 
 
 def print_accuracy(
@@ -243,17 +203,19 @@ def attention_times(scale: Scale) -> dict[str, dict[str, float]]:
     """Milliseconds of one layer's attention over one packed batch, the best of some rounds."""
     tokens = 4 * scale.longest
     times: dict[str, dict[str, float]] = {}
+    random = np.random.default_rng(0)
     for dtype in (torch.bfloat16, torch.float32):
-        query, key, value = (torch.randn(tokens, heads, 64).to(dtype) for heads in (9, 3, 3))
+        query, key, value = (torch.randn(heads, tokens, 64).to(dtype) for heads in (9, 3, 3))
         for length in (scale.longest // 16, scale.longest // 2, 2 * scale.longest):
-            rows = tokenized([[0] * length] * (tokens // length))
-            batch = pack(rows, np.arange(tokens // length), last_tokens(rows))
+            ids = random.integers(0, 10**6, (tokens // length, length)).tolist()
+            batch = build_trie(tokenized(ids)).batch(0, tokens)
             row = times.setdefault(f"{str(dtype)[6:]}, {tokens // length} x {length}", {})
-            for name, softcap in (("sdpa_loop", None), ("eager_blocks", 50.0)):
-                bounds = attention_bounds(batch, KERNELS[name], torch.device("cpu"))
+            for softcap in (None, 50.0):
                 for window in (None, length // 4):
+                    plan = KERNELS["blocks"].plan(batch, None, window, query)
                     layer = LayerSettings(0.125, window, softcap)
-                    call = partial(KERNELS[name], query, key, value, bounds, layer)
+                    call = partial(KERNELS["blocks"].attend, query, key, value, plan, layer)
+                    name = "blocks" + (", softcap" if softcap else "")
                     row[name + (", window length/4" if window else "")] = best_ms(scale, call)
             row["one square mask"] = best_ms(scale, partial(square_mask, query, key, value, length))
     return times
@@ -261,11 +223,11 @@ def attention_times(scale: Scale) -> dict[str, dict[str, float]]:
 
 def square_mask(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
     """What transformers does with a packed row and sdpa: one call under a T x T mask."""
-    owners = torch.arange(len(query)) // length
+    owners = torch.arange(query.shape[1]) // length
     return torch.nn.functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
+        query[None],
+        key[None],
+        value[None],
         attn_mask=(owners[:, None] == owners).tril(),
         enable_gqa=True,
     )

@@ -1,35 +1,33 @@
-"""Causal attention over sequences of different lengths that lie end to end in one row.
+"""Attention of a packed batch inside any decoder of transformers, and what it carries on.
 
-`packed_attention` is registered with transformers under `PACKED_ATTENTION`, so that every
-decoder whose attention goes through transformers' `AttentionInterface` runs packed without a
-change. The bounds of the nodes travel as a keyword argument of the base model's call, which
-the decoder layers hand down; transformers builds no mask for a name it has no mask for.
+`packed_attention` is registered with transformers under `PACKED_ATTENTION`, so that every decoder
+whose attention goes through transformers' `AttentionInterface` runs over a token trie without a
+change. What belongs to the batch and not to the layer is a `Pass`, current while the body runs:
+the keys and values that earlier batches computed, and those that the next one carries on with.
 
-Legend: N nodes, T tokens of the batch, K keys, H query heads, G key/value heads, D head size.
+In the last layer only the pooled tokens are read, so it computes keys and values of all tokens
+and everything else of the pooled ones (`pool_in_last_layer`).
+
+Legend: T tokens of the batch, K keys, P pooled tokens, H query heads, G key/value heads, D head
+size.
 """
 
-import functools
-import importlib.util
-import inspect
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from contextlib import contextmanager
+from typing import Any, Self, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from batch_scorer.backends.kernels import Kernel, LayerSettings, to_device
 from batch_scorer.errors import ModelError
 from batch_scorer.packing import PackedBatch
 
 PACKED_ATTENTION = "batch_scorer_packed"
 """The name under which transformers knows `packed_attention`."""
-
-BLOCK_QUERIES = 128
-"""Queries that masked attention takes at a time, so that its memory grows with the length,
-not its square. Measured on 2 cores in bfloat16, softcap, 2048-token sequences: 619 ms for
-whole sequences, 145 ms for blocks of 256, 85 ms for 128 (SDPA without softcap: 80 ms)."""
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """What `packed_attention` can do among the values of transformers' `config.layer_types`."""
@@ -51,70 +49,94 @@ HARMLESS_ARGUMENTS = frozenset(
 """Arguments that decoders hand to attention and that change nothing here: inference has no
 dropout, there is no cache, positions are already in the queries and keys."""
 
+KeysValues: TypeAlias = tuple[Tensor, Tensor]
+"""Of one layer: [G, K, D] each."""
 
-@dataclass(frozen=True, slots=True)
-class AttentionBounds:
-    """Where each node's queries and keys lie, and the kernel that attends.
 
-    Queries of node n are `[query_offsets[n]:query_offsets[n + 1]]` of the T tokens; its keys
-    the same slice of `key_offsets` in the K keys that `key_index` gathers from the T tokens,
-    or in the T tokens themselves when it is None.
+class _KeysTaken(Exception):
+    """Ends a layer's forward once its keys and values are known."""
+
+
+class Pass:
+    """The attention of one forward over `batch`, current inside a `with`.
+
+    `carried` has the keys and values of the batch's ancestors, layer after layer; `kept` holds
+    those for the next batch once the forward is done. With `pools`, the last layer gives the
+    outputs of the pooled tokens only.
     """
 
-    kernel: "Kernel"
-    query_offsets: Tensor
-    """int32[N+1] on the device."""
-    key_offsets: Tensor
-    """int32[N+1] on the device."""
-    key_index: Tensor | None
-    """int64[K] on the device."""
-    query_bounds: list[int]
-    """`query_offsets` on the host, for kernels that loop over nodes."""
-    key_bounds: list[int]
-    """`key_offsets` on the host."""
-    max_queries: int
-    max_keys: int
+    _of_thread = threading.local()
 
+    def __init__(
+        self,
+        batch: PackedBatch,
+        kernel: Kernel,
+        device: torch.device,
+        carried: list[KeysValues],
+        *,
+        pools: bool,
+    ) -> None:
+        self.batch = batch
+        self.kept: list[KeysValues] = []
+        # One token at least: no layer is made for none.
+        self._pooled = batch.pooled_index if len(batch.pooled_index) else np.zeros(1, np.int64)
+        self.pooled = to_device(self._pooled, device) if pools else None
+        self._kernel = kernel
+        self._carried = carried
+        self._kept_keys = to_device(batch.kept_keys, device)
+        self._plans: dict[tuple[int | None, bool], Any] = {}
+        self._takes_keys = False
+        self._taken: KeysValues | None = None
 
-@dataclass(frozen=True, slots=True)
-class LayerSettings:
-    """What a decoder layer asks of its attention."""
+    def __enter__(self) -> Self:
+        self._of_thread.current = self
+        return self
 
-    scale: float
-    window: int | None
-    """Keys that a query sees at most, its own included."""
-    softcap: float | None
+    def __exit__(self, *_: object) -> None:
+        self._of_thread.current = None
 
+    @classmethod
+    def current(cls) -> "Pass":
+        """The pass of this thread's forward. Raises ModelError outside of one."""
+        current: Pass | None = getattr(cls._of_thread, "current", None)
+        if current is None:
+            raise ModelError("a packed model runs over a packed batch only")
+        return current
 
-Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionBounds, LayerSettings], Tensor]
-"""(query [T, H, D], key [K, G, D], value [K, G, D], bounds, layer) -> [T, H, D]. A query sees
-the keys up to its own; the last query of a node is its last key."""
+    @contextmanager
+    def taking_keys(self) -> Iterator[None]:
+        """A layer's forward that ends as soon as the keys and values are there."""
+        self._takes_keys = True
+        try:
+            yield
+        except _KeysTaken:
+            pass
+        finally:
+            self._takes_keys = False
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSettings) -> Tensor:
+        """[T, H, D] of query [H, T, D], key and value [G, T, D]; after `taking_keys` of the
+        pooled tokens, P in place of T."""
+        if self._taken is None:
+            if self.batch.num_carried:
+                before = self._carried[len(self.kept)]
+                key, value = torch.cat([before[0], key], 1), torch.cat([before[1], value], 1)
+            kept = (key.index_select(1, self._kept_keys), value.index_select(1, self._kept_keys))
+            self.kept.append(kept)
+            if self._takes_keys:
+                self._taken = key, value
+                raise _KeysTaken
+        else:
+            key, value = self._taken
+        plan = self._plan(layer.window, query)
+        return self._kernel.attend(query, key, value, plan, layer)
 
-def attention_bounds(batch: PackedBatch, kernel: Kernel, device: torch.device) -> AttentionBounds:
-    """The bounds of `batch` for `kernel`, on `device`."""
-    query_offsets, key_offsets = batch.query_offsets, batch.key_offsets
-    return AttentionBounds(
-        kernel=kernel,
-        query_offsets=to_device(torch.from_numpy(query_offsets), device),
-        key_offsets=to_device(torch.from_numpy(key_offsets), device),
-        key_index=(
-            None
-            if batch.key_index is None
-            else to_device(torch.from_numpy(batch.key_index), device)
-        ),
-        query_bounds=query_offsets.tolist(),
-        key_bounds=key_offsets.tolist(),
-        max_queries=int((query_offsets[1:] - query_offsets[:-1]).max()),
-        max_keys=int((key_offsets[1:] - key_offsets[:-1]).max()),
-    )
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; a copy to CUDA is pinned so that the host need not wait for it."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    def _plan(self, window: int | None, like: Tensor) -> Any:
+        key = window, self._taken is not None
+        if key not in self._plans:
+            tokens = None if self._taken is None else self._pooled
+            self._plans[key] = self._kernel.plan(self.batch, tokens, window, like)
+        return self._plans[key]
 
 
 def packed_attention(
@@ -128,7 +150,6 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
-    bounds: AttentionBounds | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer as transformers calls it: [1, heads, T, D] in, [1, T, H, D] out.
@@ -136,25 +157,73 @@ def packed_attention(
     Raises ModelError where the layer asks for something this attention does not do, rather
     than leave it out.
     """
-    _refuse_unsupported(module, attention_mask, sliding_window, is_causal, kwargs)
-    if bounds is None:
-        raise ModelError(
-            f"{type(module).__name__} does not hand keyword arguments down to its attention, "
-            "so its sequences cannot be packed; set attention to sdpa or eager"
-        )
-    queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    size, value_size = queries.shape[-1], values.shape[-1]
-    if value_size != size:  # the kernels want one head size (DeepSeek's values are smaller)
-        values = pad(values, (0, size - value_size))
-    if bounds.key_index is not None:
-        keys, values = keys[bounds.key_index], values[bounds.key_index]
-    scale = size**-0.5 if scaling is None else float(scaling)
-    layer = LayerSettings(scale, sliding_window, softcap)
-    output = bounds.kernel(queries, keys, values, bounds, layer)
-    return output[None, ..., :value_size], None
+    if not torch.compiler.is_compiling():  # what is compiled has run once as it is
+        _refuse_unsupported(module, attention_mask, sliding_window, is_causal, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return _attend(query, key, value, scale, sliding_window, softcap), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+# An operator of torch, so that compiled layers call it and do not look inside.
+@torch.library.custom_op("batch_scorer::attend", mutates_args=())
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    layer = LayerSettings(scale, window, softcap)
+    return Pass.current().attend(query[0], key[0], value[0], layer)[None]
+
+
+@_attend.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    _, heads, num_tokens, _ = query.shape
+    return query.new_empty(1, num_tokens, heads, value.shape[3])
+
+
+def pool_in_last_layer(layer: nn.Module) -> None:
+    """Make `layer`, a body's last, give the outputs of the pooled tokens only.
+
+    No later layer attends to its outputs, so the tokens that are not read need no more than their
+    keys and values there.
+    """
+    forward: Callable[..., Any] = layer.forward
+
+    def pooled_forward(*args: Any, **kwargs: Any) -> Any:
+        current = Pass.current()
+        tokens = current.pooled
+        if tokens is None:
+            return forward(*args, **kwargs)
+        with current.taking_keys():
+            forward(*args, **kwargs)
+        num_tokens = current.batch.num_tokens
+        return forward(
+            *(_narrowed(value, tokens, num_tokens) for value in args),
+            **{name: _narrowed(value, tokens, num_tokens) for name, value in kwargs.items()},
+        )
+
+    layer.forward = pooled_forward
+
+
+def _narrowed(value: Any, tokens: Tensor, num_tokens: int) -> Any:
+    """`value` of the chosen tokens, where it is [1, T, …] or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(_narrowed(part, tokens, num_tokens) for part in value)
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == num_tokens:
+        return value.index_select(1, tokens)
+    return value
 
 
 def _refuse_unsupported(
@@ -188,168 +257,3 @@ def _layer_slides(module: nn.Module) -> bool:
         getattr(config, "sliding_window", None) is not None
         and getattr(config, "use_sliding_window", None) is not False
     )
-
-
-# Kernels
-
-
-def sdpa_loop(
-    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
-) -> Tensor:
-    """torch's own attention, node by node: flash on the CPU, any device and dtype. No softcap."""
-    if layer.softcap is not None:
-        raise ModelError("scaled_dot_product_attention cannot apply attn_logit_softcapping")
-    output = torch.empty_like(query)
-    for own, keys in _node_slices(bounds):
-        num_queries, num_keys = own.stop - own.start, keys.stop - keys.start
-        if num_queries == num_keys and (layer.window is None or num_keys <= layer.window):
-            output[own] = _sdpa(query[own], key[keys], value[keys], None, layer.scale)
-            continue
-        for block, seen, mask in _blocks(own, keys, layer.window, query.device):
-            output[block] = _sdpa(query[block], key[seen], value[seen], mask, layer.scale)
-    return output
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of one node or block; without a mask it is causal, queries and keys alike."""
-    output = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=True,
-    )
-    return output[0].transpose(0, 1)
-
-
-def eager_blocks(
-    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
-) -> Tensor:
-    """Plain matrix products with softcap, node by node: each step as transformers' eager."""
-    output = torch.empty_like(query)
-    group_shape = (key.shape[1], query.shape[1] // key.shape[1])  # (G, H/G)
-    for own, keys in _node_slices(bounds):
-        for block, seen, mask in _blocks(own, keys, layer.window, query.device):
-            # [G, H/G, queries, D] and [G, 1, D, keys]: GQA by broadcasting, nothing repeated
-            heads = query[block].view(-1, *group_shape, query.shape[2]).permute(1, 2, 0, 3)
-            scores = torch.matmul(heads, key[seen].permute(1, 2, 0)[:, None]).mul_(layer.scale)
-            if layer.softcap is not None:
-                scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
-            scores.masked_fill_(~mask, float("-inf"))
-            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-            mixed = torch.matmul(weights, value[seen].transpose(0, 1)[:, None])
-            output[block] = mixed.flatten(0, 1).transpose(0, 1)
-    return output
-
-
-def flash_attn_varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
-) -> Tensor:
-    """The flash-attn package: one call for all nodes."""
-    function = _import_flash_attn()
-    assert function is not None, "choose_kernel names this kernel only where it is installed"
-    output: Tensor = function(
-        query,
-        key,
-        value,
-        cu_seqlens_q=bounds.query_offsets,
-        cu_seqlens_k=bounds.key_offsets,
-        max_seqlen_q=bounds.max_queries,
-        max_seqlen_k=bounds.max_keys,
-        softmax_scale=layer.scale,
-        causal=True,
-        # flash-attn counts the tokens before the query's own
-        window_size=(-1, -1) if layer.window is None else (layer.window - 1, 0),
-        softcap=0.0 if layer.softcap is None else layer.softcap,
-    )
-    return output
-
-
-def torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds: AttentionBounds, layer: LayerSettings
-) -> Tensor:
-    """torch's own variable-length flash attention: one call for all nodes. No softcap."""
-    if layer.softcap is not None:
-        raise ModelError("torch's varlen_attn cannot apply attn_logit_softcapping")
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 has no such parameter: its kernel takes fewer key/value heads unasked.
-    has_gqa_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    gqa: dict[str, Any] = {"enable_gqa": True} if has_gqa_flag else {}
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        bounds.query_offsets,
-        bounds.key_offsets,
-        bounds.max_queries,
-        bounds.max_keys,
-        scale=layer.scale,
-        window_size=(-1 if layer.window is None else layer.window - 1, 0),
-        **gqa,
-    )
-    assert isinstance(output, Tensor)
-    return output
-
-
-KERNELS: dict[str, Kernel] = {
-    "flash_attn": flash_attn_varlen,
-    "torch_varlen": torch_varlen,
-    "sdpa_loop": sdpa_loop,
-    "eager_blocks": eager_blocks,
-}
-
-
-def choose_kernel(device: torch.device, dtype: torch.dtype, *, head_dim: int, softcap: bool) -> str:
-    """The name of the fastest kernel in `KERNELS` that is right for this model here."""
-    if _flash_can_run(device, dtype, head_dim):
-        if _import_flash_attn() is not None:
-            return "flash_attn"
-        if not softcap:
-            return "torch_varlen"
-    return "eager_blocks" if softcap else "sdpa_loop"
-
-
-def _flash_can_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Flash kernels want an Ampere GPU or later, half precision and heads of at most 256."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim <= 256
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-
-
-@functools.cache
-def _import_flash_attn() -> Callable[..., Tensor] | None:
-    """flash-attn's varlen function, or None where the package is missing."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    function: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
-    return function
-
-
-def _node_slices(bounds: AttentionBounds) -> Iterator[tuple[slice, slice]]:
-    """Each node's queries in T and keys in K."""
-    queries, keys = bounds.query_bounds, bounds.key_bounds
-    for node in range(len(queries) - 1):
-        yield slice(queries[node], queries[node + 1]), slice(keys[node], keys[node + 1])
-
-
-def _blocks(
-    own: slice, keys: slice, window: int | None, device: torch.device
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """A node's queries in blocks, each with the keys it can see and bool[queries, keys]."""
-    ahead = keys.stop - own.stop  # a query at token t is the key at t + ahead
-    for start in range(own.start, own.stop, BLOCK_QUERIES):
-        block = slice(start, min(start + BLOCK_QUERIES, own.stop))
-        first = keys.start if window is None else max(keys.start, start + ahead - window + 1)
-        seen = slice(first, block.stop + ahead)
-        places = torch.arange(start + ahead, seen.stop, device=device)[:, None]
-        key_places = torch.arange(first, seen.stop, device=device)
-        mask = key_places <= places
-        if window is not None:
-            mask &= key_places > places - window
-        yield block, seen, mask

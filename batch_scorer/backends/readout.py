@@ -16,11 +16,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from batch_scorer.models.adapter import Adapter, LastToken
+from batch_scorer.models.adapter import Adapter, Ids, LastToken, ModelConfig, Pooling, Positions
 from batch_scorer.models.weights import load_head
 from batch_scorer.records import Embedding, PooledTokens, RowError, Scores, TokenizedRows
 
 StepAggregation: TypeAlias = Literal["min", "last", "mean", "product"]
+
+
+class _EveryToken:
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions:
+        return np.arange(len(token_ids))
+
+
+class _FirstToken:
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions:
+        return np.zeros(1, dtype=np.int64)
+
+
+_OF_EMBEDDING: dict[str, Pooling] = {
+    "last": LastToken(),
+    "mean": _EveryToken(),
+    "cls": _FirstToken(),
+}
 
 
 class Readout:
@@ -39,7 +56,7 @@ class Readout:
         embedding: Embedding | None = None,
     ) -> None:
         self._config = config.to_dict()
-        self._pooling = adapter.pooling
+        self._pooling = _OF_EMBEDDING[embedding.pooling] if embedding else adapter.pooling
         self._averages = adapter.averages(self._config)
         self.embedding = embedding
         self.step_aggregation = (
@@ -65,30 +82,33 @@ class Readout:
 
     def pooled_tokens(self, rows: TokenizedRows) -> tuple[PooledTokens, dict[int, RowError]]:
         """The tokens to read of every sequence, and the sequences that lack one."""
-        lengths = rows.lengths
-        counts = np.zeros(rows.num_sequences, dtype=np.int64)
-        places: list[npt.NDArray[np.int64]] = []
+        at_end = self._is_at_end(rows)
+        counts = at_end.astype(np.int64)
+        found: dict[int, npt.NDArray[np.int64]] = {}
         errors: dict[int, RowError] = {}
-        for sequence in np.flatnonzero(lengths).tolist():
-            start = rows.sequence_offsets[sequence]
-            ids = rows.token_ids[start : start + lengths[sequence]]
-            found = self._positions(ids)
-            if isinstance(found, RowError):
-                errors[sequence] = found
+        for sequence in np.flatnonzero((rows.lengths > 0) & ~at_end).tolist():
+            start, stop = rows.sequence_offsets[sequence : sequence + 2]
+            places = self._pooling.positions(rows.token_ids[start:stop], self._config)
+            if isinstance(places, RowError):
+                errors[sequence] = places
             else:
-                counts[sequence] = len(found)
-                places.append(found)
+                found[sequence] = places
+                counts[sequence] = len(places)
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        return PooledTokens(np.concatenate([np.zeros(0, np.int64), *places]), offsets), errors
+        positions = np.empty(offsets[-1], dtype=np.int64)
+        positions[offsets[:-1][at_end]] = rows.lengths[at_end] - 1
+        for sequence, places in found.items():
+            positions[offsets[sequence] : offsets[sequence + 1]] = places
+        return PooledTokens(positions, offsets), errors
 
-    def _positions(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64] | RowError:
-        if self.embedding is None:
-            return self._pooling.positions(ids, self._config)
-        if self.embedding.pooling == "mean":
-            return np.arange(len(ids))
-        if self.embedding.pooling == "cls":
-            return np.zeros(1, dtype=np.int64)
-        return LastToken().positions(ids, self._config)
+    def _is_at_end(self, rows: TokenizedRows) -> npt.NDArray[np.bool_]:
+        """bool[S]: the sequences whose last token is all that is read, told in bulk."""
+        at_end = np.zeros(rows.num_sequences, dtype=np.bool_)
+        if isinstance(self._pooling, LastToken):
+            some = np.flatnonzero(rows.lengths)
+            last_ids = rows.token_ids[rows.sequence_offsets[some + 1] - 1]
+            at_end[some] = self._pooling.is_at_end(last_ids, self._config)
+        return at_end
 
     @torch.inference_mode()
     def read(self, hidden: Tensor, pooled: PooledTokens) -> Tensor:
@@ -151,3 +171,44 @@ def aggregate_steps(
         return np.multiply.reduceat(values, starts)
     sums = np.add.reduceat(values.astype(np.float64), starts)
     return (sums / np.diff(offsets)).astype(np.float32)
+
+
+class PooledStates:
+    """The hidden states of a shard's pooled tokens, as the batches of its trie bring them.
+
+    A sequence is read once the last of its own is there; what no later sequence reads is let go.
+    `places` is int64[K], where each of the `pooled` tokens lies in the trie.
+    """
+
+    def __init__(self, places: npt.NDArray[np.int64], pooled: PooledTokens) -> None:
+        self._places, self._pooled = places, pooled
+        last = np.maximum.reduceat(places, pooled.offsets[:-1])  # int64[S], one at least of each
+        self._order = np.argsort(last, kind="stable")
+        self._complete_at = last[self._order]
+        distinct, index = np.unique(places, return_inverse=True)
+        needed_until = np.zeros(len(distinct), np.int64)
+        np.maximum.at(needed_until, index, np.repeat(last, pooled.counts))
+        self._distinct, self._needed_until = distinct, needed_until
+        self._held = np.zeros(0, np.int64)
+        self._states: Tensor | None = None
+
+    def add(
+        self, start: int, stop: int, states: Tensor
+    ) -> tuple[npt.NDArray[np.int64], PooledTokens, Tensor]:
+        """Take the states [P, H] of the pooled tokens between two places of the trie; give the
+        sequences that are complete now, their pooled tokens and the states of these."""
+        first, last = np.searchsorted(self._distinct, [start, stop])
+        held = np.concatenate([self._held, self._distinct[first:last]])
+        if self._states is not None and len(self._held):
+            states = torch.cat([self._states, states])
+        begin, end = np.searchsorted(self._complete_at, [start, stop])
+        complete = self._order[begin:end]
+        chosen = self._pooled.of(complete)
+        places = PooledTokens(self._places, self._pooled.offsets).of(complete).positions
+        index = torch.from_numpy(np.searchsorted(held, places)).to(states.device)
+        read = states[index]
+        until = self._needed_until[np.searchsorted(self._distinct, held)]
+        kept = np.flatnonzero(until >= stop)
+        self._held = held[kept]
+        self._states = states[torch.from_numpy(kept).to(states.device)]
+        return complete, chosen, read

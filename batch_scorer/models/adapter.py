@@ -65,6 +65,19 @@ class LastToken:
     skips_pad: bool = False
     must_be: str | None = None
 
+    def is_at_end(self, last_ids: Ids, config: ModelConfig) -> npt.NDArray[np.bool_]:
+        """bool[S]: of sequences that end in these ids, which pool their last token.
+
+        The others, which are rare, have to ask `positions`.
+        """
+        pad = config.get("pad_token_id")
+        at_end = np.ones(len(last_ids), dtype=np.bool_)
+        if self.must_be is not None:
+            at_end &= last_ids == config[self.must_be]
+        if self.skips_pad and pad is not None:
+            at_end &= last_ids != pad
+        return at_end
+
     def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
         last = len(token_ids) - 1
         if self.must_be is not None and token_ids[last] != config[self.must_be]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from batch_scorer.errors import ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles
+from batch_scorer.models.cost import HIDDEN_SIZES, ModelCost, model_cost
 from batch_scorer.models.registry import EMBEDDING, choose_adapter, head_files
 
 _WEIGHTS = "*.safetensors"
@@ -30,7 +31,6 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
 _UNLIMITED_TOKENS = 10**9
 _CHUNK_BYTES = 1 << 22
 
@@ -41,7 +41,7 @@ class ModelFacts:
 
     `adapter` names the family (`models/families`), `attributes` its outputs beside the score;
     `has_steps`: it is a process reward model. `hidden_size` is None where the config has no name
-    for it.
+    for it, `cost` where config and weights do not tell it.
     `max_tokens` is the longest sequence the positions allow. `digest` covers config, weights and
     tokenizer files: any byte changed there is another model.
     """
@@ -54,12 +54,13 @@ class ModelFacts:
     hidden_size: int | None
     max_tokens: int
     vocab_size: int
+    cost: ModelCost | None
     digest: str
 
 
-def find_model(name: str, *, with_code: bool = False) -> Path:
+def find_model(name: str, *, with_code: bool = False, fetch: bool = True) -> Path:
     """The local directory of `name`; a hub id is fetched where a hub can be reached, `with_code`
-    or without its Python files.
+    or without its Python files. Without `fetch` it has to be here already.
 
     Raises ModelError.
     """
@@ -81,11 +82,12 @@ def find_model(name: str, *, with_code: bool = False) -> Path:
             "*.jinja",
             *head_files(),
         ]
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=files, local_files_only=not fetch))
     except Exception as error:  # the hub client raises HTTP, OS and validation errors of its own
         raise ModelError(
-            f"{name}: no such directory, and not to be had from a model hub "
-            f"({type(error).__name__})"
+            f"{name}: no such directory, and not "
+            + ("to be had from a model hub" if fetch else "fetched from a model hub yet")
+            + f" ({type(error).__name__})"
         ) from error
 
 
@@ -102,13 +104,15 @@ def inspect_model(
     *,
     embeds: bool = False,
     trust_remote_code: bool = False,
+    with_digest: bool = True,
 ) -> ModelFacts:
     """Choose the adapter, check that its head is there, digest all bytes.
 
     `name` is what the user called the model; `adapter` overrules the choice; with `embeds` no
-    head is needed; with `trust_remote_code` the model's own code may score. Raises ModelError if
-    no adapter fits, if the model has no safetensors weights, or if the head is not among them or
-    of another shape: a head that is missing would be filled with random numbers by the loader.
+    head is needed; with `trust_remote_code` the model's own code may score; without `with_digest`
+    the digest is empty and the weights are not read. Raises ModelError if no adapter fits, if the
+    model has no safetensors weights, or if the head is not among them or of another shape: a head
+    that is missing would be filled with random numbers by the loader.
     """
     files = read_model_files(path, name)
     chosen = EMBEDDING
@@ -121,10 +125,11 @@ def inspect_model(
         adapter=chosen.name,
         attributes=chosen.attributes(files.config),
         has_steps=chosen.step_aggregation is not None,
-        hidden_size=next((files.config[n] for n in _HIDDEN_SIZES if n in files.config), None),
+        hidden_size=next((files.config[n] for n in HIDDEN_SIZES if n in files.config), None),
         max_tokens=min((limit for limit in limits if limit), default=_UNLIMITED_TOKENS),
         vocab_size=int(files.config.get("vocab_size") or _UNLIMITED_TOKENS),
-        digest=_digest(path, chosen, trust_remote_code),
+        cost=model_cost(files, chosen),
+        digest=_digest(path, chosen, trust_remote_code) if with_digest else "",
     )
 
 

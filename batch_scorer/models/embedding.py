@@ -30,13 +30,14 @@ def embedding_of(
         flags = _read(model_dir / types["Pooling"].get("path", "") / "config.json") or {}
         pooling = next((name for flag, name in _POOLING_FLAGS if flags.get(flag)), None)
     if pooling is None:
-        pooling = "last" if _is_decoder(model_dir) else "mean"
+        pooling = "last" if is_decoder(model_dir) else "mean"
     if normalize is None:
         normalize = "Normalize" in types
     return Embedding(pooling, normalize)
 
 
-def _is_decoder(model_dir: Path) -> bool:
+def is_decoder(model_dir: Path) -> bool:
+    """Whether transformers knows the config's model type as one with a causal mask only."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,

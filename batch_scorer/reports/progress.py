@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from batch_scorer import formats
 from batch_scorer.commits import Receipt
+from batch_scorer.metrics import Metrics
+from batch_scorer.reports.figures import duration
 from batch_scorer.run import Work
 
 log = logging.getLogger("batch_scorer")
@@ -20,20 +22,16 @@ _MARKED_SHOWN = 20
 
 
 class ProgressView:
-    """Shards, rows, tokens per second, time left and marked rows of one run.
-
-    The time left is judged by estimated tokens, since shards differ in size.
-    """
+    """Shards, rows, speed, time left and marked rows of one run; figures as in `Metrics`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._started = time.monotonic()
         self._line_at = 0.0
-        self._estimates: dict[str, int] = {}
-        self._shards = self._rows = self._tokens = self._marked = self._failed = self._shown = 0
-        self._total_shards = self._estimated = self._estimated_done = 0
+        self._metrics = Metrics()
+        self._shards = self._rows = self._marked = self._failed = self._shown = 0
+        self._total_shards = self._estimated_tokens = 0
 
     def __enter__(self) -> Self:
         return self
@@ -51,8 +49,7 @@ class ProgressView:
         for line in _plan_lines(work):
             self._console.print(line, highlight=False, soft_wrap=True)
         self._total_shards = len(work.todo)
-        self._estimates = {shard.output_key: shard.estimated_tokens for shard in work.todo}
-        self._estimated = sum(self._estimates.values())
+        self._estimated_tokens = sum(shard.estimated_tokens for shard in work.todo)
         self._line_at = time.monotonic()
         if work.todo and self._console.is_terminal:
             self._bar = Progress(
@@ -62,27 +59,26 @@ class ProgressView:
                 TimeElapsedColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("starting workers", total=max(1, self._estimated))
+            self._task = self._bar.add_task(
+                "starting workers", total=max(1, self._estimated_tokens)
+            )
             self._bar.start()
         elif work.todo:
             self._console.print("starting workers")
 
     def finished(self, receipt: Receipt) -> None:
-        if self._shards == 0:
-            # Rates and the time left are of scoring; starting workers is over by now.
-            self._started = time.monotonic() - receipt.score_s
         self._shards += 1
         self._rows += receipt.num_rows
-        self._estimated_done += self._estimates.get(receipt.output_key, 0)
+        self._metrics.add(receipt)
         if receipt.commit is None:
             self._failed += 1
             self._say(f"[red]failed[/] {receipt.input}: {receipt.reason}: {receipt.detail}")
         else:
-            self._tokens += receipt.commit.tokens
             self._marked += receipt.commit.rows_marked
             self._show_marked(receipt)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._estimated_done, description=self._line())
+            done = self._metrics.estimated_tokens
+            self._bar.update(self._task, completed=done, description=self._line())
         elif time.monotonic() - self._line_at >= _LINE_EVERY_S or self._is_last:
             self._line_at = time.monotonic()
             self._console.print(self._line(), highlight=False, soft_wrap=True)
@@ -100,14 +96,19 @@ class ProgressView:
         return self._shards == self._total_shards
 
     def _line(self) -> str:
-        elapsed = max(time.monotonic() - self._started, 1e-9)
-        left = elapsed * (self._estimated / max(self._estimated_done, 1) - 1)
-        parts = [
-            f"{self._shards}/{self._total_shards} shards",
-            f"{self._rows:,} rows",
-            f"{self._tokens / elapsed:,.0f} tokens/s",
-            "done" if self._is_last else f"{_duration(left)} left",
-        ]
+        parts = [f"{self._shards}/{self._total_shards} shards", f"{self._rows:,} rows"]
+        metrics = self._metrics
+        if metrics.tokens_per_s is not None:
+            parts.append(f"{metrics.tokens_per_s:,.0f} tokens/s")
+        if metrics.computed_ratio is not None:
+            parts.append(f"{metrics.computed_ratio:.0%} computed")
+        if metrics.idle_share is not None:
+            parts.append(f"{metrics.idle_share:.0%} idle")
+        left_s = metrics.left_s(self._estimated_tokens)
+        if self._is_last:
+            parts.append("done")
+        elif left_s is not None:
+            parts.append(f"{duration(left_s)} left")
         if self._marked:
             parts.append(f"{self._marked:,} marked")
         if self._failed:
@@ -133,9 +134,3 @@ def _plan_lines(work: Work) -> list[str]:
     lines += [f"[red]failed[/] {r.input}: {r.reason}: {r.detail}" for r in work.plan.failed]
     lines += [f"[yellow]its input is gone[/] {receipt.output_key}" for receipt in work.gone]
     return lines
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

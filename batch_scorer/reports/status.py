@@ -5,14 +5,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batch_scorer.lease import holder_of
-from batch_scorer.manifest import known_receipts, open_scored, read_plan, read_success, total
+from batch_scorer.manifest import (
+    known_receipts,
+    newest_run,
+    open_scored,
+    read_plan,
+    read_success,
+    total,
+)
+from batch_scorer.metrics import Metrics
 from batch_scorer.storage import ObjectMissing
 
 
 @dataclass(frozen=True, slots=True)
 class OutputStatus:
     """`state` is complete, running or interrupted. Counts are of what the records know, which
-    lags a running job by a few seconds; `planned_*` are of its newest run."""
+    lags a running job by a few seconds; `planned_*` are of its newest run.
+
+    `metrics` (`Metrics.to_json`) are of the newest run that had anything to score, None before
+    there is one; `left_s` is judged by them while it runs.
+    """
 
     output: str
     state: str
@@ -24,6 +36,8 @@ class OutputStatus:
     rows_scored: int
     rows_marked: int
     tokens: int
+    metrics: dict[str, Any] | None
+    left_s: float | None
     provenance: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -33,7 +47,8 @@ class OutputStatus:
 def read_status(output: str, store_options: Mapping[str, str] | None = None) -> OutputStatus:
     """The state of `output`. Raises OutputError if it is not one of ours."""
     store, run = open_scored(output, store_options or {})
-    totals = total(known_receipts(store).values())
+    receipts = known_receipts(store)
+    totals = total(receipts.values())
     try:
         plan = read_plan(store)
     except ObjectMissing:
@@ -43,6 +58,14 @@ def read_status(output: str, store_options: Mapping[str, str] | None = None) -> 
         state = "complete"
     else:
         state = "running" if holder else "interrupted"
+    metrics: dict[str, Any] | None = None
+    left_s: float | None = None
+    if (newest := newest_run(store)) is not None:
+        found, metrics = newest
+        if metrics is None:
+            so_far = Metrics.of(r for r in receipts.values() if r.epoch == found.epoch)
+            metrics = so_far.to_json(found)
+            left_s = so_far.left_s(found.estimated_tokens) if state == "running" else None
     return OutputStatus(
         output=output,
         state=state,
@@ -54,5 +77,7 @@ def read_status(output: str, store_options: Mapping[str, str] | None = None) -> 
         rows_scored=totals["rows_scored"],
         rows_marked=totals["rows_marked"],
         tokens=totals["tokens"],
+        metrics=metrics,
+        left_s=left_s,
         provenance=run["provenance"],
     )

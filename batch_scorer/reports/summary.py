@@ -10,9 +10,9 @@ from rich.table import Table
 from batch_scorer import formats
 from batch_scorer.commits import Status, layout_to_json
 from batch_scorer.errors import ExitCode
-from batch_scorer.plan import Plan
+from batch_scorer.reports.figures import duration, figure_rows, scaled
 from batch_scorer.reports.status import OutputStatus
-from batch_scorer.run import Summary
+from batch_scorer.run import Outlook, Summary
 from batch_scorer.verify import Verdict
 
 _FILES_SHOWN = 40
@@ -33,15 +33,11 @@ def print_summary(console: Console, summary: Summary) -> None:
     table.add_row("shards", f"{totals['shards']:,}")
     table.add_row("sequences", f"{totals['sequences']:,}")
     table.add_row("tokens", f"{totals['tokens']:,}")
-    if summary.scored_tokens:
-        per_worker = summary.scored_tokens / summary.workers
-        table.add_row("time", f"{summary.elapsed_s:.1f} s")
-        goodput = f"{per_worker / summary.elapsed_s:,.0f} tokens/s per worker"
-        table.add_row("goodput, start-up included", goodput)
-        # score_s adds up over workers, so it is worker seconds already.
-        table.add_row(
-            "while a worker scores", f"{summary.scored_tokens / summary.score_s:,.0f} tokens/s"
-        )
+    if summary.metrics.scored_tokens:
+        start_up_s = max(0.0, summary.elapsed_s - summary.metrics.span_s)
+        table.add_row("time", f"{summary.elapsed_s:.1f} s, {start_up_s:.1f} s of it start-up")
+        for name, value in figure_rows(summary.metrics.to_json(summary.run)):
+            table.add_row(name, value)
     if summary.parity:
         table.add_row("against plain Hugging Face", parity_line(summary.parity))
     console.print(table)
@@ -80,10 +76,7 @@ def summary_json(summary: Summary) -> dict[str, Any]:
         "output": summary.output,
         "complete": summary.is_complete,
         "elapsed_s": round(summary.elapsed_s, 3),
-        "workers": summary.workers,
-        "score_s": round(summary.score_s, 3),
-        "scored_tokens": summary.scored_tokens,
-        "computed_tokens": summary.computed_tokens,
+        "metrics": summary.metrics.to_json(summary.run),
         "parity": summary.parity,
         "input_gone": [r.output_key for r in summary.receipts if r.status is Status.INPUT_GONE],
         "failed": [
@@ -98,8 +91,9 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.3f}" if whole else "n/a"
 
 
-def print_plan(console: Console, plan: Plan) -> None:
+def print_plan(console: Console, ahead: Outlook) -> None:
     """Every file with what its rows are, then what will be done."""
+    plan = ahead.plan
     table = Table(title="Plan", title_justify="left")
     for name in ("file", "rows", "shards", "tokens (est.)", "rows are"):
         is_text = name in ("file", "rows are")
@@ -117,11 +111,23 @@ def print_plan(console: Console, plan: Plan) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{len(plan.files):,} files, {len(plan.shards):,} shards, {plan.num_rows:,} rows, "
-        f"about {plan.estimated_tokens:,} tokens"
+        f"about {plan.estimated_tokens:,} tokens by their size"
     )
+    if (found := ahead.estimate) is not None:
+        computed = found.computed_tokens / found.row_tokens
+        flop = "" if found.flop is None else f", {scaled(found.flop, 'FLOP')}"
+        console.print(
+            f"tokenised, about {found.row_tokens:,} tokens; {found.computed_tokens:,} of them "
+            f"computed ({computed:.1%}){flop}; estimated from {found.sampled_rows:,} rows",
+            soft_wrap=True,
+        )
+    elif ahead.unknown is not None:
+        line = f"[yellow]computed tokens are not known:[/] {ahead.unknown}"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(ahead: Outlook) -> dict[str, Any]:
+    plan = ahead.plan
     return {
         "files": [
             {
@@ -135,6 +141,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "shards": len(plan.shards),
         "rows": plan.num_rows,
         "estimated_tokens": plan.estimated_tokens,
+        "estimate": None if ahead.estimate is None else asdict(ahead.estimate),
+        "estimate_unknown": ahead.unknown,
         "failed": [{"input": r.input, "reason": r.reason, "detail": r.detail} for r in plan.failed],
     }
 
@@ -148,6 +156,10 @@ def print_status(console: Console, status: OutputStatus) -> None:
         f"{status.rows_marked:,} marked, of {status.planned_rows:,}",
         highlight=False,
     )
+    if status.left_s is not None:
+        console.print(f"about {duration(status.left_s)} left", highlight=False)
+    for name, value in figure_rows(status.metrics) if status.metrics else ():
+        console.print(f"  {name}: {value}", highlight=False)
 
 
 def print_verdict(console: Console, output: str, verdict: Verdict) -> None:

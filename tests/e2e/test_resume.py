@@ -88,7 +88,7 @@ def test_an_interrupted_run_is_finished_with_other_workers_and_token_budget(
     assert len(after) == 7
     assert {key: after[key] for key in before} == before
     done = sum(shard.commit.tokens for shard in before.values())
-    assert resumed.json["scored_tokens"] == resumed.json["tokens"] - done
+    assert resumed.json["metrics"]["scored_tokens"] == resumed.json["tokens"] - done
     assert_verified(place)
 
 
@@ -145,7 +145,7 @@ def test_other_scores_or_another_layout_are_refused_by_name(
         assert "belongs to another run" in refused.error
         assert difference in refused.error
     assert (scored / "out").shards() == before
-    assert score(scored, tiny_model, "--max-tokens", 2000).json["scored_tokens"] == 0
+    assert score(scored, tiny_model, "--max-tokens", 2000).json["metrics"]["scored_tokens"] == 0
 
 
 def test_a_changed_file_replaces_its_shards_and_no_others(scored: Place, tiny_model: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_changed_file_replaces_its_shards_and_no_others(scored: Place, tiny_mo
     unchanged = [key for key in before if key.startswith("a.")]
     assert len(unchanged) == 3
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
-    assert again.json["scored_tokens"] == after["b.parquet"].commit.tokens
+    assert again.json["metrics"]["scored_tokens"] == after["b.parquet"].commit.tokens
     assert_verified(scored)
 
 

@@ -130,6 +130,21 @@ def test_shards_are_cut_at_row_groups_and_inside_a_large_one(shards: dict[str, S
     ]
 
 
+def test_the_figures_of_a_run_are_in_its_summary_and_stay_with_the_output(
+    module_program: Program, place: Place, on_ray: Ended, shards: dict[str, Stored]
+) -> None:
+    figures = on_ray.json["metrics"]
+    assert figures["scored_tokens"] == on_ray.json["tokens"]
+    assert 0 < figures["computed_tokens"] <= figures["scored_tokens"]
+    assert figures["computed_ratio"] == figures["computed_tokens"] / figures["scored_tokens"]
+    assert figures["padding_share"] == 0
+    assert figures["goodput_tokens_per_s_per_device"] > 0 and figures["tokenize_s"] > 0
+    assert 0 <= figures["idle_share"] <= 1
+    assert figures["peak_flop_per_s"] > 0 and 0 < figures["model_flop_utilisation"] < 1.5
+    status = module_program.run("status", (place / "out").url, *place.flags, "--json").json
+    assert (status["state"], status["metrics"], status["left_s"]) == ("complete", figures, None)
+
+
 def test_verify_recounts_and_compares_all_shards(
     module_program: Program, place: Place, on_ray: Ended, shards: dict[str, Stored]
 ) -> None:
@@ -152,7 +167,7 @@ def test_a_second_run_scores_nothing_and_touches_nothing(
 ) -> None:
     again = scoring("out")
     assert again.exit_code == 0, again.err
-    assert again.json["scored_tokens"] == again.json["computed_tokens"] == 0
+    assert again.json["metrics"]["scored_tokens"] == again.json["metrics"]["computed_tokens"] == 0
     assert again.json["rows_scored"] == on_ray.json["rows_scored"]
     assert again.json["tokens"] == on_ray.json["tokens"]
     after = (place / "out").shards()

@@ -47,7 +47,7 @@ def test_a_killed_driver_takes_its_workers_along_and_is_resumed_without_scoring_
     after = long_job.output("driver-killed").shards()
     assert {key: after[key] for key in before} == before
     done = sum(shard.commit.tokens for shard in before.values())
-    assert again.json["scored_tokens"] == again.json["tokens"] - done > 0
+    assert again.json["metrics"]["scored_tokens"] == again.json["tokens"] - done > 0
 
 
 def test_a_run_outlives_its_killed_scoring_worker(

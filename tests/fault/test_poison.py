@@ -53,7 +53,7 @@ def poisoned_stage(engine_dies: bool) -> type:
     class PoisonedStage(pipeline._ScoreStage):
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
-            self._backend = PoisonedBackend()
+            self._scorer._backend = PoisonedBackend()
 
     return PoisonedStage
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_reward_model, tiny_tokenizer
 
 from batch_scorer import run
-from batch_scorer.backends import hf
-from batch_scorer.backends.attention import attention_bounds
+from batch_scorer.backends import hf, kernels
 from batch_scorer.backends.base import Backend
 from batch_scorer.backends.hf import HFBackend
+from batch_scorer.backends.kernels import KERNELS
+from batch_scorer.backends.packed import PackedBody
 from batch_scorer.backends.readout import Readout
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ParityError
@@ -120,27 +122,17 @@ def test_the_wrong_token_pooled(config: Config, monkeypatch: pytest.MonkeyPatch)
     assert not report.agrees and "of the spread" in report.problems[0]
 
 
-def test_attention_bounds_left_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed sequences see each other, as if they were one long text."""
+def test_sequences_that_see_each_other(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention over a batch as if it were one long text."""
 
-    def unbounded(batch: PackedBatch, kernel: Any, device: torch.device) -> Any:
-        ends = np.array([0, len(batch.token_ids)], dtype=np.int32)
-        return attention_bounds(
-            PackedBatch(
-                batch.sequences,
-                batch.token_ids,
-                batch.position_ids,
-                ends,
-                ends,
-                None,
-                batch.pooled_index,
-            ),
-            kernel,
-            device,
-        )
+    def everything(
+        batch: PackedBatch, tokens: np.ndarray | None, window: int | None, like: torch.Tensor
+    ) -> list[kernels.BlockChunk]:
+        one_text = replace(batch, position_ids=np.arange(batch.num_tokens, dtype=np.int32))
+        return kernels.plan_blocks(one_text, tokens, window, like)
 
-    monkeypatch.setattr(hf, "attention_bounds", unbounded)
-    monkeypatch.setattr(HFBackend, "_check_isolation", lambda self: None)
+    monkeypatch.setitem(KERNELS, "blocks", replace(KERNELS["blocks"], plan=everything))
+    monkeypatch.setattr(PackedBody, "_check_isolation", lambda self: None)
     assert_caught(config, "of the spread")
 
 
@@ -175,7 +167,7 @@ def test_sdpa_on_gemma_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     tiny_tokenizer(model)
     with pytest.raises(Exception, match="attn_logit_softcapping"):
         run.check(config_for(model, tmp_path, attention="sdpa"))
-    monkeypatch.setattr(hf, "_refuse_unsound", lambda *_: None)
+    monkeypatch.setattr(hf, "refuse_unsound", lambda *_: None)
     assert_caught(config_for(model, tmp_path, attention="sdpa"), "of the spread")
 
 

@@ -33,9 +33,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from batch_scorer.backends.hf import HFBackend, max_sequence_length
+from batch_scorer.backends.hf import HFBackend
+from batch_scorer.backends.hf_loader import max_sequence_length
+from batch_scorer.backends.memory import GROW_AFTER
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
-from batch_scorer.packing import plan_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,21 +232,75 @@ def test_the_head_sees_pooled_positions_only_in_float32(model_dir: ModelDir) -> 
 # Batches and memory
 
 
-@pytest.mark.parametrize(("name", "attention"), [("llama", "packed"), ("llama", "eager")])
-def test_one_forward_per_planned_batch(name: str, attention: str, model_dir: ModelDir) -> None:
-    backend = make_backend(model_dir(name), attention=attention)
+def shared_sequences() -> list[list[int]]:
+    """Three prompts with eight answers each, two of them equal, under one system prompt."""
+    system, *prompts = random_sequences(4, seed=3)
+    answers = [ids[:20] for ids in random_sequences(7, seed=4)]
+    return [
+        [*system[:30], *prompt[:40], number, *ids]
+        for number, prompt in enumerate(prompts)
+        for ids in [*answers, answers[0]]
+    ]
+
+
+def count_forwards(backend: HFBackend) -> list[int]:
+    """Tokens of each forward of the body from now on, padding included."""
     sizes: list[int] = []
-    backend._body.register_forward_pre_hook(
+    backend._model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
+    return sizes
+
+
+@pytest.mark.parametrize("budget", [64, 100, 4096])
+def test_no_prefix_is_computed_twice_and_nothing_is_padded(
+    budget: int, model_dir: ModelDir
+) -> None:
+    """What stands for speed in a test, where clocks may not."""
+    sequences = shared_sequences()
+    unique = {tuple(ids[: end + 1]) for ids in sequences for end in range(len(ids))}
+    distinct = {tuple(ids) for ids in sequences}
+    backend = make_backend(model_dir("llama"), token_budget=budget)
+    sizes, heads = count_forwards(backend), []
+    backend._readout._head.register_forward_hook(
+        lambda _, inputs, output: heads.append(len(output))
+    )
+    scores = backend.score(tokenized(sequences))
+    assert scores.effort.computed_tokens == sum(sizes) == len(unique)
+    assert scores.effort.shared_tokens == sum(map(len, distinct)) - len(unique)
+    assert scores.effort.attended_pairs == sum(map(len, unique))
+    assert scores.effort.padding_tokens == scores.effort.oom_splits == 0
+    assert scores.effort.num_batches == len(sizes) == -(-len(unique) // budget)
+    assert sum(heads) == len(sequences)
+    reference = reference_scores(load_reference(model_dir("llama")), sequences)
+    np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_do_not_depend_on_budget_order_or_company(
+    name: str, dtype: str, model_dir: ModelDir
+) -> None:
+    sequences = [*shared_sequences(), *SEQUENCES]
+    order = np.random.default_rng(1).permutation(len(sequences))
+    whole = make_backend(model_dir(name), dtype=dtype, token_budget=10_000)
+    values = whole.score(tokenized(sequences)).values
+    small = make_backend(model_dir(name), dtype=dtype, token_budget=37)
+    shuffled = small.score(tokenized([sequences[index] for index in order])).values
+    tolerance = TOLERANCE if dtype == "float32" else 0.02 * values.std()
+    np.testing.assert_allclose(shuffled, values[order], rtol=0, atol=tolerance)
+
+
+def test_rectangles_hold_what_the_budget_allows(model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir("llama"), attention="eager")
+    sizes = count_forwards(backend)
     rows = tokenized(SEQUENCES)
-    scores = backend.score(rows)
-    plan = plan_batches(rows.lengths, 256, padded=attention != "packed")
-    assert len(sizes) == len(plan) == scores.effort.num_batches
-    assert sum(sizes) == scores.effort.computed_tokens
-    if attention == "packed":
-        assert scores.effort.computed_tokens == rows.num_tokens
-    assert scores.effort.oom_splits == 0
+    effort = backend.score(rows).effort
+    assert len(sizes) == effort.num_batches > 1 and max(sizes) <= 256
+    assert effort.computed_tokens == rows.num_tokens
+    assert sum(sizes) == effort.computed_tokens + effort.padding_tokens
+    assert effort.attended_pairs == (rows.lengths * (rows.lengths + 1) // 2).sum()
+    assert effort.shared_tokens == effort.oom_splits == 0
 
 
 def test_no_mask_of_the_packed_row_is_made(model_dir: ModelDir) -> None:
@@ -260,7 +315,7 @@ def test_no_mask_of_the_packed_row_is_made(model_dir: ModelDir) -> None:
                 self.side = max(self.side, min(output.shape[-2:]))
             return output
 
-    sequences = [list(range(3, 103))] * 10
+    sequences = [[first, *range(3, 102)] for first in range(10)]
     backend = make_backend(model_dir("llama"), token_budget=1000)
     with LargestSquare() as largest:
         scores = backend.score(tokenized(sequences))
@@ -292,35 +347,55 @@ def test_a_batch_that_does_not_fit_is_halved(
     backend = make_backend(model_dir("llama"), attention=attention)
     whole = backend.score(tokenized(SEQUENCES))
     hook = raise_above(150, error, message)
-    backend._body.register_forward_pre_hook(hook, with_kwargs=True)
+    backend._model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     halved = backend.score(tokenized(SEQUENCES))
     np.testing.assert_allclose(halved.values, whole.values, rtol=0, atol=TOLERANCE)
     assert halved.errors == {}
-    assert halved.effort.oom_splits > 0
-    assert halved.effort.num_batches == whole.effort.num_batches + halved.effort.oom_splits
+    assert halved.effort.oom_splits == 1, "the smaller budget was not remembered"
+    assert halved.effort.computed_tokens == whole.effort.computed_tokens
+    assert halved.effort.num_batches > whole.effort.num_batches
 
 
+def test_a_budget_that_was_halved_grows_back(model_dir: ModelDir) -> None:
+    backend = make_backend(model_dir("llama"), token_budget=64)
+    hook = raise_above(50, torch.OutOfMemoryError)
+    handle = backend._model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    assert backend.score(tokenized(SEQUENCES)).effort.oom_splits > 0
+    handle.remove()
+    sizes = count_forwards(backend)
+    while not sizes or max(sizes) < 64:
+        assert len(sizes) < 3 * GROW_AFTER
+        assert backend.score(tokenized(SEQUENCES)).effort.oom_splits == 0
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
 def test_a_sequence_that_does_not_fit_alone_is_marked_and_the_others_scored(
-    model_dir: ModelDir,
+    attention: str, model_dir: ModelDir
 ) -> None:
-    backend = make_backend(model_dir("llama"))
-    whole = backend.score(tokenized(SEQUENCES)).values
-    hook = raise_above(100, torch.OutOfMemoryError)
-    backend._body.register_forward_pre_hook(hook, with_kwargs=True)
-    scores = backend.score(tokenized(SEQUENCES))
-    too_large = {index for index, ids in enumerate(SEQUENCES) if len(ids) > 100}
-    assert too_large
+    backend = make_backend(model_dir("llama"), attention=attention)
+    sequences = [*SEQUENCES, [*SEQUENCES[0][:40], 5], SEQUENCES[-1][:70], SEQUENCES[-1]]
+    whole = backend.score(tokenized(sequences)).values
+
+    def too_deep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids", torch.arange(kwargs["input_ids"].shape[1]))
+        if int(positions.max()) >= 100:
+            raise torch.OutOfMemoryError
+
+    backend._model.base_model.register_forward_pre_hook(too_deep, with_kwargs=True)
+    scores = backend.score(tokenized(sequences))
+    too_large = {index for index, ids in enumerate(sequences) if len(ids) > 100}
+    assert len(too_large) > 1
     assert {error.reason for error in scores.errors.values()} == {RowReason.OUT_OF_MEMORY}
     assert set(scores.errors) == too_large
     assert np.isnan(scores.values[sorted(too_large)]).all()
-    others = sorted(set(range(len(SEQUENCES))) - too_large)
+    others = sorted(set(range(len(sequences))) - too_large)
     np.testing.assert_allclose(scores.values[others], whole[others], rtol=0, atol=TOLERANCE)
 
 
 def test_other_errors_of_a_forward_rise(model_dir: ModelDir) -> None:
     backend = make_backend(model_dir("llama"))
     hook = raise_above(0, RuntimeError, "shapes cannot be multiplied")
-    backend._body.register_forward_pre_hook(hook, with_kwargs=True)
+    backend._model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         backend.score(tokenized(SEQUENCES))
 
@@ -363,7 +438,9 @@ def test_a_score_that_is_no_number_is_marked(model_dir: ModelDir) -> None:
 
     backend._model.get_input_embeddings().register_forward_hook(break_poison)
     sequences = [[3, 4], [3, poison], [5]]
+    want = make_backend(model_dir("llama")).score(tokenized(sequences)).values
     scores = backend.score(tokenized(sequences))
+    np.testing.assert_allclose(scores.values[[0, 2]], want[[0, 2]], rtol=0, atol=TOLERANCE)
     assert {index: error.reason for index, error in scores.errors.items()} == {
         1: RowReason.NON_FINITE_SCORE
     }
@@ -458,11 +535,12 @@ def test_a_neighbour_that_leaks_is_found_at_load(
         make_backend(model_dir("llama"))
 
 
-def test_a_layer_that_keeps_the_bounds_to_itself_is_found_at_load(tmp_path: Path) -> None:
+def test_a_layer_that_hands_no_keyword_arguments_down_runs_packed_too(tmp_path: Path) -> None:
     config = AutoConfig.for_model("nemotron", **(SHAPE | {"num_key_value_heads": 2}))
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="keyword arguments"):
-        make_backend(tmp_path)
+    scores = make_backend(tmp_path).score(tokenized(SEQUENCES))
+    reference = reference_scores(load_reference(tmp_path), SEQUENCES)
+    np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
 
 
 def test_rounded_rotary_frequencies_are_refused(
@@ -505,7 +583,7 @@ def test_roberta_holds_fewer_tokens_than_positions(tmp_path: Path) -> None:
 
 def test_provenance_says_what_did_the_work(model_dir: ModelDir) -> None:
     backend = make_backend(model_dir("gemma2"))
-    assert backend.provenance["attention_kernel"] == "eager_blocks"
+    assert backend.provenance["attention_kernel"] == "blocks"
     assert backend.provenance["model_class"] == "Gemma2Model"
     assert backend.provenance["token_budget"] == 256
     assert json.loads(json.dumps(backend.provenance)) == backend.provenance

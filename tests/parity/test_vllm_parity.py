@@ -27,14 +27,11 @@ from tiny_models import (
 )
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from batch_scorer.backends import vllm_engine
 from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.plain import plain_scores
-from batch_scorer.backends.vllm import (
-    VLLMBackend,
-    check_version,
-    plan_requests,
-    require_vllm,
-)
+from batch_scorer.backends.vllm import VLLMBackend, plan_requests
+from batch_scorer.backends.vllm_engine import BLOCK_SIZE, check_version, require_vllm
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
 from batch_scorer.models.adapter import Adapter, MarkAndLast, StepTokens
 from batch_scorer.models.registry import EMBEDDING, adapter_named
@@ -83,6 +80,19 @@ def start() -> Iterator[Start]:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         yield backend
         end()
+
+
+@pytest.fixture
+def limit_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Room for so many blocks of the tiny Llama's keys and values, in engines that start now."""
+
+    def limit(blocks: int) -> None:
+        monkeypatch.delenv(vllm_engine.CPU_KV_CACHE_VARIABLE, raising=False)
+        layers, heads, size = 4, GQA["num_key_value_heads"], GQA["head_dim"]
+        per_block = BLOCK_SIZE["cpu"] * 2 * layers * heads * size * torch.float32.itemsize
+        monkeypatch.setattr(vllm_engine, "CPU_KV_CACHE_BYTES", blocks * per_block)
+
+    return limit
 
 
 def plain(model_dir: Path, sequences: Sequences, adapter: Adapter = STOCK, **settings: Any) -> Any:
@@ -154,19 +164,6 @@ def test_order_of_rows_does_not_move_scores(model_dir: ModelDir, start: Start) -
     np.testing.assert_allclose(shuffled, values[order], rtol=0, atol=TOLERANCE)
 
 
-def test_responses_to_one_prompt_share_its_computation(model_dir: ModelDir, start: Start) -> None:
-    """In the first wave already, where the sharing rows arrive together but apart."""
-    backend = start(model_dir("llama"))
-    backend._engine.reset_prefix_cache()
-    prompt = list(range(150, 246))
-    sequences = [*([*prompt, token] for token in range(20, 30)), *random_sequences(24)]
-    random = np.random.default_rng(0)
-    sequences = [sequences[index] for index in random.permutation(len(sequences))]
-    scores = backend.score(tokenized(sequences))
-    assert scores.effort.shared_tokens >= 9 * 96
-    assert scores.effort.shared_tokens + scores.effort.computed_tokens == sum(map(len, sequences))
-
-
 def test_equal_sequences_are_computed_once(model_dir: ModelDir, start: Start) -> None:
     once = start(model_dir("llama")).score(tokenized([[3, 4, 5], [9]]))
     thrice = start(model_dir("llama")).score(tokenized([[3, 4, 5], [9], [3, 4, 5], [3, 4, 5]]))
@@ -179,7 +176,7 @@ def test_more_rows_than_the_engine_holds_at_once(
     model_dir: ModelDir, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = start(model_dir("llama")).score(tokenized(SEQUENCES)).values
-    monkeypatch.setattr("batch_scorer.backends.vllm.MAX_SEQUENCES", 2)
+    monkeypatch.setattr(vllm_engine, "MAX_SEQUENCES", 2)
     scores = start(model_dir("llama")).score(tokenized(SEQUENCES))
     assert scores.effort.num_batches > len(SEQUENCES) // 4
     np.testing.assert_allclose(scores.values, whole, rtol=0, atol=TOLERANCE)
@@ -215,7 +212,8 @@ def test_provenance_says_what_did_the_work(model_dir: ModelDir, start: Start) ->
     assert provenance["head_dtype"] == provenance["dtype"] == "float32"
     assert provenance["attention"] == ["CPU_ATTN"]
     assert provenance["prefix_caching"] is True
-    assert provenance["block_size"] == 32
+    assert provenance["block_size"] == BLOCK_SIZE["cpu"] == 32
+    assert provenance["enforce_eager"] is True
     json.dumps(provenance)
 
 
@@ -232,10 +230,10 @@ def test_an_engine_that_stops_half_way_is_no_error_of_a_row(
 ) -> None:
     backend = start(model_dir("llama"))
 
-    def step() -> None:
+    def get_output(core: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(backend._engine, "step", step)
+    monkeypatch.setattr("vllm.v1.engine.core_client.InprocClient.get_output", get_output)
     with pytest.raises(EngineDied, match="illegal memory access"):
         backend.score(tokenized(SEQUENCES))
     # What it still holds must not be taken for the rows of the next shard.
@@ -245,6 +243,53 @@ def test_an_engine_that_stops_half_way_is_no_error_of_a_row(
 
 
 # Other engines on the same Llama
+
+
+def test_each_step_is_full_and_every_whole_block_of_a_prefix_is_shared(
+    model_dir: ModelDir,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    limit_cache: Callable[[int], None],
+) -> None:
+    """Also between sequences of one step, and in a cache that holds a fraction of them. The tokens
+    of the steps are the scheduler's own: what the effort says was computed, was."""
+    limit_cache(24)
+    backend = start(model_dir("llama"), token_budget=128)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, VOCABULARY, length).tolist() for length in (96, 70, 20)]
+    answers = [random.integers(3, VOCABULARY, length).tolist() for length in range(1, 41)]
+    sequences = [prompts[index % 3] + answer for index, answer in enumerate(answers)]
+    sequences += [sequences[0] + answer for answer in answers[:9]]  # prompt, answer, and more
+    sequences = [sequences[index] for index in random.permutation(len(sequences))]
+    backend._engine.clear_cache()
+    steps: list[int] = []
+    scheduler = backend._engine._engine.engine_core.engine_core.scheduler
+    schedule = scheduler.schedule
+
+    def watched(*arguments: Any) -> Any:
+        step = schedule(*arguments)
+        steps.append(step.total_num_scheduled_tokens)
+        return step
+
+    monkeypatch.setattr(scheduler, "schedule", watched)
+    effort = backend.score(tokenized(sequences)).effort
+    assert effort.shared_tokens == shareable_tokens(sequences) > 20 * BLOCK_SIZE["cpu"]
+    assert effort.computed_tokens == sum(map(len, sequences)) - effort.shared_tokens == sum(steps)
+    assert effort.num_batches == len(steps) > 10
+    assert set(steps[:-1]) == {128}
+
+
+def shareable_tokens(sequences: Sequences) -> int:
+    """What a cache of whole blocks saves at most, each sequence asked after those that sort before
+    it. The last token of a sequence is always computed."""
+    size, shared = BLOCK_SIZE["cpu"], 0
+    computed: set[tuple[int, ...]] = set()
+    for ids in sorted(sequences):
+        prefixes = [tuple(ids[:stop]) for stop in range(size, len(ids) + 1, size)]
+        known = [prefix for prefix in prefixes if prefix in computed and len(prefix) < len(ids)]
+        shared += max(map(len, known), default=0)
+        computed.update(prefixes)
+    return shared
 
 
 def test_the_prefix_cache_does_not_move_scores(model_dir: ModelDir, start: Start) -> None:
@@ -428,20 +473,20 @@ def test_embeddings_are_those_of_plain_hugging_face(
 # What cannot give true scores
 
 
-@pytest.fixture
-def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 blocks of the tiny Llama's keys and values: they are reused all the time."""
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    layers, heads, size = 4, GQA["num_key_value_heads"], GQA["head_dim"]
-    per_token = 2 * layers * heads * size * torch.float32.itemsize
-    monkeypatch.setattr("batch_scorer.backends.vllm.CPU_KV_CACHE_BYTES", 12 * 32 * per_token)
-
-
-@pytest.mark.usefixtures("small_cache")
-def test_a_score_that_is_no_number_is_marked_and_spoils_no_other(
-    model_dir: ModelDir, start: Start, tmp_path: Path
+def test_a_cache_too_small_for_the_longest_sequence_is_refused(
+    model_dir: ModelDir, start: Start, limit_cache: Callable[[int], None]
 ) -> None:
-    """vLLM 0.32 hands its infinities and NaNs on to whoever gets the cache's block next."""
+    limit_cache(4)
+    with pytest.raises(ModelError, match=r"max_tokens \(160\) take.*VLLM_CPU_KVCACHE_SPACE"):
+        start(model_dir("llama"))
+
+
+def test_a_score_that_is_no_number_is_marked_and_spoils_no_other(
+    model_dir: ModelDir, start: Start, tmp_path: Path, limit_cache: Callable[[int], None]
+) -> None:
+    """vLLM 0.32 hands its infinities and NaNs on to whoever gets the cache's block next: with 12
+    blocks, they are reused all the time."""
+    limit_cache(12)
     shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
     poison = 300
 

@@ -10,15 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batch_scorer.backends.attention import (
-    KERNELS,
-    AttentionBounds,
-    attention_bounds,
-    choose_kernel,
-    packed_attention,
-)
+from batch_scorer.backends.attention import Pass, packed_attention, pool_in_last_layer
+from batch_scorer.backends.kernels import KERNELS, choose_kernel
 from batch_scorer.errors import ModelError
-from batch_scorer.packing import PackedBatch
+from batch_scorer.packing import PackedBatch, TokenTrie, build_trie
+from batch_scorer.records import PooledTokens, TokenizedRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,41 +25,48 @@ on_gpu = [pytest.mark.gpu, needs_cuda]
 needs_flash_attn = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="needs the flash-attn package"
 )
-WITHOUT_SOFTCAP = [
-    pytest.param("sdpa_loop", "cpu", None),
-    pytest.param("sdpa_loop", "cuda", None, marks=on_gpu),
+KERNELS_HERE = [
     pytest.param("torch_varlen", "cuda", None, marks=on_gpu),
+    *(
+        pytest.param(kernel, device, softcap, marks=marks)
+        for kernel, device, marks in [
+            ("blocks", "cpu", []),
+            ("blocks", "cuda", on_gpu),
+            ("flash_attn", "cuda", [*on_gpu, needs_flash_attn]),
+        ]
+        for softcap in (None, 2.0)
+    ),
 ]
-KERNELS_HERE = WITHOUT_SOFTCAP + [
-    pytest.param(kernel, device, softcap, marks=marks)
-    for kernel, device, marks in [
-        ("eager_blocks", "cpu", []),
-        ("eager_blocks", "cuda", on_gpu),
-        ("flash_attn", "cuda", [*on_gpu, needs_flash_attn]),
-    ]
-    for softcap in (None, 2.0)
-]
+UNRELATED = [300, 129, 128, 17, 16, 2, 1, 1]
+"""Lengths of sequences that share nothing."""
 
 
-def make_bounds(
-    kernel: str, device: str, query_lengths: list[int], key_index: list[list[int]] | None = None
-) -> AttentionBounds:
-    """Nodes of these lengths end to end; `key_index` names each node's keys, its own if None."""
-    offsets = np.cumsum([0, *query_lengths]).astype(np.int32)
-    key_offsets = offsets
-    if key_index is not None:
-        key_offsets = np.cumsum([0, *map(len, key_index)]).astype(np.int32)
-    nothing = np.zeros(0, dtype=np.int32)
-    batch = PackedBatch(
-        sequences=np.zeros(0, dtype=np.int64),
-        token_ids=nothing,
-        position_ids=nothing,
-        query_offsets=offsets,
-        key_offsets=key_offsets,
-        key_index=None if key_index is None else np.concatenate(key_index).astype(np.int64),
-        pooled_index=np.zeros(0, dtype=np.int64),
+def make_trie(sequences: list[list[int]]) -> TokenTrie:
+    lengths = np.array([len(ids) for ids in sequences])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([np.array(ids, dtype=np.int32) for ids in sequences])
+    rows = TokenizedRows(ids, offsets, offsets, np.zeros(0, dtype=np.int32), {}, {})
+    last = PooledTokens(lengths - 1, np.arange(len(sequences) + 1))
+    return build_trie(rows, np.arange(len(sequences)), last)
+
+
+def unrelated(lengths: list[int]) -> TokenTrie:
+    return make_trie([[first] * length for first, length in enumerate(lengths)])
+
+
+def shared() -> TokenTrie:
+    """A prompt of 20 tokens, three answers, two continuations of the second, and a stranger."""
+    prompt, second = [1] * 20, [3] * 40
+    return make_trie(
+        [
+            [*prompt, *[2] * 150],
+            [*prompt, *second],
+            [*prompt, *second, 4],
+            [*prompt, *second, *[5] * 70],
+            [*prompt, 6],
+            [7] * 9,
+        ]
     )
-    return attention_bounds(batch, KERNELS[kernel], torch.device(device))
 
 
 def make_heads(num_tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,42 +81,59 @@ def make_heads(num_tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(
+    trie: TokenTrie,
     heads: tuple[Tensor, Tensor, Tensor],
-    query_lengths: list[int],
-    key_index: list[list[int]],
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """[T, H, D]: each query attends to its node's keys up to its own, one at a time."""
+    """[U, H, D]: each token attends to its ancestors and itself, one token at a time."""
     groups = HEADS // KEY_HEADS
-    query = heads[0][0].double().cpu()  # [H, T, D]
+    query = heads[0][0].double().cpu()  # [H, U, D]
     key, value = (h[0].double().cpu().repeat_interleave(groups, 0) for h in heads[1:])
+    path: list[int] = []
     output = []
-    for length, keys in zip(query_lengths, key_index, strict=True):
-        for place in range(len(keys) - length, len(keys)):
-            first = 0 if window is None else max(0, place - window + 1)
-            seen = keys[first : place + 1]
-            scores = torch.einsum("hkd,hd->hk", key[:, seen], query[:, len(output)]) * SCALE
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            weights = torch.softmax(scores, dim=-1)
-            output.append(torch.einsum("hk,hkd->hd", weights, value[:, seen]))
+    for token, position in enumerate(trie.position_ids.tolist()):
+        path = [*path[:position], token]
+        seen = path if window is None else path[-window:]
+        scores = torch.einsum("hkd,hd->hk", key[:, seen], query[:, token]) * SCALE
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = torch.softmax(scores, dim=-1)
+        output.append(torch.einsum("hk,hkd->hd", weights, value[:, seen]))
     return torch.stack(output)
 
 
 def attend(
-    heads: tuple[Tensor, Tensor, Tensor], bounds: AttentionBounds, **arguments: Any
+    trie: TokenTrie,
+    heads: tuple[Tensor, Tensor, Tensor],
+    kernel: str = "blocks",
+    budget: int = 10_000,
+    **arguments: Any,
 ) -> Tensor:
-    output, weights = packed_attention(
-        nn.Identity(), *heads, None, scaling=SCALE, bounds=bounds, **arguments
-    )
-    assert weights is None
-    return output[0].double().cpu()
+    """[U, H, D], one layer over batches of `budget` tokens, as a model calls it."""
+    output, carried = [], []
+    for start in range(0, trie.num_tokens, budget):
+        stop = min(start + budget, trie.num_tokens)
+        batch = trie.batch(start, stop)
+        part = [tensor[:, :, start:stop] for tensor in heads]
+        with running(batch, kernel, part[0].device, carried) as current:
+            given = {"scaling": SCALE} | arguments
+            attended, weights = packed_attention(nn.Identity(), *part, None, **given)
+        assert weights is None
+        output.append(attended[0])
+        carried = current.kept
+    return torch.cat(output).double().cpu()
 
 
-def own_tokens(lengths: list[int]) -> list[list[int]]:
-    ends = np.cumsum(lengths).tolist()
-    return [list(range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+def running(
+    batch: PackedBatch,
+    kernel: str = "blocks",
+    device: str | torch.device = "cpu",
+    carried: Any = (),
+    *,
+    pools: bool = False,
+) -> Pass:
+    return Pass(batch, KERNELS[kernel], torch.device(device), list(carried), pools=pools)
 
 
 @pytest.mark.parametrize(("kernel", "device", "softcap"), KERNELS_HERE)
@@ -121,51 +141,74 @@ def own_tokens(lengths: list[int]) -> list[list[int]]:
 def test_sequences_of_many_lengths(
     kernel: str, device: str, softcap: float | None, window: int | None
 ) -> None:
-    lengths = [300, 129, 128, 17, 16, 2, 1, 1]
-    heads = make_heads(sum(lengths), device)
-    got = attend(
-        heads, make_bounds(kernel, device, lengths), sliding_window=window, softcap=softcap
-    )
-    want = reference(heads, lengths, own_tokens(lengths), window, softcap)
+    trie = unrelated(UNRELATED)
+    heads = make_heads(trie.num_tokens, device)
+    got = attend(trie, heads, kernel, sliding_window=window, softcap=softcap)
+    want = reference(trie, heads, window, softcap)
     torch.testing.assert_close(got, want, rtol=0, atol=3e-2 if device == "cuda" else 2e-5)
 
 
 @pytest.mark.parametrize(("kernel", "device", "softcap"), KERNELS_HERE)
 @pytest.mark.parametrize("window", [None, 1, 24])
-def test_nodes_attend_to_gathered_ancestors_aligned_at_the_bottom_right(
-    kernel: str, device: str, softcap: float | None, window: int | None
+@pytest.mark.parametrize("budget", [1000, 128, 33])
+def test_tokens_attend_to_their_ancestors_also_those_of_earlier_batches(
+    kernel: str, device: str, softcap: float | None, window: int | None, budget: int
 ) -> None:
-    """A prompt of 20 tokens, two responses that continue it, and a leaf under the second."""
-    lengths = [20, 150, 1, 5]
-    prompt, first, second, leaf = own_tokens(lengths)
-    keys = [prompt, prompt + first, prompt + second, prompt + second + leaf]
-    heads = make_heads(sum(lengths), device)
-    bounds = make_bounds(kernel, device, lengths, keys)
-    got = attend(heads, bounds, sliding_window=window, softcap=softcap)
-    want = reference(heads, lengths, keys, window, softcap)
+    trie = shared()
+    assert trie.num_tokens == 20 + 150 + 40 + 1 + 70 + 1 + 9
+    heads = make_heads(trie.num_tokens, device)
+    got = attend(trie, heads, kernel, budget, sliding_window=window, softcap=softcap)
+    want = reference(trie, heads, window, softcap)
     torch.testing.assert_close(got, want, rtol=0, atol=3e-2 if device == "cuda" else 2e-5)
 
 
+@pytest.mark.parametrize(("kernel", "device", "softcap"), KERNELS_HERE)
+@pytest.mark.parametrize("window", [None, 24])
+def test_the_last_layer_attends_for_the_pooled_tokens_only(
+    kernel: str, device: str, softcap: float | None, window: int | None
+) -> None:
+    class Layer(nn.Module):
+        def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+            widths.append(hidden_states.shape[1])
+            parts = hidden_states.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2)
+            heads = parts.split([HEADS, KEY_HEADS, KEY_HEADS], dim=1)
+            settings: dict[str, Any] = {"sliding_window": window, "softcap": softcap}
+            mixed, _ = packed_attention(self, *heads, None, scaling=SCALE, **settings)
+            return mixed + position_ids[..., None, None]
+
+    widths: list[int] = []
+    layer = Layer()
+    pool_in_last_layer(layer)
+    trie = shared()
+    heads = make_heads(trie.num_tokens, device)
+    hidden = torch.cat(heads, dim=1).transpose(1, 2).flatten(2)
+    batch = trie.batch(0, trie.num_tokens)
+    positions = torch.from_numpy(trie.position_ids).to(device)[None]
+    with running(batch, kernel, hidden.device, pools=True):
+        got = layer(hidden, position_ids=positions)[0].double().cpu()
+    assert widths == [trie.num_tokens, len(batch.pooled_index)]
+    want = reference(trie, heads, window, softcap)[batch.pooled_index]
+    want += torch.from_numpy(trie.position_ids[batch.pooled_index])[:, None, None]
+    torch.testing.assert_close(got, want, rtol=0, atol=0.5 if device == "cuda" else 2e-5)
+
+
 def test_smaller_value_heads_come_back_at_their_size() -> None:
+    trie = unrelated([6, 3])
     query, key, value = make_heads(9, "cpu")
-    got = attend((query, key, value[..., :10]), make_bounds("sdpa_loop", "cpu", [6, 3]))
-    whole = attend((query, key, value), make_bounds("sdpa_loop", "cpu", [6, 3]))
+    got = attend(trie, (query, key, value[..., :10]))
     assert got.shape == (9, HEADS, 10)
-    torch.testing.assert_close(got, whole[..., :10])
+    torch.testing.assert_close(got, attend(trie, (query, key, value))[..., :10])
 
 
 def test_scaling_defaults_to_the_head_size() -> None:
-    heads, bounds = make_heads(5, "cpu"), make_bounds("sdpa_loop", "cpu", [5])
-    default, _ = packed_attention(nn.Identity(), *heads, None, bounds=bounds)
-    scale = 1 / math.sqrt(HEAD_DIM)
-    explicit, _ = packed_attention(nn.Identity(), *heads, None, scaling=scale, bounds=bounds)
-    assert torch.equal(default, explicit)
+    trie, heads = unrelated([5]), make_heads(5, "cpu")
+    default = attend(trie, heads, scaling=None)
+    assert torch.equal(default, attend(trie, heads, scaling=1 / math.sqrt(HEAD_DIM)))
 
 
-@pytest.mark.parametrize("kernel", ["sdpa_loop", "torch_varlen"])
-def test_softcap_is_never_dropped(kernel: str) -> None:
+def test_softcap_is_never_dropped() -> None:
     with pytest.raises(ModelError, match="softcapping"):
-        attend(make_heads(4, "cpu"), make_bounds(kernel, "cpu", [4]), softcap=2.0)
+        attend(unrelated([4]), make_heads(4, "cpu"), "torch_varlen", softcap=2.0)
 
 
 @pytest.mark.parametrize(
@@ -174,19 +217,22 @@ def test_softcap_is_never_dropped(kernel: str) -> None:
         ({"s_aux": torch.zeros(HEADS)}, "s_aux"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"is_causal": False}, "later tokens"),
-        ({"bounds": None}, "keyword arguments"),
     ],
 )
 def test_what_a_layer_asks_for_is_done_or_refused(arguments: dict[str, Any], named: str) -> None:
-    given = {"bounds": make_bounds("sdpa_loop", "cpu", [4])} | arguments
     with pytest.raises(ModelError, match=named):
-        packed_attention(nn.Identity(), *make_heads(4, "cpu"), None, **given)
+        attend(unrelated([4]), make_heads(4, "cpu"), **arguments)
 
 
 def test_a_mask_is_refused() -> None:
-    bounds = make_bounds("sdpa_loop", "cpu", [4])
-    with pytest.raises(ModelError, match="attention mask"):
-        packed_attention(nn.Identity(), *make_heads(4, "cpu"), torch.ones(4, 4), bounds=bounds)
+    trie = unrelated([4])
+    with running(trie.batch(0, 4)), pytest.raises(ModelError, match="attention mask"):
+        packed_attention(nn.Identity(), *make_heads(4, "cpu"), torch.ones(4, 4))
+
+
+def test_outside_of_a_packed_batch_it_is_refused() -> None:
+    with pytest.raises(ModelError, match="packed batch"):
+        packed_attention(nn.Identity(), *make_heads(4, "cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -205,15 +251,16 @@ def test_a_window_that_the_layer_leaves_to_a_mask_is_refused(
     """PhiMoE and Qwen2-MoE slide by mask alone; packed attention never sees that mask."""
     layer = nn.Identity()
     layer.config, layer.layer_idx = SimpleNamespace(**config), 0
-    heads, bounds = make_heads(4, "cpu"), make_bounds("sdpa_loop", "cpu", [4])
-    if refused:
-        with pytest.raises(ModelError, match="sliding window"):
-            packed_attention(layer, *heads, None, bounds=bounds)
-    else:
-        packed_attention(layer, *heads, None, bounds=bounds)
+    heads = make_heads(4, "cpu")
+    with running(unrelated([4]).batch(0, 4)):
+        if refused:
+            with pytest.raises(ModelError, match="sliding window"):
+                packed_attention(layer, *heads, None)
+        else:
+            packed_attention(layer, *heads, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("softcap", "kernel"), [(False, "sdpa_loop"), (True, "eager_blocks")])
-def test_kernel_on_the_cpu(dtype: torch.dtype, softcap: bool, kernel: str) -> None:
-    assert choose_kernel(torch.device("cpu"), dtype, head_dim=64, softcap=softcap) == kernel
+@pytest.mark.parametrize("softcap", [False, True])
+def test_kernel_on_the_cpu(dtype: torch.dtype, softcap: bool) -> None:
+    assert choose_kernel(torch.device("cpu"), dtype, head_dim=64, softcap=softcap) == "blocks"

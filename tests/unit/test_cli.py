@@ -86,6 +86,20 @@ def test_plan_needs_no_model_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_tells_the_tokens_that_a_run_then_finds(
+    score: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "plan", str(PAIRS), "--model", str(tiny_model), "--json") == 0
+    estimate = json.loads(capsys.readouterr().out)["estimate"]
+    assert score("--json") == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert (estimate["sampled_rows"], estimate["row_tokens"]) == (48, scored["tokens"])
+    assert 0 < estimate["computed_tokens"] < estimate["row_tokens"] and estimate["flop"] > 0
+
+
 def test_settings_come_from_a_file_with_flags_on_top(
     monkeypatch: pytest.MonkeyPatch,
     tiny_model: Path,

@@ -1,0 +1,343 @@
+"""Causal attention of a packed batch, on any device: a plan once a batch, then one call a layer.
+
+A kernel never asks which sequence a token belongs to. Its plan says which keys each query sees:
+a token's ancestors in the trie and the token itself (`packing.PackedBatch`).
+
+Legend: T tokens of a batch, K its keys (T and those carried into it), N query tokens, H query
+heads, G key/value heads, D head size of queries and keys, E that of values.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from batch_scorer.errors import ModelError
+from batch_scorer.packing import Int64Array, PackedBatch
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSettings:
+    """What a decoder layer asks of its attention."""
+
+    scale: float
+    window: int | None
+    """Keys that a query sees at most, its own included."""
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """`plan(batch, tokens, window, like)`: what `attend` needs to know, on the device and in the
+    dtype of `like`, for the queries of all tokens, or of the ascending int64[N] `tokens` only.
+
+    `attend(query [H, N, D], key [G, K, D], value [G, K, E], plan, layer)` gives [N, H, E].
+    """
+
+    plan: Callable[[PackedBatch, Int64Array | None, int | None, Tensor], Any]
+    attend: Callable[[Tensor, Tensor, Tensor, Any, LayerSettings], Tensor]
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """`array` on `device`; a copy to CUDA is pinned so that the host need not wait for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+# Blocks: plain matrix products
+
+BLOCK_QUERIES = 64
+"""Consecutive tokens whose keys are gathered together. 32 make small matrix products, 128 compute
+more scores that the mask hides."""
+
+CHUNK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Most attention scores that are held at a time. On a CPU they are to stay in its cache."""
+
+_KEYS_MULTIPLE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChunk:
+    """B blocks of Q queries that are computed together, L keys each, padded on the left."""
+
+    queries: Tensor
+    """int64[B * Q], places among the N queries; a short block repeats its last."""
+    keys: Tensor
+    """int64[B * L]; a short row repeats its first."""
+    mask: Tensor
+    """[B, 1, Q, L], 0 where the query sees the key, otherwise -inf."""
+
+
+def plan_blocks(
+    batch: PackedBatch, tokens: Int64Array | None, window: int | None, like: Tensor
+) -> list[BlockChunk]:
+    """The queries in blocks of consecutive tokens, those with the most keys first."""
+    wanted = np.arange(batch.num_tokens) if tokens is None else tokens
+    starts = (np.unique(wanted // BLOCK_QUERIES) * BLOCK_QUERIES).tolist()
+    bounds = np.searchsorted(wanted, [*starts, batch.num_tokens]).tolist()
+    blocks = [
+        _block(batch, start, first, wanted[first:stop], ancestors, window)
+        for start, (first, stop), ancestors in zip(
+            starts, pairwise(bounds), batch.ancestors(starts), strict=True
+        )
+    ]
+    blocks.sort(key=lambda block: -len(block.keys))
+    heads = len(like)
+    chunks: list[BlockChunk] = []
+    while blocks:
+        num_keys = -(-len(blocks[0].keys) // _KEYS_MULTIPLE) * _KEYS_MULTIPLE
+        num_queries = min(BLOCK_QUERIES, len(wanted))
+        fitting = CHUNK_SCORES[like.device.type] // (heads * num_queries * num_keys)
+        together, blocks = blocks[: max(1, fitting)], blocks[max(1, fitting) :]
+        chunks.append(_chunk(together, num_keys, like))
+    return chunks
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    queries: Int64Array
+    """int64[Q]"""
+    keys: Int64Array
+    """int64[L]"""
+    visible: BoolArray
+    """bool[Q, L]"""
+
+
+def _block(
+    batch: PackedBatch,
+    start: int,
+    first_query: int,
+    tokens: Int64Array,
+    ancestors: Int64Array,
+    window: int | None,
+) -> _Block:
+    """The block of `tokens`, all of which lie within BLOCK_QUERIES after `start`."""
+    stop = int(tokens[-1]) + 1
+    positions = batch.position_ids[start:stop]
+    keys = np.concatenate([ancestors, batch.num_carried + np.arange(start, stop)])
+    key_positions = np.concatenate([np.arange(len(ancestors)), positions])
+    # A token sees an earlier one unless a position between them falls back to it or below.
+    lowest = np.minimum.accumulate(positions)
+    sees_ancestors = np.arange(len(ancestors)) < lowest[:, None]
+    visible = np.concatenate([sees_ancestors, _own_visible(positions)], axis=1)
+    visible = visible[tokens - start]
+    if window is not None:
+        query_positions = positions[tokens - start]
+        visible &= query_positions[:, None] - key_positions < window
+        seen = visible.any(axis=0)
+        keys, visible = keys[seen], visible[:, seen]
+    return _Block(np.arange(first_query, first_query + len(tokens)), keys, visible)
+
+
+def _own_visible(positions: npt.NDArray[np.int32]) -> BoolArray:
+    """bool[n, n]: which of n consecutive tokens see which."""
+    causal = np.tri(len(positions), dtype=np.bool_)
+    if bool((np.diff(positions) == 1).all()):
+        return causal
+    after = np.tri(len(positions), k=-1, dtype=np.bool_)
+    between = np.where(after, positions[:, None], np.iinfo(np.int32).max)
+    return causal & (np.minimum.accumulate(between, axis=0) > positions)
+
+
+def _chunk(blocks: list[_Block], num_keys: int, like: Tensor) -> BlockChunk:
+    num_queries = max(len(block.queries) for block in blocks)
+    queries = np.empty((len(blocks), num_queries), np.int64)
+    keys = np.empty((len(blocks), num_keys), np.int64)
+    visible = np.zeros((len(blocks), num_queries, num_keys), np.bool_)
+    for row, block in enumerate(blocks):
+        filled = len(block.queries)
+        ahead = num_keys - len(block.keys)
+        queries[row, :filled], queries[row, filled:] = block.queries, block.queries[-1]
+        keys[row, :ahead], keys[row, ahead:] = block.keys[0], block.keys
+        visible[row, :filled, ahead:] = block.visible
+        visible[row, filled:, ahead:] = block.visible[-1]
+    mask = np.where(visible, np.float32(0), np.float32("-inf"))
+    return BlockChunk(
+        to_device(queries.ravel(), like.device),
+        to_device(keys.ravel(), like.device),
+        to_device(mask, like.device).to(like.dtype)[:, None],
+    )
+
+
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, plan: list[BlockChunk], layer: LayerSettings
+) -> Tensor:
+    """Scores, softmax in float32 and mixing, each rounded as transformers' eager attention does."""
+    (heads, num_queries, size), groups, value_size = query.shape, len(key), value.shape[2]
+    output = query.new_empty(num_queries, heads * value_size)
+    nothing = query.new_empty(1, 1, 1)
+    for chunk in plan:
+        blocks, _, rows, keys = chunk.mask.shape
+        per_group = (groups, heads // groups, blocks, rows)
+        # [G * B, H/G * Q, D] against [G * B, L, D]: the heads of a group share their keys.
+        queries = query.index_select(1, chunk.queries).view(*per_group, size).transpose(1, 2)
+        queries = queries.reshape(groups * blocks, -1, size)
+        seen = key.index_select(1, chunk.keys).view(groups * blocks, keys, size)
+        scores = torch.baddbmm(nothing, queries, seen.transpose(1, 2), beta=0, alpha=layer.scale)
+        if layer.softcap is not None:
+            scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
+        scores.view(groups, blocks, -1, rows, keys).add_(chunk.mask)
+        weights = torch.softmax(scores, dim=-1)
+        values = value.index_select(1, chunk.keys).view(groups * blocks, keys, value_size)
+        mixed = torch.bmm(weights, values).view(groups, blocks, -1, rows, value_size)
+        mixed = mixed.permute(1, 3, 0, 2, 4).reshape(blocks * rows, -1)
+        output.index_copy_(0, chunk.queries, mixed)
+    return output.view(num_queries, heads, value_size)
+
+
+# Flash attention: one call for all runs
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Queries in runs of one sequence; each sees its ancestors and what comes before it in the
+    run: the keys of a run end to end, causal, aligned at the bottom right."""
+
+    query_offsets: Tensor
+    """int32[runs + 1], in the N queries."""
+    key_offsets: Tensor
+    """int32[runs + 1], in the keys that `key_index` gathers."""
+    key_index: Tensor | None
+    """int64, keys of run after run; None where these are the batch's keys as they lie."""
+    most_queries: int
+    most_keys: int
+
+
+def plan_runs(
+    batch: PackedBatch, tokens: Int64Array | None, window: int | None, like: Tensor
+) -> RunPlan:
+    """Runs as they are in the batch; with `tokens` each of these is a run of its own."""
+    if tokens is None:
+        starts = batch.run_starts
+        stops = np.append(starts[1:], batch.num_tokens)
+    else:
+        starts, stops = tokens, tokens + 1
+    keys = [
+        np.concatenate([ancestors, batch.num_carried + np.arange(start, stop)])
+        for start, stop, ancestors in zip(
+            starts.tolist(), stops.tolist(), batch.ancestors(starts.tolist()), strict=True
+        )
+    ]
+    index = np.concatenate(keys)
+    as_they_lie = len(index) == batch.num_carried + batch.num_tokens and bool(
+        (index == np.arange(len(index))).all()
+    )
+    counts = [stops - starts, np.array([len(run) for run in keys])]
+    query_offsets, key_offsets = (
+        np.concatenate([[0], np.cumsum(count)]).astype(np.int32) for count in counts
+    )
+    return RunPlan(
+        query_offsets=to_device(query_offsets, like.device),
+        key_offsets=to_device(key_offsets, like.device),
+        key_index=None if as_they_lie else to_device(index, like.device),
+        most_queries=int(counts[0].max()),
+        most_keys=int(counts[1].max()),
+    )
+
+
+def _in_runs(
+    query: Tensor, key: Tensor, value: Tensor, plan: RunPlan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, H, D], [keys, G, D] and [keys, G, D]: gathered, the values padded to the head size."""
+    if value.shape[2] != query.shape[2]:  # DeepSeek's values are smaller
+        value = pad(value, (0, query.shape[2] - value.shape[2]))
+    query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    if plan.key_index is not None:
+        key, value = key.index_select(0, plan.key_index), value.index_select(0, plan.key_index)
+    return query, key, value
+
+
+def flash_attn_varlen(
+    query: Tensor, key: Tensor, value: Tensor, plan: RunPlan, layer: LayerSettings
+) -> Tensor:
+    """The flash-attn package."""
+    function = _import_flash_attn()
+    assert function is not None, "choose_kernel names this kernel only where it is installed"
+    output: Tensor = function(
+        *_in_runs(query, key, value, plan),
+        cu_seqlens_q=plan.query_offsets,
+        cu_seqlens_k=plan.key_offsets,
+        max_seqlen_q=plan.most_queries,
+        max_seqlen_k=plan.most_keys,
+        softmax_scale=layer.scale,
+        causal=True,
+        # flash-attn counts the tokens before the query's own
+        window_size=(-1, -1) if layer.window is None else (layer.window - 1, 0),
+        softcap=0.0 if layer.softcap is None else layer.softcap,
+    )
+    return output[..., : value.shape[2]]
+
+
+def torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, plan: RunPlan, layer: LayerSettings
+) -> Tensor:
+    """torch's own variable-length flash attention. No softcap."""
+    if layer.softcap is not None:
+        raise ModelError("torch's varlen_attn cannot apply attn_logit_softcapping")
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 has no such parameter: its kernel takes fewer key/value heads unasked.
+    has_gqa_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    gqa: dict[str, Any] = {"enable_gqa": True} if has_gqa_flag else {}
+    output = varlen_attn(
+        *_in_runs(query, key, value, plan),
+        plan.query_offsets,
+        plan.key_offsets,
+        plan.most_queries,
+        plan.most_keys,
+        scale=layer.scale,
+        window_size=(-1 if layer.window is None else layer.window - 1, 0),
+        **gqa,
+    )
+    assert isinstance(output, Tensor)
+    return output[..., : value.shape[2]]
+
+
+KERNELS: dict[str, Kernel] = {
+    "flash_attn": Kernel(plan_runs, flash_attn_varlen),
+    "torch_varlen": Kernel(plan_runs, torch_varlen),
+    "blocks": Kernel(plan_blocks, attend_blocks),
+}
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype, *, head_dim: int, softcap: bool) -> str:
+    """The name of the fastest kernel in `KERNELS` that is right for this model here."""
+    if _flash_can_run(device, dtype, head_dim):
+        if _import_flash_attn() is not None:
+            return "flash_attn"
+        if not softcap:
+            return "torch_varlen"
+    return "blocks"
+
+
+def _flash_can_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Flash kernels want an Ampere GPU or later, half precision and heads of at most 256."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+@functools.cache
+def _import_flash_attn() -> Callable[..., Tensor] | None:
+    """flash-attn's varlen function, or None where the package is missing."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    function: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
+    return function

