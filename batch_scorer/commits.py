@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from batch_scorer.errors import ShardReason
 from batch_scorer.fingerprint import digest_of
+from batch_scorer.formats import Lines
 from batch_scorer.records import Effort, Layout
 from batch_scorer.storage import Version
 
@@ -31,9 +32,10 @@ class Source:
 class Shard:
     """A row range of one input file: the unit of work and of commit.
 
-    Rows [first_row, first_row + num_rows) of the file. `row_groups` are the Parquet row groups
-    [start, stop) that hold them and `skip_rows` the rows of the first group that come before;
-    None for files that are not Parquet. `replaces` is the stale object to be replaced, if any.
+    Rows [first_row, first_row + num_rows) of the file. They lie in the Parquet row groups
+    [start, stop) of `row_groups`, or in the `lines` of a file of JSON lines, or (both are None) in
+    a JSON array; `skip_rows` is how many rows come before them there. `replaces` is the stale
+    object to be replaced, if any.
     """
 
     source: Source
@@ -44,6 +46,7 @@ class Shard:
     skip_rows: int
     estimated_tokens: int
     output_key: str
+    lines: Lines | None = None
     replaces: Version | None = None
 
     def identity(self, fingerprint: str, column_prefix: str) -> str:

@@ -85,8 +85,9 @@ class Config(BaseModel):
 
     backend: Literal["auto", "hf", "vllm", "fake"] = _setting("hf", "scores")
     """Engine. `hf`: Hugging Face model, packed without padding. `vllm`: vLLM's pooling runner.
-    `auto`: whichever supports the model; if both do and there is a GPU, the faster of the two on
-    some of the job's own rows. `fake`: no model, scores are a hash of the tokens; for dry runs."""
+    `auto`: whichever supports the model; if both do and the job is long enough to repay it, the
+    faster of the two on some of the job's own rows. `fake`: no model, scores are a hash of the
+    tokens; for dry runs."""
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = _setting(None, "scores")
     """Of the model's body; the head is always float32. None: bfloat16 where the device has it,
@@ -143,7 +144,12 @@ class Config(BaseModel):
     Face scores too, one by one. `stop`: the job ends where they disagree. `warn`: it goes on."""
 
     token_budget: int | None = _setting(None, "runtime", gt=0)
-    """Most tokens of one forward pass. None: the backend's default for the device."""
+    """Most tokens of one forward pass. None: what suits the device and fits its memory."""
+
+    compile: bool | None = _setting(None, "runtime")
+    """Have torch compile the model's layers: some percent faster, after a minute of compiling in
+    every worker; on a CPU it takes a C++ compiler. None: the engine's own habit, which is to
+    compile only in vLLM on a GPU."""
 
     attempts: int = _setting(3, "runtime", gt=0)
     """Worker deaths and failed tries that one shard is allowed before it is recorded as failed."""

@@ -129,6 +129,19 @@ class TokenizedRows:
         """int64[S], tokens of each sequence."""
         return np.diff(self.sequence_offsets)
 
+    def part(self, first_row: int, stop_row: int) -> "TokenizedRows":
+        """The rows from one to before another, without their errors."""
+        first, stop = self.row_offsets[[first_row, stop_row]]
+        offsets = self.sequence_offsets[first : stop + 1]
+        return TokenizedRows(
+            token_ids=self.token_ids[offsets[0] : offsets[-1]],
+            sequence_offsets=offsets - offsets[0],
+            row_offsets=self.row_offsets[first_row : stop_row + 1] - first,
+            truncated_tokens=self.truncated_tokens[first:stop],
+            sequence_errors={},
+            row_errors={},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Embedding:

@@ -336,7 +336,7 @@ def _with_engine(prepared: Prepared, plan: Plan, output: Store) -> Prepared:
     begun_with = claimed_fingerprint(output).get("backend")
     if begun_with in prepared.engines:
         return prepare(config, model, begun_with)
-    if not is_raced(prepared.engines, prepared.device):
+    if not is_raced(prepared.engines, prepared.device, plan.estimated_tokens):
         return prepared
     rows = trial_rows(prepared.job(epoch=0), plan.shards)
     if rows is None:

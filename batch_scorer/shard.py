@@ -39,7 +39,7 @@ from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.lease import current_epoch
 from batch_scorer.manifest import read_commit, record_engine
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.plan import open_parquet
+from batch_scorer.plan import read_json, read_rows
 from batch_scorer.records import (
     Embedding,
     Format,
@@ -209,6 +209,7 @@ def make_backend(job: Job) -> Backend:
         "step_aggregation": config.step_aggregation,
         "embedding": job.embedding,
         "token_budget": config.token_budget,
+        "compile": config.compile,
         "trust_remote_code": config.trust_remote_code,
     }
     if job.backend == "vllm":
@@ -237,17 +238,18 @@ def _read_rows(
     store = open_store(source.root, job.config.store_options)
     try:
         if shard.row_groups is None:
-            data = store.read(source.key, source.version)
-            table, malformed = formats.read_json_table(data, source.key)
+            if shard.lines is not None:
+                table, malformed = read_json(store, source, shard.lines)
+            else:
+                data = store.read(source.key, source.version)
+                table, malformed = formats.read_json_table(data, source.key)
             table = table if columns is None else table.select(columns)
-            start, stop = shard.first_row, shard.first_row + shard.num_rows
+            start, stop = shard.skip_rows, shard.skip_rows + shard.num_rows
             kept = {row - start: error for row, error in malformed.items() if start <= row < stop}
             return table.slice(start, shard.num_rows), kept
-        file = open_parquet(store, source)
-        table = file.read_row_groups(
-            list(range(*shard.row_groups)), columns=columns, use_threads=False
-        )
-        return table.slice(shard.skip_rows, shard.num_rows), {}
+        return read_rows(
+            store, source, shard.row_groups, shard.skip_rows, shard.num_rows, columns
+        ), {}
     except ObjectChanged as error:
         raise ShardError(
             ShardReason.INPUT_CHANGED, "the file changed after the run was planned; run again"

@@ -141,9 +141,14 @@ class Store:
             result = obstore.get(self._store, key)
             return bytes(result.bytes()), _info(result.meta)
 
-    def open(self, key: str, size_bytes: int, version: Version) -> io.BufferedReader:
-        """A seekable file over ranged reads that are all pinned to `version`."""
-        return io.BufferedReader(_PinnedFile(self, key, size_bytes, version), _BUFFER_BYTES)
+    def open(
+        self, key: str, size_bytes: int, version: Version, buffer_bytes: int = _BUFFER_BYTES
+    ) -> io.BufferedReader:
+        """A seekable file over ranged reads that are all pinned to `version`.
+
+        A file that is read from its beginning to its end wants a large buffer: each is a request.
+        """
+        return io.BufferedReader(_PinnedFile(self, key, size_bytes, version), buffer_bytes)
 
     def read_range(self, key: str, version: Version, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of exactly this version."""

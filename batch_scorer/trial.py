@@ -1,4 +1,4 @@
-"""Which engine: by support, and where both can run the model on a GPU, by a short race.
+"""Which engine: by support, and for a long job that both can run by a short race.
 
 Engines give the same scores within rounding (`parity`), but not the same bits, so an output
 keeps the engine it was begun with.
@@ -21,7 +21,12 @@ from batch_scorer.shard import Job, make_backend, read_shard, renderer_of
 
 log = logging.getLogger("batch_scorer")
 
-TRIAL_ROWS = 512
+TRIAL_ROWS = {Device.CPU: 64, Device.CUDA: 1024}
+"""The first half warms an engine up, the second is timed."""
+
+WORTH_A_RACE = {Device.CPU: 2_000_000, Device.CUDA: 20_000_000}
+"""Tokens of the smallest job that is raced: minutes of scoring, against the half minute or minute
+that starting both engines takes."""
 
 
 def supported_engines(config: Config, model: ModelFacts) -> list[str]:
@@ -46,15 +51,15 @@ def supported_engines(config: Config, model: ModelFacts) -> list[str]:
     return engines
 
 
-def is_raced(engines: Sequence[str], device: Device) -> bool:
-    """Whether the choice is made by measuring."""
-    return len(engines) > 1 and device is Device.CUDA
+def is_raced(engines: Sequence[str], device: Device, num_tokens: int) -> bool:
+    """Whether the choice for a job of so many tokens is made by measuring."""
+    return len(engines) > 1 and num_tokens >= WORTH_A_RACE[device]
 
 
 def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
     """Some of the job's own rows, from its first readable shard."""
     for shard in shards:
-        part = replace(shard, num_rows=min(TRIAL_ROWS, shard.num_rows))
+        part = replace(shard, num_rows=min(TRIAL_ROWS[job.device], shard.num_rows))
         try:
             return read_shard(job, part, renderer_of(job))
         except ShardError:
@@ -63,10 +68,10 @@ def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
 
 
 def tokens_per_second(job: Job, rows: TokenizedRows) -> float:
-    """Real tokens per second of this job's engine, after a first round that warms it up.
+    """Real tokens per second of this job's engine on the second half of the rows.
 
-    0 for an engine that does not come up or does not last: it loses the race, and the log says
-    why.
+    The first half warms it up: with the same rows, a cache of prefixes would do the work. 0 for an
+    engine that does not come up or does not last: it loses the race, and the log says why.
     """
     try:
         backend = make_backend(job)
@@ -74,10 +79,12 @@ def tokens_per_second(job: Job, rows: TokenizedRows) -> float:
         log.warning("%s does not come up: %s", job.backend, error)
         return 0.0
     try:
-        backend.score(rows)
+        half = -(-rows.num_rows // 2)
+        backend.score(rows.part(0, half))
+        timed = rows.part(half, rows.num_rows) if half < rows.num_rows else rows
         started = time.perf_counter()
-        backend.score(rows)
-        return rows.num_tokens / (time.perf_counter() - started)
+        backend.score(timed)
+        return timed.num_tokens / (time.perf_counter() - started)
     except EngineDied as error:
         log.warning("%s died: %s", job.backend, error)
         return 0.0

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.columns import digest_columns
@@ -29,7 +29,7 @@ from batch_scorer.manifest import (
     read_parquet,
     read_success,
 )
-from batch_scorer.plan import PARQUET, open_parquet
+from batch_scorer.plan import PARQUET, open_parquet, read_json, read_rows, scan_json
 from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, open_store
 
 _READERS = 8
@@ -69,14 +69,14 @@ class _Checked:
 def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdict:
     """Check a scored output. Raises OutputError if there is none at `output`."""
     options = dict(store_options or {})
-    store, _ = open_scored(output, options)
+    store, record = open_scored(output, options)
     success = read_success(store)
     receipts = list(known_receipts(store).values()) if success is None else current_manifest(store)
     groups = _read_together([receipt for receipt in receipts if receipt.commit])
     committed = [receipt for group in groups for receipt in group]
 
     def check_group(group: list[Receipt]) -> list[_Checked]:
-        inputs = _Inputs(options)
+        inputs = _Inputs(options, record["layout"])
         return [_check(store, receipt, inputs) for receipt in group]
 
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
@@ -124,11 +124,13 @@ def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
 
 
 class _Inputs:
-    """The rows that were scored. A JSON file is parsed whole, and kept for its next shard."""
+    """The rows that were scored. How a JSON file is cut is found once; an array, which is parsed
+    whole, is kept for its next shard."""
 
-    def __init__(self, options: Mapping[str, str]) -> None:
+    def __init__(self, options: Mapping[str, str], layout: Mapping[str, Any]) -> None:
         self._options = options
-        self._json: tuple[Source, pa.Table] | None = None
+        self._max_rows, self._max_tokens = layout["shard_rows"], layout["shard_tokens"]
+        self._json: tuple[Source, formats.Lines | pa.Table] | None = None
 
     def rows(self, receipt: Receipt, commit: Commit) -> pa.Table | None:
         """None if the file is gone, not readable, or no longer the one that was scored."""
@@ -138,31 +140,44 @@ class _Inputs:
             if info.version.etag != commit.input_etag:
                 return None
             source = Source(receipt.input_root, info.key, info.size_bytes, info.version)
-            if _is_parquet(receipt):
-                return _read_rows(open_parquet(store, source), commit.first_row, commit.num_rows)
-            if self._json is None or self._json[0] != source:
-                data = store.read(source.key, source.version)
-                self._json = source, formats.read_json_table(data, source.key)[0]
-            return self._json[1].slice(commit.first_row, commit.num_rows)
+            read = self._of_parquet if _is_parquet(receipt) else self._of_json
+            return read(store, source, commit.first_row, commit.num_rows)
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
+
+    def _of_parquet(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+        metadata = open_parquet(store, source).metadata
+        groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        start, stop, skipped = _holding(groups, first_row, num_rows)
+        return read_rows(store, source, (start, stop), first_row - skipped, num_rows)
+
+    def _of_json(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+        if self._json is None or self._json[0] != source:
+            scanned = scan_json(store, source, self._max_rows, self._max_tokens)
+            if scanned is None:
+                data = store.read(source.key, source.version)
+                self._json = source, formats.read_json_table(data, source.key)[0]
+            else:
+                self._json = source, scanned[0]
+        found = self._json[1]
+        if not isinstance(found, formats.Lines):
+            return found.slice(first_row, num_rows)
+        start, stop, skipped = _holding([run.num_rows for run in found.runs], first_row, num_rows)
+        table, _ = read_json(store, source, found.part(start, stop))
+        return table.slice(first_row - skipped, num_rows)
+
+
+def _holding(sizes: list[int], first_row: int, num_rows: int) -> tuple[int, int, int]:
+    """The parts [start, stop), of so many rows each, that hold the rows, and the rows before."""
+    if not num_rows:
+        return 0, 0, first_row
+    ends = np.cumsum(sizes)
+    start, last = np.searchsorted(ends, [first_row, first_row + num_rows - 1], side="right")
+    return int(start), int(last) + 1, int(ends[start] - sizes[start])
 
 
 def _is_parquet(receipt: Receipt) -> bool:
     return receipt.input.endswith(PARQUET)
-
-
-def _read_rows(file: pq.ParquetFile, first_row: int, num_rows: int) -> pa.Table:
-    """Rows of a Parquet file, out of the row groups that hold them."""
-    groups: list[int] = []
-    skipped = stop = 0
-    for index in range(file.metadata.num_row_groups):
-        start, stop = stop, stop + file.metadata.row_group(index).num_rows
-        if stop <= first_row:
-            skipped = stop
-        elif start < first_row + num_rows:
-            groups.append(index)
-    return file.read_row_groups(groups, use_threads=False).slice(first_row - skipped, num_rows)
 
 
 def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:

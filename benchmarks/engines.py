@@ -251,7 +251,7 @@ def padded_sorted(setting: Setting) -> Scorer:
     return PaddedScorer(setting, by_length)
 
 
-def trie(setting: Setting, *, compiles: bool = False) -> Scorer:
+def trie(setting: Setting, *, compile: bool | None = None) -> Scorer:
     from batch_scorer.backends.hf import HFBackend
 
     backend = HFBackend(
@@ -259,13 +259,13 @@ def trie(setting: Setting, *, compiles: bool = False) -> Scorer:
         dtype=setting.dtype,
         attention="packed",
         device="cpu",
-        compiles=compiles,
+        compile=compile,
     )
     return BackendScorer(backend)
 
 
 def trie_compiled(setting: Setting) -> Scorer:
-    return trie(setting, compiles=True)
+    return trie(setting, compile=True)
 
 
 def vllm_best(setting: Setting) -> Scorer:

@@ -226,7 +226,7 @@ def padded(
     return score
 
 
-def trie(setting: Setting, kernel: str | None = None, *, compiles: bool = False) -> Scorer:
+def trie(setting: Setting, kernel: str | None = None, *, compile: bool | None = None) -> Scorer:
     if kernel == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         raise MissingExtraError("flash-attn is not installed")
     # The backend chooses by itself; which kernel is no setting.
@@ -238,7 +238,7 @@ def trie(setting: Setting, kernel: str | None = None, *, compiles: bool = False)
             dtype=setting.dtype,
             device=setting.device,
             attention="packed",
-            compiles=compiles,
+            compile=compile,
         )
     return partial(score_with, backend)
 
@@ -275,7 +275,7 @@ CONTESTANTS: dict[str, Callable[[Setting], Scorer]] = {
     REFERENCE: padded,
     "sorted": partial(padded, batches=partial(by_length, token_budget=PADDED_TOKEN_BUDGET)),
     **{f"trie {kernel}": partial(trie, kernel=kernel) for kernel in KERNELS},
-    "trie compiled": partial(trie, compiles=True),
+    "trie compiled": partial(trie, compile=True),
     "vllm": vllm,
     "vllm without prefix cache": partial(vllm, prefix_caching=False),
     "vllm fp8": partial(vllm, quantization="fp8"),

@@ -212,7 +212,7 @@ def attention_times(scale: Scale) -> dict[str, dict[str, float]]:
             row = times.setdefault(f"{str(dtype)[6:]}, {tokens // length} x {length}", {})
             for softcap in (None, 50.0):
                 for window in (None, length // 4):
-                    plan = KERNELS["blocks"].plan(batch, None, window, query)
+                    plan = KERNELS["blocks"].plan(batch, None, window, query, key)
                     layer = LayerSettings(0.125, window, softcap)
                     call = partial(KERNELS["blocks"].attend, query, key, value, plan, layer)
                     name = "blocks" + (", softcap" if softcap else "")

@@ -128,15 +128,16 @@ class Pass:
                 raise _KeysTaken
         else:
             key, value = self._taken
-        plan = self._plan(layer.window, query)
+        plan = self._plan(layer.window, query, key)
         return self._kernel.attend(query, key, value, plan, layer)
 
-    def _plan(self, window: int | None, like: Tensor) -> Any:
-        key = window, self._taken is not None
-        if key not in self._plans:
-            tokens = None if self._taken is None else self._pooled
-            self._plans[key] = self._kernel.plan(self.batch, tokens, window, like)
-        return self._plans[key]
+    def _plan(self, window: int | None, query: Tensor, key: Tensor) -> Any:
+        pools = self._taken is not None
+        if (window, pools) not in self._plans:
+            tokens = self._pooled if pools else None
+            plan = self._kernel.plan(self.batch, tokens, window, query, key)
+            self._plans[window, pools] = plan
+        return self._plans[window, pools]
 
 
 def packed_attention(

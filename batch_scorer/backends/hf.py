@@ -50,7 +50,7 @@ class HFBackend:
 
     `adapter` None chooses the model's family from its files. `step_aggregation` None takes the
     family's own; with `embedding` the model's head is left out. `token_budget` None takes what
-    suits the device. `compiles` has torch compile the layers of a packed model, which takes a
+    suits the device. `compile` has torch compile the layers of a packed model, which takes a
     minute of the first shard. Raises ModelError where the directory cannot give true scores with
     these settings.
     """
@@ -66,7 +66,7 @@ class HFBackend:
         step_aggregation: StepAggregation | None = None,
         embedding: Embedding | None = None,
         token_budget: int | None = None,
-        compiles: bool = False,
+        compile: bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self._device = torch.device(device)
@@ -102,8 +102,10 @@ class HFBackend:
             self.num_outputs = self._readout.num_outputs
         self._packed: PackedBody | None = None
         if implementation == PACKED_ATTENTION:
-            self._packed = PackedBody(self._model, token_budget=token_budget, compiles=compiles)
+            self._packed = PackedBody(self._model, token_budget=token_budget, compile=bool(compile))
             self._budget = self._packed.budget
+        elif compile:
+            raise ConfigError(f"compile: {model_dir} does not run packed; leave compile out")
         else:
             self._budget = TokenBudget(token_budget or PADDED_TOKEN_BUDGET[device])
         self.provenance: dict[str, Any] = {

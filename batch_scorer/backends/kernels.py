@@ -40,13 +40,13 @@ class LayerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """`plan(batch, tokens, window, like)`: what `attend` needs to know, on the device and in the
-    dtype of `like`, for the queries of all tokens, or of the ascending int64[N] `tokens` only.
+    """`plan(batch, tokens, window, query, key)`: what `attend` needs to know for such queries and
+    keys; they are those of all tokens, or of the ascending int64[N] `tokens` only.
 
     `attend(query [H, N, D], key [G, K, D], value [G, K, E], plan, layer)` gives [N, H, E].
     """
 
-    plan: Callable[[PackedBatch, Int64Array | None, int | None, Tensor], Any]
+    plan: Callable[[PackedBatch, Int64Array | None, int | None, Tensor, Tensor], Any]
     attend: Callable[[Tensor, Tensor, Tensor, Any, LayerSettings], Tensor]
 
 
@@ -64,7 +64,7 @@ BLOCK_QUERIES = 64
 """Consecutive tokens whose keys are gathered together. 32 make small matrix products, 128 compute
 more scores that the mask hides."""
 
-CHUNK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+CHUNK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Most attention scores that are held at a time. On a CPU they are to stay in its cache."""
 
 _KEYS_MULTIPLE = 32
@@ -75,16 +75,29 @@ class BlockChunk:
     """B blocks of Q queries that are computed together, L keys each, padded on the left."""
 
     queries: Tensor
-    """int64[B * Q], places among the N queries; a short block repeats its last."""
+    """int64[G * B * H/G * Q], rows of the queries as [N * H, D], in the order in which the matrix
+    products take them; a short block repeats its last query."""
     keys: Tensor
-    """int64[B * L]; a short row repeats its first."""
+    """int64[G * B * L], rows of the keys as [K * G, D]; a block with few repeats its first."""
     mask: Tensor
     """[B, 1, Q, L], 0 where the query sees the key, otherwise -inf."""
 
 
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """`order` is int64[N * H]: where the chunks' outputs, end to end, hold each query's."""
+
+    chunks: list[BlockChunk]
+    order: Tensor
+
+
 def plan_blocks(
-    batch: PackedBatch, tokens: Int64Array | None, window: int | None, like: Tensor
-) -> list[BlockChunk]:
+    batch: PackedBatch,
+    tokens: Int64Array | None,
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
+) -> BlockPlan:
     """The queries in blocks of consecutive tokens, those with the most keys first."""
     wanted = np.arange(batch.num_tokens) if tokens is None else tokens
     starts = (np.unique(wanted // BLOCK_QUERIES) * BLOCK_QUERIES).tolist()
@@ -96,15 +109,31 @@ def plan_blocks(
         )
     ]
     blocks.sort(key=lambda block: -len(block.keys))
-    heads = len(like)
+    heads, groups, device = len(query), len(key), query.device
     chunks: list[BlockChunk] = []
+    order = np.empty(len(wanted) * heads, np.int64)
+    size = 0
     while blocks:
         num_keys = -(-len(blocks[0].keys) // _KEYS_MULTIPLE) * _KEYS_MULTIPLE
         num_queries = min(BLOCK_QUERIES, len(wanted))
-        fitting = CHUNK_SCORES[like.device.type] // (heads * num_queries * num_keys)
-        together, blocks = blocks[: max(1, fitting)], blocks[max(1, fitting) :]
-        chunks.append(_chunk(together, num_keys, like))
-    return chunks
+        fitting = max(1, CHUNK_SCORES[device.type] // (heads * num_queries * num_keys))
+        queries, keys, visible = _filled(blocks[:fitting], num_keys)
+        blocks = blocks[fitting:]
+        # [G, B, H/G, Q] and [G, B, L]
+        head_numbers = np.arange(heads).reshape(groups, 1, -1, 1)
+        query_rows = (queries[:, None] * heads + head_numbers).ravel()
+        key_rows = (keys * groups + np.arange(groups)[:, None, None]).ravel()
+        order[query_rows] = np.arange(size, size + len(query_rows))
+        size += len(query_rows)
+        mask = np.where(visible, np.float32(0), np.float32("-inf"))
+        chunks.append(
+            BlockChunk(
+                to_device(query_rows, device),
+                to_device(key_rows, device),
+                to_device(mask, device).to(query.dtype)[:, None],
+            )
+        )
+    return BlockPlan(chunks, to_device(order, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +182,8 @@ def _own_visible(positions: npt.NDArray[np.int32]) -> BoolArray:
     return causal & (np.minimum.accumulate(between, axis=0) > positions)
 
 
-def _chunk(blocks: list[_Block], num_keys: int, like: Tensor) -> BlockChunk:
+def _filled(blocks: list[_Block], num_keys: int) -> tuple[Int64Array, Int64Array, BoolArray]:
+    """Queries [B, Q], keys [B, L] and visibility [B, Q, L] of blocks of different sizes."""
     num_queries = max(len(block.queries) for block in blocks)
     queries = np.empty((len(blocks), num_queries), np.int64)
     keys = np.empty((len(blocks), num_keys), np.int64)
@@ -165,38 +195,33 @@ def _chunk(blocks: list[_Block], num_keys: int, like: Tensor) -> BlockChunk:
         keys[row, :ahead], keys[row, ahead:] = block.keys[0], block.keys
         visible[row, :filled, ahead:] = block.visible
         visible[row, filled:, ahead:] = block.visible[-1]
-    mask = np.where(visible, np.float32(0), np.float32("-inf"))
-    return BlockChunk(
-        to_device(queries.ravel(), like.device),
-        to_device(keys.ravel(), like.device),
-        to_device(mask, like.device).to(like.dtype)[:, None],
-    )
+    return queries, keys, visible
 
 
 def attend_blocks(
-    query: Tensor, key: Tensor, value: Tensor, plan: list[BlockChunk], layer: LayerSettings
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, layer: LayerSettings
 ) -> Tensor:
     """Scores, softmax in float32 and mixing, each rounded as transformers' eager attention does."""
     (heads, num_queries, size), groups, value_size = query.shape, len(key), value.shape[2]
-    output = query.new_empty(num_queries, heads * value_size)
-    nothing = query.new_empty(1, 1, 1)
-    for chunk in plan:
-        blocks, _, rows, keys = chunk.mask.shape
-        per_group = (groups, heads // groups, blocks, rows)
+    query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+    rows = sum(len(chunk.queries) for chunk in plan.chunks)
+    output, nothing = query.new_empty(rows, value_size), query.new_empty(1, 1, 1)
+    done = 0
+    for chunk in plan.chunks:
+        blocks, _, num_rows, num_keys = chunk.mask.shape
         # [G * B, H/G * Q, D] against [G * B, L, D]: the heads of a group share their keys.
-        queries = query.index_select(1, chunk.queries).view(*per_group, size).transpose(1, 2)
-        queries = queries.reshape(groups * blocks, -1, size)
-        seen = key.index_select(1, chunk.keys).view(groups * blocks, keys, size)
-        scores = torch.baddbmm(nothing, queries, seen.transpose(1, 2), beta=0, alpha=layer.scale)
+        queries = query.index_select(0, chunk.queries).view(groups * blocks, -1, size)
+        keys = key.index_select(0, chunk.keys).view(groups * blocks, num_keys, size)
+        scores = torch.baddbmm(nothing, queries, keys.transpose(1, 2), beta=0, alpha=layer.scale)
         if layer.softcap is not None:
             scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
-        scores.view(groups, blocks, -1, rows, keys).add_(chunk.mask)
+        scores.view(groups, blocks, -1, num_rows, num_keys).add_(chunk.mask)
         weights = torch.softmax(scores, dim=-1)
-        values = value.index_select(1, chunk.keys).view(groups * blocks, keys, value_size)
-        mixed = torch.bmm(weights, values).view(groups, blocks, -1, rows, value_size)
-        mixed = mixed.permute(1, 3, 0, 2, 4).reshape(blocks * rows, -1)
-        output.index_copy_(0, chunk.queries, mixed)
-    return output.view(num_queries, heads, value_size)
+        values = value.index_select(0, chunk.keys).view(groups * blocks, num_keys, value_size)
+        mixed = output[done : done + len(chunk.queries)]
+        torch.bmm(weights, values, out=mixed.view(groups * blocks, -1, value_size))
+        done += len(chunk.queries)
+    return output.index_select(0, plan.order).view(num_queries, heads, value_size)
 
 
 # Flash attention: one call for all runs
@@ -218,7 +243,11 @@ class RunPlan:
 
 
 def plan_runs(
-    batch: PackedBatch, tokens: Int64Array | None, window: int | None, like: Tensor
+    batch: PackedBatch,
+    tokens: Int64Array | None,
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
 ) -> RunPlan:
     """Runs as they are in the batch; with `tokens` each of these is a run of its own."""
     if tokens is None:
@@ -241,9 +270,9 @@ def plan_runs(
         np.concatenate([[0], np.cumsum(count)]).astype(np.int32) for count in counts
     )
     return RunPlan(
-        query_offsets=to_device(query_offsets, like.device),
-        key_offsets=to_device(key_offsets, like.device),
-        key_index=None if as_they_lie else to_device(index, like.device),
+        query_offsets=to_device(query_offsets, query.device),
+        key_offsets=to_device(key_offsets, query.device),
+        key_index=None if as_they_lie else to_device(index, query.device),
         most_queries=int(counts[0].max()),
         most_keys=int(counts[1].max()),
     )

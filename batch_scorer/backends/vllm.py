@@ -7,7 +7,7 @@ middle of a sequence is that of the last token of a prefix, because decoders do 
 the prefix is sent as a request of its own, and the prefix cache makes it cheap. Where most
 tokens are read (steps, means), all hidden states of a sequence are taken from its one forward.
 
-One GPU or the CPU: the engine lives in this process. `tensor_parallel` > 1 adds vLLM's worker
+`vllm_engine.py` starts vLLM and feeds it. One GPU or the CPU: the engine lives in this process. `tensor_parallel` > 1 adds vLLM's worker
 processes: tried on CPUs, not on GPUs yet.
 
 Legend: S sequences, K pooled tokens, R requests, H hidden, O outputs.
@@ -190,7 +190,7 @@ class VLLMBackend:
         requests = plan_requests(rows, owners, chosen.positions + 1)
         hidden = torch.empty(len(requests.prompts), self._engine.hidden_size)  # [R, H]
         for indices, states in self._states(requests.prompts):
-            hidden[indices] = torch.stack(states)
+            hidden[indices] = torch.stack(states).float()
         return self._read(hidden[torch.from_numpy(requests.serving)], chosen)
 
     def _read_all_tokens(
@@ -263,8 +263,8 @@ class VLLMBackend:
 
 
 def _are_finite(states: list[Tensor]) -> list[bool]:
-    """Of the hidden states of one or more prompts. One look at all of them, where they are [H]:
-    at each of them it would take as long as the scheduling of a short prompt."""
+    """Of the hidden states of one or more prompts. A look takes 5 us, however few the numbers, so
+    where each has few, [H], all get one."""
     if states[0].dim() == 1:
         finite: list[bool] = torch.stack(states).isfinite().all(dim=1).tolist()
         return finite

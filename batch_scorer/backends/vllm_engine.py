@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ((0, 32), (0, 33))
 """From the first, below the second. An older vLLM is refused, a newer one tried with a warning:
-names and defaults of its pooling runner change from release to release."""
+names and defaults of its engine core and pooling runner change from release to release."""
 
 ENVIRONMENT = {
     # The engine in this process: when it dies, the worker dies, and its shard is tried again.
@@ -59,7 +59,6 @@ CPU_KV_CACHE_BYTES = 4 << 30
 """Taken from main memory at the start, unless `CPU_KV_CACHE_VARIABLE` says otherwise."""
 CPU_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 """vLLM's own, in GiB."""
-
 
 _CAUSAL = ("decoder", "hybrid", "attention_free")
 
@@ -173,9 +172,8 @@ class Engine:
                     self._states(output, length)
                     for output, length in zip(outputs, lengths, strict=True)
                 ]
-                _count(
-                    effort, lengths, [output.prefill_stats.num_cached_tokens for output in outputs]
-                )
+                cached = [output.prefill_stats.num_cached_tokens for output in outputs]
+                _count(effort, lengths, cached)
                 if indices:
                     yield indices, states
         except Exception as error:
@@ -310,8 +308,8 @@ def _request_maker(task: str, model_config: Any) -> Callable[..., Any]:
     """Takes `request_id` and `prompt_token_ids`, gives what an engine core takes.
 
     `LLMEngine.add_request` gives it the same, but looks at the parameters and copies them anew for
-    every prompt, and keeps a state of its own for each: a third of all the time that Python takes
-    for a short prompt (docs/performance.md).
+    every prompt, and keeps a state of its own for each: a third of the time that Python takes for
+    a short prompt (docs/performance.md).
     """
     from vllm import PoolingParams
     from vllm.v1.engine import EngineCoreRequest
@@ -342,8 +340,11 @@ def _cpu_cache_bytes() -> int:
 def _too_long_for_cache(config: PretrainedConfig, settings: dict[str, Any]) -> str | None:
     """Why a CPU's cache cannot hold the longest prompt; None where it can.
 
-    From above: vLLM needs less for layers with a sliding window.
+    For engines that did not start: it may say so of one that could, because vLLM needs less for
+    layers with a sliding window.
     """
+    if not getattr(config, "num_attention_heads", None):
+        return None
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype: torch.dtype = getattr(torch, settings["dtype"])

@@ -6,7 +6,25 @@ tables of `kinds.py`, or a new text style beside `hh.py`.
 """
 
 from batch_scorer.formats.detect import columns_needed, describe, detect
-from batch_scorer.formats.jsonl import read_json_table
+from batch_scorer.formats.jsonl import (
+    LineRun,
+    Lines,
+    read_json_table,
+    read_lines,
+    scan_lines,
+    unpack_lines,
+)
 from batch_scorer.formats.parse import parse
 
-__all__ = ["columns_needed", "describe", "detect", "parse", "read_json_table"]
+__all__ = [
+    "LineRun",
+    "Lines",
+    "columns_needed",
+    "describe",
+    "detect",
+    "parse",
+    "read_json_table",
+    "read_lines",
+    "scan_lines",
+    "unpack_lines",
+]

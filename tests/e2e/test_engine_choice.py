@@ -49,17 +49,19 @@ def test_only_engines_that_can_run_the_family_are_candidates(
     assert trial.supported_engines(auto, stock) == ["hf"]
 
 
-def test_a_race_is_run_where_there_is_a_gpu() -> None:
-    assert trial.is_raced(["hf", "vllm"], Device.CUDA)
-    assert not trial.is_raced(["hf", "vllm"], Device.CPU)
-    assert not trial.is_raced(["hf"], Device.CUDA)
+def test_a_race_is_run_where_it_pays() -> None:
+    assert trial.is_raced(["hf", "vllm"], Device.CUDA, 10**9)
+    assert trial.is_raced(["hf", "vllm"], Device.CPU, 10**9)
+    assert not trial.is_raced(["hf", "vllm"], Device.CUDA, 10**6)
+    assert not trial.is_raced(["hf", "vllm"], Device.CPU, 10**6)
+    assert not trial.is_raced(["hf"], Device.CUDA, 10**9)
 
 
 def test_the_race_is_recorded_and_its_winner_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both engines for real, on the CPU; without a GPU nothing would be raced."""
-    monkeypatch.setattr(run, "is_raced", lambda engines, device: True)
+    """Both engines for real, on a job far too short to be raced."""
+    monkeypatch.setitem(trial.WORTH_A_RACE, Device.CPU, 1)
     config = config_for(tiny_model, tmp_path)
     summary = run.score(config)
     records = tmp_path / "out" / "_batch_scorer"

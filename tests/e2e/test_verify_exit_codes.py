@@ -1,5 +1,7 @@
 """What `verify` tells a scheduler: 0 all is well, 3 not finished, 4 not what was committed."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ from inputs import jsonl, pair_rows, pairs, parquet
 from places import Place
 
 from batch_scorer import formats
-from batch_scorer.formats import read_json_table
 
 pytestmark = pytest.mark.e2e
 
@@ -78,24 +79,35 @@ def test_changed_scores_and_changed_input_columns_are_found(scored: Place) -> No
 def test_a_shard_is_compared_with_its_own_rows(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row groups of three rows, cut in two; and a file that has to be parsed from its start."""
+    """Row groups of three rows, cut in two; and files that have to be parsed from their start."""
     place = Place(str(tmp_path))
     (place / "in").write(
-        {"p.parquet": parquet(pairs(10), row_group_rows=3), "j.jsonl": jsonl(pair_rows(10, 50))}
+        {
+            "p.parquet": parquet(pairs(10), row_group_rows=3),
+            "j.jsonl": jsonl(pair_rows(10, 50)),
+            "z.jsonl.gz": gzip.compress(jsonl(pair_rows(10, 60)), mtime=0),
+            "a.json": json.dumps(pair_rows(4, 70)).encode(),
+        }
     )
     score(place, tiny_model, "--shard-rows", 2)
 
     parsed: list[str] = []
 
-    def counted(data: bytes, name: str) -> Any:
-        parsed.append(name)
-        return read_json_table(data, name)
+    def counted(function: Any) -> Any:
+        def call(data: Any, name: str, **others: Any) -> Any:
+            found = function(data, name, **others)
+            if found is not None:
+                parsed.append(name)
+            return found
 
-    monkeypatch.setattr(formats, "read_json_table", counted)
+        return call
+
+    for function in ("read_json_table", "scan_lines"):
+        monkeypatch.setattr(formats, function, counted(getattr(formats, function)))
     code, said = verify(place)
     assert code == 0
-    assert "12 shards compared with their input" in said
-    assert parsed == ["j.jsonl"]
+    assert "19 shards compared with their input" in said
+    assert sorted(parsed) == ["a.json", "j.jsonl", "z.jsonl.gz"]
 
     # The first rows of the file, in the place of rows 3 and 4.
     other = pairs(2)["chosen"]

@@ -27,7 +27,7 @@ from batch_scorer.errors import ParityError
 from batch_scorer.models.adapter import LastToken
 from batch_scorer.packing import PackedBatch
 from batch_scorer.parity import gate
-from batch_scorer.records import Scores, TokenizedRows
+from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
 from batch_scorer.render import Renderer
 from batch_scorer.shard import Job, make_backend
 
@@ -109,12 +109,13 @@ def test_an_activation_left_on(config: Config, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_wrong_token_pooled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_early(self: Readout, ids: np.ndarray) -> np.ndarray:
-        return np.array([len(ids) - 2])
+    def one_early(self: Readout, rows: TokenizedRows) -> tuple[PooledTokens, dict[int, RowError]]:
+        assert (rows.lengths > 1).all()
+        return PooledTokens(rows.lengths - 2, np.arange(rows.num_sequences + 1)), {}
 
     def make(job: Job) -> Backend:
         backend = make_backend(job)
-        monkeypatch.setattr(Readout, "_positions", one_early)
+        monkeypatch.setattr(Readout, "pooled_tokens", one_early)
         return backend
 
     monkeypatch.setattr(gate, "make_backend", make)
@@ -125,11 +126,9 @@ def test_the_wrong_token_pooled(config: Config, monkeypatch: pytest.MonkeyPatch)
 def test_sequences_that_see_each_other(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention over a batch as if it were one long text."""
 
-    def everything(
-        batch: PackedBatch, tokens: np.ndarray | None, window: int | None, like: torch.Tensor
-    ) -> list[kernels.BlockChunk]:
+    def everything(batch: PackedBatch, *arguments: Any) -> kernels.BlockPlan:
         one_text = replace(batch, position_ids=np.arange(batch.num_tokens, dtype=np.int32))
-        return kernels.plan_blocks(one_text, tokens, window, like)
+        return kernels.plan_blocks(one_text, *arguments)
 
     monkeypatch.setitem(KERNELS, "blocks", replace(KERNELS["blocks"], plan=everything))
     monkeypatch.setattr(PackedBody, "_check_isolation", lambda self: None)

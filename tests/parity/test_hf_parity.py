@@ -291,6 +291,28 @@ def test_scores_do_not_depend_on_budget_order_or_company(
     np.testing.assert_allclose(shuffled, values[order], rtol=0, atol=tolerance)
 
 
+def test_compiled_layers_give_the_same_scores(model_dir: ModelDir) -> None:
+    """Gemma-2: softcap, and two kinds of layers."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
+    backend = make_backend(model_dir("gemma2"), compile=True)
+    assert backend.provenance["compiled"] is True
+    sequences = shared_sequences()
+    values = backend.score(tokenized(sequences)).values
+    reference = reference_scores(load_reference(model_dir("gemma2")), sequences)
+    np.testing.assert_allclose(values, reference, rtol=0, atol=TOLERANCE)
+
+
+def test_compile_is_refused_where_nothing_would_be_compiled(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="does not run packed"):
+        make_backend(model_dir("llama"), attention="eager", compile=True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
+        make_backend(model_dir("llama"), compile=True)
+
+
 def test_rectangles_hold_what_the_budget_allows(model_dir: ModelDir) -> None:
     backend = make_backend(model_dir("llama"), attention="eager")
     sizes = count_forwards(backend)

@@ -256,9 +256,9 @@ def test_each_step_is_full_and_every_whole_block_of_a_prefix_is_shared(
     limit_cache(24)
     backend = start(model_dir("llama"), token_budget=128)
     random = np.random.default_rng(0)
-    prompts = [random.integers(3, VOCABULARY, length).tolist() for length in (96, 70, 20)]
+    prompts = [random.integers(3, VOCABULARY, length).tolist() for length in range(20, 116, 8)]
     answers = [random.integers(3, VOCABULARY, length).tolist() for length in range(1, 41)]
-    sequences = [prompts[index % 3] + answer for index, answer in enumerate(answers)]
+    sequences = [prompts[index % 12] + answer for index, answer in enumerate(answers)]
     sequences += [sequences[0] + answer for answer in answers[:9]]  # prompt, answer, and more
     sequences = [sequences[index] for index in random.permutation(len(sequences))]
     backend._engine.clear_cache()

@@ -1,3 +1,5 @@
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,17 @@ from hypothesis import strategies as st
 from batch_scorer.commits import Source
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, InputError, ShardReason
-from batch_scorer.plan import InputFile, cut, list_sources, make_plan
+from batch_scorer.plan import (
+    InputFile,
+    cut,
+    list_sources,
+    make_plan,
+    open_parquet,
+    read_json,
+    read_rows,
+)
 from batch_scorer.records import Format, Layout
-from batch_scorer.storage import Version
+from batch_scorer.storage import Version, open_store
 
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
 
@@ -160,3 +170,53 @@ def test_the_plan_is_the_same_whatever_the_cluster(tmp_path: Path) -> None:
     b = make_plan(_config(tmp_path, shard_rows=10, workers=9, token_budget=1))
     assert a.digest("f", "") == b.digest("f", "")
     assert a.num_rows == 50
+
+
+MANY_TYPES = pa.table(
+    {
+        "text": ["a", None, "ccc"] * 1000,
+        "label": pa.array(["x", "y", None] * 1000).dictionary_encode(),
+        "messages": pa.array(
+            [[{"content": str(i), "role": "user"}] for i in range(3000)], MESSAGES
+        ),
+        "ids": pa.array([None, [], [1, 2]] * 1000, pa.list_(pa.int32())),
+    },
+    metadata={"made_by": "hand"},
+)
+
+
+@pytest.mark.parametrize("columns", [None, ["messages", "text"]])
+@pytest.mark.parametrize(
+    ("groups", "skip", "count"),
+    [((0, 2), 0, 2600), ((0, 1), 0, 128), ((0, 1), 1000, 300), ((1, 3), 2, 1698), ((2, 3), 399, 1)],
+)
+def test_a_part_of_a_row_group_is_what_the_whole_group_holds_there(
+    tmp_path: Path, groups: tuple[int, int], skip: int, count: int, columns: list[str] | None
+) -> None:
+    pq.write_table(MANY_TYPES, tmp_path / "x.parquet", row_group_size=1300)
+    (source,) = list_sources(_config(tmp_path))
+    store = open_store(source.root, {})
+    whole = open_parquet(store, source).read_row_groups(list(range(*groups)), columns=columns)
+    part = read_rows(store, source, groups, skip, count, columns)
+    assert part.equals(whole.slice(skip, count), check_metadata=True)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_json_lines_are_cut_at_lines_and_read_alone(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": "x" * (i % 7), "n": i} for i in range(50)]
+    data = b"\n".join(json.dumps(row).encode() for row in rows)
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(data) if suffix == ".jsonl.gz" else data)
+    plan = make_plan(
+        _config(tmp_path, shard_rows=20, shard_tokens=100, format="text", text_style="rendered")
+    )
+    assert len(plan.shards) > 3
+    found = []
+    for shard in plan.shards:
+        assert shard.lines is not None and shard.skip_rows == 0
+        assert shard.first_row == len(found)
+        assert shard.num_rows <= 20 and shard.estimated_tokens <= 100
+        table, errors = read_json(open_store(shard.source.root, {}), shard.source, shard.lines)
+        assert errors == {} and table.num_rows == shard.num_rows
+        found += table.to_pylist()
+    assert found == rows
+    assert plan.shards[0].output_key == f"a{suffix}.rows0-{plan.shards[0].num_rows}.parquet"
