@@ -43,6 +43,24 @@ class TokenTrie:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens of the distinct sequences that are there once for several of them."""
+        ends = np.unique(self.ends)
+        return int(self.position_ids[ends].sum(dtype=np.int64)) + len(ends) - self.num_tokens
+
+    def parts(self, count: int) -> list[Int64Array]:
+        """The sequences in at most `count` parts of like many tokens, cut where they share least:
+        each is a trie of its own, which computes what it shares with others again."""
+        starts = np.unique(self.ends)[:-1] + 1  # of what each sequence adds to the one before
+        if not len(starts):
+            return [np.arange(len(self.ends))]
+        aims = self.num_tokens * np.arange(1, count) / count
+        costs = np.abs(starts - aims[:, None]) + self.position_ids[starts]
+        cuts = np.unique(starts[costs.argmin(axis=1)])
+        part = np.searchsorted(cuts, self.ends, side="right")
+        return [np.flatnonzero(part == number) for number in range(len(cuts) + 1)]
+
     def subtree_stop(self, start: int) -> int:
         """Where the tokens end that descend from token `start`, itself included."""
         falls_back = np.flatnonzero(self.position_ids[start + 1 :] <= self.position_ids[start])

@@ -8,10 +8,10 @@ import io
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from posixpath import commonpath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,7 @@ from batch_scorer.storage import (
     ObjectMissing,
     Store,
     glob_pattern,
+    in_threads,
     is_remote,
     open_store,
 )
@@ -94,11 +95,16 @@ def make_plan(config: Config, outputs: Outputs = SCALAR) -> Plan:
     Raises InputError if there is nothing to score at all. A file that cannot be used is a failed
     receipt; the others go on.
     """
-    sources = list_sources(config)
-    with ThreadPoolExecutor(max_workers=_INSPECTORS) as pool:
-        inspected = list(pool.map(lambda source: _inspect(source, config, outputs), sources))
-    files = [result for result in inspected if isinstance(result, InputFile)]
-    failed = [result for result in inspected if isinstance(result, Receipt)]
+    files: list[InputFile] = []
+    failed: list[Receipt] = []
+    shared: dict[Any, Any] = {}
+    for found in in_threads(
+        lambda source: _inspect(source, config, outputs), list_sources(config), _INSPECTORS
+    ):
+        if isinstance(found, InputFile):
+            files.append(_with_shared_parts(found, shared))
+        elif found is not None:
+            failed.append(found)
     if not files and not failed:
         raise InputError(f"{', '.join(config.inputs)}: all files are empty")
     if not files:
@@ -110,6 +116,18 @@ def make_plan(config: Config, outputs: Outputs = SCALAR) -> Plan:
     ]
     _refuse_collisions(shards)
     return Plan(files, shards, failed)
+
+
+def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
+    """The file, with one schema and layout for all files that have equal ones: a plan of as many
+    files as shards takes 1.6 kB each, instead of 5.6."""
+    schema = file.schema.remove_metadata()
+    key = (file.layout.format, tuple(file.layout.columns.items()), file.layout.text_style)
+    return replace(
+        file,
+        schema=shared.setdefault(schema, schema),
+        layout=shared.setdefault(key, file.layout),
+    )
 
 
 def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:

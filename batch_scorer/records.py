@@ -5,7 +5,7 @@ O outputs of the model (1 for a scalar reward).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Literal, TypeAlias, TypedDict
 
@@ -197,6 +197,11 @@ class Effort:
     not considered."""
     oom_splits: int = 0
     """Batches that were cut smaller for lack of memory."""
+
+    def add(self, other: "Effort") -> None:
+        """Count the other's as well."""
+        for field_ in fields(self):
+            setattr(self, field_.name, getattr(self, field_.name) + getattr(other, field_.name))
 
 
 @dataclass(slots=True)

@@ -425,7 +425,7 @@ def _run(
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
-            fresh.append(receipt)
+            fresh.append(receipt.compact())
             metrics.add(receipt)
             ledger.add(receipt)
             listener.finished(receipt)

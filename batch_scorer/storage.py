@@ -12,13 +12,15 @@ import fcntl
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import obstore
 from obstore.exceptions import (
@@ -33,9 +35,13 @@ from obstore.store import LocalStore, from_url
 
 from batch_scorer.errors import ConfigError, StorageError
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 _RETRY = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
 _REQUEST_TIMEOUT = "120s"
 _BUFFER_BYTES = 1 << 16
+_AHEAD = 4
 _DENIED = ("Permission denied", "InvalidAccessKeyId", "403 Forbidden")
 """How stores say no where obstore has no type for it (in listings)."""
 
@@ -222,6 +228,21 @@ def open_store(root: str, options: Mapping[str, str], *, create: bool = False) -
     `create` makes a missing local folder; without it that is ObjectMissing.
     """
     return _cached_store(root, tuple(sorted(options.items())), create)
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
+    """`work` of each item, in order, for requests that wait for the store.
+
+    Items are taken as results are, a few ahead: there may be a hundred thousand.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > _AHEAD * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def glob_pattern(pattern: str) -> re.Pattern[str]:

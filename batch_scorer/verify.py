@@ -7,7 +7,6 @@ scored or marked, and that the input's columns came back as they were.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from batch_scorer.manifest import (
     read_success,
 )
 from batch_scorer.plan import PARQUET, open_parquet, read_json, read_rows, scan_json
-from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, open_store
+from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, in_threads, open_store
 
 _READERS = 8
 
@@ -79,8 +78,7 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
         inputs = _Inputs(options, record["layout"])
         return [_check(store, receipt, inputs) for receipt in group]
 
-    with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        checks = [checked for group in pool.map(check_group, groups) for checked in group]
+    checks = [check for group in in_threads(check_group, groups, _READERS) for check in group]
     problems = [problem for check in checks for problem in check.problems]
     known = {receipt.output_key for receipt in committed}
     strangers = [info for info in store.list() if _is_stranger(info, known)]

@@ -20,6 +20,7 @@ fast. The last line is the whole result as JSON.
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -64,6 +65,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 REFERENCE = "padded"
+OPENMP = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "LD_PRELOAD")
 KV_CACHE_GIB = 2
 """Of every vLLM: more tokens than these workloads have, and room for all contestants at a time."""
 
@@ -312,9 +314,11 @@ _scorers: dict[str, Scorer] = {}
 
 
 def process_environment(process: str, threads: int) -> dict[str, str]:
-    if process == "transformers":
-        return {"OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}
-    return vllm_environment(threads)
+    """What is set already stands: `OMP_WAIT_POLICY=active python benchmarks/engines.py`."""
+    ours = {"OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}
+    wanted = ours if process == "transformers" else vllm_environment(threads)
+    inherited = {name: os.environ[name] for name in OPENMP if name in os.environ}
+    return wanted | inherited
 
 
 def vllm_environment(threads: int) -> dict[str, str]:

@@ -9,6 +9,8 @@ Legend: S sequences, L longest of a padded batch, H hidden, O outputs.
 """
 
 import logging
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ from batch_scorer.backends.hf_loader import (
     refuse_unsound,
 )
 from batch_scorer.backends.kernels import to_device
+from batch_scorer.backends.lanes import Lanes
 from batch_scorer.backends.memory import TokenBudget
 from batch_scorer.backends.packed import PackedBody
 from batch_scorer.backends.readout import PooledStates, Readout, StepAggregation
@@ -35,7 +38,7 @@ from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.registry import choose_adapter
 from batch_scorer.packing import Int64Array, build_trie, longest_first, pad, rectangle_stop
-from batch_scorer.records import Embedding, PooledTokens, RowError, Scores, TokenizedRows
+from batch_scorer.records import Effort, Embedding, PooledTokens, RowError, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +104,7 @@ class HFBackend:
             ).to(self._device)
             self.num_outputs = self._readout.num_outputs
         self._packed: PackedBody | None = None
+        self._lanes = Lanes(self._device)
         if implementation == PACKED_ATTENTION:
             self._packed = PackedBody(self._model, token_budget=token_budget, compile=bool(compile))
             self._budget = self._packed.budget
@@ -119,6 +123,7 @@ class HFBackend:
             "attention": self._model.config._attn_implementation,
             "token_budget": self._budget.limit,
             "num_threads": torch.get_num_threads(),
+            "lanes": self._lanes.count,
             "unexpected_weights": unexpected,
             "trust_remote_code": trust_remote_code,
         }
@@ -139,103 +144,107 @@ class HFBackend:
             scores.errors = unpooled | scores.errors
         lengths = rows.lengths.copy()
         lengths[list(scores.errors)] = 0
-        if self._packed is None:
-            self._score_padded(rows, lengths, pooled, scores)
-            mark_non_finite(scores, np.flatnonzero(lengths))
-            return scores
         sequences = np.flatnonzero(lengths)
-        self._score_packed(rows, sequences, pooled, scores)
+        if self._packed is None:
+            parts = [self._score_padded(rows, sequences, pooled)]
+        else:
+            work = partial(self._score_part, rows, pooled=pooled)
+            parts = list(self._lanes.map(work, self._parts(rows, sequences)))
+        self._fill(scores, parts, pooled)
         broken = sequences[~np.isfinite(scores.values[sequences]).all(axis=1)]
-        for sequence in sorted({*broken.tolist()} - {*scores.errors}):
+        broken = np.setdiff1d(broken, list(scores.errors))
+        if self._packed is not None and len(broken):
             # A masked key weighs nothing, but nothing times no number is no number: what shared a
             # batch with such a sequence is not to blame.
-            self._score_packed(rows, np.array([sequence]), pooled, scores)
+            alone = [self._score_part(rows, broken[i : i + 1], pooled) for i in range(len(broken))]
+            counts = pooled.counts if self._gives_steps else np.ones_like(lengths)
+            self._fill(scores, [*(part.without(broken, counts) for part in parts), *alone], pooled)
         mark_non_finite(scores, sequences)
         return scores
 
+    @property
+    def _gives_steps(self) -> bool:
+        return self._readout is not None and self._readout.step_aggregation is not None
+
     def close(self) -> None:
         """Free the device."""
+        self._lanes.close()
         del self._model, self._readout, self._packed
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _score_packed(
-        self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens, scores: Scores
-    ) -> None:
+    def _parts(self, rows: TokenizedRows, sequences: Int64Array) -> list[Int64Array]:
+        """The sequences in parts of like many tokens, one for each lane."""
+        if self._lanes.count == 1 or len(sequences) < 2:
+            return [sequences]
+        parts = build_trie(rows, sequences).parts(self._lanes.count)
+        return [sequences[part] for part in parts]
+
+    def _score_part(
+        self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
+    ) -> "_Part":
+        """The outputs of some sequences, over a trie of their own."""
         assert self._packed is not None and self._readout is not None, "only bodies run packed"
         chosen = pooled.of(sequences)
         trie = build_trie(rows, sequences, chosen)
-        distinct = np.unique(trie.ends)
-        asked = int(trie.position_ids[distinct].sum(dtype=np.int64)) + len(distinct)
-        scores.effort.shared_tokens += asked - trie.num_tokens
+        part = _Part(Effort(shared_tokens=trie.shared_tokens))
         states = PooledStates(trie.pooled_index, chosen)
-        scored: list[Int64Array] = []
-        outputs: list[Tensor] = []
-        for start, stop, found in self._packed.states(trie, scores.effort):
+        for start, stop, found in self._packed.states(trie, part.effort):
             if found is None:
-                self._mark_too_large(
-                    rows, sequences[(trie.ends >= start) & (trie.ends < stop)], scores
-                )
+                lost = sequences[(trie.ends >= start) & (trie.ends < stop)]
+                part.errors |= _too_large(rows, lost)
                 continue
             complete, places, read = states.add(start, stop, found)
             if len(complete):
-                scored.append(sequences[complete])
-                outputs.append(self._readout.read(read, places))
-        self._fill(scores, scored, outputs, pooled)
+                part.scored.append(sequences[complete])
+                part.outputs.append(self._readout.read(read, places))
+        return part
 
     def _score_padded(
-        self, rows: TokenizedRows, lengths: Int64Array, pooled: PooledTokens, scores: Scores
-    ) -> None:
-        order = longest_first(lengths)
-        sorted_lengths = lengths[order]
-        scored: list[Int64Array] = []
-        outputs: list[Tensor] = []
+        self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
+    ) -> "_Part":
+        """The outputs of some sequences, in rectangles."""
+        part = _Part()
+        sequences = sequences[longest_first(rows.lengths[sequences])]
+        lengths = rows.lengths[sequences]
         start = 0
-        while start < len(order):
-            stop = rectangle_stop(sorted_lengths, start, self._budget.tokens)
-            sequences = order[start:stop]
-            size = int(sorted_lengths[start]) * len(sequences)
-            output = self._budget.attempt(
-                lambda: self._padded_forward(rows, sequences, pooled),  # noqa: B023  # called now
-                size,
-            )
-            if output is None and len(sequences) > 1:
-                scores.effort.oom_splits += 1
+        while start < len(sequences):
+            stop = rectangle_stop(lengths, start, self._budget.tokens)
+            forward = partial(self._padded_forward, rows, sequences[start:stop], pooled)
+            size = int(lengths[start]) * (stop - start)
+            output = self._budget.attempt(forward, size)
+            if output is not None:
+                num_tokens = int(lengths[start:stop].sum())
+                part.effort.num_batches += 1
+                part.effort.computed_tokens += num_tokens
+                part.effort.padding_tokens += size - num_tokens
+                squares = lengths[start:stop] * (lengths[start:stop] + 1)
+                part.effort.attended_pairs += int(squares.sum()) // 2
+                part.scored.append(sequences[start:stop])
+                part.outputs.append(output)
+            elif stop > start + 1:
+                part.effort.oom_splits += 1
                 continue
+            else:
+                part.errors |= _too_large(rows, sequences[start:stop])
             start = stop
-            if output is None:
-                self._mark_too_large(rows, sequences, scores)
-                continue
-            num_tokens = int(lengths[sequences].sum())
-            scores.effort.num_batches += 1
-            scores.effort.computed_tokens += num_tokens
-            scores.effort.padding_tokens += size - num_tokens
-            squares = lengths[sequences] * (lengths[sequences] + 1)
-            scores.effort.attended_pairs += int(squares.sum()) // 2
-            scored.append(sequences)
-            outputs.append(output)
-        self._fill(scores, scored, outputs, pooled)
+        return part
 
-    def _fill(
-        self,
-        scores: Scores,
-        scored: list[Int64Array],
-        outputs: list[Tensor],
-        pooled: PooledTokens,
-    ) -> None:
+    def _fill(self, scores: Scores, parts: "list[_Part]", pooled: PooledTokens) -> None:
+        """Put what all parts of the shard gave into `scores`."""
+        for part in parts:
+            scores.errors |= part.errors
+            scores.effort.add(part.effort)
+        outputs = [output for part in parts for output in part.outputs]
         if not outputs:
             return
+        scored = np.concatenate([some for part in parts for some in part.scored])
         # One copy per shard: a copy per batch would make the host wait for the device.
         everything = torch.cat(outputs).cpu().numpy()
         if self._readout is None:
-            scores.values[np.concatenate(scored)] = everything
+            scores.values[scored] = everything
         else:
-            self._readout.fill(scores, np.concatenate(scored), everything, pooled)
-
-    def _mark_too_large(self, rows: TokenizedRows, sequences: Int64Array, scores: Scores) -> None:
-        for sequence in sequences.tolist():
-            detail = f"{rows.lengths[sequence]} tokens do not fit the memory on their own"
-            scores.errors[sequence] = RowError(RowReason.OUT_OF_MEMORY, detail)
+            self._readout.fill(scores, scored, everything, pooled)
 
     @torch.inference_mode()
     def _padded_forward(
@@ -263,6 +272,42 @@ class HFBackend:
         is_separator = token_ids == self._separator_id
         before = is_separator.cumsum(1) - is_separator.long()  # separators left of each token
         return {"token_type_ids": (before > 0).long()}
+
+
+@dataclass(slots=True)
+class _Part:
+    """What scoring some sequences of a shard gave; `outputs` are those of `scored`, in order."""
+
+    effort: Effort = field(default_factory=Effort)
+    errors: dict[int, RowError] = field(default_factory=dict)
+    scored: list[Int64Array] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def without(self, sequences: Int64Array, counts: Int64Array) -> "_Part":
+        """The same without these, and without the effort, which is counted already; `counts` are
+        the output rows of each sequence of the shard."""
+        kept = [~np.isin(some, sequences) for some in self.scored]
+        rows = [
+            torch.from_numpy(np.repeat(keep, counts[some]))
+            for keep, some in zip(kept, self.scored, strict=True)
+        ]
+        return _Part(
+            scored=[some[keep] for some, keep in zip(self.scored, kept, strict=True)],
+            outputs=[
+                output[row.to(output.device)]
+                for output, row in zip(self.outputs, rows, strict=True)
+            ],
+        )
+
+
+def _too_large(rows: TokenizedRows, sequences: Int64Array) -> dict[int, RowError]:
+    return {
+        sequence: RowError(
+            RowReason.OUT_OF_MEMORY,
+            f"{rows.lengths[sequence]} tokens do not fit the memory on their own",
+        )
+        for sequence in sequences.tolist()
+    }
 
 
 def _device_name(device: torch.device) -> str:

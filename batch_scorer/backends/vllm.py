@@ -7,8 +7,8 @@ middle of a sequence is that of the last token of a prefix, because decoders do 
 the prefix is sent as a request of its own, and the prefix cache makes it cheap. Where most
 tokens are read (steps, means), all hidden states of a sequence are taken from its one forward.
 
-`vllm_engine.py` starts vLLM and feeds it. One GPU or the CPU: the engine lives in this process. `tensor_parallel` > 1 adds vLLM's worker
-processes: tried on CPUs, not on GPUs yet.
+`vllm_engine.py` starts vLLM and feeds it. One GPU or the CPU: the engine lives in this process.
+`tensor_parallel` > 1 adds vLLM's worker processes: tried on CPUs, not on GPUs yet.
 
 Legend: S sequences, K pooled tokens, R requests, H hidden, O outputs.
 """

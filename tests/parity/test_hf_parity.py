@@ -313,6 +313,24 @@ def test_compile_is_refused_where_nothing_would_be_compiled(
         make_backend(model_dir("llama"), compile=True)
 
 
+def test_lanes_give_the_same_scores_side_by_side(model_dir: ModelDir) -> None:
+    sequences = [*shared_sequences(), *SEQUENCES]
+    alone = make_backend(model_dir("llama"), token_budget=64).score(tokenized(sequences))
+    torch.set_num_threads(2)
+    try:
+        backend = make_backend(model_dir("llama"), token_budget=64)
+        assert backend.provenance["lanes"] == 2
+        scores = backend.score(tokenized(sequences))
+        assert torch.get_num_threads() == 2
+        backend.close()
+    finally:
+        torch.set_num_threads(1)
+    np.testing.assert_allclose(scores.values, alone.values, rtol=0, atol=TOLERANCE)
+    again = scores.effort.computed_tokens - alone.effort.computed_tokens
+    assert 0 <= again <= max(map(len, sequences))
+    assert scores.effort.shared_tokens == alone.effort.shared_tokens - again
+
+
 def test_rectangles_hold_what_the_budget_allows(model_dir: ModelDir) -> None:
     backend = make_backend(model_dir("llama"), attention="eager")
     sizes = count_forwards(backend)

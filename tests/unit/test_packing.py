@@ -107,6 +107,26 @@ def test_pooled_tokens_are_found_wherever_they_lie(
     assert [found[index] for index in trie.pooled_index] == wanted
 
 
+@given(SEQUENCES, st.integers(1, 6))
+@example(DEEP, 3)
+@example(ONE_GROUP, 2)
+def test_parts_share_the_sequences_out(sequences: Sequences, count: int) -> None:
+    rows = make_rows(sequences)
+    chosen = np.flatnonzero(rows.lengths)
+    trie = build_trie(rows, chosen)
+    parts = trie.parts(count)
+    assert 1 <= len(parts) <= count
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(chosen)))
+    assert all(len(part) for part in parts) or not len(chosen)
+    again = [build_trie(rows, chosen[part]) for part in parts]
+    repeated = sum(part.num_tokens for part in again) - trie.num_tokens
+    longest = max(map(len, sequences), default=0)
+    assert 0 <= repeated <= (len(parts) - 1) * longest
+    if len({tuple(ids) for ids in sequences}) >= 4 * count:
+        sizes = [part.num_tokens for part in again]
+        assert max(sizes) - trie.num_tokens / count <= 2 * longest
+
+
 @given(SEQUENCES)
 @example(DEEP)
 def test_a_subtree_holds_all_that_goes_through_its_first_token(sequences: Sequences) -> None:

@@ -1,0 +1,48 @@
+"""Several threads that compute side by side, each with a share of the cores.
+
+On a CPU, one forward pass on all cores waits at the end of every operation for the slowest of
+them, which reading and writing keep busy too. Passes of their own on each core do not wait for
+each other (docs/performance.md).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MOST_LANES = 8
+"""Each lane holds a batch of its own in memory."""
+
+
+class Lanes:
+    """As many as there are threads on a CPU, at most MOST_LANES; one on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.count = min(threads, MOST_LANES)
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        if self.count > 1:
+            share = threads // self.count
+            self._pool = ThreadPoolExecutor(
+                self.count, "lane", initializer=torch.set_num_threads, initargs=(share,)
+            )
+
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`work` on all items, side by side; results in their order. Raises what `work` raises."""
+        if self._pool is None:
+            yield from map(work, items)
+            return
+        try:
+            yield from self._pool.map(work, items)
+        finally:
+            torch.set_num_threads(self._threads)  # a part of it is not the thread's but everyone's
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
