@@ -64,7 +64,7 @@ _MANIFEST = pa.schema(
         "receipt": pa.string(),
     }
 )
-_RECEIPTS_AT_ONCE = 5_000
+_RECEIPTS_AT_ONCE = 1_000
 """Some 2 kB each while they are written; in a run of 100,000 shards all together were half of the
 driver's memory."""
 

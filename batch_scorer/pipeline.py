@@ -352,7 +352,11 @@ def _machine_cpus() -> list[float]:
 def _worker_resources(job: Job, workers: int) -> dict[str, Any]:
     """What one worker asks of Ray: a GPU, or its part of what a machine can spare."""
     if job.device is Device.CUDA:
-        return {"num_gpus": job.config.tensor_parallel}  # all of one machine, as Ray gives them
+        return {
+            "num_gpus": job.config.tensor_parallel,  # all of one machine, as Ray gives them
+            # Any environment will do: Ray then never takes a process that has read shards.
+            "runtime_env": {"env_vars": {"BATCH_SCORER_WORKER": "scores"}},
+        }
     machines = _machine_cpus()
     per_machine = -(-workers // len(machines))
     return {
@@ -407,8 +411,20 @@ def _refusal(stage: str, shard: Shard, job: Job, attempts: Any) -> ShardError | 
 
 def _prepare_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:
     shards: list[Shard] = _unpack(batch)
+    if not job.config.trust_remote_code:
+        _leave_out_torch()
     refused = _refusal("prepare", shards[0], job, attempts)
     return _pack([_Read(shard, refused) if refused else _prepare(job, shard) for shard in shards])
+
+
+def _leave_out_torch() -> None:
+    """Let transformers find no torch in this process, whose part of it are the tokenizers.
+
+    It would be loaded for nothing: 330 MB and two seconds of every process that reads, of which
+    there may be one for every core.
+    """
+    if "transformers" not in sys.modules:
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # as the import system has it
 
 
 class _ScoreStage:

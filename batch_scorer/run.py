@@ -41,6 +41,7 @@ from batch_scorer.manifest import (
 from batch_scorer.metrics import Metrics, Run
 from batch_scorer.models.directory import ModelFacts, find_model, inspect_model
 from batch_scorer.models.embedding import embedding_of
+from batch_scorer.models.registry import adapter_named
 from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
 from batch_scorer.pipeline import (
     has_gpus,
@@ -107,6 +108,7 @@ class Prepared:
             config=self.config,
             model_dir=self.model.path,
             adapter=self.model.adapter,
+            prompt=adapter_named(self.model.adapter).prompt,
             backend=self.engines[0],
             outputs=outputs_of(self.config, self.model),
             embedding=self.embedding,
@@ -235,6 +237,7 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
             config=config,
             model_dir=model.path,
             adapter=model.adapter,
+            prompt=adapter_named(model.adapter).prompt,
             backend=config.backend,
             outputs=outputs_of(config, model),
             embedding=None,

@@ -10,6 +10,7 @@ shard as a whole is a ShardError; what goes wrong with a row stays with the row.
 
 import hashlib
 import io
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from batch_scorer.config import Config, Device
 from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.lease import current_epoch
 from batch_scorer.manifest import read_commit, record_engine
+from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.plan import read_json, read_rows
 from batch_scorer.records import (
@@ -64,6 +66,7 @@ class Job:
     config: Config
     model_dir: Path
     adapter: str
+    prompt: Prompt
     backend: str
     outputs: Outputs
     embedding: Embedding | None
@@ -110,7 +113,8 @@ def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR
         sequence_errors=errors,
         row_errors=rows.row_errors,
         rows_digest=_rows_digest(rows),
-        engine=backend.provenance,
+        # Plain values: torch's version is an object that would load torch wherever it arrives.
+        engine=json.loads(json.dumps(backend.provenance)),
         effort=scores.effort,
         score_s=score_s,
         outputs=outputs,
@@ -181,17 +185,16 @@ def failed(shard: Shard, error: ShardError) -> Receipt:
 
 @lru_cache(maxsize=4)
 def _cached_renderer(
-    model_dir: Path, max_tokens: int, over_length: Any, adapter: str, trust_remote_code: bool
+    model_dir: Path, max_tokens: int, over_length: Any, prompt: Prompt, trust_remote_code: bool
 ) -> Renderer:
     """One renderer per process: loading a tokenizer takes seconds."""
-    prompt = adapter_named(adapter).prompt
     return Renderer(model_dir, max_tokens, over_length, prompt, trust_remote_code=trust_remote_code)
 
 
 def renderer_of(job: Job) -> Renderer:
     config = job.config
     return _cached_renderer(
-        job.model_dir, job.max_tokens, config.over_length, job.adapter, config.trust_remote_code
+        job.model_dir, job.max_tokens, config.over_length, job.prompt, config.trust_remote_code
     )
 
 

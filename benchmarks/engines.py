@@ -253,7 +253,7 @@ def padded_sorted(setting: Setting) -> Scorer:
     return PaddedScorer(setting, by_length)
 
 
-def trie(setting: Setting, *, compile: bool | None = None) -> Scorer:
+def trie(setting: Setting, *, compile: bool = False) -> Scorer:
     from batch_scorer.backends.hf import HFBackend
 
     backend = HFBackend(

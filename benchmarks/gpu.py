@@ -13,7 +13,7 @@ models do not fit side by side. Utilisation is of a large bfloat16 matrix produc
 contestant's own process; scores are compared with those of `padded`. The last line is the result
 as JSON.
 
-    python benchmarks/gpu.py                        # about 15 minutes on one H100
+    python benchmarks/gpu.py
     python benchmarks/gpu.py --model llama-3.1-8b --contestant padded 'trie compiled'
 """
 
@@ -226,7 +226,7 @@ def padded(
     return score
 
 
-def trie(setting: Setting, kernel: str | None = None, *, compile: bool | None = None) -> Scorer:
+def trie(setting: Setting, kernel: str | None = None, *, compile: bool = False) -> Scorer:
     if kernel == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         raise MissingExtraError("flash-attn is not installed")
     # The backend chooses by itself; which kernel is no setting.

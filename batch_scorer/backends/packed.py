@@ -20,6 +20,7 @@ from batch_scorer.backends.attention import KeysValues, Pass, pool_in_last_layer
 from batch_scorer.backends.base import PROBE_TOLERANCE
 from batch_scorer.backends.hf_loader import softcap_of
 from batch_scorer.backends.kernels import KERNELS, choose_kernel, to_device
+from batch_scorer.backends.linear import reorder_linears
 from batch_scorer.backends.memory import LEAST_TOKENS, TokenBudget
 from batch_scorer.backends.readout import PooledStates
 from batch_scorer.errors import ConfigError, ModelError
@@ -54,6 +55,7 @@ class PackedBody:
         self._device = model.device
         self._vocabulary_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._kernel_name = self._choose_kernel()
+        self._reordered = self._device.type == "cpu" and self._reorder()
         self._layers = self._find_layers()
         self._pools = False
         self._check_isolation()
@@ -73,6 +75,7 @@ class PackedBody:
             "attention_kernel": self._kernel_name,
             "last_layer": "pooled tokens" if self._pools else "all tokens",
             "compiled": self._compiles,
+            "weights_reordered": self._reordered,
         }
 
     @torch.inference_mode()
@@ -133,6 +136,10 @@ class PackedBody:
                 "products, right but slow; install flash-attn"
             )
         return name
+
+    @torch.inference_mode()
+    def _reorder(self) -> bool:
+        return reorder_linears(self._body) > 0
 
     def _find_layers(self) -> list[nn.Module]:
         """The decoder layers, first to last; none where they cannot be told."""

@@ -1,0 +1,141 @@
+"""What a plan of 100,000 shards costs: to plan, to resume half-way, to find that all is done.
+
+The whole job without a model (`backend: fake`) on files of a few short rows, one shard each, so
+that everything but the shards themselves weighs nothing: S3 in, Ray Data, S3 out. A first run is
+stopped after half of the shards, a second one does the rest, a third one has nothing to do. Times
+are of one command; memory is the driver's largest resident set.
+
+    python benchmarks/shards.py                      # 1,000, 10,000 and 100,000 shards
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from common import Child, Family, environment_set, machine, print_table
+from inputs import pairs
+from seaweed import S3Server, s3_server
+from tiny import tiny_reward_model
+
+from batch_scorer.commits import Receipt
+from batch_scorer.config import Config, load_config
+from batch_scorer.pipeline import ray_session
+from batch_scorer.run import Summary, Work, score
+from batch_scorer.storage import in_threads, open_store
+
+SIZES = (1_000, 10_000, 100_000)
+TINY_SIZES = (40,)
+ROWS = 4
+_WRITERS = 8
+_FILES_A_FOLDER = 1_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser.add_argument("--sizes", type=int, nargs="+", help="shards of each plan")
+    asked = parser.parse_args()
+    sizes = asked.sizes or (TINY_SIZES if asked.tiny else SIZES)
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = tiny_reward_model(Path(folder) / "model")
+        for size in sizes:
+            runs.append(run(size, model_dir))
+            print(runs[-1], flush=True)
+    names = ("plan_s", "shard_ms", "resume_s", "again_s", "driver_mb")
+    print_table(("shards", *names), ((one["shards"], *(one[n] for n in names)) for one in runs))
+    result = {"benchmark": "shards", "tiny": asked.tiny, "runs": runs, "machine": machine()}
+    print(json.dumps(result))
+
+
+def run(shards: int, model_dir: Path) -> dict[str, Any]:
+    """One size, on a new server and in a new process."""
+    with s3_server() as server:
+        with environment_set(server.environment):
+            upload(shards, server)
+        child = Child(server.environment)
+        try:
+            return child.call(measure, server, model_dir, shards)
+        finally:
+            child.close()
+
+
+def upload(shards: int, server: S3Server) -> None:
+    """One small file under many names."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pairs(ROWS), sink)
+    data = sink.getvalue().to_pybytes()
+    store = open_store(server.url("in"), server.options)
+
+    def put(number: int) -> None:
+        store.create(f"{number // _FILES_A_FOLDER:03}/pairs-{number:06}.parquet", data)
+
+    for _ in in_threads(put, range(shards), _WRITERS):
+        pass
+
+
+class Enough(Exception):
+    """As many shards are committed as were asked for."""
+
+
+class Clock:
+    """When a run knew what it has to do; stops it after so many shards."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self._left = stop_after
+        self.planned_at = 0.0
+
+    def planned(self, work: Work) -> None:
+        self.planned_at = time.perf_counter()
+
+    def finished(self, receipt: Receipt) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left <= 0:
+                raise Enough
+
+
+def measure(server: S3Server, model_dir: Path, shards: int) -> dict[str, Any]:
+    config = load_config(
+        model=str(model_dir),
+        inputs=(server.url("in"),),
+        output=server.url("out"),
+        store_options=server.options,
+        backend="fake",
+    )
+    with Family() as family, ray_session(config):
+        plan_s, _, _ = timed(config, Clock(stop_after=shards // 2))
+        resume_s, _, resumed = timed(config, Clock())
+        _, again_s, again = timed(config, Clock())
+    assert resumed is not None and 0 < resumed.run.shards <= shards - shards // 2
+    assert again is not None and again.run.shards == 0 and again.totals["shards"] == shards
+    return {
+        "shards": shards,
+        "plan_s": round(plan_s, 2),
+        "resume_s": round(resume_s, 2),
+        "again_s": round(again_s, 2),
+        "resumed_shards": resumed.run.shards,
+        "shard_ms": round(1e3 * resumed.metrics.span_s / resumed.run.shards, 2),
+        "driver_mb": family.peak_mb["driver"],
+        "peak_mb": family.peak_mb,
+        "cpu_s": family.cpu_s,
+    }
+
+
+def timed(config: Config, clock: Clock) -> tuple[float, float, Summary | None]:
+    """Seconds until it was known what is to do, and in all; no summary of a run that stopped."""
+    started = time.perf_counter()
+    summary = None
+    with suppress(Enough):
+        summary = score(config, clock)
+    return clock.planned_at - started, time.perf_counter() - started, summary
+
+
+if __name__ == "__main__":
+    main()
