@@ -116,7 +116,7 @@ class HFBackend:
             "backend": "hf",
             "adapter": adapter.name,
             "model_class": type(self._model).__name__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a plain string: it is unpickled without torch
             "transformers": transformers.__version__,
             "device": _device_name(self._device),
             "dtype": dtype,

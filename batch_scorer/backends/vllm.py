@@ -139,7 +139,7 @@ class VLLMBackend:
             "backend": "vllm",
             "adapter": adapter.name,
             "vllm": version,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a plain string: it is unpickled without torch
             "transformers": transformers.__version__,
             "head_dtype": "float32",
             **self._engine.facts,
