@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -122,8 +123,9 @@ class Ledger:
 def known_receipts(store: Store) -> dict[str, Receipt]:
     """Newest receipt per output key, from the current manifest and the ledger after it."""
     receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
-    for info in sorted(store.list(f"{RECORDS}/ledger"), key=lambda info: info.last_modified):
-        for line in store.read(info.key).splitlines():
+    segments = sorted(store.list(f"{RECORDS}/ledger"), key=lambda info: info.last_modified)
+    for data in in_threads(lambda info: store.read(info.key), segments, _READERS):
+        for line in data.splitlines():
             receipt = Receipt.from_json(json.loads(line))
             receipts[receipt.output_key] = receipt
     return receipts
@@ -190,8 +192,8 @@ def publish(store: Store, epoch: int, fingerprint: str, receipts: list[Receipt])
     put(store, key, data)
     totals |= {"fingerprint": fingerprint, "epoch": epoch, "manifest": key}
     put(store, _CURRENT_KEY, json.dumps({"manifest": key, "epoch": epoch}).encode())
-    for info in list(store.list(f"{RECORDS}/ledger")):
-        store.delete(info.key)
+    segments = list(store.list(f"{RECORDS}/ledger"))
+    deque(in_threads(lambda info: store.delete(info.key), segments, _READERS), maxlen=0)
     if totals["shards_failed"] == 0:
         put(store, SUCCESS_KEY, json.dumps(totals, indent=1, sort_keys=True).encode())
     return totals
