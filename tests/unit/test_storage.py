@@ -15,6 +15,7 @@ from batch_scorer.storage import (
     StorageError,
     Store,
     glob_pattern,
+    in_threads,
     open_store,
 )
 
@@ -143,3 +144,22 @@ def test_wrong_keys_and_options_are_named(s3: S3Server, monkeypatch: pytest.Monk
 def test_globs(pattern: str, matching: str, other: str) -> None:
     assert glob_pattern(pattern).fullmatch(matching)
     assert not glob_pattern(pattern).fullmatch(other)
+
+
+def test_results_of_threads_come_in_order_and_items_are_taken_as_they_are_needed() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    results = in_threads(lambda number: -number, items(), 2)
+    assert [next(results) for _ in range(3)] == [0, -1, -2]
+    assert len(taken) < 20
+    assert list(results) == [-number for number in range(3, 1000)]
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda number: 1 // number, [1, 0, 1], 2))
