@@ -33,7 +33,7 @@ ROUNDS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="+", help="of each contestant")
     parser.add_argument("--data", type=Path, help="folder of larger data")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +49,7 @@ def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
     dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
     shards = cut(asked.data, 2 if asked.tiny else SHARD_ROWS, model_dir)
     parts = list(islice(shards, TINY_SHARDS if asked.tiny else SHARDS))
+    contestants = asked.workers or ([1] if asked.tiny else [1, 2])
     rates = Contest()
     peak_mb: dict[str, int] = {}
     with s3_server() as server, environment_set(server.environment):
@@ -63,7 +64,7 @@ def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
         )
         with ray_session(config):
             for number in range(1 if asked.tiny else ROUNDS):
-                for workers in asked.workers:
+                for workers in contestants:
                     name = f"workers_{workers}"
                     with Family() as family:
                         job = run_job(
@@ -72,7 +73,7 @@ def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
                     rates.add(name, job.metrics.tokens_per_s or 0.0)
                     peak_mb[name] = family.peak_mb["score"]
                 print(f"round {number + 1}: {rates.describe_round()} tokens/s", flush=True)
-    first = f"workers_{asked.workers[0]}"
+    first = f"workers_{contestants[0]}"
     return {
         "benchmark": "workers",
         "tiny": asked.tiny,
