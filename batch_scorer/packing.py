@@ -96,8 +96,10 @@ def build_trie(
     starts = rows.sequence_offsets[sequences].tolist()
     stops = rows.sequence_offsets[sequences + 1].tolist()
     # As bytes with the highest first, ids sort and compare as the numbers do.
-    big_endian = rows.token_ids.astype(">i4").tobytes()
-    keys = [big_endian[4 * a : 4 * b] for a, b in zip(starts, stops, strict=True)]
+    keys = [
+        rows.token_ids[start:stop].astype(">i4").tobytes()
+        for start, stop in zip(starts, stops, strict=True)
+    ]
     ends = np.empty(len(keys), np.int64)
     places = np.zeros(0, np.int64) if pooled is None else np.empty(len(pooled.positions), np.int64)
     longest = max((len(key) // 4 for key in keys), default=0)
@@ -211,8 +213,6 @@ def rectangle_stop(lengths: Int64Array, start: int, token_budget: int) -> int:
 class PaddedBatch:
     """S sequences, one per row, padded on the right to the longest."""
 
-    sequences: Int64Array
-    """int64[S], indices of the sequences in the shard."""
     token_ids: Int32Array
     """int32[S, L]"""
     lengths: Int64Array
@@ -226,4 +226,4 @@ def pad(rows: TokenizedRows, sequences: Int64Array, pad_id: int) -> PaddedBatch:
     starts = rows.sequence_offsets[sequences].tolist()
     for row, start, length in zip(token_ids, starts, lengths.tolist(), strict=True):
         row[:length] = rows.token_ids[start : start + length]
-    return PaddedBatch(sequences, token_ids, lengths)
+    return PaddedBatch(token_ids, lengths)
