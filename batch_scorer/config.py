@@ -187,6 +187,8 @@ class Config(BaseModel):
                 raise ValueError(
                     "tensor_parallel: only the vllm backend splits a model; set backend: vllm"
                 )
+            if self.compile and (self.backend == "fake" or self.attention != "packed"):
+                raise ValueError("compile: only for backend vllm, and for hf with packed attention")
         if self.backend == "vllm" and self.attention != "packed":
             raise ValueError("attention: vllm chooses its own; only the hf backend takes it")
         if self.task == "score":

@@ -9,6 +9,7 @@ Legend: S sequences, L longest of a padded batch, H hidden, O outputs.
 """
 
 import logging
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 PADDED_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward pass of a rectangle, padding included."""
 
+_CPP_COMPILERS = ("g++", "clang++")
 _NOTHING_POOLED = PooledTokens(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
@@ -75,6 +77,8 @@ class HFBackend:
         self._device = torch.device(device)
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is cuda, but torch finds no CUDA device; set device to cpu")
+        if compile and device == "cpu" and not any(map(shutil.which, _CPP_COMPILERS)):
+            raise ConfigError("compile: there is no C++ compiler here; leave compile out")
 
         adapter = adapter or choose_adapter(read_model_files(model_dir))
         loader = Loader(model_dir, adapter, trust_remote_code, embeds=embedding is not None)

@@ -6,7 +6,6 @@ and values of its ancestors, which are carried along (`attention.Pass`).
 """
 
 import logging
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from batch_scorer.backends.kernels import KERNELS, choose_kernel, to_device
 from batch_scorer.backends.linear import reorder_linears
 from batch_scorer.backends.memory import LEAST_TOKENS, TokenBudget
 from batch_scorer.backends.readout import PooledStates
-from batch_scorer.errors import ConfigError, ModelError
+from batch_scorer.errors import ModelError
 from batch_scorer.packing import PackedBatch, TokenTrie, build_trie
 from batch_scorer.records import Effort, PooledTokens, TokenizedRows
 
@@ -35,7 +34,6 @@ CPU_TOKEN_BUDGET = 4096
 MOST_TOKENS = 32768
 """Tokens of a forward pass on a GPU with memory to spare: more only delay the first result."""
 
-_CPP_COMPILERS = ("g++", "clang++")
 _PROBE_TOKENS = 2048
 _MEMORY_SHARE = 0.7
 """Of the memory that is free beside the model: keys carried along and odd sizes need the rest."""
@@ -61,8 +59,6 @@ class PackedBody:
         self._check_isolation()
         self._compiles = compile
         if compile:
-            if self._device.type == "cpu" and not any(map(shutil.which, _CPP_COMPILERS)):
-                raise ConfigError("compile: there is no C++ compiler here; leave compile out")
             # The last layer ends in the middle for most of its tokens, which no graph can.
             for layer in self._layers[: len(self._layers) - self._pools]:
                 layer.compile(dynamic=True)

@@ -17,7 +17,7 @@ from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_json
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.records import RowError, SequenceInput, TokenizedRows
+from batch_scorer.records import ParsedRows, RowError, SequenceInput, TokenizedRows
 from batch_scorer.shard import Job, parse_shard, renderer_of
 
 log = logging.getLogger("batch_scorer")
@@ -65,7 +65,7 @@ def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
     """
     ordered = sorted(shards, key=lambda shard: shard.output_key)
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
-    parts: list[tuple[str, list[SequenceInput], TokenizedRows]] = []
+    read: list[tuple[Shard, ParsedRows, TokenizedRows]] = []
     refused: list[RowError] = []
     renderer, adapter = renderer_of(job), adapter_named(job.adapter)
     for shard in [ordered[place] for place in places]:
@@ -76,10 +76,12 @@ def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
             log.warning("%s: not sampled: %s", shard.source.key, error)
             continue
         refused += [*rows.sequence_errors.values(), *rows.row_errors.values()]
-        chosen = choose_rows(rows, SAMPLE_ROWS // len(places), SAMPLE_TOKENS[job.device])
-        for row in chosen:
-            inputs, ids = _take(parsed.sequences, rows, row)
-            parts.append((f"{shard.source.key} row {shard.first_row + row}", inputs, ids))
+        read.append((shard, parsed, rows))
+    parts: list[tuple[str, list[SequenceInput], TokenizedRows]] = []
+    for place, row in choose_rows([rows for *_, rows in read], SAMPLE_TOKENS[job.device]):
+        shard, parsed, rows = read[place]
+        inputs, ids = _take(parsed.sequences, rows, row)
+        parts.append((f"{shard.source.key} row {shard.first_row + row}", inputs, ids))
     if not parts:
         template = [e for e in refused if e.reason is RowReason.TEMPLATE_ERROR]
         if template:
@@ -117,30 +119,34 @@ def _pooled(job: Job, adapter: Adapter, ids: npt.NDArray[np.int32]) -> tuple[str
     return tuple(renderer_of(job).visible(ids[place : place + 1]) for place in places)
 
 
-def choose_rows(rows: TokenizedRows, num_rows: int, max_tokens: int) -> list[int]:
-    """Rows to sample, shortest first: shortest, median and longest, then the lengths between.
+def choose_rows(parts: Sequence[TokenizedRows], max_tokens: int) -> list[tuple[int, int]]:
+    """(part, row) of the rows to sample, shortest first: shortest, median and longest of all, then
+    the lengths between while they fit `max_tokens`.
 
     Only rows all of whose sequences can be scored.
     """
-    broken = set(rows.row_errors)
-    owners = np.searchsorted(rows.row_offsets, list(rows.sequence_errors), side="right") - 1
-    broken |= set(owners.tolist())
-    starts = rows.sequence_offsets[rows.row_offsets]
-    tokens = np.diff(starts)  # int64[R]
-    usable = [row for row in range(rows.num_rows) if row not in broken and tokens[row] > 0]
-    usable.sort(key=lambda row: int(tokens[row]))
+    usable: list[tuple[int, int, int]] = []  # tokens, part, row
+    for part, rows in enumerate(parts):
+        broken = set(rows.row_errors)
+        owners = np.searchsorted(rows.row_offsets, list(rows.sequence_errors), side="right") - 1
+        broken |= set(owners.tolist())
+        tokens = np.diff(rows.sequence_offsets[rows.row_offsets]).tolist()
+        usable += [
+            (tokens[i], part, i) for i in range(rows.num_rows) if tokens[i] and i not in broken
+        ]
     if not usable:
         return []
+    usable.sort()
     last = len(usable) - 1
-    wanted = [0, last, last // 2, *np.linspace(0, last, num_rows).astype(int).tolist()]
-    chosen: list[int] = []
+    wanted = [0, last, last // 2, *np.linspace(0, last, SAMPLE_ROWS).astype(int).tolist()]
+    chosen: list[tuple[int, int, int]] = []
     spent = 0
     for place in dict.fromkeys(wanted):
-        row = usable[place]
-        if len(chosen) < num_rows and (len(chosen) < 3 or spent + tokens[row] <= max_tokens):
-            chosen.append(row)
-            spent += int(tokens[row])
-    return sorted(chosen, key=lambda row: int(tokens[row]))
+        tokens_of_row = usable[place][0]
+        if len(chosen) < SAMPLE_ROWS and (len(chosen) < 3 or spent + tokens_of_row <= max_tokens):
+            chosen.append(usable[place])
+            spent += tokens_of_row
+    return [(part, row) for _, part, row in sorted(chosen)]
 
 
 def _take(

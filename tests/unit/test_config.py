@@ -43,6 +43,8 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
         ({"shard_rows": 0}, "shard_rows: .*greater than 0.*got 0"),
         ({"over_length": "cut"}, "over_length: .*'mark', 'error' or 'truncate_left'"),
         ({"store_options": {"aws_secret_access_key": "x"}}, "credentials are not settings"),
+        ({"backend": "fake", "compile": True}, "compile: only for"),
+        ({"attention": "sdpa", "compile": True}, "compile: only for"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
