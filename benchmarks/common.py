@@ -32,7 +32,8 @@ from batch_scorer.packing import pad
 from batch_scorer.records import Format, Layout, TokenizedRows
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))  # the tiny model and the S3 server live there
+# The tiny model and the S3 server live there.
+sys.path += [str(ROOT / "tests"), str(ROOT / "cluster" / "local")]
 
 Floats = npt.NDArray[np.float32]
 Sequences = npt.NDArray[np.int64]

@@ -1,4 +1,5 @@
-"""What all tests share: one S3 server, one tiny model, and a temporary folder for each Ray."""
+"""What all tests share: one S3 server, one tiny model, a Ray cluster of several nodes, and a
+temporary folder for each other Ray."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from local_cluster import Cluster, local_cluster
 from program import Program, temporary_ray_home
 from seaweed import S3Server, s3_server
 
@@ -26,6 +28,19 @@ def s3() -> Iterator[S3Server]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(s3: S3Server) -> Iterator[Cluster]:
+    """A head and four nodes of two CPUs and a fake GPU, which can reach the S3 server.
+
+    A test that kills a node starts it again.
+    """
+    # A node that is gone is noticed after seconds, as its ports refuse; one that is only slow has
+    # ten seconds for each answer.
+    noticed = {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "0"}
+    with local_cluster(nodes=4, cpus=2, gpus=1, env={**s3.environment, **noticed}) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

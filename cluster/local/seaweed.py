@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS from PyPI, on its own ports and folder, ended by pid."""
+"""A real S3 server on this machine: SeaweedFS from PyPI, on its own ports and folder."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"
@@ -46,6 +47,33 @@ class S3Server:
 def s3_server() -> Iterator[S3Server]:
     """Start a server, wait until it answers, and leave nothing behind."""
     folder = Path(tempfile.mkdtemp(prefix="weed-"))
+    process, server = _launch(folder)
+    try:
+        _wait_until_up(server, process, folder)
+        yield server
+    finally:
+        process.kill()  # its data is temporary, and a polite stop takes ten seconds
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        remove_sockets(server.endpoint)
+
+
+def start_s3(folder: Path) -> S3Server:
+    """Start a server that outlives this process; all but its sockets is in `folder`."""
+    folder.mkdir()
+    process, server = _launch(folder)
+    _wait_until_up(server, process, folder)
+    return server
+
+
+def remove_sockets(endpoint: str) -> None:
+    """Remove what a server that has ended leaves outside of its folder; it knows no other place."""
+    for own in _ports_from(urlsplit(endpoint).port or 0):
+        for left in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):
+            left.unlink(missing_ok=True)
+
+
+def _launch(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
     config = folder / "s3.json"
     identity = {
         "name": "test",
@@ -65,26 +93,19 @@ def s3_server() -> Iterator[S3Server]:
         f"-bucket={BUCKET}",
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-    try:
-        _wait_until_up(port, process, folder / "log")
-        yield S3Server(endpoint=f"http://127.0.0.1:{port}", pid=process.pid)
-    finally:
-        process.kill()  # its data is temporary, and a polite stop takes ten seconds
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-        for own in _ports_from(port):
-            for left in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):  # it knows no other folder
-                left.unlink(missing_ok=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, start_new_session=True
+        )
+    return process, S3Server(endpoint=f"http://127.0.0.1:{port}", pid=process.pid)
 
 
-def _wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_up(server: S3Server, process: subprocess.Popen[bytes], folder: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/{BUCKET}", timeout=1)
+            urllib.request.urlopen(f"{server.endpoint}/{BUCKET}", timeout=1)
             return
         except urllib.error.HTTPError as answer:
             # Without a signature the bucket is refused, which only a live server can do.
@@ -93,7 +114,8 @@ def _wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> No
         except OSError:
             pass
         time.sleep(0.1)
-    raise RuntimeError(f"no S3 server on port {port}: {log.read_text()[-2000:]}")
+    log = (folder / "log").read_text()[-2000:]
+    raise RuntimeError(f"no S3 server at {server.endpoint}: {log}")
 
 
 def _ports_from(port: int) -> list[int]:
