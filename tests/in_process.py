@@ -9,19 +9,20 @@ from unittest.mock import patch
 from program import Ended
 from rich.console import Console
 
-from batch_scorer import cli
+from batch_scorer import cli, logs
 
 
 def run_cli(*arguments: object) -> Ended:
     """What `batch-scorer ARGUMENTS` prints and how it ends; what it lets escape is raised."""
     out, err = io.StringIO(), io.StringIO()
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.excepthook
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         patch.object(sys, "argv", ["batch-scorer", *map(str, arguments)]),
         # Consoles take the width of the terminal that they were made in.
         patch.multiple(cli, _out=Console(width=200), _err=Console(stderr=True, width=200)),
+        patch.multiple(logs.log, handlers=[], propagate=True, level=logs.log.level),
     ):
         try:
             cli.main()
@@ -29,4 +30,5 @@ def run_cli(*arguments: object) -> Ended:
             code = int(stop.code or 0)
         finally:
             signal.signal(signal.SIGTERM, handler)
+            sys.excepthook = hook
     return Ended(code, out.getvalue(), err.getvalue())

@@ -1,0 +1,93 @@
+"""A run in a Ray of its own, and what a scrape of that Ray's agent shows when the run is over.
+
+    python scraped_run.py CONFIG      prints one line of JSON: the scrape, and the run's own figures
+
+The first process that prepares a shard dies of it.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from program import wait_until
+
+from batch_scorer import load_config, logs, pipeline
+from batch_scorer.logs import Carried
+from batch_scorer.reports.progress import ProgressLog
+from batch_scorer.run import score
+from batch_scorer.shard import Job
+
+_OURS = "ray_batch_scorer_"
+_LAST = f"{_OURS}rows_left"
+_POLL_S = 0.5
+
+
+def stage_that_dies_once(died: Path) -> Callable[..., pa.Table]:
+    prepare = pipeline._prepare_stage
+
+    def prepare_or_die(batch: pa.Table, job: Job, attempts: Any, carried: Carried) -> pa.Table:
+        try:
+            died.touch(exist_ok=False)
+        except FileExistsError:
+            return prepare(batch, job, attempts, carried)
+        pipeline._begin("prepare", pipeline._unpack(batch)[0], job, attempts, carried)
+        os._exit(1)
+
+    return prepare_or_die
+
+
+def ours(scrape: str) -> list[str]:
+    return [line for line in scrape.splitlines() if line.startswith(_OURS)]
+
+
+def main() -> None:
+    logs.set_up()
+    import ray
+
+    config = Path(sys.argv[1])
+    pipeline._prepare_stage = stage_that_dies_once(config.with_name("died"))
+
+    ray.init(
+        address="local",
+        num_cpus=5,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    summary = score(load_config(config), ProgressLog())
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    scrapes = [""]
+
+    def shows_the_end() -> bool:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            scrapes.append(answer.read().decode())
+        before, now = map(ours, scrapes[-2:])
+        is_last = any(line.startswith(_LAST) and line.endswith(" 0.0") for line in now)
+        # The agent takes in a report metric by metric, scraped or not.
+        if is_last and now == before:
+            return True
+        time.sleep(_POLL_S)
+        return False
+
+    wait_until(shows_the_end, "the agent shows that nothing is left")
+    ray.shutdown()
+    retries = sum(receipt.retries for receipt in summary.receipts)
+    found = {
+        "scrape": scrapes[-1],
+        "totals": summary.totals,
+        "metrics": summary.metrics.to_json(summary.run),
+        "retries": retries,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
