@@ -9,6 +9,8 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and value of each figure of `Metrics.to_json` that is known."""
     rows = []
+    if reused := figures.get("reused_sequences"):  # a record from before it was counted has none
+        rows.append(("reused", f"{reused:,} sequences, {figures['reused_rows']:,} whole rows"))
     if (goodput := figures["goodput_tokens_per_s_per_device"]) is not None:
         rows.append(("goodput", f"{goodput:,.0f} tokens/s per device"))
     if (computed := figures["computed_ratio"]) is not None:

@@ -1,24 +1,31 @@
-"""Live progress: bars on a terminal, plain log lines elsewhere."""
+"""Live progress: bars on a terminal, plain lines elsewhere, JSON where logs are JSON."""
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from batch_scorer import formats
+from batch_scorer import formats, logs
 from batch_scorer.commits import Receipt
 from batch_scorer.metrics import Metrics
 from batch_scorer.reports.figures import duration
-from batch_scorer.run import Work
+from batch_scorer.run import Listener
+from batch_scorer.work import Work
 
 log = logging.getLogger("batch_scorer")
 
 _LINE_EVERY_S = 10.0
 _LAYOUTS_SHOWN = 8
 _MARKED_SHOWN = 20
+
+
+def progress_listener(console: Console) -> AbstractContextManager[Listener]:
+    """Who tells of a run: on the console, or where logs are JSON in a line for each shard."""
+    return nullcontext(ProgressLog()) if logs.is_json() else ProgressView(console)
 
 
 class ProgressView:
@@ -117,6 +124,51 @@ class ProgressView:
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class ProgressLog:
+    """The plan, then every shard as it ends, each in a line of the log."""
+
+    def planned(self, work: Work) -> None:
+        with logs.fields(
+            files=len(work.plan.files),
+            shards=len(work.todo),
+            shards_done=len(work.done),
+            rows=sum(shard.num_rows for shard in work.todo),
+            estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
+        ):
+            log.info("planned")
+        for receipt in work.plan.failed:
+            _log_failed(receipt)
+        for receipt in work.gone:
+            with logs.fields(shard=receipt.output_key):
+                log.warning("its input is gone")
+
+    def finished(self, receipt: Receipt) -> None:
+        if receipt.commit is None:
+            _log_failed(receipt)
+            return
+        with _of_shard(receipt):
+            with logs.fields(
+                rows_scored=receipt.commit.rows_scored,
+                rows_marked=receipt.commit.rows_marked,
+                tokens=receipt.commit.tokens,
+                score_s=round(receipt.score_s, 3),
+            ):
+                log.info("committed")
+            for row, reason, detail in receipt.examples:
+                with logs.fields(row=row, reason=reason):
+                    log.warning("marked: %s", detail)
+
+
+def _of_shard(receipt: Receipt) -> AbstractContextManager[None]:
+    attempt = receipt.retries + 1
+    return logs.fields(shard=receipt.output_key, attempt=attempt, rows=receipt.num_rows)
+
+
+def _log_failed(receipt: Receipt) -> None:
+    with _of_shard(receipt), logs.fields(reason=str(receipt.reason)):
+        log.warning("failed: %s: %s", receipt.input, receipt.detail)
 
 
 def _plan_lines(work: Work) -> list[str]:

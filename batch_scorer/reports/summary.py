@@ -11,7 +11,8 @@ from batch_scorer import formats
 from batch_scorer.commits import Status, layout_to_json
 from batch_scorer.errors import ExitCode
 from batch_scorer.reports.figures import duration, figure_rows, scaled
-from batch_scorer.reports.status import OutputStatus
+from batch_scorer.reports.night import print_night
+from batch_scorer.reports.status import NightlyStatus, OutputStatus
 from batch_scorer.run import Outlook, Summary
 from batch_scorer.verify import Verdict
 
@@ -30,10 +31,12 @@ def print_summary(console: Console, summary: Summary) -> None:
         table.add_row(f"  marked: {reason}", f"{count:,}")
     if totals["shards_failed"]:
         table.add_row("  in failed shards", f"{totals['rows_failed']:,}")
+    if totals["shards_left"]:
+        table.add_row("  left for another run", f"{totals['rows_left']:,}")
     table.add_row("shards", f"{totals['shards']:,}")
     table.add_row("sequences", f"{totals['sequences']:,}")
     table.add_row("tokens", f"{totals['tokens']:,}")
-    if summary.metrics.scored_tokens:
+    if summary.metrics.scored_tokens or summary.metrics.reused_tokens:
         start_up_s = max(0.0, summary.elapsed_s - summary.metrics.span_s)
         table.add_row("time", f"{summary.elapsed_s:.1f} s, {start_up_s:.1f} s of it start-up")
         for name, value in figure_rows(summary.metrics.to_json(summary.run)):
@@ -147,17 +150,48 @@ def plan_json(ahead: Outlook) -> dict[str, Any]:
     }
 
 
+def print_nightly_status(console: Console, status: NightlyStatus) -> None:
+    at_work = "a night is at work" if status.holder else "no night is at work"
+    line = f"{status.root}: {at_work}{_holder(status)}"
+    console.print(line, highlight=False, soft_wrap=True)
+    for line, path in (status.latest or {}).items():
+        console.print(f"readers have {path} ({line})", highlight=False, soft_wrap=True)
+    if status.latest is None:
+        console.print("readers have nothing yet: no generation is complete", highlight=False)
+    for path, generation in status.generations.items():
+        if generation is None:
+            console.print(f"{path}: nothing is scored yet", highlight=False, soft_wrap=True)
+        else:
+            print_status(console, generation)
+    if status.night is not None:
+        print_night(console, status.night)
+
+
+def _holder(status: OutputStatus | NightlyStatus) -> str:
+    if status.holder is None or status.renewed_s is None:
+        return ""
+    return f" ({status.holder}, heard of {duration(max(0.0, status.renewed_s))} ago)"
+
+
 def print_status(console: Console, status: OutputStatus) -> None:
-    holder = f" ({status.holder})" if status.holder else ""
-    console.print(f"{status.output}: {status.state}{holder}", highlight=False, soft_wrap=True)
+    line = f"{status.output}: {status.state}{_holder(status)}"
+    console.print(line, highlight=False, soft_wrap=True)
+    left = f", {status.shards_left:,} left for another run" if status.shards_left else ""
     console.print(
         f"{status.shards_committed:,} of {status.planned_shards:,} shards committed, "
-        f"{status.shards_failed:,} failed; {status.rows_scored:,} rows scored, "
+        f"{status.shards_failed:,} failed{left}; {status.rows_scored:,} rows scored, "
         f"{status.rows_marked:,} marked, of {status.planned_rows:,}",
         highlight=False,
     )
     if status.left_s is not None:
         console.print(f"about {duration(status.left_s)} left", highlight=False)
+    for reason, count in sorted(status.marked.items()):
+        console.print(f"  marked: {reason}: {count:,}", highlight=False)
+    for each in status.failed[:_FILES_SHOWN]:
+        line = f"[red]failed[/] {each['input']}: {each['reason']}: {each['detail']}"
+        console.print(line, highlight=False, soft_wrap=True)
+    if len(status.failed) > _FILES_SHOWN:
+        console.print(f"… and {len(status.failed) - _FILES_SHOWN} more failed shards")
     for name, value in figure_rows(status.metrics) if status.metrics else ():
         console.print(f"  {name}: {value}", highlight=False)
 
