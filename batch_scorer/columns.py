@@ -18,10 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_scorer.config import OverLength
-from batch_scorer.records import Effort, Format, Layout, RowError
+from batch_scorer.records import Effort, Format, Layout, RowError, Scores
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+
+ALL_SOURCES = "all"
+"""The source of rows that tell none."""
 
 _MAX_SOURCES = 100
 
@@ -49,7 +52,8 @@ class ScoredRows:
     `values` float32[S, O], NaN where there is no score; `step_values` float32[K] and
     `step_offsets` int64[S+1] of a process reward model; `lengths` and `truncated_tokens`
     int32[S]; `row_offsets` int64[R+1]; errors by sequence and by row. `rows_digest` is over what
-    was scored, `engine` says what scored it, `effort` and `score_s` what it took.
+    was scored, `engine` says what scored it, `effort` and `score_s` what it took. `was_known` is
+    bool[S], the sequences whose scores are those of equal sequences scored before; None: of none.
     """
 
     values: FloatArray
@@ -65,6 +69,7 @@ class ScoredRows:
     outputs: Outputs = SCALAR
     step_values: FloatArray | None = None
     step_offsets: IntArray | None = None
+    was_known: npt.NDArray[np.bool_] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -84,23 +89,31 @@ def added_columns(
     format: Format, prefix: str, over_length: OverLength, outputs: Outputs = SCALAR
 ) -> list[str]:
     """Names of the columns that scoring adds to a row of this format, in order."""
-    sides = _SIDES.get(format, ("",))
-    plural = "s" if format in (Format.BEST_OF_N, Format.ROLLOUT_GROUP) else ""
-    if outputs.embedding_size is not None:
-        names = [f"embedding{plural}{side}" for side in sides]
-    else:
-        names = [f"score{plural}{side}" for side in sides]
-        if format is Format.PREFERENCE_PAIR:
-            names.append("margin")
-        if outputs.attributes:
-            names += [f"rewards{side}" for side in sides]
-        if outputs.steps:
-            names += [f"step_scores{side}" for side in sides]
-    names += ["score_error", *(f"num_tokens{side}" for side in sides)]
+    names, *others = _value_columns(format, outputs)
+    if format is Format.PREFERENCE_PAIR and outputs.embedding_size is None:
+        names.append("margin")
+    names += [name for names_by_side in others for name in names_by_side]
+    names += ["score_error", *(f"num_tokens{side}" for side in _SIDES.get(format, ("",)))]
     if over_length is OverLength.TRUNCATE_LEFT:
         names.append("num_truncated_tokens")
     return [prefix + name for name in names]
 
+
+def _value_columns(format: Format, outputs: Outputs) -> list[list[str]]:
+    """The columns of each kind of value that a sequence has, by side: its score or embedding
+    first, then its attributes, then its steps."""
+    kinds = ["score" if outputs.embedding_size is None else "embedding"]
+    if format in _GROUPS:
+        kinds[0] += "s"
+    if outputs.attributes:
+        kinds.append("rewards")
+    if outputs.steps:
+        kinds.append("step_scores")
+    return [[kind + side for side in _SIDES.get(format, ("",))] for kind in kinds]
+
+
+_GROUPS = (Format.BEST_OF_N, Format.ROLLOUT_GROUP)
+"""Their columns hold a list for each row."""
 
 _SIDES = {
     Format.PREFERENCE_PAIR: ("_chosen", "_rejected"),
@@ -225,21 +238,97 @@ def _list_lengths(column: pa.ChunkedArray, offsets: IntArray) -> IntArray:
     return np.where(np.diff(offsets) == 0, 0, lengths)
 
 
-def pair_counts(scored: ScoredRows, table: pa.Table) -> dict[str, list[int]]:
-    """Of preference pairs: [pairs with both scores, chosen higher, ties] by `source`.
+# And back
 
-    Without a text column of that name, or with more than a hundred values in it, all pairs
-    count under "all".
+
+def sequence_scores(
+    table: pa.Table, layout: Layout, prefix: str, outputs: Outputs, row_offsets: IntArray
+) -> Scores:
+    """What `score_columns` made columns of: the scores of S sequences, NaN where there is none.
+
+    `row_offsets` is int64[R+1]: how the input columns of `table` are cut into sequences
+    (`formats.parse`). A row that holds another number of values has none.
     """
+
+    def of(names: list[str]) -> pa.Array:
+        return _of_sequences(table, layout.format, [prefix + n for n in names], row_offsets)
+
+    names, *others = _value_columns(layout.format, outputs)
+    if outputs.embedding_size is not None:
+        return Scores(_to_vectors(of(names)))
+    values = [of(names).to_numpy(zero_copy_only=False)[:, None]]
+    if outputs.attributes:
+        values.append(_to_vectors(of(others.pop(0))))
+    scores = Scores(np.concatenate(values, axis=1, dtype=np.float32))
+    if outputs.steps:
+        steps = of(others.pop(0))
+        counts = pc.fill_null(pc.list_value_length(steps), 0).to_numpy()
+        scores.step_values = steps.flatten().to_numpy(zero_copy_only=False)
+        scores.step_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return scores
+
+
+def score_items(table: pa.Table, format: Format, prefix: str) -> tuple[IntArray, FloatArray]:
+    """All scores of a scored table, int64[n] and float32[n]: row and score, row by row, and within
+    a row in the order of its sequences; NaN where there is none."""
+    names = _value_columns(format, SCALAR)[0]
+    values, rows = _items(table, format, [prefix + name for name in names])
+    return rows, values.to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def _items(table: pa.Table, format: Format, names: list[str]) -> tuple[pa.Array, IntArray]:
+    """The values in these columns, one for each side, and int64[n], the row of each; in the order
+    of rows, and within a row of sides."""
+    values: list[pa.Array] = []
+    rows: list[IntArray] = []
+    for name in names:
+        column = table[name].combine_chunks()
+        sizes = np.ones(len(column), np.int64)
+        if format in _GROUPS:
+            sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+            column = column.flatten()
+        values.append(column)
+        rows.append(np.repeat(np.arange(len(sizes)), sizes))
+    owners = np.concatenate(rows)
+    order = np.argsort(owners, kind="stable")
+    return pa.concat_arrays(values).take(pa.array(order)), owners[order]
+
+
+def _of_sequences(
+    table: pa.Table, format: Format, names: list[str], row_offsets: IntArray
+) -> pa.Array:
+    """One value for each of S sequences, null where its row holds another number of them."""
+    values, rows = _items(table, format, names)
+    sizes = np.diff(row_offsets)
+    fits = np.bincount(rows, minlength=len(sizes)) == sizes  # bool[R]
+    where = np.zeros(row_offsets[-1], np.int64)  # int64[S]
+    has_value = np.repeat(fits, sizes)
+    where[has_value] = np.flatnonzero(fits[rows])
+    return values.take(pa.array(where, mask=~has_value))
+
+
+def _to_vectors(array: pa.Array) -> FloatArray:
+    """float32[S, n] of fixed_size_list[S]; NaN for a null."""
+    vectors = np.full((len(array), array.type.list_size), np.nan, np.float32)
+    is_there = array.is_valid().to_numpy(zero_copy_only=False)
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    vectors[is_there] = flat.reshape(-1, array.type.list_size)
+    return vectors
+
+
+# Counts by source
+
+
+def pair_counts(scored: ScoredRows, table: pa.Table) -> dict[str, list[int]]:
+    """Of preference pairs: [pairs with both scores, chosen higher, ties] by source
+    (`row_sources`)."""
     scores = _numbers(scored.values[:, 0])
     chosen, rejected = (
         _pick(scores, scored.row_offsets, place, of=2).to_numpy(zero_copy_only=False)
         for place in (0, 1)
     )
     both = ~(np.isnan(chosen) | np.isnan(rejected))
-    sources = _sources(table)
-    if sources is None or len(set(sources)) > _MAX_SOURCES:
-        sources = np.full(len(both), "all", dtype=object)
+    sources = row_sources(table)
     counts = {}
     for source in sorted(set(sources[both])):
         here = both & (sources == source)
@@ -248,7 +337,44 @@ def pair_counts(scored: ScoredRows, table: pa.Table) -> dict[str, list[int]]:
     return counts
 
 
-def _sources(table: pa.Table) -> npt.NDArray[np.object_] | None:
+def spread_by_source(scored: ScoredRows, table: pa.Table) -> dict[str, list[float]]:
+    """By source (`row_sources`): [rows, scores, their mean, their standard deviation, and their
+    quantiles at `LEVELS`]; without a score only the first two.
+
+    In six digits: enough for statistics, and a commit is read with every listing.
+    """
+    sources = row_sources(table)
+    owners = np.repeat(np.arange(scored.num_rows), np.diff(scored.row_offsets))
+    scores = scored.values[:, 0].astype(np.float64)
+    has_score = ~np.isnan(scores)
+    if scored.outputs.embedding_size is not None:
+        has_score[:] = False
+    spread = {}
+    for source in sorted(set(sources)):
+        here = sources == source
+        found = scores[has_score & here[owners]]
+        figures = [float(here.sum()), float(len(found))]
+        if len(found):
+            figures += [found.mean(), found.std(), *np.quantile(found, LEVELS)]
+        spread[str(source)] = [float(f"{figure:.6g}") for figure in figures]
+    return spread
+
+
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def row_sources(table: pa.Table) -> npt.NDArray[np.object_]:
+    """str[R]: the text column `source` of the rows.
+
+    Without such a column, or with more than a hundred values in it, all rows are of "all".
+    """
+    found = _source_column(table)
+    if found is None or len(set(found)) > _MAX_SOURCES:
+        return np.full(table.num_rows, ALL_SOURCES, dtype=object)
+    return np.array([str(value) for value in found], dtype=object)
+
+
+def _source_column(table: pa.Table) -> list[str | None] | None:
     if "source" not in table.column_names:
         return None
     column = table["source"]
@@ -256,7 +382,7 @@ def _sources(table: pa.Table) -> npt.NDArray[np.object_] | None:
         column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return None
-    return np.array([str(value) for value in column.to_pylist()], dtype=object)
+    return column.to_pylist()  # type: ignore[no-any-return]
 
 
 def digest_columns(columns: Mapping[str, pa.Array]) -> str:

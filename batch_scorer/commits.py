@@ -38,7 +38,8 @@ class Shard:
     Rows [first_row, first_row + num_rows) of the file. They lie in the Parquet row groups
     [start, stop) of `row_groups`, or in the `lines` of a file of JSON lines, or (both are None) in
     a JSON array; `skip_rows` is how many rows come before them there. `replaces` is the stale
-    object to be replaced, if any.
+    object to be replaced, if any. `earlier` are scored objects, as (root, key), that may hold rows
+    of this shard with their scores (`reuse`).
     """
 
     source: Source
@@ -51,6 +52,7 @@ class Shard:
     output_key: str
     lines: Lines | None = None
     replaces: Version | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
 
     def identity(self, fingerprint: str, column_prefix: str) -> str:
         """Digest of what this shard's scores are made of: equal identities, equal scores."""
@@ -81,7 +83,8 @@ class Commit:
 
     Holds no clock, host or attempt, so the object's bytes are a function of input, model and
     plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
-    columns. `pairs` counts [pairs, chosen higher, ties] by the input's `source` column.
+    columns. `pairs` counts [pairs, chosen higher, ties] by source, `spread` describes the scores of
+    each (`columns.spread_by_source`).
     """
 
     identity: str
@@ -101,6 +104,15 @@ class Commit:
     pairs: dict[str, list[int]]
     layout: dict[str, Any]
     added_columns: list[str]
+    spread: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def column_prefix(self) -> str:
+        return self.error_column.removesuffix("score_error")
+
+    @property
+    def error_column(self) -> str:
+        return next(name for name in self.added_columns if name.endswith("score_error"))
 
     def footer(self) -> dict[bytes, bytes]:
         return {_FOOTER_KEY: json.dumps(asdict(self), sort_keys=True).encode()}
@@ -113,11 +125,13 @@ class Commit:
 
 
 class Status(StrEnum):
-    """How a shard stands. INPUT_GONE: committed by an earlier run, its input is no longer there;
-    kept and named in the manifest, but not counted in any total."""
+    """How a shard stands. LEFT: this run was told to score only so many shards. INPUT_GONE:
+    committed by an earlier run, its input is no longer there; kept and named in the manifest, but
+    not counted in any total."""
 
     COMMITTED = "committed"
     FAILED = "failed"
+    LEFT = "left"
     INPUT_GONE = "input_gone"
 
 
@@ -128,15 +142,18 @@ class Receipt:
     `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
     record of what scored the shard (device, versions, attention kernel). `reused` tells a
     shard that was committed before this run. `examples` names up to a few marked rows as [row of
-    the file, reason, detail].
+    the file, reason, detail]. `reused_sequences`, with so many tokens, have the scores that equal
+    sequences got before; `reused_rows` counts, by source, the rows of which nothing met the model
+    for that reason.
 
     The rest says what it took. `epoch` is of the run that did the work, 0 if no record tells.
-    `estimated_tokens` are those of the plan. `started_at` and `committed_at` are clock times, in
-    seconds since 1970, of the worker that scored and of the one that wrote. `peak_flops` is what
-    the scoring worker's devices do together in large matrix products, FLOP/s, 0 where it was not
-    measured. Seconds: `read_s` of reading, `tokenize_s` of rendering and tokenising, `wait_s` for
-    which the worker had nothing to score between its shard before and this one, `score_s` inside
-    the backend, `write_s` of joining, encoding and publishing.
+    `estimated_tokens` are those of the plan. `retries` counts the tries after the first: processes
+    that died with the shard, refusals of the store. `started_at` and `committed_at` are clock
+    times, in seconds since 1970, of the worker that scored and of the one that wrote. `peak_flops`
+    is what the scoring worker's devices do together in large matrix products, FLOP/s, 0 where it
+    was not measured. Seconds: `read_s` of reading, `tokenize_s` of rendering and tokenising,
+    `wait_s` for which the worker had nothing to score between its shard before and this one,
+    `score_s` inside the backend, `write_s` of joining, encoding and publishing.
     """
 
     output_key: str
@@ -155,6 +172,10 @@ class Receipt:
     examples: list[tuple[int, str, str]] = field(default_factory=list)
     epoch: int = 0
     estimated_tokens: int = 0
+    retries: int = 0
+    reused_sequences: int = 0
+    reused_tokens: int = 0
+    reused_rows: dict[str, int] = field(default_factory=dict)
     effort: Effort = field(default_factory=Effort)
     started_at: float = 0.0
     committed_at: float = 0.0

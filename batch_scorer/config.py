@@ -8,6 +8,7 @@ runtime   only how fast and where; free to change when a run is resumed
 """
 
 import difflib
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,6 +20,9 @@ from batch_scorer.errors import ConfigError
 from batch_scorer.records import Format, TextStyle
 
 Role = Literal["scores", "layout", "runtime"]
+
+_PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
+"""It is the name of a folder too."""
 
 
 class Device(StrEnum):
@@ -55,6 +59,11 @@ class Config(BaseModel):
 
     output: str = _setting(..., "runtime")
     """Folder or URL that receives the scored shards. One output holds one fingerprint."""
+
+    also: dict[str, str] = _setting({}, "runtime")
+    """More models for `nightly`, by the prefix of their columns: {"safety_": "/models/safety"}.
+    They score the same rows one after the other, and all columns stand side by side. `adapter` and
+    `step_aggregation` are of `model` alone; every other setting is of all."""
 
     # What is scored, and how.
 
@@ -152,7 +161,12 @@ class Config(BaseModel):
     compile only in vLLM on a GPU."""
 
     attempts: int = _setting(3, "runtime", gt=0)
-    """Worker deaths and failed tries that one shard is allowed before it is recorded as failed."""
+    """Worker deaths that one shard is allowed before it is searched for the rows that cause them
+    (docs/survival.md), and failed tries before it is recorded as failed."""
+
+    hang_s: float = _setting(600.0, "runtime", gt=0)
+    """A forward pass that takes longer has hung: its worker is ended, which counts as a death. A
+    pass is a few thousand tokens, whatever the shard's size."""
 
     use_ray: bool = _setting(True, "runtime")
     """False: one shard after the other in this process."""
@@ -174,6 +188,16 @@ class Config(BaseModel):
                 raise ValueError(
                     f"store_options.{key}: credentials are not settings (they would be recorded "
                     "with the run); set them in the environment, e.g. AWS_SECRET_ACCESS_KEY"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _columns_do_not_collide(self) -> Self:
+        for prefix in self.also:
+            if not _PREFIX.fullmatch(prefix) or prefix in ("main", self.column_prefix):
+                raise ValueError(
+                    f"also: {prefix!r} is no prefix for columns beside the others: letters, digits "
+                    "and underscores, neither `main` nor column_prefix"
                 )
         return self
 

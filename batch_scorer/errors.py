@@ -45,6 +45,8 @@ class RowReason(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     NO_MARK = "no_mark"
     NO_STEPS = "no_steps"
+    ENGINE_ERROR = "engine_error"
+    WORKER_CRASH = "worker_crash"
 
 
 class ShardReason(StrEnum):

@@ -11,15 +11,21 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Self
 
 from batch_scorer.errors import LeaseLostError, OutputHeldError, StorageError
+from batch_scorer.failpoints import failpoint
 from batch_scorer.storage import ObjectChanged, ObjectInfo, ObjectMissing, Store, Version
 
 RECORDS = "_batch_scorer"
 """Folder of everything in an output that is not a scored shard."""
 
 _LEASE_KEY = f"{RECORDS}/lease.json"
+ANY = Version("*")
+"""For `Lease`: any lease may be replaced, whenever it was left."""
 
 
 class Lease:
@@ -29,11 +35,15 @@ class Lease:
     lease's age is the store's own time between its last change and that of an object written
     now. A holder on this machine whose process is gone is dead at once.
 
-    Entering raises OutputHeldError if another live run holds the output.
+    Entering raises OutputHeldError if another live run holds the output, and if one has held it,
+    with another plan, since it was `seen` (`lease_version`): a plan that was made before is old.
     """
 
-    def __init__(self, store: Store, plan_digest: str, ttl_s: float) -> None:
+    def __init__(
+        self, store: Store, plan_digest: str, ttl_s: float, seen: Version | None = ANY
+    ) -> None:
         self._store = store
+        self._seen = seen
         self._plan_digest = plan_digest
         self._ttl_s = ttl_s
         self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
@@ -43,6 +53,9 @@ class Lease:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self.epoch = 0
+        self.took_over = False
+        """Whether the holder before us, who had another plan, has not given the lease back: it is
+        dead, or it sleeps."""
 
     @property
     def holder_id(self) -> str:
@@ -57,6 +70,7 @@ class Lease:
         self._released.set()
         self._thread.join()
         if not self._lost.is_set():
+            failpoint("lease.before_release")
             try:
                 self._write(released=True)
             except StorageError:
@@ -66,8 +80,15 @@ class Lease:
         """Raises LeaseLostError if this run no longer holds the output."""
         if self._lost.is_set():
             raise LeaseLostError(
-                f"{self._store.root}: another run has taken this output over; this one stops"
+                f"{self._store.root}: another run has taken this output over, or the hold on it "
+                "could not be renewed in time; this one stops"
             )
+
+    def confirm(self) -> None:
+        """`check`, with a look at the store: for what cannot be taken back. Raises StorageError."""
+        if self._store.read_json(_LEASE_KEY)["holder"]["id"] != self.holder_id:
+            self._lost.set()
+        self.check()
 
     def _acquire(self) -> None:
         try:
@@ -76,21 +97,30 @@ class Lease:
             self.epoch = 1
             self._take(None)
             return
-        held = json.loads(data)
+        held = self._store.parse_json(_LEASE_KEY, data)
         if not held["released"]:
             self._refuse_if_alive(held, info)
         same_plan = held["plan"] == self._plan_digest
+        if not same_plan and self._seen not in (ANY, info.version):
+            raise OutputHeldError(
+                f"{self._store.root}: another run has worked on this output while this one was "
+                "planned; run the same command again"
+            )
         self.epoch = held["epoch"] if same_plan else held["epoch"] + 1
+        self.took_over = not (same_plan or held["released"])
         self._take(info.version)
 
     def _take(self, version: Version | None) -> None:
         self._version = version
+        failpoint("lease.before_take")
         try:
             self._write(released=False)
         except ObjectChanged:
-            raise OutputHeldError(
-                f"{self._store.root}: another run took this output at the same moment"
-            ) from None
+            if not self._is_ours():
+                raise OutputHeldError(
+                    f"{self._store.root}: another run took this output at the same moment"
+                ) from None
+        failpoint("lease.after_take")
 
     def _refuse_if_alive(self, held: dict[str, Any], info: ObjectInfo) -> None:
         holder = held["holder"]
@@ -108,7 +138,8 @@ class Lease:
 
     def _age_s(self, info: ObjectInfo) -> float:
         key = f"{RECORDS}/clock-{self.holder_id}"
-        self._store.create(key, b"")
+        with suppress(ObjectChanged):  # ours, applied although its answer was lost
+            self._store.create(key, b"")
         now = self._store.head(key).last_modified
         self._store.delete(key)
         return (now - info.last_modified).total_seconds()
@@ -130,11 +161,20 @@ class Lease:
             self._version = self._store.replace(_LEASE_KEY, data, self._version)
 
     def _keep(self) -> None:
+        try:
+            self._renew()
+        except Exception:  # a run that is not renewed must not go on as if it were
+            self._lost.set()
+            raise
+
+    def _renew(self) -> None:
         renewed = time.monotonic()
         while not self._released.wait(self._ttl_s / 3):
+            failpoint("lease.before_renew")
             try:
                 self._write(released=False)
                 renewed = time.monotonic()
+                failpoint("lease.after_renew")
             except (ObjectChanged, ObjectMissing):
                 if not self._is_ours():
                     self._lost.set()
@@ -150,33 +190,66 @@ class Lease:
         """Whether the write that was refused is our own, applied although its answer was lost."""
         try:
             data, info = self._store.read_with_info(_LEASE_KEY)
+            held = self._store.parse_json(_LEASE_KEY, data)
         except StorageError:
             return False
-        if json.loads(data)["holder"]["id"] != self.holder_id:
+        if held["holder"]["id"] != self.holder_id:
             return False
         self._version = info.version
         return True
 
 
+def lease_version(store: Store) -> Version | None:
+    """Which lease is there now; None before anybody has taken it."""
+    try:
+        return store.head(_LEASE_KEY).version
+    except ObjectMissing:
+        return None
+
+
 def current_epoch(store: Store) -> int:
     """The epoch that the lease names now; a commit of a lower one must not be made."""
-    return int(json.loads(store.read(_LEASE_KEY))["epoch"])
+    return int(store.read_json(_LEASE_KEY)["epoch"])
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a lease stands: who took it last, in words and by id, and whether it is held now.
+
+    A holder on this machine (`is_here`) that died does not hold it. One on another machine still
+    does: only time tells, and a new run waits for it. `renewed_at` is the store's time.
+    """
+
+    holder: str
+    holder_id: str
+    is_here: bool
+    is_held: bool
+    renewed_at: datetime
+
+
+def lease_of(store: Store) -> Standing | None:
+    """How the lease of an output stands; None before anybody has taken it."""
+    try:
+        data, info = store.read_with_info(_LEASE_KEY)
+    except ObjectMissing:
+        return None
+    lease = json.loads(data)
+    holder = lease["holder"]
+    is_here = holder["host"] == socket.gethostname()
+    is_dead = is_here and not _is_running(int(holder["pid"]))
+    return Standing(
+        holder=f"process {holder['pid']} on {holder['host']}",
+        holder_id=holder["id"],
+        is_here=is_here,
+        is_held=not (lease["released"] or is_dead),
+        renewed_at=info.last_modified,
+    )
 
 
 def holder_of(store: Store) -> str | None:
-    """Who holds the output, in words; None if nobody does, or a process of this machine that died.
-
-    A dead holder on another machine still counts: only time tells, and a new run waits for it.
-    """
-    try:
-        lease = json.loads(store.read(_LEASE_KEY))
-    except ObjectMissing:
-        return None
-    holder = lease["holder"]
-    is_here = holder["host"] == socket.gethostname()
-    if lease["released"] or (is_here and not _is_running(int(holder["pid"]))):
-        return None
-    return f"process {holder['pid']} on {holder['host']}"
+    """Who holds the output, in words; None if nobody does."""
+    standing = lease_of(store)
+    return standing.holder if standing and standing.is_held else None
 
 
 def _is_running(pid: int) -> bool:

@@ -21,7 +21,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer.commits import Commit, Receipt, Status
-from batch_scorer.errors import IntegrityError, OutputError
+from batch_scorer.errors import IntegrityError, LeaseLostError, OutputError
+from batch_scorer.failpoints import failpoint
 from batch_scorer.fingerprint import Fingerprint, digest_of
 from batch_scorer.lease import RECORDS
 from batch_scorer.metrics import Run
@@ -39,11 +41,14 @@ from batch_scorer.storage import (
     ObjectInfo,
     ObjectMissing,
     Store,
+    Version,
     in_threads,
     open_store,
 )
 
 SUCCESS_KEY = "_SUCCESS"
+GENERATIONS_KEY = f"{RECORDS}/generations.json"
+"""Where `nightly` remembers its generations, in the folder above them."""
 _RUN_KEY = f"{RECORDS}/run.json"
 _CURRENT_KEY = f"{RECORDS}/CURRENT"
 _ENGINES = f"{RECORDS}/engines"
@@ -85,7 +90,7 @@ def read_commit(store: Store, info: ObjectInfo) -> tuple[Commit | None, str]:
 
     The commit is None if this is not a scored shard of ours.
     """
-    data = store.read(info.key, info.version)
+    data = store.read_whole(info.key, info.version, info.size_bytes)
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         schema = pq.read_schema(io.BytesIO(data))
@@ -114,7 +119,10 @@ class Ledger:
         if self._pending:
             lines = [json.dumps(receipt.to_json()) for receipt in self._pending]
             key = f"{self._prefix}-{self._segments:06d}.jsonl"
-            self._store.create(key, "\n".join(lines).encode())
+            failpoint("ledger.before_put")
+            with suppress(ObjectChanged):  # ours, applied although its answer was lost
+                self._store.create(key, "\n".join(lines).encode())
+            failpoint("ledger.after_put")
             self._segments += 1
             self._pending.clear()
         self._flushed = time.monotonic()
@@ -123,12 +131,27 @@ class Ledger:
 def known_receipts(store: Store) -> dict[str, Receipt]:
     """Newest receipt per output key, from the current manifest and the ledger after it."""
     receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
-    segments = sorted(store.list(f"{RECORDS}/ledger"), key=lambda info: info.last_modified)
-    for data in in_threads(lambda info: store.read(info.key), segments, _READERS):
-        for line in data.splitlines():
-            receipt = Receipt.from_json(json.loads(line))
-            receipts[receipt.output_key] = receipt
+    for segment in read_ledger(store):
+        receipts.update((receipt.output_key, receipt) for receipt in segment.receipts)
     return receipts
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the ledger: whose, and when it was written, by the store's clock."""
+
+    holder_id: str
+    written_at: datetime
+    receipts: list[Receipt]
+
+
+def read_ledger(store: Store) -> Iterator[Segment]:
+    """The ledgers of all runs since the current manifest, oldest segment first."""
+    infos = sorted(store.list(f"{RECORDS}/ledger"), key=lambda info: info.last_modified)
+    contents = in_threads(lambda info: store.read(info.key), infos, _READERS)
+    for info, data in zip(infos, contents, strict=True):
+        receipts = [Receipt.from_json(json.loads(line)) for line in data.splitlines()]
+        yield Segment(info.key.rsplit("-", 2)[1], info.last_modified, receipts)
 
 
 def committed(
@@ -169,9 +192,14 @@ def committed(
 def current_manifest(store: Store) -> list[Receipt]:
     """The receipts of the newest manifest; empty if there is none."""
     try:
-        data = store.read(json.loads(store.read(_CURRENT_KEY))["manifest"])
+        return read_manifest(store, store.read_json(_CURRENT_KEY)["manifest"])
     except ObjectMissing:
         return []
+
+
+def read_manifest(store: Store, key: str) -> list[Receipt]:
+    """The receipts of the manifest that `publish` stored under this key; raises ObjectMissing."""
+    data = store.read(key)
     file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     return [
         Receipt.from_json(json.loads(line))
@@ -180,30 +208,82 @@ def current_manifest(store: Store) -> list[Receipt]:
     ]
 
 
-def publish(store: Store, epoch: int, fingerprint: str, receipts: list[Receipt]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Versions of CURRENT and `_SUCCESS`; None where they are not there."""
+
+    current: Version | None
+    success: Version | None
+
+
+def published(store: Store) -> Published:
+    """What is published now. A run looks while it is sure of its lease, and replaces nothing else:
+    should it sleep and another run take its place, what that one publishes is safe."""
+
+    def version_of(key: str) -> Version | None:
+        try:
+            return store.head(key).version
+        except ObjectMissing:
+            return None
+
+    return Published(version_of(_CURRENT_KEY), version_of(SUCCESS_KEY))
+
+
+def publish(
+    store: Store,
+    epoch: int,
+    fingerprint: str,
+    receipts: list[Receipt],
+    found: Published | None = None,
+) -> dict[str, Any]:
     """Write the manifest, point CURRENT at it, drop the ledger; with nothing missing, `_SUCCESS`.
 
-    Returns the totals, which are also the content of `_SUCCESS`.
+    Returns the totals, which are also the content of `_SUCCESS`. `found` is what this run may
+    replace (None: whatever is there); raises LeaseLostError where something else is there by now.
     """
+    found = found or published(store)
     receipts = sorted(receipts, key=lambda receipt: receipt.output_key)
     totals = total(receipts)
     data = _manifest_bytes(receipts)
     key = f"{RECORDS}/manifests/{epoch:06d}-{digest_of(totals | {'bytes': len(data)})[:12]}.parquet"
+    failpoint("manifest.before_put")
     put(store, key, data)
+    failpoint("manifest.after_put")
     totals |= {"fingerprint": fingerprint, "epoch": epoch, "manifest": key}
-    put(store, _CURRENT_KEY, json.dumps({"manifest": key, "epoch": epoch}).encode())
+    current = json.dumps({"manifest": key, "epoch": epoch})
+    _replace(store, _CURRENT_KEY, current.encode(), found.current)
+    failpoint("current.after_put")
     segments = list(store.list(f"{RECORDS}/ledger"))
     deque(in_threads(lambda info: store.delete(info.key), segments, _READERS), maxlen=0)
-    if totals["shards_failed"] == 0:
-        put(store, SUCCESS_KEY, json.dumps(totals, indent=1, sort_keys=True).encode())
+    failpoint("ledger.after_delete")
+    if totals["shards_failed"] == totals["shards_left"] == 0:
+        success = json.dumps(totals, indent=1, sort_keys=True)
+        _replace(store, SUCCESS_KEY, success.encode(), found.success)
+        failpoint("success.after_put")
     return totals
 
 
+def _replace(store: Store, key: str, data: bytes, found: Version | None) -> None:
+    """Store a record in place of exactly what the run found there."""
+    try:
+        if found is None:
+            store.create(key, data)
+        else:
+            store.replace(key, data, found)
+    except (ObjectChanged, ObjectMissing):
+        with suppress(ObjectMissing):
+            if store.read(key) == data:  # perhaps this very PUT, whose answer was lost
+                return
+        raise LeaseLostError(
+            f"{store.root}: another run has finished here meanwhile; this one stops"
+        ) from None
+
+
 def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
-    """Sums over shards. `rows == rows_scored + rows_marked + rows_failed`, always."""
+    """Sums over shards. `rows == rows_scored + rows_marked + rows_failed + rows_left`, always."""
     totals: dict[str, Any] = dict.fromkeys(
-        ("shards", "shards_failed", "rows", "rows_scored", "rows_marked", "rows_failed",
-         "sequences", "tokens"),
+        ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
+         "rows_failed", "rows_left", "sequences", "tokens"),
         0,
     )  # fmt: skip
     marked: dict[str, int] = {}
@@ -215,8 +295,9 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
         totals["rows"] += receipt.num_rows
         commit = receipt.commit
         if commit is None:
-            totals["shards_failed"] += 1
-            totals["rows_failed"] += receipt.num_rows
+            how = "left" if receipt.status is Status.LEFT else "failed"
+            totals[f"shards_{how}"] += 1
+            totals[f"rows_{how}"] += receipt.num_rows
             continue
         if commit.rows_scored + commit.rows_marked != receipt.num_rows:
             raise IntegrityError(
@@ -238,7 +319,9 @@ def put(store: Store, key: str, data: bytes) -> None:
     try:
         store.create(key, data)
     except ObjectChanged:
-        store.replace(key, data, store.head(key).version)
+        there, info = store.read_with_info(key)
+        if there != data:  # otherwise this very PUT, whose answer was lost
+            _replace(store, key, data, info.version)
 
 
 def claim_output(
@@ -249,13 +332,14 @@ def claim_output(
     Raises OutputError that names what differs.
     """
     body = {"fingerprint": fingerprint.parts, "layout": layout, "provenance": provenance}
+    failpoint("claim.before_put")
     try:
         store.create(_RUN_KEY, json.dumps(body, indent=1, sort_keys=True).encode())
         return
     except (AccessDenied, ObjectMissing) as error:
         raise OutputError(str(error)) from error
     except ObjectChanged:
-        there = json.loads(store.read(_RUN_KEY))
+        there = store.read_json(_RUN_KEY)
     differences = fingerprint.differences(Fingerprint(there["fingerprint"]))
     differences += Fingerprint(layout).differences(Fingerprint(there["layout"]))
     if differences:
@@ -265,12 +349,24 @@ def claim_output(
         )
 
 
-def claimed_fingerprint(store: Store) -> dict[str, Any]:
-    """The parts of the fingerprint that this output is for; {} before any run has claimed it."""
+def claimed(store: Store) -> dict[str, Any]:
+    """What `claim_output` wrote when this output was begun; {} before. Raises OutputError."""
+    return _read_claim(store, _RUN_KEY)
+
+
+def _read_claim(store: Store, key: str) -> dict[str, Any]:
     try:
-        parts: dict[str, Any] = json.loads(store.read(_RUN_KEY))["fingerprint"]
+        claim: dict[str, Any] = store.read_json(key)
     except ObjectMissing:
         return {}
+    except AccessDenied as error:
+        raise OutputError(str(error)) from error
+    return claim
+
+
+def claimed_fingerprint(store: Store) -> dict[str, Any]:
+    """The parts of the fingerprint that this output is for; {} before any run has claimed it."""
+    parts: dict[str, Any] = claimed(store).get("fingerprint", {})
     return parts
 
 
@@ -278,16 +374,27 @@ def open_scored(output: str, store_options: Mapping[str, str]) -> tuple[Store, d
     """An output of ours and its `run.json`; raises OutputError if there is none at `output`."""
     try:
         store = open_store(output, store_options)
-        return store, json.loads(store.read(_RUN_KEY))
     except ObjectMissing:
-        raise OutputError(f"{output}: no scored output here ({_RUN_KEY} is missing)") from None
+        raise OutputError(f"{output}: no scored output here (there is no such place)") from None
     except AccessDenied as error:
         raise OutputError(str(error)) from error
+    if not (claim := claimed(store)):
+        refuse_nights(store)
+        raise OutputError(f"{output}: no scored output here ({_RUN_KEY} is missing)")
+    return store, claim
+
+
+def refuse_nights(store: Store) -> None:
+    """Raise OutputError where `nightly` keeps its generations: each of them is an output."""
+    if found := _read_claim(store, GENERATIONS_KEY):
+        names = ", ".join(generation["path"] for generation in found["generations"])
+        raise OutputError(f"{store.root} belongs to `nightly`; its outputs are {names}")
 
 
 def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:
     """How much the run sets out to do, for `status`. `tokens` is an estimate."""
     body = {"shards": shards, "rows": rows, "estimated_tokens": tokens}
+    failpoint("plan.before_put")
     put(store, _PLAN_KEY, json.dumps(body).encode())
 
 
@@ -308,13 +415,13 @@ def _record_engine_text(output: str, options: tuple[tuple[str, str], ...], text:
 
 def read_engine(store: Store, name: str) -> dict[str, Any]:
     """What `record_engine` kept under this name."""
-    engine: dict[str, Any] = json.loads(store.read(f"{_ENGINES}/{name}.json"))
+    engine: dict[str, Any] = store.read_json(f"{_ENGINES}/{name}.json")
     return engine
 
 
 def read_plan(store: Store) -> dict[str, int]:
     """What `record_plan` wrote; raises ObjectMissing before any run has planned."""
-    plan: dict[str, int] = json.loads(store.read(_PLAN_KEY))
+    plan: dict[str, int] = store.read_json(_PLAN_KEY)
     return plan
 
 
@@ -330,17 +437,22 @@ def newest_run(store: Store) -> tuple[Run, dict[str, Any] | None] | None:
     key = max((info.key for info in store.list(_RUNS)), default=None)
     if key is None:
         return None
-    record = json.loads(store.read(key))
+    record = store.read_json(key)
     return Run.from_json(record["run"]), record["metrics"]
 
 
 def read_success(store: Store) -> dict[str, Any] | None:
     """The totals in `_SUCCESS`; None while the output is not complete."""
     try:
-        success: dict[str, Any] = json.loads(store.read(SUCCESS_KEY))
+        success: dict[str, Any] = store.read_json(SUCCESS_KEY)
     except ObjectMissing:
         return None
     return success
+
+
+def is_in_manifest(store: Store, key: str) -> bool:
+    """Whether the newest manifest has a shard of that name."""
+    return any(receipt.output_key == key for receipt in current_manifest(store))
 
 
 def is_record(key: str) -> bool:

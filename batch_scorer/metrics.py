@@ -39,6 +39,11 @@ class Run:
         return cls(**{**value, "cost": None if cost is None else ModelCost(**cost)})
 
 
+def run_name(output: str, epoch: int) -> str:
+    """What logs and metrics call a run: its output's last part, and the epoch."""
+    return f"{output.rstrip('/').rsplit('/', 1)[-1]}:{epoch}"
+
+
 @dataclass(slots=True)
 class Metrics:
     """Sums over receipts of one run; seconds add up over workers. Ratios are None over nothing.
@@ -47,7 +52,11 @@ class Metrics:
     """
 
     scored_tokens: int = 0
-    """Tokens of the committed rows' scored sequences, as if each were alone."""
+    """Tokens of the committed rows' scored sequences, as if each were alone; without the reused."""
+    reused_rows: int = 0
+    """Rows of which nothing met the model, because equal sequences had been scored before."""
+    reused_sequences: int = 0
+    reused_tokens: int = 0
     estimated_tokens: int = 0
     """The plan's estimate for the shards that have ended, failed ones included."""
     effort: Effort = field(default_factory=Effort)
@@ -76,7 +85,10 @@ class Metrics:
         self.estimated_tokens += receipt.estimated_tokens
         if receipt.commit is None:
             return
-        self.scored_tokens += receipt.commit.tokens
+        self.scored_tokens += receipt.commit.tokens - receipt.reused_tokens
+        self.reused_rows += sum(receipt.reused_rows.values())
+        self.reused_sequences += receipt.reused_sequences
+        self.reused_tokens += receipt.reused_tokens
         for part in fields(Effort):
             added = getattr(self.effort, part.name) + getattr(receipt.effort, part.name)
             setattr(self.effort, part.name, added)
@@ -98,7 +110,8 @@ class Metrics:
         return _ratio(self.scored_tokens, self.span_s)
 
     def goodput(self, run: Run) -> float | None:
-        """Scored tokens per second and device: padding and what was not committed do not count."""
+        """Scored tokens per second and device: padding, what was not committed and what was reused
+        do not count."""
         rate = self.tokens_per_s
         return None if rate is None else rate / run.devices
 
@@ -153,6 +166,9 @@ class Metrics:
             "model_flop_utilisation": self.utilisation(run),
             "idle_share": self.idle_share,
             "scored_tokens": self.scored_tokens,
+            "reused_rows": self.reused_rows,
+            "reused_sequences": self.reused_sequences,
+            "reused_tokens": self.reused_tokens,
             **asdict(self.effort),
             "model_flop": self.model_flop(run),
             "peak_flop_per_s": self.peak_flops,

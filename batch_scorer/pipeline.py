@@ -6,45 +6,47 @@ every stage takes one item a call. So no block of Ray's ever mixes, splits or dr
     prepare (CPU tasks) → score (one actor per device) → commit (CPU tasks) → receipts
 
 Stages never raise for data: what goes wrong becomes a receipt. Deaths of whole processes are
-counted by `_Attempts`, because Ray itself would start a crashing item again for ever.
+counted by `_Attempts`, because Ray itself would start a crashing item again for ever; it also
+remembers which rows were being scored (`isolation`).
 """
 
 import logging
 import os
 import pickle
-import signal
-import socket
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
-from batch_scorer.backends.device import CPU_ENVIRONMENT, matmul_peak
+from batch_scorer.backends.device import has_lost_device, matmul_peak
+from batch_scorer.backends.watchdog import watch
 from batch_scorer.columns import ScoredRows
 from batch_scorer.commits import Receipt, Shard
-from batch_scorer.config import Config, Device
 from batch_scorer.errors import (
     BatchScorerError,
-    ConfigError,
     IncompleteError,
+    RowReason,
     ShardError,
     ShardReason,
 )
+from batch_scorer.isolation import Search, Try, without
 from batch_scorer.parity import Sample, proven_backend
-from batch_scorer.records import TokenizedRows
+from batch_scorer.records import RowError, TokenizedRows
+from batch_scorer.session import num_workers, worker_resources
 from batch_scorer.shard import (
     Job,
     commit_shard,
     failed,
     parse_shard,
+    read_known,
     renderer_of,
     score_shard,
 )
@@ -55,13 +57,11 @@ T = TypeVar("T")
 
 _CELL = pa.large_binary()
 _NO_PROGRESS_S = 1800.0
-_CONNECT_TIMEOUT_S = 5.0
+_NO_PROGRESS_HANGS = 20
+"""All that a search may take in a row, before a run in which nothing moves is given up."""
 _BUNDLE_TOKENS = 20_000
 _BUNDLE_SHARDS = 32
 _BUNDLE_FROM = 256
-_SPARE_CPUS = 3
-"""Logical CPUs beside the scoring workers: Ray Data's source keeps one for the whole run, prepare
-and commit need one each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class _Spent:
     wait_s: float = 0.0
     started_at: float = 0.0
     peak_flops: float = 0.0
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +90,25 @@ class _Scored:
     spent: _Spent = _Spent()
 
 
-def run_here(job: Job, todo: list[Shard], sample: Sample | None = None) -> Iterator[Receipt]:
+_Item = TypeVar("_Item", _Read, _Scored)
+
+
+def run_here(
+    job: Job, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
+) -> Iterator[Receipt]:
     """Score the shards one after the other: the reference for the other road.
 
-    With a `sample` the engine has to agree with plain Hugging Face first (`parity`).
+    With a `sample` the engine has to agree with plain Hugging Face first (`parity`). `attempt`
+    says for the which time these shards are tried.
     """
     if not todo:
         return
     scorer = _Scorer(job, sample)
     try:
         for shard in todo:
-            yield _commit(job, scorer.score(_prepare(job, shard)))
+            with logs.fields(attempt=attempt):
+                receipt = _commit(job, scorer.score(_prepare(job, shard)))
+            yield replace(receipt, retries=attempt - 1)
     except EngineDied as error:
         raise IncompleteError(f"the engine died: {error}; run the same command again") from error
     finally:
@@ -107,16 +116,19 @@ def run_here(job: Job, todo: list[Shard], sample: Sample | None = None) -> Itera
 
 
 def _prepare(job: Job, shard: Shard) -> _Read:
-    """`read_shard`, its two halves timed; loading the tokenizer belongs to neither."""
-    renderer = _caught(partial(renderer_of, job))
+    """`read_shard` and `read_known`, reading and tokenising timed; loading the tokenizer belongs
+    to neither."""
+    renderer = _caught("load the tokenizer", shard, partial(renderer_of, job))
     if isinstance(renderer, ShardError):
         return _Read(shard, renderer)
     started = time.perf_counter()
-    parsed = _caught(partial(parse_shard, job, shard))
+    parsed = _caught("read", shard, partial(parse_shard, job, shard))
     read_s = time.perf_counter() - started
     if isinstance(parsed, ShardError):
         return _Read(shard, parsed)
-    rows = _caught(partial(renderer.tokenize, parsed))
+    rows = _caught("tokenise", shard, partial(renderer.tokenize, parsed))
+    if shard.earlier and not isinstance(rows, ShardError):
+        rows = _caught("reuse", shard, partial(read_known, job, shard, rows, renderer))
     return _Read(shard, rows, _Spent(read_s, time.perf_counter() - started - read_s))
 
 
@@ -133,12 +145,14 @@ class _Scorer:
             self._peak_flops = peak * job.config.tensor_parallel
         self._ended: float | None = None
 
-    def score(self, read: _Read) -> _Scored:
+    def score(self, read: _Read, crashed: Sequence[int] = ()) -> _Scored:
+        """Score a shard; the rows that ended other processes are only marked."""
         rows = read.rows
         if isinstance(rows, ShardError):
             return _Scored(read.shard, rows, read.spent)
         started, started_at = time.perf_counter(), time.time()
-        scored = _caught(lambda: score_shard(rows, self._backend, self._job.outputs))
+        marks = {row: RowError(RowReason.WORKER_CRASH, _CRASHED) for row in crashed}
+        scored = _caught("score", read.shard, partial(self._score_rows, without(rows, marks)))
         ended = time.perf_counter()
         wait_s = 0.0
         if isinstance(scored, ScoredRows):
@@ -151,115 +165,111 @@ class _Scorer:
         )
         return _Scored(read.shard, scored, spent)
 
+    def probe(self, read: _Read, start: int, stop: int) -> None:
+        """Score rows [start, stop), as far as the shard has them, to see whether the process
+        outlives it."""
+        rows = read.rows
+        if isinstance(rows, ShardError) or start >= rows.num_rows or stop <= 0:
+            return
+        part = rows.part(max(start, 0), min(stop, rows.num_rows))
+        try:
+            self._score_rows(part)  # those at which it raises must not hide the others
+        except EngineDied:
+            raise
+        except Exception as error:  # it is no death, and comes again when the shard is scored
+            log.info("rows %d to %d: %s", start, stop, _in_short(error))
+
+    def _score_rows(self, rows: TokenizedRows) -> ScoredRows:
+        """`score_shard`, the rows at which the engine raises marked.
+
+        Raises what the engine raised where leaving out rows does not help.
+        """
+        search = Search(rows.num_rows, patience=1)
+        marks: dict[int, RowError] = {}
+        failure: Exception | None = None
+        while (tried := search.next()) is not None:
+            try:
+                with self._at_work():
+                    if tried.is_probe:
+                        self._backend.score(rows.part(tried.start, tried.stop))
+                    else:
+                        return score_shard(without(rows, marks), self._backend, self._job.outputs)
+                search.passed(tried)
+            except (ShardError, EngineDied):
+                raise
+            except Exception as error:
+                failure = error
+                if tried.stop - tried.start == 1:
+                    log.warning("the engine fails at row %d", tried.start, exc_info=error)
+                    marks[tried.start] = RowError(_reason_of(error), _in_short(error))
+        assert failure is not None
+        raise failure
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """In here a hang ends the process, and without its device the engine is dead."""
+        try:
+            with watch(self._job.config.hang_s):
+                yield
+        except Exception as error:
+            if has_lost_device(error):
+                raise EngineDied(f"the device is lost: {_in_short(error)}") from error
+            raise
+
     def close(self) -> None:
         self._backend.close()
+
+
+_CRASHED = "a process that scored this row alone died, or hung"
+
+
+def _reason_of(error: Exception) -> RowReason:
+    return RowReason.OUT_OF_MEMORY if isinstance(error, MemoryError) else RowReason.ENGINE_ERROR
 
 
 def _commit(job: Job, scored: _Scored) -> Receipt:
     rows = scored.rows
     if isinstance(rows, ShardError):
-        return failed(scored.shard, rows)
-    receipt = _caught(lambda: commit_shard(job, scored.shard, rows))
+        return _failed(scored, rows)
+    receipt = _caught("commit", scored.shard, partial(commit_shard, job, scored.shard, rows))
     if isinstance(receipt, ShardError):
-        return failed(scored.shard, receipt)
+        return _failed(scored, receipt)
     return replace(receipt, **asdict(scored.spent))
 
 
-def _caught(work: Callable[[], T]) -> T | ShardError:
+def _failed(scored: _Scored, error: ShardError) -> Receipt:
+    return replace(failed(scored.shard, error), retries=scored.spent.retries)
+
+
+def _caught(step: str, shard: Shard, work: Callable[[], T]) -> T | ShardError:
     """The result, or the ShardError; anything unforeseen becomes one, so that no row is lost."""
-    try:
-        return work()
-    except ShardError as error:
-        return error
-    except EngineDied:
-        raise
-    except Exception as error:  # the one place that turns a defect into a record
-        log.exception("unforeseen failure")
-        return ShardError(ShardReason.INTERNAL, f"{type(error).__name__}: {error}"[:500])
+    with logs.fields(shard=shard.output_key):
+        log.info(step)
+        try:
+            return work()
+        except ShardError as error:
+            return error
+        except EngineDied:
+            raise
+        except Exception as error:  # the one place that turns a defect into a record
+            log.exception("unforeseen failure")
+            return ShardError(ShardReason.INTERNAL, _in_short(error))
+
+
+def _in_short(error: Exception) -> str:
+    return logs.mask(f"{type(error).__name__}: {error}")[:500]
 
 
 # On Ray Data
 
 
-@contextmanager
-def ray_session(config: Config) -> Iterator[None]:
-    """Join the cluster that the settings name, or run a private Ray on this machine."""
-    if not config.use_ray:
-        yield
-        return
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            _require_listener(address)
-            ray.init(address=address, **quiet)
-        else:
-            cpus = (os.cpu_count() or 1) + _SPARE_CPUS
-            with _native_log_off():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot join Ray at {address or 'this machine'}: {error}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in place, which aborts
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _require_listener(address: str) -> None:
-    """Raise OSError if nothing answers at host:port; Ray itself would wait for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-
-
-@contextmanager
-def _native_log_off() -> Iterator[None]:
-    """Keep Ray's native log off a person's terminal.
-
-    It greets every Ray Data actor with an error-level line (ray-project/ray#53727), and the
-    switch that turns it off announces itself: so stderr is held back while Ray starts, and shown
-    if that fails. Ray's log files are not affected by the latter.
-    """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            os.dup2(terminal, 2)
-            held.seek(0)
-            sys.stderr.write(held.read().decode(errors="replace"))
-            raise
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
-
-
-def has_gpus(config: Config) -> bool:
-    """Whether the cluster, or without Ray this machine, has a CUDA device."""
-    if config.use_ray:
-        import ray
-
-        return bool(ray.cluster_resources().get("GPU", 0) > 0)
-    from batch_scorer.backends.device import cuda_is_available
-
-    return cuda_is_available()
-
-
-def run_on_ray(job: Job, todo: list[Shard], sample: Sample | None = None) -> Iterator[Receipt]:
+def run_on_ray(
+    job: Job, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
+) -> Iterator[Receipt]:
     """Score the shards on the cluster; receipts come as shards are committed, in no order.
 
-    With a `sample` every worker has to agree with plain Hugging Face first (`parity`).
+    With a `sample` every worker has to agree with plain Hugging Face first (`parity`). `attempt`
+    as for `run_here`; deaths of processes come on top of it.
 
     Raises what stops every shard alike: a model that does not load, a cluster that is lost.
     """
@@ -273,9 +283,11 @@ def run_on_ray(job: Job, todo: list[Shard], sample: Sample | None = None) -> Ite
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_S
+    patience_s = max(_NO_PROGRESS_S, _NO_PROGRESS_HANGS * job.config.hang_s)
+    context.execution_no_progress_timeout_s = patience_s
     context.max_consecutive_actor_init_deaths = job.config.attempts
-    stage = {"job": job, "attempts": ray.remote(num_cpus=0)(_Attempts).remote()}
+    attempts = _here(_Attempts).remote(job.config.attempts)
+    stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
     items = pa.table({"item": pa.array([pickle.dumps(item) for item in _items(todo)], _CELL)})
     workers = num_workers(job)
     with DataContext.current(context):
@@ -290,7 +302,7 @@ def run_on_ray(job: Job, todo: list[Shard], sample: Sample | None = None) -> Ite
                 fn_constructor_kwargs=stage
                 | {"max_loads": job.config.attempts * workers, "sample": sample},
                 compute=ActorPoolStrategy(size=workers),
-                **_worker_resources(job, workers),
+                **worker_resources(job, workers),
             )
             .map_batches(_commit_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
         )
@@ -299,70 +311,19 @@ def run_on_ray(job: Job, todo: list[Shard], sample: Sample | None = None) -> Ite
                 receipts = pickle.loads(row["item"])
                 if isinstance(receipts, BatchScorerError):
                     raise receipts
-                yield from receipts
+                for receipt in receipts:
+                    yield replace(receipt, retries=receipt.retries + attempt - 1)
         except ray.exceptions.RayError as error:
             raise IncompleteError(f"the cluster failed: {str(error).splitlines()[0]}") from error
 
 
-def num_workers(job: Job) -> int:
-    """How many models score at the same time: one per GPU, or one per machine on CPU."""
-    if not job.config.use_ray:
-        return 1
+def _here(actor: type) -> Any:
+    """The actor, to be started on the driver's machine: it is lost with the driver, not before."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if job.device is Device.CUDA:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if gpus == 0:
-            raise ConfigError("device is cuda, but the cluster has no GPU")
-        return job.config.workers or max(1, gpus // job.config.tensor_parallel)
-    return job.config.workers or len(_machine_cpus())
-
-
-def on_worker(job: Job, work: Callable[[], T]) -> T:
-    """The result of `work` on a machine like the scoring workers', in a process of its own.
-
-    Raises what `work` raises, and IncompleteError if its process dies.
-    """
-    if not job.config.use_ray:
-        return work()
-    import ray
-
-    remote = ray.remote(max_calls=1, max_retries=0, **_worker_resources(job, workers=1))
-    try:
-        result: T = ray.get(remote(_call).remote(work))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # as it was raised there, without Ray's frames around it
-    except ray.exceptions.RayError as error:
-        raise IncompleteError(f"a worker died: {str(error).splitlines()[0]}") from error
-    return result
-
-
-def _call(work: Callable[[], T]) -> T:
-    return work()
-
-
-def _machine_cpus() -> list[float]:
-    """Logical CPUs of each machine of the cluster that has any."""
-    import ray
-
-    cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    return [count for count in cpus if count >= 1]
-
-
-def _worker_resources(job: Job, workers: int) -> dict[str, Any]:
-    """What one worker asks of Ray: a GPU, or its part of what a machine can spare."""
-    if job.device is Device.CUDA:
-        return {
-            "num_gpus": job.config.tensor_parallel,  # all of one machine, as Ray gives them
-            # Any environment will do: Ray then never takes a process that has read shards.
-            "runtime_env": {"env_vars": {"BATCH_SCORER_WORKER": "scores"}},
-        }
-    machines = _machine_cpus()
-    per_machine = -(-workers // len(machines))
-    return {
-        "num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine),
-        "runtime_env": {"env_vars": CPU_ENVIRONMENT},
-    }
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(actor)
 
 
 def _items(todo: list[Shard]) -> Iterator[list[Shard]]:
@@ -384,37 +345,62 @@ def _items(todo: list[Shard]) -> Iterator[list[Shard]]:
 
 
 class _Attempts:
-    """How often each item was begun in each stage, across process deaths."""
+    """What was begun in each stage and has not ended, across process deaths.
 
-    def __init__(self) -> None:
+    What has ended is forgotten: Ray begins it once more where its result is lost with a machine.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
         self._counts: dict[str, int] = {}
+        self._searches: dict[str, Search] = {}
 
     def begin(self, key: str) -> int:
         self._counts[key] = self._counts.get(key, 0) + 1
         return self._counts[key]
 
+    def next_try(self, key: str, num_rows: int, passed: Try | None) -> tuple[int, Try | None]:
+        """How many tries of an item have failed, and which rows of it to score now."""
+        search = self._searches.setdefault(key, Search(num_rows, self._patience))
+        if passed is not None:
+            search.passed(passed)
+        tried = search.next()
+        return search.num_failed, tried
+
     def forget(self, key: str) -> None:
         self._counts.pop(key, None)
+        self._searches.pop(key, None)
 
 
-def _refusal(stage: str, shard: Shard, job: Job, attempts: Any) -> ShardError | None:
-    """Not None once the item that starts with `shard` has ended too many processes."""
+def _begin(
+    stage: str, shard: Shard, job: Job, attempts: Any, carried: logs.Carried
+) -> tuple[int, ShardError | None]:
+    """How often the item that starts with `shard` was begun here before; the error is not None
+    once it has ended too many processes."""
     import ray
 
     tries = ray.get(attempts.begin.remote(f"{stage} {shard.output_key}"))
+    logs.resume(carried, retries=tries - 1)
     if tries <= job.config.attempts:
-        return None
-    return ShardError(
+        return tries - 1, None
+    return tries - 1, ShardError(
         ShardReason.WORKER_DIED, f"{job.config.attempts} processes died in the {stage} stage"
     )
 
 
-def _prepare_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:
+def _again(item: _Item, retries: int) -> _Item:
+    """The item, its retries of one more stage counted."""
+    return replace(item, spent=replace(item.spent, retries=item.spent.retries + retries))
+
+
+def _prepare_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
     shards: list[Shard] = _unpack(batch)
     if not job.config.trust_remote_code:
         _leave_out_torch()
-    refused = _refusal("prepare", shards[0], job, attempts)
-    return _pack([_Read(shard, refused) if refused else _prepare(job, shard) for shard in shards])
+    retries, refused = _begin("prepare", shards[0], job, attempts, carried)
+    reads = [_Read(shard, refused) if refused else _prepare(job, shard) for shard in shards]
+    attempts.forget.remote(f"prepare {shards[0].output_key}")
+    return _pack([_again(read, retries) for read in reads])
 
 
 def _leave_out_torch() -> None:
@@ -434,11 +420,20 @@ class _ScoreStage:
     with the results, and the driver raises it.
     """
 
-    def __init__(self, job: Job, attempts: Any, max_loads: int, sample: Sample | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        attempts: Any,
+        carried: logs.Carried,
+        max_loads: int,
+        sample: Sample | None,
+    ) -> None:
         import ray
 
+        logs.resume(carried)
         self._job = job
         self._attempts = attempts
+        self._carried = carried
         self._failure: BatchScorerError | None = None
         if ray.get(attempts.begin.remote("load")) > max_loads:
             self._failure = IncompleteError(
@@ -451,32 +446,64 @@ class _ScoreStage:
             self._failure = error
         except Exception as error:  # a defect of a library must reach the user by its own words
             log.exception("the model does not load")
-            self._failure = IncompleteError(f"{type(error).__name__}: {error}"[:500])
+            self._failure = IncompleteError(_in_short(error))
         attempts.forget.remote("load")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._failure is not None:
             return _pack(self._failure)
-        reads: list[_Read] = _unpack(batch)
-        refused = _refusal("score", reads[0].shard, self._job, self._attempts)
-        if refused is not None:
-            return _pack([_Scored(read.shard, refused) for read in reads])
         try:
-            return _pack([self._scorer.score(read) for read in reads])
+            return _pack(self._score(_unpack(batch)))
         except EngineDied:
             # Nothing in this process can be relied on: Ray starts another, and the death counts.
             log.exception("the engine died, and this worker with it")
             os._exit(1)
 
+    def _score(self, reads: list[_Read]) -> list[_Scored]:
+        """The shards of an item. What ends this process is searched for by those after it."""
+        import ray
 
-def _commit_stage(batch: pa.Table, job: Job, attempts: Any) -> pa.Table:
+        key = f"score {reads[0].shard.output_key}"
+        sizes = [0 if isinstance(read.rows, ShardError) else read.rows.num_rows for read in reads]
+        starts = [0, *accumulate(sizes)]  # of each shard's rows among those of the item
+        tried: Try | None = None
+        while True:
+            asked = self._attempts.next_try.remote(key, starts[-1], tried)
+            num_failed, tried = ray.get(asked)
+            logs.resume(self._carried, num_failed)
+            if tried is None or not tried.is_probe:
+                break
+            for read, start in zip(reads, starts, strict=False):
+                self._scorer.probe(read, tried.start - start, tried.stop - start)
+        scored = []
+        for read, start, size in zip(reads, starts, sizes, strict=False):
+            read = _again(read, num_failed)
+            if tried is None:
+                scored.append(_Scored(read.shard, _gives_up(num_failed), read.spent))
+            else:
+                crashed = [row - start for row in tried.without if 0 <= row - start < size]
+                scored.append(self._scorer.score(read, crashed))
+        self._attempts.forget.remote(key)
+        return scored
+
+
+def _gives_up(num_failed: int) -> ShardError:
+    return ShardError(
+        ShardReason.WORKER_DIED,
+        f"{num_failed} processes died in the score stage, and no few rows are to blame",
+    )
+
+
+def _commit_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
     scored: list[_Scored] | BatchScorerError = _unpack(batch)
     if isinstance(scored, BatchScorerError):
         return batch
-    refused = _refusal("commit", scored[0].shard, job, attempts)
-    return _pack(
-        [failed(item.shard, refused) if refused else _commit(job, item) for item in scored]
-    )
+    retries, refused = _begin("commit", scored[0].shard, job, attempts, carried)
+    key = f"commit {scored[0].shard.output_key}"
+    scored = [_again(item, retries) for item in scored]
+    ended = [_failed(item, refused) if refused else _commit(job, item) for item in scored]
+    attempts.forget.remote(key)
+    return _pack(ended)
 
 
 def _unpack(batch: pa.Table) -> Any:

@@ -7,11 +7,12 @@ can be resumed with more workers.
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from posixpath import commonpath
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,11 +71,22 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All work of a run: what will be scored, and what cannot be, with the reason."""
+    """All work of a run: what will be scored, and what cannot be, with the reason.
+
+    `aside` are inputs by key that are there but were not looked at.
+    """
 
     files: list[InputFile]
     shards: list[Shard]
     failed: list[Receipt]
+    aside: Mapping[str, Source] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """The entity tags of all inputs that are there, by key; None for one that failed."""
+        found: dict[str, str | None] = dict.fromkeys(receipt.input for receipt in self.failed)
+        sources = [*self.aside.values(), *(file.source for file in self.files)]
+        return found | {source.key: source.version.etag for source in sources}
 
     @property
     def num_rows(self) -> int:
@@ -89,24 +101,33 @@ class Plan:
         return digest_of([shard.identity(fingerprint, column_prefix) for shard in self.shards])
 
 
-def make_plan(config: Config, outputs: Outputs = SCALAR) -> Plan:
+Choice: TypeAlias = Callable[[Source, datetime], bool | None]
+"""Of an input file and the time of its last change: whether it is planned (True), set aside
+(False), or passed over as if it were not there (None)."""
+
+
+def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None = None) -> Plan:
     """List and inspect the inputs and cut them into shards, in the order of their keys.
 
     Raises InputError if there is nothing to score at all. A file that cannot be used is a failed
-    receipt; the others go on.
+    receipt; the others go on. With `choose` only some are looked at, perhaps none.
     """
     files: list[InputFile] = []
     failed: list[Receipt] = []
     shared: dict[Any, Any] = {}
-    sources = list_sources(config)
+    listed = _listed(config)
+    sources = [source for source, changed in listed if choose is None or choose(source, changed)]
+    aside: dict[str, Source] = {}
+    if choose is not None:
+        aside = {s.key: s for s, changed in listed if choose(s, changed) is False}
     for found in in_threads(lambda s: _inspect(s, config, outputs), sources, _INSPECTORS):
         if isinstance(found, InputFile):
             files.append(_with_shared_parts(found, shared))
         elif found is not None:
             failed.append(found)
-    if not files and not failed:
+    if not files and not failed and choose is None:
         raise InputError(f"{', '.join(config.inputs)}: all files are empty")
-    if not files:
+    if not files and failed:
         first = failed[0]
         more = f"\n({len(failed) - 1} more files fail too)" if len(failed) > 1 else ""
         raise InputError(f"{first.input}: {first.detail}{more}")
@@ -115,7 +136,7 @@ def make_plan(config: Config, outputs: Outputs = SCALAR) -> Plan:
     ]
     _refuse_collisions(shards)
     pa.default_memory_pool().release_unused()  # it keeps some 14 MB for each thread that has read
-    return Plan(files, shards, failed)
+    return Plan(files, shards, failed, aside)
 
 
 def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
@@ -181,6 +202,11 @@ def list_sources(config: Config) -> list[Source]:
 
     Raises InputError for an input that is not there or holds no files that can be scored.
     """
+    return [source for source, _ in _listed(config)]
+
+
+def _listed(config: Config) -> list[tuple[Source, datetime]]:
+    """The same, with the times of their last changes."""
     found = [(root, info) for spec in config.inputs for root, info in _expand(spec, config)]
     output = _absolute(config.output)
     roots = {root for root, _ in found}
@@ -194,7 +220,8 @@ def list_sources(config: Config) -> list[Source]:
             continue
         key_root = base or root
         key = url.removeprefix(key_root.rstrip("/") + "/")
-        sources.append(Source(key_root, key, info.size_bytes, info.version))
+        source = Source(key_root, key, info.size_bytes, info.version)
+        sources.append((source, info.last_modified))
     if not sources:
         raise InputError(f"{', '.join(config.inputs)}: nothing to score there")
     return sources
@@ -286,7 +313,8 @@ def _inspect_json(
     scanned = scan_json(store, source, config.shard_rows, config.shard_tokens)
     if scanned is None:
         lines = None
-        table, _ = formats.read_json_table(store.read(source.key, source.version), source.key)
+        data = store.read_whole(source.key, source.version, source.size_bytes)
+        table, _ = formats.read_json_table(data, source.key)
         sizes = [(table.num_rows, source.size_bytes // BYTES_PER_TOKEN)]
     else:
         lines, table = scanned

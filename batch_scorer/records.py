@@ -102,7 +102,8 @@ class TokenizedRows:
 
     `token_ids` is int32[T], the S sequences end to end; `sequence_offsets` int64[S+1];
     `row_offsets` int64[R+1]; `truncated_tokens` int32[S], tokens cut by the length policy.
-    A sequence with an error has no tokens. `row_errors` as in `ParsedRows`.
+    A sequence with an error has no tokens. `row_errors` as in `ParsedRows`. `known` are scores that
+    equal sequences got before, NaN for those that a backend has yet to be asked for.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -111,6 +112,7 @@ class TokenizedRows:
     truncated_tokens: npt.NDArray[np.int32]
     sequence_errors: dict[int, RowError]
     row_errors: dict[int, RowError]
+    known: "Scores | None" = None
 
     @property
     def num_rows(self) -> int:
@@ -129,8 +131,20 @@ class TokenizedRows:
         """int64[S], tokens of each sequence."""
         return np.diff(self.sequence_offsets)
 
+    def take(self, sequences: npt.NDArray[np.int64]) -> "TokenizedRows":
+        """These sequences, each as a row of its own, without their errors."""
+        places, offsets = gather(self.sequence_offsets, sequences)
+        return TokenizedRows(
+            token_ids=self.token_ids[places],
+            sequence_offsets=offsets,
+            row_offsets=np.arange(len(sequences) + 1),
+            truncated_tokens=self.truncated_tokens[sequences],
+            sequence_errors={},
+            row_errors={},
+        )
+
     def part(self, first_row: int, stop_row: int) -> "TokenizedRows":
-        """The rows from one to before another, without their errors."""
+        """The rows from one to before another, without their errors and what is known of them."""
         first, stop = self.row_offsets[[first_row, stop_row]]
         offsets = self.sequence_offsets[first : stop + 1]
         return TokenizedRows(
@@ -169,10 +183,21 @@ class PooledTokens:
 
     def of(self, sequences: npt.NDArray[np.int64]) -> "PooledTokens":
         """The same for these sequences, in this order."""
-        counts = self.counts[sequences]
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        places = np.arange(offsets[-1]) + np.repeat(self.offsets[sequences] - offsets[:-1], counts)
+        places, offsets = gather(self.offsets, sequences)
         return PooledTokens(self.positions[places], offsets)
+
+
+def gather(
+    offsets: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of lists that lie end to end at `offsets`, the items of the chosen ones, in this order.
+
+    Returns int64[K], their places, and int64[n+1], where each list begins among them.
+    """
+    counts = np.diff(offsets)[chosen]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    places = np.arange(starts[-1]) + np.repeat(offsets[chosen] - starts[:-1], counts)
+    return places, starts
 
 
 @dataclass(slots=True)
@@ -219,3 +244,8 @@ class Scores:
     step_values: npt.NDArray[np.float32] | None = None
     step_offsets: npt.NDArray[np.int64] | None = None
     effort: Effort = field(default_factory=Effort)
+
+    @property
+    def is_there(self) -> npt.NDArray[np.bool_]:
+        """bool[S]: the sequences whose outputs are all numbers."""
+        return np.asarray(np.isfinite(self.values).all(axis=1))

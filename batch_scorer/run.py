@@ -2,15 +2,16 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
-from batch_scorer import __version__
+from batch_scorer import __version__, logs
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.columns import SCALAR, Outputs
-from batch_scorer.commits import Receipt, Shard, Status
+from batch_scorer.commits import Receipt, Shard
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import (
     ConfigError,
@@ -24,39 +25,37 @@ from batch_scorer.errors import (
 )
 from batch_scorer.estimate import Estimate, estimate
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
-from batch_scorer.lease import Lease
+from batch_scorer.lease import ANY, Lease, lease_version
 from batch_scorer.manifest import (
     SUCCESS_KEY,
     Ledger,
+    Published,
     claim_output,
+    claimed,
     claimed_fingerprint,
-    committed,
-    is_record,
-    known_receipts,
     publish,
+    published,
     read_engine,
     record_plan,
     record_run,
+    refuse_nights,
 )
-from batch_scorer.metrics import Metrics, Run
+from batch_scorer.metrics import Metrics, Run, run_name
 from batch_scorer.models.directory import ModelFacts, find_model, inspect_model
 from batch_scorer.models.embedding import embedding_of
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
-from batch_scorer.pipeline import (
-    has_gpus,
-    num_workers,
-    on_worker,
-    ray_session,
-    run_here,
-    run_on_ray,
-)
+from batch_scorer.pipeline import run_here, run_on_ray
 from batch_scorer.plan import Plan, make_plan
 from batch_scorer.records import Embedding, Format, TokenizedRows
 from batch_scorer.render import Probe
+from batch_scorer.reuse import Earlier
+from batch_scorer.session import RaySession, has_gpus, num_workers, on_worker, ray_session
 from batch_scorer.shard import Job, renderer_of
-from batch_scorer.storage import Store, open_store
+from batch_scorer.storage import Store, Version, open_store
+from batch_scorer.telemetry import Telemetry
 from batch_scorer.trial import is_raced, supported_engines, tokens_per_second, trial_rows
+from batch_scorer.work import Work, clear, make_room, remaining, remove_strays
 
 log = logging.getLogger("batch_scorer")
 
@@ -64,7 +63,7 @@ log = logging.getLogger("batch_scorer")
 class Listener(Protocol):
     """Who is told how a run goes."""
 
-    def planned(self, work: "Work") -> None: ...
+    def planned(self, work: Work) -> None: ...
 
     def finished(self, receipt: Receipt) -> None: ...
 
@@ -121,16 +120,6 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What is left to do: a plan minus what is committed. `gone` are shards without an input."""
-
-    plan: Plan
-    todo: list[Shard]
-    done: list[Receipt]
-    gone: list[Receipt]
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
     """How a run ended. `totals` as in `_SUCCESS`; `elapsed_s` and what follows are this run's own.
 
@@ -148,42 +137,77 @@ class Summary:
 
     @property
     def is_complete(self) -> bool:
+        """Whether all was done that the run was to do; what it was told to leave is not."""
         return bool(self.totals["shards_failed"] == 0)
 
 
-class _Silent:
-    def planned(self, work: Work) -> None: ...
-
-    def finished(self, receipt: Receipt) -> None: ...
-
-
-def score(config: Config, listener: Listener | None = None) -> Summary:
+def score(config: Config, *listeners: Listener) -> Summary:
     """Score all inputs into the output; run it again to finish what was interrupted.
 
     Raises ConfigError, InputError, ModelError or OutputError before any work is done, and
     LeaseLostError if another run takes the output over. Failed shards do not raise: see
     `Summary.totals["shards_failed"]`.
     """
-    listener = listener or _Silent()
+    if config.also:
+        raise ConfigError("also: `score` takes one model; `nightly` scores with several")
     model = look_at_model(config)
+    seen = _lease_before(config)
     plan = make_plan(config, outputs_of(config, model))
+    refuse_nights(open_output(config))
+    with RaySession(config) as session:
+        return score_plan(config, model, plan, session, listeners, seen=seen)
+
+
+def score_plan(
+    config: Config,
+    model: ModelFacts,
+    plan: Plan,
+    session: RaySession,
+    listeners: Sequence[Listener] = (),
+    *,
+    seen: Version | None = ANY,
+    max_shards: int | None = None,
+    donors: Sequence[Earlier] = (),
+) -> Summary:
+    """Score what the output lacks of a plan. Ray is started only if that is anything.
+
+    `seen` is the lease from before the plan was made. Shards beyond the first `max_shards` are
+    left, and `donors` are scored objects of other outputs whose rows may come back here. Raises as
+    `score` does.
+    """
     output = open_output(config)
-    with ray_session(config):
-        prepared = _with_engine(prepare(config, model), plan, output)
-        _require_template(prepared, plan)
-        claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
-        plan_digest = plan.digest(prepared.fingerprint.digest, config.column_prefix)
-        with Lease(output, plan_digest, config.lease_s) as lease:
-            job = prepared.job(lease.epoch)
-            work = remaining(plan, job, output)
-            if work.todo or plan.failed:
-                output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
-            record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
-            run = _set_out(job, prepared, work)
-            if work.todo:
-                record_run(output, run, None)
-            listener.planned(work)
-            return _run(job, run, work, output, lease, listener)
+    begun = as_begun(config, model, output)
+    prepared = begun or settle(config, model, plan, session)
+    _require_template(prepared, plan)
+    claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
+    plan_digest = plan.digest(prepared.fingerprint.digest, config.column_prefix)
+    with (
+        Lease(output, plan_digest, config.lease_s, seen) as lease,
+        logs.fields(run=run_name(config.output, lease.epoch)),
+    ):
+        work = remaining(plan, prepared.job(lease.epoch), output, max_shards)
+        if begun and work.todo:
+            prepared = settle(config, model, plan, session)
+            layout = config.with_role("layout")
+            claim_output(output, prepared.fingerprint, layout, prepared.provenance)
+        job = prepared.job(lease.epoch)
+        found = published(output)
+        lease.confirm()  # after the look: whoever publishes from now on takes the lease first
+        if work.todo or work.left or plan.failed:
+            output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
+            found = replace(found, success=None)
+        work = make_room(work, job, output, donors)
+        record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
+        run = _set_out(job, prepared, work)
+        if work.todo:
+            record_run(output, run, None)
+        with ExitStack() as stack:
+            if work.todo and config.use_ray:
+                telemetry = Telemetry(run_name(config.output, lease.epoch), run)
+                listeners = (*listeners, stack.enter_context(telemetry))
+            for listener in listeners:
+                listener.planned(work)
+            return _run(job, run, work, output, lease, found, listeners)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +308,33 @@ def outputs_of(config: Config, model: ModelFacts) -> Outputs:
     return Outputs(attributes=model.attributes, steps=model.has_steps)
 
 
+def as_begun(config: Config, model: ModelFacts, output: Store) -> Prepared | None:
+    """The job as it was when the output was begun, where the settings leave device, dtype or
+    engine open; None if it is not begun, or was with other settings.
+
+    Needs no Ray: what devices there are matters only to those who have something to score.
+    """
+    claim = claimed(output)
+    if not claim:
+        return None
+    parts = claim["fingerprint"]
+    then = config.model_copy(
+        update={
+            "device": config.device or Device(claim["provenance"]["device"]),
+            "dtype": config.dtype or parts["dtype"],
+        }
+    )
+    prepared = prepare(then, model, parts["backend"] if config.backend == "auto" else None)
+    return prepared if prepared.fingerprint.digest == Fingerprint(parts).digest else None
+
+
+def settle(config: Config, model: ModelFacts, plan: Plan, session: RaySession) -> Prepared:
+    """Derive what the settings leave open from the devices there are, and from what the output was
+    begun with."""
+    session.start()
+    return _with_engine(prepare(config, model), plan, open_output(config))
+
+
 def prepare(config: Config, model: ModelFacts, engine: str | None = None) -> Prepared:
     """Derive what the settings leave open; `engine` overrules the setting `backend`.
 
@@ -369,41 +420,16 @@ def open_output(config: Config) -> Store:
         raise OutputError(str(error)) from error
 
 
-def remaining(plan: Plan, job: Job, output: Store) -> Work:
-    """Subtract what is committed under the same identity. Raises OutputError for foreign files."""
-    wanted = {shard.output_key: shard for shard in plan.shards}
-    inputs = {shard.source.key for shard in plan.shards}
-    unusable = {receipt.input for receipt in plan.failed}
-    objects = [info for info in output.list() if not is_record(info.key)]
-    done: list[Receipt] = []
-    gone: list[Receipt] = []
-    stale: dict[str, Shard] = {}
-    for info, receipt in committed(output, objects, known_receipts(output)):
-        shard = wanted.get(info.key)
-        if receipt is None or receipt.commit is None:
-            if shard is not None:
-                raise OutputError(
-                    f"{output.url(info.key)} is in the way: it was not written by this program"
-                )
-            log.warning("%s is not ours; left alone", output.url(info.key))
-        elif shard is None:
-            # Cut differently than before: the rows come back under other names.
-            if receipt.commit.input in inputs:
-                output.delete(info.key)
-            elif receipt.commit.input not in unusable:
-                gone.append(replace(receipt, status=Status.INPUT_GONE))
-        elif receipt.commit.identity == shard.identity(job.fingerprint, job.config.column_prefix):
-            root = shard.source.root
-            done.append(replace(receipt, status=Status.COMMITTED, input_root=root))
-        else:
-            stale[info.key] = replace(shard, replaces=info.version)
-    finished = {receipt.output_key for receipt in done}
-    todo = [stale.get(key, shard) for key, shard in wanted.items() if key not in finished]
-    return Work(plan, todo, done, gone)
+def _lease_before(config: Config) -> Version | None:
+    """The lease before anything is planned; None also where there is no output yet."""
+    try:
+        return lease_version(open_store(config.output, config.store_options))
+    except StorageError:
+        return None
 
 
 def _set_out(job: Job, prepared: Prepared, work: Work) -> Run:
-    workers = num_workers(job)
+    workers = num_workers(job) if work.todo else 0
     return Run(
         epoch=job.epoch,
         shards=len(work.todo),
@@ -416,11 +442,17 @@ def _set_out(job: Job, prepared: Prepared, work: Work) -> Run:
 
 
 def _run(
-    job: Job, run: Run, work: Work, output: Store, lease: Lease, listener: Listener
+    job: Job,
+    run: Run,
+    work: Work,
+    output: Store,
+    lease: Lease,
+    found: Published,
+    listeners: Sequence[Listener],
 ) -> Summary:
     started = time.perf_counter()
     ledger = Ledger(output, lease.epoch, lease.holder_id)
-    receipts = [*work.done, *work.gone, *work.plan.failed]
+    receipts = [*work.done, *work.gone, *work.left, *work.plan.failed]
     fresh: list[Receipt] = []
     metrics = Metrics()
     try:
@@ -431,13 +463,17 @@ def _run(
             fresh.append(receipt.compact())
             metrics.add(receipt)
             ledger.add(receipt)
-            listener.finished(receipt)
+            for listener in listeners:
+                listener.finished(receipt)
     finally:
         ledger.flush()
     lease.check()
+    if lease.took_over:
+        remove_strays(job, output, receipts + fresh)
     if work.todo:
         record_run(output, run, metrics.to_json(run))
-    totals = publish(output, lease.epoch, job.fingerprint, receipts + fresh)
+    totals = publish(output, lease.epoch, job.fingerprint, receipts + fresh, found)
+    clear(work, output, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
     return Summary(
         output=output.root,
@@ -467,9 +503,10 @@ def _attempt_all(job: Job, todo: list[Shard], sample: Sample | None) -> Iterator
         again: set[str] = set()
         # Longest first, so that the last shards to finish are short ones.
         todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
-        for receipt in run_all(job, todo, sample):
+        for receipt in run_all(job, todo, sample, attempt):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
-                log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
+                with logs.fields(shard=receipt.output_key, attempt=receipt.retries + 1):
+                    log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
                 again.add(receipt.output_key)
             else:
                 yield receipt

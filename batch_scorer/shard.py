@@ -12,9 +12,11 @@ import hashlib
 import io
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,16 @@ from batch_scorer.columns import (
     column_metadata,
     digest_columns,
     pair_counts,
+    row_sources,
     score_columns,
+    spread_by_source,
 )
 from batch_scorer.commits import Commit, Receipt, Shard, Status, layout_to_json
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
-from batch_scorer.lease import current_epoch
-from batch_scorer.manifest import read_commit, record_engine
+from batch_scorer.failpoints import failpoint
+from batch_scorer.lease import current_epoch, lease_of
+from batch_scorer.manifest import is_in_manifest, read_commit, record_engine
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.plan import read_json, read_rows
@@ -51,6 +56,7 @@ from batch_scorer.records import (
     TokenizedRows,
 )
 from batch_scorer.render import Renderer
+from batch_scorer.reuse import find_known, read_earlier, score_unknown
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version, open_store
 
 FloatArray = npt.NDArray[np.float32]
@@ -94,16 +100,31 @@ def parse_shard(job: Job, shard: Shard) -> ParsedRows:
     return parsed
 
 
-def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR) -> ScoredRows:
-    """Score all sequences of the shard. Raises ShardError if the backend loses any."""
-    started = time.perf_counter()
-    scores = backend.score(rows)
-    score_s = time.perf_counter() - started
-    if scores.values.shape != (rows.num_sequences, backend.num_outputs):
-        raise ShardError(
-            ShardReason.INTERNAL,
-            f"{rows.num_sequences} sequences went in, scores {scores.values.shape} came out",
+def read_known(job: Job, shard: Shard, rows: TokenizedRows, renderer: Renderer) -> TokenizedRows:
+    """The rows of the shard, with the scores that equal sequences got before (`reuse`)."""
+    found = (
+        read_earlier(
+            open_store(root, job.config.store_options),
+            key,
+            shard.layout,
+            job.fingerprint,
+            job.outputs,
+            renderer,
         )
+        for root, key in shard.earlier
+    )
+    return replace(rows, known=find_known(rows, (part for part in found if part is not None)))
+
+
+def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR) -> ScoredRows:
+    """Score all sequences of the shard whose score is not known yet.
+
+    Raises ShardError if the backend loses any.
+    """
+    ask = partial(_ask, backend)
+    started = time.perf_counter()
+    scores = ask(rows) if rows.known is None else score_unknown(rows, ask)
+    score_s = time.perf_counter() - started
     values, errors = _checked(scores, rows)
     return ScoredRows(
         values=values,
@@ -120,7 +141,18 @@ def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR
         outputs=outputs,
         step_values=scores.step_values if outputs.steps else None,
         step_offsets=scores.step_offsets if outputs.steps else None,
+        was_known=None if rows.known is None else rows.known.is_there & (rows.lengths > 0),
     )
+
+
+def _ask(backend: Backend, rows: TokenizedRows) -> Scores:
+    scores = backend.score(rows)
+    if scores.values.shape != (rows.num_sequences, backend.num_outputs):
+        raise ShardError(
+            ShardReason.INTERNAL,
+            f"{rows.num_sequences} sequences went in, scores {scores.values.shape} came out",
+        )
+    return scores
 
 
 def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
@@ -162,11 +194,30 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
         ],
         epoch=job.epoch,
         estimated_tokens=shard.estimated_tokens,
+        **_reused(scored, table),
         effort=scored.effort,
         committed_at=time.time(),
         score_s=scored.score_s,
         write_s=time.perf_counter() - started,
     )
+
+
+def _reused(scored: ScoredRows, table: pa.Table) -> dict[str, Any]:
+    """The fields of a receipt that tell what did not meet the model, being known before."""
+    known = scored.was_known
+    if known is None:
+        return {}
+    asked = ~known & (scored.lengths > 0)  # what has no tokens meets no model either
+
+    def per_row(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        return np.diff(np.concatenate([[0], np.cumsum(mask)])[scored.row_offsets])
+
+    rows = (per_row(known) > 0) & (per_row(asked) == 0)  # bool[R]
+    return {
+        "reused_sequences": int(known.sum()),
+        "reused_tokens": int(scored.lengths[known].sum()),
+        "reused_rows": dict(Counter(row_sources(table)[rows].tolist())),
+    }
 
 
 def failed(shard: Shard, error: ShardError) -> Receipt:
@@ -244,7 +295,7 @@ def _read_rows(
             if shard.lines is not None:
                 table, malformed = read_json(store, source, shard.lines)
             else:
-                data = store.read(source.key, source.version)
+                data = store.read_whole(source.key, source.version, source.size_bytes)
                 table, malformed = formats.read_json_table(data, source.key)
             table = table if columns is None else table.select(columns)
             start, stop = shard.skip_rows, shard.skip_rows + shard.num_rows
@@ -324,6 +375,7 @@ def _describe(
         pairs=pair_counts(scored, table) if is_pair else {},
         layout=layout_to_json(shard.layout),
         added_columns=list(columns),
+        spread=spread_by_source(scored, table),
     )
 
 
@@ -360,25 +412,50 @@ class _Standing:
 
 
 def _publish(job: Job, shard: Shard, commit: Commit, data: bytes) -> tuple[Version, _Standing]:
-    """One conditional PUT; docs/commit-protocol.md has the table of what can happen."""
+    """One conditional PUT between two looks at the epoch; docs/commit-protocol.md has the table of
+    what can happen."""
     store = open_store(job.config.output, job.config.store_options, create=True)
     ours = _Standing(commit, len(data), hashlib.sha256(data).hexdigest())
     expected = shard.replaces
-    for _ in range(_COMMIT_TRIES):
-        try:
+    try:
+        for _ in range(_COMMIT_TRIES):
+            failpoint("commit.before_epoch_check")
             if current_epoch(store) > job.epoch:
                 raise _superseded()
-            if expected is None:
-                return store.create(shard.output_key, data), ours
-            return store.replace(shard.output_key, data, expected), ours
-        except (ObjectChanged, ObjectMissing):
-            expected, standing = _look(store, shard, commit)
-            if standing is not None:
-                assert expected is not None
-                return expected, standing
-        except StorageError as error:
-            raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
+            failpoint("commit.before_put")
+            standing: _Standing | None = ours
+            try:
+                if expected is None:
+                    version: Version | None = store.create(shard.output_key, data)
+                else:
+                    version = store.replace(shard.output_key, data, expected)
+                failpoint("commit.after_put")
+            except (ObjectChanged, ObjectMissing):
+                failpoint("commit.after_refusal")
+                version, standing = _look(store, shard, commit)
+            if version is not None and standing is not None:
+                if current_epoch(store) > job.epoch:
+                    if expected is None:
+                        _withdraw(store, shard.output_key, version)
+                    raise _superseded()
+                return version, standing
+            expected = version
+    except StorageError as error:
+        raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
     raise ShardError(ShardReason.STORE_FAILED, "the object keeps changing under the commit")
+
+
+def _withdraw(store: Store, key: str, version: Version) -> None:
+    """Remove a shard that was created too late, after a newer run had ended: cut in another way,
+    the newer plan has no such name, and a glob would find the rows twice.
+
+    A run at work may count on what it found, so its shards are left alone: it looks for strays.
+    """
+    lease = lease_of(store)
+    if (lease is None or not lease.is_held) and not is_in_manifest(store, key):
+        with suppress(ObjectMissing):
+            if store.head(key).version == version:
+                store.delete(key)
 
 
 def _look(store: Store, shard: Shard, ours: Commit) -> tuple[Version | None, _Standing | None]:

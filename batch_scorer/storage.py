@@ -10,12 +10,15 @@ Foreign errors become ours at one place, `_translated`.
 
 import fcntl
 import io
+import json
+import logging
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -34,12 +37,20 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, from_url
 
 from batch_scorer.errors import ConfigError, StorageError
+from batch_scorer.logs import mask
+
+log = logging.getLogger("batch_scorer")
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_RETRY = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
+_RETRY = {"max_retries": 8, "retry_timeout": timedelta(minutes=1)}
+_PAUSES_S = (0.2, 1.0, 3.0)
+"""Before a request to an object store is made again that failed after those retries, or at once:
+obstore repeats none whose connection broke in the middle."""
 _REQUEST_TIMEOUT = "120s"
+_LOCK_TIMEOUT_S = 60.0
+_LOCK_POLL_S = 0.002
 _BUFFER_BYTES = 1 << 16
 _AHEAD = 4
 _DENIED = ("Permission denied", "InvalidAccessKeyId", "403 Forbidden")
@@ -96,6 +107,7 @@ class Store:
 
     def __init__(self, root: str, options: Mapping[str, str], *, create: bool = False) -> None:
         self.root = root.rstrip("/") or "/"
+        self._options = dict(options)
         self._local = None if is_remote(root) else Path(root).absolute()
         self._store: Any
         if self._local is not None:
@@ -123,29 +135,65 @@ class Store:
         """The full name of `key`, for people."""
         return f"{self.root.rstrip('/')}/{key}"
 
+    def below(self, folder: str) -> "Store":
+        """The store of a folder in this one; raises ObjectMissing for a local one not there."""
+        return open_store(self.url(folder), self._options)
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """All objects whose key lies in the folder `prefix`, in the store's order."""
-        with self._translated(prefix):
-            for page in obstore.list(self._store, prefix=prefix or None, chunk_size=1000):
-                for meta in page:
-                    yield _info(meta)
+        seen: set[str] = set()
+        for try_again in self._tries(prefix):
+            with try_again:
+                for page in obstore.list(self._store, prefix=prefix or None, chunk_size=1000):
+                    for meta in page:
+                        if meta["path"] not in seen:
+                            seen.add(meta["path"])
+                            yield _info(meta)
+                return
 
     def head(self, key: str) -> ObjectInfo:
         """What is stored under `key`; raises ObjectMissing."""
-        with self._translated(key):
-            return _info(obstore.head(self._store, key))
+        return self._asked(key, lambda: _info(obstore.head(self._store, key)))
 
     def read(self, key: str, version: Version | None = None) -> bytes:
         """The whole object; with `version`, raises ObjectChanged if it is another one by now."""
-        with self._translated(key):
-            options = {"if_match": version.etag} if version else {}
-            return bytes(obstore.get(self._store, key, options=options).bytes())  # type: ignore[arg-type]
+        return self._asked(key, lambda: self._get(key, version)[0])
+
+    def read_whole(self, key: str, version: Version, size_bytes: int) -> bytes:
+        """The whole object, which is this version and so long; less is a fault of the store."""
+        return self._asked(key, lambda: self._get(key, version, (0, size_bytes))[0])
 
     def read_with_info(self, key: str) -> tuple[bytes, ObjectInfo]:
         """The whole object and the version that was read."""
-        with self._translated(key):
-            result = obstore.get(self._store, key)
-            return bytes(result.bytes()), _info(result.meta)
+        return self._asked(key, lambda: self._get(key))
+
+    def read_json(self, key: str) -> Any:
+        """The value of a small JSON object."""
+        return self._asked(key, lambda: self.parse_json(key, self._get(key)[0]))
+
+    def parse_json(self, key: str, data: bytes) -> Any:
+        """The JSON value in `data`, which was read under `key`.
+
+        What does not parse came damaged: StorageError, as for any other fault of the store.
+        """
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(f"{self.url(key)}: came damaged ({error})") from error
+
+    def _get(
+        self, key: str, version: Version | None = None, part: tuple[int, int] | None = None
+    ) -> tuple[bytes, ObjectInfo]:
+        """Bytes [start, stop) of the object, or all. A store that sends less has a fault."""
+        options: dict[str, Any] = {"if_match": version.etag} if version else {}
+        if part and part[0] < part[1]:
+            options["range"] = part
+        result = obstore.get(self._store, key, options=options)  # type: ignore[arg-type]
+        data, info = bytes(result.bytes()), _info(result.meta)
+        if part and len(data) != part[1] - part[0]:
+            size_bytes = part[1] - part[0]
+            raise StorageError(f"{self.url(key)}: {len(data)} bytes came, {size_bytes} are stored")
+        return data, info
 
     def open(
         self, key: str, size_bytes: int, version: Version, buffer_bytes: int = _BUFFER_BYTES
@@ -158,33 +206,39 @@ class Store:
 
     def read_range(self, key: str, version: Version, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of exactly this version."""
-        with self._translated(key):
-            options = {"range": (start, stop), "if_match": version.etag}
-            return bytes(obstore.get(self._store, key, options=options).bytes())  # type: ignore[arg-type]
+        return self._asked(key, lambda: self._get(key, version, (start, stop))[0])
 
     def create(self, key: str, data: bytes) -> Version:
-        """Store `data` under a new key; raises ObjectChanged if the key is taken."""
-        with self._translated(key):
-            return _version(obstore.put(self._store, key, data, mode="create"))
+        """Store `data` under a new key; raises ObjectChanged if the key is taken, perhaps by this
+        very request: it may have been applied and its answer lost."""
+        return self._asked(
+            key, lambda: _version(obstore.put(self._store, key, data, mode="create"))
+        )
 
     def replace(self, key: str, data: bytes, version: Version) -> Version:
-        """Store `data` in place of exactly `version`; raises ObjectChanged if that is gone."""
-        with self._translated(key):
-            if self._local is None:
-                mode: Any = version.conditions
-                return _version(obstore.put(self._store, key, data, mode=mode))
-            with self._lock():
-                if self.head(key).version != version:
-                    raise ObjectChanged(f"{self.url(key)}: changed since it was read")
-                return _version(obstore.put(self._store, key, data, use_multipart=False))
+        """Store `data` in place of exactly `version`; raises ObjectChanged if that is gone, perhaps
+        by this very request."""
+        if self._local is None:
+            mode: Any = version.conditions
+            return self._asked(
+                key, lambda: _version(obstore.put(self._store, key, data, mode=mode))
+            )
+        with self._translated(key), self._lock():
+            if self.head(key).version != version:
+                raise ObjectChanged(f"{self.url(key)}: changed since it was read")
+            return _version(obstore.put(self._store, key, data, use_multipart=False))
+
+    def copy(self, key: str, to: str) -> None:
+        """Store the same bytes under `to`, over what is there; the store moves them itself."""
+        if self._local is not None:
+            # A copy is a link there; renaming one over another of the same file leaves both.
+            self.delete(to)
+        self._asked(key, lambda: obstore.copy(self._store, key, to))
 
     def delete(self, key: str) -> None:
         """Remove the object; a missing one is fine."""
-        try:
-            with self._translated(key):
-                obstore.delete(self._store, key)
-        except ObjectMissing:
-            return
+        with suppress(ObjectMissing):
+            self._asked(key, lambda: obstore.delete(self._store, key))
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -192,10 +246,48 @@ class Store:
         # The name carries `#`, which obstore's listing never shows.
         descriptor = os.open(self._local / ".replace#0", os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._wait_for(descriptor)
             yield
         finally:
             os.close(descriptor)
+
+    def _wait_for(self, descriptor: int) -> None:
+        """Lock the file. A dead process holds nothing, but one that sleeps may do so for ever."""
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StorageError(
+                        f"{self.root}: another process has been writing a record for "
+                        f"{_LOCK_TIMEOUT_S:.0f} s"
+                    ) from None
+                time.sleep(_LOCK_POLL_S)
+
+    def _asked(self, key: str, request: Callable[[], T]) -> T:
+        """The answer of the store; a request that fails is made again."""
+        for try_again in self._tries(key):
+            with try_again:
+                return request()
+        raise AssertionError("the last try raises")
+
+    def _tries(self, key: str) -> Iterator[AbstractContextManager[None]]:
+        """Contexts in which a request may fail, all but the last."""
+        for pause_s in () if self._local else _PAUSES_S:
+            yield self._failing(key, pause_s)
+        yield self._translated(key)
+
+    @contextmanager
+    def _failing(self, key: str, pause_s: float) -> Iterator[None]:
+        try:
+            with self._translated(key):
+                yield
+        except (ObjectMissing, ObjectChanged, AccessDenied):
+            raise
+        except StorageError as error:
+            log.info("%s; asked again in %.1f s", error, pause_s)
+            time.sleep(pause_s)
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
@@ -302,5 +394,6 @@ def _info(meta: Any) -> ObjectInfo:
 
 
 def _first_line(error: BaseException) -> str:
+    # A store's answer may hold what it was asked with, a session token for one.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    return mask(lines[0])[:200]

@@ -83,7 +83,9 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
     known = {receipt.output_key for receipt in committed}
     strangers = [info for info in store.list() if _is_stranger(info, known)]
     unfinished = [
-        f"{receipt.input}: {receipt.reason}: {receipt.detail}"
+        f"{receipt.output_key}: left for a later run"
+        if receipt.status is Status.LEFT
+        else f"{receipt.input}: {receipt.reason}: {receipt.detail}"
         for receipt in receipts
         if receipt.commit is None
     ]
@@ -203,11 +205,7 @@ def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
 
 
 def _num_marked(table: pa.Table, commit: Commit) -> int:
-    return int(pc.count(table[_error_column(commit)], mode="only_valid").as_py())
-
-
-def _error_column(commit: Commit) -> str:
-    return next(name for name in commit.added_columns if name.endswith("score_error"))
+    return int(pc.count(table[commit.error_column], mode="only_valid").as_py())
 
 
 def _row_problems(table: pa.Table, commit: Commit) -> Iterator[str]:
@@ -224,7 +222,7 @@ def _row_problems(table: pa.Table, commit: Commit) -> Iterator[str]:
             f"{table.num_rows} rows, {marked} marked; the commit says {commit.num_rows}, "
             f"{commit.rows_marked} marked"
         )
-    is_marked = pc.is_valid(table[_error_column(commit)]).to_pylist()
+    is_marked = pc.is_valid(table[commit.error_column]).to_pylist()
     for name in commit.added_columns:
         if "score" in name and not name.endswith("score_error"):
             complete = [_is_complete(value) for value in table[name].to_pylist()]

@@ -43,9 +43,9 @@ from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.config import Config, load_config
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
-from batch_scorer.pipeline import ray_session
 from batch_scorer.records import TokenizedRows
 from batch_scorer.run import Summary, score
+from batch_scorer.session import ray_session
 from batch_scorer.storage import open_store
 
 SHARD_ROWS = 12

@@ -23,8 +23,8 @@ from tiny import tiny_reward_model
 
 from batch_scorer.config import load_config
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
-from batch_scorer.pipeline import ray_session
 from batch_scorer.run import score
+from batch_scorer.session import ray_session
 from batch_scorer.storage import in_threads, open_store
 
 FILE_ROWS = 2_000

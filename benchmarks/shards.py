@@ -25,9 +25,10 @@ from tiny import tiny_reward_model
 
 from batch_scorer.commits import Receipt
 from batch_scorer.config import Config, load_config
-from batch_scorer.pipeline import ray_session
-from batch_scorer.run import Summary, Work, score
+from batch_scorer.run import Summary, score
+from batch_scorer.session import ray_session
 from batch_scorer.storage import in_threads, open_store
+from batch_scorer.work import Work
 
 SIZES = (1_000, 10_000, 100_000)
 TINY_SIZES = (8,)

@@ -22,7 +22,7 @@ from tiny import tiny_reward_model
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.config import load_config
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
-from batch_scorer.pipeline import ray_session
+from batch_scorer.session import ray_session
 
 SHARD_ROWS = 40
 SHARDS = 24

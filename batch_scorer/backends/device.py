@@ -1,6 +1,7 @@
 """What this machine can compute on."""
 
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def cuda_is_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """Whether this process can use its device no more: CUDA tells of an illegal access once, and
+    every later call fails."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.AcceleratorError)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from batch_scorer.backends.watchdog import sign_of_life
+
 T = TypeVar("T")
 
 LEAST_TOKENS = 16
@@ -30,6 +32,7 @@ class TokenBudget:
             if not is_out_of_memory(error):
                 raise
         else:
+            sign_of_life()
             self._fitted += 1
             if self._fitted >= GROW_AFTER and self.tokens < self.limit:
                 self.tokens, self._fitted = min(self.limit, 2 * self.tokens), 0

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from batch_scorer.backends.base import EngineDied
+from batch_scorer.backends.watchdog import sign_of_life
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.records import Effort
@@ -165,6 +166,7 @@ class Engine:
                 if not submitted:
                     return
                 outputs = core.get_output().outputs
+                sign_of_life()
                 effort.num_batches += 1
                 indices = [submitted.pop(output.request_id) for output in outputs]
                 lengths = [len(prompts[index]) // 4 for index in indices]

@@ -12,6 +12,7 @@ from typing import Any
 from batch_scorer.errors import ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles
 from batch_scorer.models.cost import HIDDEN_SIZES, ModelCost, model_cost
+from batch_scorer.models.digests import file_digest
 from batch_scorer.models.registry import EMBEDDING, choose_adapter, head_files
 
 _WEIGHTS = "*.safetensors"
@@ -32,7 +33,6 @@ _TOKENIZER_FILES = (
 )
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _UNLIMITED_TOKENS = 10**9
-_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +195,6 @@ def _digest(path: Path, adapter: Adapter, trust_remote_code: bool) -> str:
     files += [path / name for name in adapter.head_files if (path / name).exists()]
     files += [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_file_digest, files))
+        digests = list(pool.map(file_digest, files))
     lines = [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batch_scorer.errors import MissingExtraError, ModelError
+from batch_scorer.models.digests import user_cache
 
 HEAD_FILE = Path(__file__).with_name("embedded_head.safetensors")
 """`score.weight` float32[1, 576]; its metadata says how many layers it sits on."""
@@ -88,10 +88,7 @@ def default_embedded_directory() -> Path:
 
     The digest covers head, template and layout, so that a new head makes a new folder.
     """
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says to ignore relative paths.
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return root / "batch-scorer" / f"smollm2-135m-reward-{_digest()[:12]}"
+    return user_cache() / f"smollm2-135m-reward-{_digest()[:12]}"
 
 
 def build_embedded_model(directory: Path, progress: Callable[[str], None]) -> Path:

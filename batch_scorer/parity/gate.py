@@ -125,7 +125,7 @@ def reference_of(job: Job, sample: Sample) -> Reference:
     key = f"{RECORDS}/parity/{job.fingerprint[:12]}-{sample.digest[:12]}.json"
     store = open_store(job.config.output, job.config.store_options, create=True)
     with suppress(ObjectMissing):
-        return Reference.from_json(json.loads(store.read(key)))
+        return Reference.from_json(store.read_json(key))
     reference = compute_reference(job, sample)
     with suppress(ObjectChanged):  # another worker was first, with the same scores
         store.create(key, json.dumps(reference.to_json()).encode())

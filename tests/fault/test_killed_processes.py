@@ -1,4 +1,4 @@
-"""Kill the driver or a worker at work; the result is that of an undisturbed run."""
+"""P3, P5: kill the driver or a worker at work; the result is that of an undisturbed run."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def assert_as_undisturbed(
     assert verdict.json["ok"]
 
 
-def test_a_killed_driver_takes_its_workers_along_and_is_resumed_without_scoring_a_shard_twice(
+def test_a_killed_driver_is_resumed_and_no_shard_scored_twice_though_a_worker_dies_too(
     long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
 ) -> None:
     running = program.start(*long_job.arguments("driver-killed"))
@@ -42,24 +42,17 @@ def test_a_killed_driver_takes_its_workers_along_and_is_resumed_without_scoring_
     before = long_job.output("driver-killed").shards()
     assert 2 <= len(before) < SHARDS
 
-    again = program.run(*long_job.arguments("driver-killed"))
+    resumed = program.start(*long_job.arguments("driver-killed"))
+    long_job.wait_for_shards("driver-killed", len(before) + 1, resumed)
+    (worker,) = workers_of(program, SCORING_STAGE)
+    os.kill(worker, signal.SIGKILL)
+    assert len(long_job.output("driver-killed").shard_keys()) < SHARDS
+    again = resumed.wait()
     assert_as_undisturbed(again, long_job, "driver-killed", program, undisturbed)
     after = long_job.output("driver-killed").shards()
     assert {key: after[key] for key in before} == before
     done = sum(shard.commit.tokens for shard in before.values())
     assert again.json["metrics"]["scored_tokens"] == again.json["tokens"] - done > 0
-
-
-def test_a_run_outlives_its_killed_scoring_worker(
-    long_job: LongJob, program: Program, undisturbed: dict[str, Stored]
-) -> None:
-    running = program.start(*long_job.arguments("worker-killed"))
-    long_job.wait_for_shards("worker-killed", 1, running)
-    (worker,) = workers_of(program, SCORING_STAGE)
-    os.kill(worker, signal.SIGKILL)
-    assert len(long_job.output("worker-killed").shard_keys()) < SHARDS
-    ended = running.wait()
-    assert_as_undisturbed(ended, long_job, "worker-killed", program, undisturbed)
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-ray"]], ids=["ray", "no-ray"])

@@ -1,13 +1,19 @@
-"""An item that ends its worker whenever it is scored costs that item and nothing else."""
+"""P14: a row that ends its worker, or hangs it, or breaks its engine, costs that row alone."""
 
+import ctypes
 import os
-import time
+import re
+import resource
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from inputs import pairs, parquet
+from inputs import Row, pair_rows, parquet, table_of
+from oracles import Folder, Found, read_output, rows_by_reason
 from places import Place
 
 from batch_scorer import Config, pipeline
@@ -15,70 +21,234 @@ from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.errors import ShardReason
 from batch_scorer.records import Scores, TokenizedRows
+from batch_scorer.run import Summary
 from batch_scorer.run import score as run_score
+from batch_scorer.verify import verify
 
 pytestmark = pytest.mark.fault
 
-POISON_ROWS = 3
-POISON_S, NEIGHBOUR_S = 0.3, 1.0
-"""How long they keep a worker busy: a neighbour in the same worker is begun when it ends."""
+HANG_S = 2.0
+WHOLE_ROWS = 7
+"""A shard of so many rows cannot be scored at once, though each of them can."""
+POISONS = {
+    "exit": "Ⴀ",
+    "segfault": "ꀀ",
+    "killed": "ퟀ",
+    "hang": "ߐ",
+    "engine dies": "܀",
+    "raise": "ڀ",
+    "too much memory": "෴",
+}
+"""A letter for each. Its first byte occurs in no other row, and is a token of its own."""
+DEADLY = {"exit", "segfault", "killed", "hang", "engine dies"}
+
+
+def act(poison: str) -> None:
+    if poison == "exit":
+        os._exit(1)
+    if poison == "segfault":
+        ctypes.string_at(0)
+    if poison == "killed":  # as the kernel does where memory runs out
+        os.kill(os.getpid(), signal.SIGKILL)
+    if poison == "hang":  # native code that never gives the interpreter back
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if poison == "engine dies":
+        raise EngineDied("out of order")
+    if poison == "raise":
+        raise ValueError("no such answer")
+    if poison == "too much memory":
+        allocate_too_much()
+
+
+def allocate_too_much() -> None:
+    used_kb = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() >> 10
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, ((used_kb << 10) + (256 << 20), limits[1]))
+    try:
+        np.ones(4 << 30, dtype=np.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def rows(count: int, start: int, poisons: dict[int, str]) -> list[Row]:
+    """Rows of which some hold the letter of a poison in their answer."""
+    made = pair_rows(count, start)
+    for row, poison in poisons.items():
+        made[row]["chosen"][-1]["content"] += POISONS[poison]
+    return made
+
+
+FILES: dict[str, tuple[int, dict[int, str]]] = {
+    "first": (2, {0: "exit"}),
+    "last": (2, {1: "segfault"}),
+    "two": (4, {1: "killed", 2: "engine dies"}),
+    "alone": (1, {0: "hang"}),
+    "mixed": (4, {0: "raise", 1: "exit", 3: "too much memory"}),
+    "raising": (6, {1: "raise", 2: "raise"}),
+    "whole": (WHOLE_ROWS, {}),
+    "healthy": (3, {}),
+}
+
+
+def tokens_of_poisons(model: Path) -> dict[int, str]:
+    """Which token tells of which poison: the first byte of its letter."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
+    return {
+        tokenizer.encode(letter, add_special_tokens=False)[0]: poison
+        for poison, letter in POISONS.items()
+    }
+
+
+def poisoned_backend(tokens: dict[int, str]) -> type[FakeBackend]:
+    class PoisonedBackend(FakeBackend):
+        def score(self, rows: TokenizedRows) -> Scores:
+            if rows.num_rows == WHOLE_ROWS:
+                os._exit(1)
+            for token in rows.token_ids.tolist():
+                if token in tokens:
+                    act(tokens[token])
+            return super().score(rows)
+
+    return PoisonedBackend
+
+
+def poisoned_stage(tokens: dict[int, str]) -> type:
+    backend = poisoned_backend(tokens)
+
+    class PoisonedStage(pipeline._ScoreStage):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self._scorer._backend = backend()
+
+    return PoisonedStage
 
 
 @pytest.fixture
 def private_ray(ray_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_TMPDIR", str(ray_home))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    yield
     import ray
+    from ray import cloudpickle
 
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)  # workers cannot import a test
+    yield
+    cloudpickle.unregister_pickle_by_value(here)
     ray.shutdown()
 
 
-def poisoned_stage(engine_dies: bool) -> type:
-    """The scoring stage with a backend that a shard of `POISON_ROWS` rows ends.
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    place = Place(str(tmp_path))
+    for number, (name, (count, poisons)) in enumerate(FILES.items()):
+        table = table_of(rows(count, 10 * number, poisons))
+        (place / "in").write({f"{name}.parquet": parquet(table)})
+    return place
 
-    The process goes down with it, or only the engine in it, which says so.
-    """
 
-    class PoisonedBackend(FakeBackend):
-        def score(self, rows: TokenizedRows) -> Scores:
-            if rows.num_rows == POISON_ROWS:
-                time.sleep(POISON_S)
-                if engine_dies:
-                    raise EngineDied("out of order")
-                os._exit(1)
-            time.sleep(NEIGHBOUR_S)
-            return super().score(rows)
+def config_of(place: Place, model: Path, output: str, **settings: Any) -> Config:
+    return Config(
+        model=str(model),
+        inputs=((place / "in").url,),
+        output=(place / output).url,
+        backend="fake",
+        device="cpu",
+        dtype="float32",
+        attempts=1,
+        hang_s=HANG_S,
+        **settings,
+    )
 
-    class PoisonedStage(pipeline._ScoreStage):
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments)
-            self._scorer._backend = PoisonedBackend()
 
-    return PoisonedStage
+def found(place: Place, output: str) -> Found:
+    return read_output(Folder((place / output).url), Folder((place / "in").url))
+
+
+def assert_only_poison_is_lost(place: Place, expected: Found, actual: Found) -> None:
+    """The rows of all shards that are there, but the marked ones, have the undisturbed bits."""
+    differing = {row for row, added in actual.rows.items() if added != expected.rows[row]}
+    marked = {row for row, (added,) in actual.rows.items() if "'score_error': None" not in added}
+    assert differing == marked
 
 
 @pytest.mark.usefixtures("private_ray")
-@pytest.mark.parametrize("engine_dies", [False, True], ids=["process", "engine"])
-def test_a_shard_that_ends_every_worker_fails_alone(
-    engine_dies: bool, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_poison_rows_are_found_and_marked_and_the_others_scored(
+    place: Place, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(str(tmp_path))
-    # Longest first: the poison comes in the middle.
-    files = {f"{rows}.parquet": parquet(pairs(rows)) for rows in (1, 2, POISON_ROWS, 4, 5)}
-    (place / "in").write(files)
-    monkeypatch.setattr(pipeline, "_ScoreStage", poisoned_stage(engine_dies))
-    config = Config(
-        model=str(tiny_model),
-        inputs=((place / "in").url,),
-        output=(place / "out").url,
-        backend="fake",
-        attempts=2,
-    )
-    summary = run_score(config)
-    failed = [receipt for receipt in summary.receipts if receipt.commit is None]
-    assert [(r.input, r.reason) for r in failed] == [("3.parquet", ShardReason.WORKER_DIED)]
-    assert "2" in failed[0].detail
+    run_score(config_of(place, tiny_model, "undisturbed", use_ray=False))
+    expected = found(place, "undisturbed")
+    tokens = tokens_of_poisons(tiny_model)
+    assert len(tokens) == len(POISONS)
+    monkeypatch.setattr(pipeline, "_ScoreStage", poisoned_stage(tokens))
+    summary = run_score(config_of(place, tiny_model, "out", workers=2))
+
+    failed = {r.input: r.reason for r in summary.receipts if r.commit is None}
+    assert failed == {"whole.parquet": ShardReason.WORKER_DIED}
+    actual = found(place, "out")
+    assert_only_poison_is_lost(place, expected, actual)
+    poisons = [poison for _, by_row in FILES.values() for poison in by_row.values()]
+    deadly = sum(poison in DEADLY for poison in poisons)
+    assert rows_by_reason(Folder((place / "out").url)) == {
+        "worker_crash": deadly,
+        "engine_error": poisons.count("raise"),
+        "out_of_memory": poisons.count("too much memory"),
+    }
+    assert actual.counts["mixed.parquet"] == [1, 3]
+    assert_deaths_are_bounded(summary)
     totals = summary.totals
-    assert (totals["rows"], totals["rows_scored"], totals["rows_failed"]) == (15, 12, POISON_ROWS)
-    assert sorted((place / "out").shards()) == ["1.parquet", "2.parquet", "4.parquet", "5.parquet"]
+    assert totals["rows"] == sum(count for count, _ in FILES.values())
+    assert totals["rows_failed"] == WHOLE_ROWS
+    assert not verify((place / "out").url).problems
+
+
+def assert_deaths_are_bounded(summary: Summary) -> None:
+    """One for the shard, and for each poison row as many as it takes to halve down to it."""
+    for receipt in summary.receipts:
+        count, poisons = FILES[receipt.input.removesuffix(".parquet")]
+        deadly = sum(poison in DEADLY for poison in poisons.values())
+        if receipt.input == "whole.parquet":
+            assert receipt.retries == 2
+        elif deadly:
+            assert 1 <= receipt.retries <= 1 + deadly * (count - 1).bit_length()
+        else:
+            assert receipt.retries == 0
+
+
+def test_rows_at_which_the_engine_raises_are_found_without_a_death(
+    place: Place, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Ray too; there a death would end the program."""
+    inputs = ("mixed.parquet", "raising.parquet", "healthy.parquet")
+    for name in FILES:
+        if f"{name}.parquet" not in inputs:
+            (place / "in").store.delete(f"{name}.parquet")
+    run_score(config_of(place, tiny_model, "undisturbed", use_ray=False))
+    expected = found(place, "undisturbed")
+    tokens = {t: p for t, p in tokens_of_poisons(tiny_model).items() if p not in DEADLY}
+    backend = poisoned_backend(tokens)
+    monkeypatch.setattr(pipeline, "proven_backend", lambda job, sample: backend())
+    summary = run_score(config_of(place, tiny_model, "out", use_ray=False))
+    assert summary.is_complete
+    assert_only_poison_is_lost(place, expected, found(place, "out"))
+    marks = rows_by_reason(Folder((place / "out").url))
+    assert marks == {"engine_error": 3, "out_of_memory": 1}
+    examples = [example for receipt in summary.receipts for example in receipt.examples]
+    assert (2, "engine_error", "ValueError: no such answer") in examples
+
+
+def test_an_engine_that_raises_at_every_row_is_a_defect_and_blames_no_row(
+    place: Place, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(FakeBackend):
+        def score(self, rows: TokenizedRows) -> Scores:
+            raise ValueError("broken")
+
+    table = table_of(pair_rows(20))
+    place = place / "many"
+    (place / "in").write({"a.parquet": parquet(table)})
+    monkeypatch.setattr(pipeline, "proven_backend", lambda job, sample: Broken())
+    summary = run_score(config_of(place, tiny_model, "out", use_ray=False))
+    (receipt,) = summary.receipts
+    assert (receipt.reason, receipt.detail) == (ShardReason.INTERNAL, "ValueError: broken")

@@ -1,4 +1,4 @@
-"""Two runs at one output: one works; what it commits is never mixed with another's."""
+"""P7: two runs at one output: one works; what it commits is never mixed with another's."""
 
 import json
 
@@ -10,9 +10,9 @@ from program import Program, Running, wait_until
 from batch_scorer import Config
 from batch_scorer.commits import Receipt
 from batch_scorer.errors import ExitCode, LeaseLostError
-from batch_scorer.run import Work
 from batch_scorer.run import score as run_score
 from batch_scorer.storage import ObjectChanged
+from batch_scorer.work import Work
 
 pytestmark = pytest.mark.fault
 

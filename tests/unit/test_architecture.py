@@ -12,7 +12,10 @@ PACKAGE = ROOT / "batch_scorer"
 
 LADDER = (
     "errors",
+    "logs",
+    "failpoints",
     "records",
+    "isolation",
     "config",
     "fingerprint",
     "storage",
@@ -24,10 +27,15 @@ LADDER = (
     "columns",
     "commits",
     "metrics",
+    "telemetry",
     "lease",
     "manifest",
+    "generations",
     "plan",
+    "reuse",
     "shard",
+    "work",
+    "session",
     "estimate",
     "parity",
     "trial",
@@ -36,13 +44,16 @@ LADDER = (
     "verify",
     "evaluation",
     "reports",
+    "nights",
+    "nightly",
+    "submit",
     "cli",
 )
 
 HEAVY = {
     "torch": {"backends", "models"},
     "transformers": {"backends", "models", "render"},
-    "ray": {"pipeline"},
+    "ray": {"pipeline", "session", "submit", "telemetry"},
     "vllm": {"backends"},
 }
 

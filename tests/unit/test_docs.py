@@ -1,5 +1,6 @@
 """Documents that could drift are held to the code; run this file to rewrite the generated ones."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,7 @@ from batch_scorer.models.families.attribute_regression import labels
 ROOT = Path(__file__).parents[2]
 SETTINGS = ROOT / "docs" / "settings.md"
 MODELS = ROOT / "docs" / "models.md"
+JOB_SCHEMA = ROOT / "docs" / "job.schema.json"
 
 _INTRO = """# Settings
 
@@ -59,6 +61,35 @@ def _choices(kind: Any) -> list[Any]:
 
 def test_the_settings_page_is_made_from_the_settings() -> None:
     assert SETTINGS.read_text() == settings_page(), "run: python tests/unit/test_docs.py"
+
+
+def job_schema() -> str:
+    """JSON Schema of job files, for editors. No key is required: flags may give it."""
+    made = Config.model_json_schema()
+    settings = made["properties"]
+    for name, setting in settings.items():
+        setting.pop("title", None)
+        role = setting.pop("role")
+        setting["description"] = f"[{role}] {' '.join(setting['description'].split())}"
+        settings[name] = dict(sorted(setting.items(), key=lambda item: item[0] != "description"))
+    many = {key: settings["inputs"].pop(key) for key in ("type", "items", "minItems")}
+    settings["inputs"]["anyOf"] = [{"type": "string"}, many]
+    for definition in made["$defs"].values():
+        del definition["title"], definition["description"]
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A job of batch-scorer",
+        "description": "Every key is a setting of docs/settings.md; flags go on top of it.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": settings,
+        "$defs": made["$defs"],
+    }
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def test_the_schema_of_job_files_is_made_from_the_settings() -> None:
+    assert JOB_SCHEMA.read_text() == job_schema(), "run: python tests/unit/test_docs.py"
 
 
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"])
@@ -191,8 +222,10 @@ def test_every_reason_is_explained() -> None:
 def test_flags_in_the_documents_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
     known |= {"--column", "--store-option", "--no-ray", "--ray", "--config", "--json", "--help"}
-    known |= {"--version", "--tiny", "--threads"}
+    known |= {"--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
+    known |= {"--since", "--until", "--rescore", "--max-shards", "--dry-run"}
+    known |= {"--address", "--token-file", "--tag", "--no-wait", "--nodes", "--gpus-per-node"}
     other_programs = {"embedded-model.md"}  # its flags are those of a script in examples/
     pages = [page for page in ROOT.glob("docs/*.md") if page.name not in other_programs]
     for page in (*pages, ROOT / "README.md"):
@@ -203,3 +236,4 @@ def test_flags_in_the_documents_exist() -> None:
 if __name__ == "__main__":
     SETTINGS.write_text(settings_page())
     MODELS.write_text(models_page())
+    JOB_SCHEMA.write_text(job_schema())

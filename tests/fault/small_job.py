@@ -1,0 +1,72 @@
+"""A job of a fifth of a second, in forked processes: for faults by the hundred."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forked import ForkedRuns, forked_runs
+from inputs import pairs, parquet
+from oracles import Findings, Folder, Found, judge, read_output
+from places import Place
+
+from batch_scorer import Config
+
+SHARD_ROWS = 3
+
+
+@dataclass(frozen=True)
+class SmallJob:
+    """Two small files in four shards. Rewritten (`newer`), the second is cut in another way."""
+
+    place: Place
+    model: Path
+    runs: ForkedRuns
+
+    def write_inputs(self, name: str = "in", *, newer: bool = False) -> None:
+        second = pairs(7, start=100) if newer else pairs(4, start=50)
+        files = {"a.parquet": parquet(pairs(5)), "b.parquet": parquet(second)}
+        (self.place / name).write(files)
+
+    def config(
+        self, output: str, inputs: str = "in", *, endpoint: str | None = None, **settings: Any
+    ) -> Config:
+        options = dict(self.place.options)
+        return Config(
+            model=str(self.model),
+            inputs=((self.place / inputs).url,),
+            output=(self.place / output).url,
+            store_options=options | ({"endpoint": endpoint} if endpoint else {}),
+            backend="fake",
+            device="cpu",
+            dtype="float32",
+            shard_rows=SHARD_ROWS,
+            use_ray=False,
+            **settings,
+        )
+
+    def at(self, name: str) -> Folder:
+        """As the oracles see it."""
+        return Folder((self.place / name).url, self.place.options.get("endpoint"))
+
+    def undisturbed(self, inputs: str = "in") -> Found:
+        output = f"undisturbed-{inputs}"
+        assert self.runs.run(self.config(output, inputs)) == 0, self.runs.said()
+        return read_output(self.at(output), self.at(inputs))
+
+    def finish(self, output: str, code: int, expected: Found) -> Findings:
+        """Run the same command again if the last one ended with another code than 0, and judge."""
+        assert code in (0, 2, 3), (code, self.runs.said())
+        if code != 0:
+            assert self.runs.run(self.config(output)) == 0, self.runs.said()
+        return judge(self.at(output), self.at("in"), expected)
+
+
+@contextmanager
+def small_job(place: Place, folder: Path, model: Path) -> Iterator[SmallJob]:
+    """With its inputs written; the processes' log is in `folder`."""
+    with forked_runs(folder, model) as runs:
+        job = SmallJob(place, model, runs)
+        job.write_inputs()
+        yield job

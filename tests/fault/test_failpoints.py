@@ -1,0 +1,140 @@
+"""P6: a run that is killed, fails or is paused at any step of the commit protocol.
+
+Killed or failed: the same command again gives what an undisturbed run gives. Paused while another
+run, whose plan is newer, takes over and finishes: when it wakes up it damages nothing.
+"""
+
+import ast
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forked import STOPPED, Scene
+from oracles import Found, judge
+from places import Place
+from program import wait_until
+from small_job import SmallJob, small_job
+
+import batch_scorer
+from batch_scorer.errors import ConfigError
+from batch_scorer.failpoints import FAILPOINTS, arm
+
+pytestmark = pytest.mark.fault
+
+TERM_S = 0.6
+DWELL_S = 3 * TERM_S
+"""Longer than a term, so that the lease has to be renewed."""
+A_SHARD = "a.rows0-3.parquet"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[SmallJob]:
+    folder = tmp_path_factory.mktemp("failpoints")
+    with small_job(Place(str(folder)), folder, tiny_model) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected(job: SmallJob) -> Found:
+    return job.undisturbed()
+
+
+def scene_of(name: str, job: SmallJob) -> Scene:
+    """What it takes to get to a failpoint."""
+    if name == "commit.after_refusal":
+        return Scene(appears={A_SHARD: f"{job.place.url}/undisturbed-in/{A_SHARD}"})
+    return Scene(dwell_s=DWELL_S if "renew" in name else 0.0)
+
+
+def failpoint_of(name: str, action: str) -> str:
+    """In the middle of what happens more than once."""
+    is_repeated = name.startswith("commit.") and name != "commit.after_refusal"
+    return f"{name}:{action}:{2 if is_repeated else 1}"
+
+
+@pytest.mark.parametrize("action", ["kill", "raise"])
+@pytest.mark.parametrize("name", FAILPOINTS)
+def test_a_run_that_ends_at_any_step_is_finished_by_the_same_command(
+    name: str, action: str, job: SmallJob, expected: Found
+) -> None:
+    output = f"{action}-{name}"
+    config = job.config(output, lease_s=TERM_S if "renew" in name else 30)
+    code = job.runs.start(config, failpoint_of(name, action), scene_of(name, job)).wait()
+    reached = {-signal.SIGKILL} if action == "kill" else {1, 3}
+    assert code in reached, (code, job.runs.said())
+    assert job.runs.run(job.config(output)) == 0, job.runs.said()
+    assert not judge(job.at(output), job.at("in"), expected).problems
+
+
+@pytest.mark.parametrize("name", FAILPOINTS)
+def test_a_run_that_is_paused_at_any_step_damages_nothing_when_it_wakes_up(
+    name: str, job: SmallJob, expected: Found
+) -> None:
+    inputs, output = f"in-{name}", f"pause-{name}"
+    job.write_inputs(inputs)
+    config = job.config(output, inputs, lease_s=TERM_S)
+    paused = job.runs.start(config, failpoint_of(name, "pause"), scene_of(name, job))
+    assert paused.wait() == STOPPED, job.runs.said()
+
+    job.write_inputs(inputs, newer=True)
+    newer = job.undisturbed(inputs)
+    assert newer.shards.keys() != expected.shards.keys()
+
+    def problems() -> list[str]:
+        # The newer plan is the output's second, as its shards say: so their bytes are others.
+        return judge(job.at(output), job.at(inputs), newer, same_bytes=False).problems
+
+    deadline = time.monotonic() + 30
+    while (code := job.runs.run(config)) != 0:  # until the lease of the one that sleeps is over
+        assert code == 2 and time.monotonic() < deadline, (code, job.runs.said())
+        time.sleep(TERM_S / 3)
+    assert not problems()
+    paused.go_on()
+    assert paused.wait() in (0, 2, 3), job.runs.said()
+    assert not problems()
+    assert job.runs.run(config) == 0, job.runs.said()
+    assert not problems()
+
+
+def test_a_run_that_wakes_up_while_a_newer_one_is_at_work_damages_nothing(job: SmallJob) -> None:
+    """It is about to create a piece of a file that the newer plan has cut in another way."""
+    inputs, output = "in-early", "pause-early"
+    job.write_inputs(inputs)
+    config = job.config(output, inputs, lease_s=TERM_S)
+    paused = job.runs.start(config, failpoint_of("commit.before_put", "pause"))
+    assert paused.wait() == STOPPED, job.runs.said()
+    older = set((job.place / output).shard_keys())
+    job.write_inputs(inputs, newer=True)
+    newer = job.undisturbed(inputs)
+    time.sleep(1.5 * TERM_S)
+    at_work = job.runs.start(config, scene=Scene(dwell_s=DWELL_S))
+    keys = job.place / output
+
+    def has_begun() -> bool:
+        return bool(set(keys.shard_keys()) - older)
+
+    wait_until(has_begun, "the newer run has committed a shard")
+    paused.go_on()
+    assert paused.wait() == 3, job.runs.said()
+    assert at_work.wait() == 0, job.runs.said()
+    findings = judge(job.at(output), job.at(inputs), newer, same_bytes=False)
+    assert not findings.problems
+
+
+def test_every_failpoint_of_the_table_is_in_the_code_once_and_no_other() -> None:
+    """The tests above fail where a run does not get to one."""
+    called = []
+    for file in Path(batch_scorer.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "failpoint":
+                assert isinstance(node.args[0], ast.Constant)
+                called.append(node.args[0].value)
+    assert sorted(called) == sorted(FAILPOINTS)
+
+
+@pytest.mark.parametrize("text", ["commit.after_putt:kill", "commit.after_put", "x", "x:kill:1"])
+def test_a_failpoint_that_does_not_exist_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected NAME:ACTION"):
+        arm(text)
