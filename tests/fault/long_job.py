@@ -31,7 +31,7 @@ class LongJob:
         return [
             "score", "--model", self.model, (self.place / "in").url,
             "--output", self.output(name).url, *self.place.flags, "--json",
-            "--dtype", "float32", "--shard-rows", ROWS_PER_SHARD, *flags,
+            "--dtype", "float32", "--parity-check", "off", "--shard-rows", ROWS_PER_SHARD, *flags,
         ]  # fmt: skip
 
     def wait_for_shards(self, name: str, count: int, running: Running) -> None:

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.fault
 
 TERM_S = 0.6
 DWELL_S = 3 * TERM_S
-"""Longer than a term, so that the lease has to be renewed."""
+"""Longer than a term, so that the lease has to be renewed, three times a term."""
+RENEWALS = 6
 A_SHARD = "a.rows0-3.parquet"
 
 
@@ -49,9 +50,11 @@ def scene_of(name: str, job: SmallJob) -> Scene:
 
 
 def failpoint_of(name: str, action: str) -> str:
-    """In the middle of what happens more than once."""
+    """In the middle of what happens more than once; the lease is renewed beside the run, so there
+    while it dwells: whoever sleeps in the middle of a write on a local disk holds up everyone."""
     is_repeated = name.startswith("commit.") and name != "commit.after_refusal"
-    return f"{name}:{action}:{2 if is_repeated else 1}"
+    count = RENEWALS if "renew" in name else 2 if is_repeated else 1
+    return f"{name}:{action}:{count}"
 
 
 @pytest.mark.parametrize("action", ["kill", "raise"])

@@ -67,6 +67,7 @@ def test_a_machine_reads_one_object_a_line(
 def test_a_worker_logs_as_its_driver_does_with_the_attempt(
     encoding: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logs.log, "handlers", [])  # as in a process that is new
     monkeypatch.setenv("RAY_LOGGING_CONFIG_ENCODING", encoding)
     with logs.fields(run="out:1"):
         carried = logs.carry(attempt=2)
