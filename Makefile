@@ -12,10 +12,10 @@ demo: $(VENV)/demo.ok
 	@$(BIN)/batch-scorer demo
 
 test: $(VENV)/test.ok lint
-	@# Three files at a time, also on two cores: many tests wait for Ray or a server. What stays
+	@# Two files at a time, since many tests wait for Ray or a server; three were slower. What stays
 	@# together in one process says tests/conftest.py.
 	@# In the order of folders, so that the slow ones do not come last.
-	@$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/test.ok
 	@$(BIN)/ruff check .
