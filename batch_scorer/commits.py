@@ -186,6 +186,37 @@ class Receipt:
     score_s: float = 0.0
     write_s: float = 0.0
 
+    @classmethod
+    def of_shard(
+        cls, shard: Shard, status: Status, reason: ShardReason | None = None, detail: str = ""
+    ) -> Self:
+        """Of a shard that is not committed."""
+        return cls(
+            output_key=shard.output_key,
+            input=shard.source.key,
+            input_root=shard.source.root,
+            num_rows=shard.num_rows,
+            status=status,
+            reason=reason,
+            detail=detail,
+            estimated_tokens=shard.estimated_tokens,
+        )
+
+    @classmethod
+    def of_file(
+        cls, source: Source, status: Status, reason: ShardReason | None = None, detail: str = ""
+    ) -> Self:
+        """Of a file that was not cut into shards: nobody knows its rows."""
+        return cls(
+            output_key=source.key,
+            input=source.key,
+            input_root=source.root,
+            num_rows=0,
+            status=status,
+            reason=reason,
+            detail=detail,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

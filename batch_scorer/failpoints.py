@@ -32,6 +32,7 @@ FAILPOINTS = {
     "manifest.before_put": "all shards are there",
     "manifest.after_put": "a manifest that nothing points at",
     "current.after_put": "the new manifest counts, the ledger is still there",
+    "lease.after_close": "nobody has looked for shards that came late",
     "ledger.after_delete": "everything but _SUCCESS",
     "success.after_put": "everything",
 }

@@ -52,10 +52,9 @@ class Lease:
         self._lost = threading.Event()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._writing = threading.Lock()
+        self._closing = False
         self.epoch = 0
-        self.took_over = False
-        """Whether the holder before us, who had another plan, has not given the lease back: it is
-        dead, or it sleeps."""
 
     @property
     def holder_id(self) -> str:
@@ -71,24 +70,27 @@ class Lease:
         self._thread.join()
         if not self._lost.is_set():
             failpoint("lease.before_release")
-            try:
-                self._write(released=True)
-            except StorageError:
-                return  # it will expire by itself
+            with suppress(LeaseLostError, StorageError):  # it will expire by itself
+                self._write_ours(released=True)
 
     def check(self) -> None:
         """Raises LeaseLostError if this run no longer holds the output."""
         if self._lost.is_set():
-            raise LeaseLostError(
-                f"{self._store.root}: another run has taken this output over, or the hold on it "
-                "could not be renewed in time; this one stops"
-            )
+            raise self._lost_error()
 
     def confirm(self) -> None:
         """`check`, with a look at the store: for what cannot be taken back. Raises StorageError."""
         if self._store.read_json(_LEASE_KEY)["holder"]["id"] != self.holder_id:
             self._lost.set()
         self.check()
+
+    def close(self) -> None:
+        """Say that this run counts on nothing that it has not found so far: from now on, who comes
+        too late with a shard of an older plan may take it back. Raises LeaseLostError and
+        StorageError."""
+        self._closing = True
+        self._write_ours(released=False)
+        failpoint("lease.after_close")
 
     def _acquire(self) -> None:
         try:
@@ -107,7 +109,6 @@ class Lease:
                 "planned; run the same command again"
             )
         self.epoch = held["epoch"] if same_plan else held["epoch"] + 1
-        self.took_over = not (same_plan or held["released"])
         self._take(info.version)
 
     def _take(self, version: Version | None) -> None:
@@ -152,6 +153,7 @@ class Lease:
             "holder": self._holder,
             "ttl_s": self._ttl_s,
             "renewals": self._renewals,
+            "closing": self._closing,
             "released": released,
         }
         data = json.dumps(body, indent=1).encode()
@@ -159,6 +161,24 @@ class Lease:
             self._version = self._store.create(_LEASE_KEY, data)
         else:
             self._version = self._store.replace(_LEASE_KEY, data, self._version)
+
+    def _write_ours(self, *, released: bool) -> None:
+        """Raises LeaseLostError if another run holds the lease now, and StorageError."""
+        with self._writing:
+            while True:
+                try:
+                    return self._write(released=released)
+                except (ObjectChanged, ObjectMissing):
+                    # Perhaps changed by ourselves, in a write whose answer was lost.
+                    if not self._is_ours():
+                        self._lost.set()
+                        raise self._lost_error() from None
+
+    def _lost_error(self) -> LeaseLostError:
+        return LeaseLostError(
+            f"{self._store.root}: another run has taken this output over, or the hold on it "
+            "could not be renewed in time; this one stops"
+        )
 
     def _keep(self) -> None:
         try:
@@ -172,14 +192,11 @@ class Lease:
         while not self._released.wait(self._ttl_s / 3):
             failpoint("lease.before_renew")
             try:
-                self._write(released=False)
+                self._write_ours(released=False)
                 renewed = time.monotonic()
                 failpoint("lease.after_renew")
-            except (ObjectChanged, ObjectMissing):
-                if not self._is_ours():
-                    self._lost.set()
-                    return
-                renewed = time.monotonic()
+            except LeaseLostError:
+                return
             except StorageError:
                 # The store may be back in time; past the term another run may have begun.
                 if time.monotonic() - renewed > self._ttl_s:
@@ -217,13 +234,15 @@ class Standing:
     """How a lease stands: who took it last, in words and by id, and whether it is held now.
 
     A holder on this machine (`is_here`) that died does not hold it. One on another machine still
-    does: only time tells, and a new run waits for it. `renewed_at` is the store's time.
+    does: only time tells, and a new run waits for it. `renewed_at` is the store's time. `is_over`:
+    the last holder has given it back, or has no more to do than to look for late shards.
     """
 
     holder: str
     holder_id: str
     is_here: bool
     is_held: bool
+    is_over: bool
     renewed_at: datetime
 
 
@@ -242,6 +261,7 @@ def lease_of(store: Store) -> Standing | None:
         holder_id=holder["id"],
         is_here=is_here,
         is_held=not (lease["released"] or is_dead),
+        is_over=lease["released"] or lease["closing"],
         renewed_at=info.last_modified,
     )
 

@@ -234,14 +234,13 @@ def publish(
     epoch: int,
     fingerprint: str,
     receipts: list[Receipt],
-    found: Published | None = None,
+    found: Published,
 ) -> dict[str, Any]:
-    """Write the manifest, point CURRENT at it, drop the ledger; with nothing missing, `_SUCCESS`.
+    """Write the manifest and point CURRENT at it.
 
-    Returns the totals, which are also the content of `_SUCCESS`. `found` is what this run may
-    replace (None: whatever is there); raises LeaseLostError where something else is there by now.
+    Returns the totals, for `conclude`. `found` is what this run may replace; raises LeaseLostError
+    where something else is there by now.
     """
-    found = found or published(store)
     receipts = sorted(receipts, key=lambda receipt: receipt.output_key)
     totals = total(receipts)
     data = _manifest_bytes(receipts)
@@ -253,6 +252,14 @@ def publish(
     current = json.dumps({"manifest": key, "epoch": epoch})
     _replace(store, _CURRENT_KEY, current.encode(), found.current)
     failpoint("current.after_put")
+    return totals
+
+
+def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
+    """Drop the ledger, now that a manifest says the same; with nothing missing, write `_SUCCESS`.
+
+    Its content are the totals that `publish` gave. Raises as that does.
+    """
     segments = list(store.list(f"{RECORDS}/ledger"))
     deque(in_threads(lambda info: store.delete(info.key), segments, _READERS), maxlen=0)
     failpoint("ledger.after_delete")
@@ -260,7 +267,6 @@ def publish(
         success = json.dumps(totals, indent=1, sort_keys=True)
         _replace(store, SUCCESS_KEY, success.encode(), found.success)
         failpoint("success.after_put")
-    return totals
 
 
 def _replace(store: Store, key: str, data: bytes, found: Version | None) -> None:

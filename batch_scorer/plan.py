@@ -302,9 +302,9 @@ def _inspect(source: Source, config: Config, outputs: Outputs) -> InputFile | Re
             return _inspect_parquet(store, source, config, outputs)
         return _inspect_json(store, source, config, outputs)
     except ShardError as error:
-        return failed_file(source, error.reason, error.detail)
+        return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
     except StorageError as error:
-        return failed_file(source, ShardReason.STORE_FAILED, str(error))
+        return Receipt.of_file(source, Status.FAILED, ShardReason.STORE_FAILED, str(error))
 
 
 def _inspect_json(
@@ -449,19 +449,6 @@ def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Output
             "e.g. --column-prefix rm_",
         )
     return layout
-
-
-def failed_file(source: Source, reason: ShardReason, detail: str) -> Receipt:
-    """The receipt of a file that could not be cut into shards; its rows are not known."""
-    return Receipt(
-        output_key=source.key,
-        input=source.key,
-        input_root=source.root,
-        num_rows=0,
-        status=Status.FAILED,
-        reason=reason,
-        detail=detail,
-    )
 
 
 def _refuse_collisions(shards: list[Shard]) -> None:

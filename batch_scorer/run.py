@@ -33,6 +33,7 @@ from batch_scorer.manifest import (
     claim_output,
     claimed,
     claimed_fingerprint,
+    conclude,
     publish,
     published,
     read_engine,
@@ -468,11 +469,12 @@ def _run(
     finally:
         ledger.flush()
     lease.check()
-    if lease.took_over:
-        remove_strays(job, output, receipts + fresh)
     if work.todo:
         record_run(output, run, metrics.to_json(run))
     totals = publish(output, lease.epoch, job.fingerprint, receipts + fresh, found)
+    lease.close()
+    remove_strays(job, output, receipts + fresh)
+    conclude(output, totals, found)
     clear(work, output, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
     return Summary(

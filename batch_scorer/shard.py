@@ -222,16 +222,7 @@ def _reused(scored: ScoredRows, table: pa.Table) -> dict[str, Any]:
 
 def failed(shard: Shard, error: ShardError) -> Receipt:
     """The receipt of a shard that is not committed."""
-    return Receipt(
-        output_key=shard.output_key,
-        input=shard.source.key,
-        input_root=shard.source.root,
-        num_rows=shard.num_rows,
-        status=Status.FAILED,
-        reason=error.reason,
-        detail=error.detail,
-        estimated_tokens=shard.estimated_tokens,
-    )
+    return Receipt.of_shard(shard, Status.FAILED, error.reason, error.detail)
 
 
 @lru_cache(maxsize=4)
@@ -446,13 +437,14 @@ def _publish(job: Job, shard: Shard, commit: Commit, data: bytes) -> tuple[Versi
 
 
 def _withdraw(store: Store, key: str, version: Version) -> None:
-    """Remove a shard that was created too late, after a newer run had ended: cut in another way,
+    """Remove a shard that was created too late, after a newer run had closed: cut in another way,
     the newer plan has no such name, and a glob would find the rows twice.
 
-    A run at work may count on what it found, so its shards are left alone: it looks for strays.
+    A run at work may count on what it found: it looks for such shards itself when it has closed,
+    or, if it dies before, the one that comes after it.
     """
     lease = lease_of(store)
-    if (lease is None or not lease.is_held) and not is_in_manifest(store, key):
+    if lease is not None and lease.is_over and not is_in_manifest(store, key):
         with suppress(ObjectMissing):
             if store.head(key).version == version:
                 store.delete(key)

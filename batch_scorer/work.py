@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from batch_scorer.commits import Receipt, Shard, Source, Status
+from batch_scorer.commits import Receipt, Shard, Status
 from batch_scorer.errors import LeaseLostError, OutputError
 from batch_scorer.manifest import committed, current_manifest, is_record, known_receipts
 from batch_scorer.plan import Plan
@@ -16,6 +16,8 @@ from batch_scorer.storage import Store, Version, in_threads
 log = logging.getLogger("batch_scorer")
 
 _DELETERS = 16
+_BEGUN = "begun by a run that did not come to its end"
+"""Of a file that is half done and not looked at: how much is left is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,11 @@ def remaining(plan: Plan, job: Job, output: Store, max_shards: int | None = None
         done=done + aside,
         gone=gone,
         left=[
-            *(_left(shard) for shard in left),
-            *(_left_aside(plan.aside[key]) for key in sorted(begun & plan.aside.keys())),
+            *(Receipt.of_shard(shard, Status.LEFT) for shard in left),
+            *(
+                Receipt.of_file(plan.aside[key], Status.LEFT, detail=_BEGUN)
+                for key in sorted(begun & plan.aside.keys())
+            ),
         ],
         replaced=[stale[shard.output_key] for shard in todo if shard.output_key in stale],
         outdated=[receipt for receipt in outdated if receipt.input not in waiting],
@@ -130,8 +135,13 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
 
 
 def remove_strays(job: Job, output: Store, receipts: Sequence[Receipt]) -> None:
-    """Remove what a run of an older plan, taken for dead, has committed since `remaining` looked:
-    pieces of a file that is cut in another way by now, whose rows a glob would find twice."""
+    """Remove what a run of an older plan has committed since `remaining` looked: pieces of a file
+    that is cut in another way by now, whose rows a glob would find twice.
+
+    After `Lease.close`: whoever comes later than this look takes its shard back itself.
+    """
+    if job.epoch == 1:
+        return  # there is no older plan
     named = {receipt.output_key for receipt in receipts}
     inputs = {receipt.input for receipt in receipts if receipt.status is Status.COMMITTED}
     others = (info for info in output.list() if not is_record(info.key) and info.key not in named)
@@ -167,26 +177,3 @@ def _begun(stored: Sequence[Receipt], published: Sequence[Receipt]) -> set[str]:
         for key in now.keys() | then.keys()
         if now.get(key) != then.get(key) or key in unfinished
     }
-
-
-def _left_aside(source: Source) -> Receipt:
-    """Of a file that is half done and not looked at, nobody knows how much is left."""
-    return Receipt(
-        output_key=source.key,
-        input=source.key,
-        input_root=source.root,
-        num_rows=0,
-        status=Status.LEFT,
-        detail="begun by a run that did not come to its end",
-    )
-
-
-def _left(shard: Shard) -> Receipt:
-    return Receipt(
-        output_key=shard.output_key,
-        input=shard.source.key,
-        input_root=shard.source.root,
-        num_rows=shard.num_rows,
-        status=Status.LEFT,
-        estimated_tokens=shard.estimated_tokens,
-    )

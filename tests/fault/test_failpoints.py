@@ -14,7 +14,6 @@ import pytest
 from forked import STOPPED, Scene
 from oracles import Found, judge
 from places import Place
-from program import wait_until
 from small_job import SmallJob, small_job
 
 import batch_scorer
@@ -101,29 +100,32 @@ def test_a_run_that_is_paused_at_any_step_damages_nothing_when_it_wakes_up(
     assert not problems()
 
 
-def test_a_run_that_wakes_up_while_a_newer_one_is_at_work_damages_nothing(job: SmallJob) -> None:
-    """It is about to create a piece of a file that the newer plan has cut in another way."""
-    inputs, output = "in-early", "pause-early"
+@pytest.mark.parametrize("where", [
+    "plan.before_put", "commit.before_put", "commit.after_put", "manifest.before_put",
+    "current.after_put", "lease.after_close", "ledger.after_delete", "success.after_put",
+    "lease.before_release",
+])  # fmt: skip
+def test_a_run_that_wakes_up_while_a_newer_one_is_at_work_damages_nothing(
+    where: str, job: SmallJob
+) -> None:
+    """It creates a piece of a file that the newer plan, which is at any of its steps, has cut in
+    another way."""
+    inputs, output = f"in-early-{where}", f"early-{where}"
     job.write_inputs(inputs)
     config = job.config(output, inputs, lease_s=TERM_S)
-    paused = job.runs.start(config, failpoint_of("commit.before_put", "pause"))
-    assert paused.wait() == STOPPED, job.runs.said()
-    older = set((job.place / output).shard_keys())
+    older = job.runs.start(config, failpoint_of("commit.before_put", "pause"))
+    assert older.wait() == STOPPED, job.runs.said()
     job.write_inputs(inputs, newer=True)
-    newer = job.undisturbed(inputs)
+    expected = job.undisturbed(inputs)
     time.sleep(1.5 * TERM_S)
-    at_work = job.runs.start(config, scene=Scene(dwell_s=DWELL_S))
-    keys = job.place / output
-
-    def has_begun() -> bool:
-        return bool(set(keys.shard_keys()) - older)
-
-    wait_until(has_begun, "the newer run has committed a shard")
-    paused.go_on()
-    assert paused.wait() == 3, job.runs.said()
-    assert at_work.wait() == 0, job.runs.said()
-    findings = judge(job.at(output), job.at(inputs), newer, same_bytes=False)
-    assert not findings.problems
+    # Its lease lasts, so that it does not stop in the middle of renewing it, with a lock held.
+    newer = job.runs.start(job.config(output, inputs, lease_s=60), failpoint_of(where, "pause"))
+    assert newer.wait() == STOPPED, job.runs.said()
+    older.go_on()
+    assert older.wait() == 3, job.runs.said()
+    newer.go_on()
+    assert newer.wait() == 0, job.runs.said()
+    assert not judge(job.at(output), job.at(inputs), expected, same_bytes=False).problems
 
 
 def test_every_failpoint_of_the_table_is_in_the_code_once_and_no_other() -> None:

@@ -47,6 +47,7 @@ def leave_lease(place: Place, *, host: str, pid: int, ttl_s: float, epoch: int =
         "holder": {"host": host, "pid": pid, "id": "another"},
         "ttl_s": ttl_s,
         "renewals": 7,
+        "closing": False,
         "released": False,
     }
     place.write({KEY: json.dumps(body).encode()})

@@ -9,10 +9,12 @@ from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.manifest import (
     Ledger,
     claim_output,
+    conclude,
     current_manifest,
     known_receipts,
     open_scored,
     publish,
+    published,
     read_success,
     total,
 )
@@ -103,6 +105,11 @@ def test_identity_takes_fingerprint_and_prefix_but_not_place_or_time() -> None:
     assert moved.identity("f", "") == SHARD.identity("f", "")
 
 
+def _finish(store: Store, receipts: list[Receipt]) -> None:
+    found = published(store)
+    conclude(store, publish(store, 1, "f", receipts, found), found)
+
+
 def test_totals_account_for_every_row() -> None:
     totals = total([DONE, FAILED])
     assert totals["rows"] == totals["rows_scored"] + totals["rows_marked"] + totals["rows_failed"]
@@ -113,7 +120,7 @@ def test_totals_account_for_every_row() -> None:
 def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:
     gone = replace(DONE, output_key="old.parquet", status=Status.INPUT_GONE)
     assert total([DONE, gone]) == total([DONE])
-    publish(store, 1, "f", [DONE, gone])
+    _finish(store, [DONE, gone])
     assert current_manifest(store) == [DONE, gone]
 
 
@@ -123,10 +130,10 @@ def test_rows_that_do_not_add_up_are_an_integrity_error() -> None:
 
 
 def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
-    publish(store, 1, "f", [DONE, FAILED])
+    _finish(store, [DONE, FAILED])
     assert read_success(store) is None
     assert current_manifest(store) == [DONE, FAILED]
-    publish(store, 1, "f", [DONE])
+    _finish(store, [DONE])
     success = read_success(store)
     assert success is not None and success["rows_scored"] == 9
     assert current_manifest(store) == [DONE]
@@ -136,7 +143,7 @@ def test_the_ledger_remembers_what_no_manifest_names_yet(store: Store) -> None:
     ledger = Ledger(store, 1, "holder", every_s=0)
     ledger.add(DONE)
     assert known_receipts(store) == {"a.parquet": DONE}
-    publish(store, 1, "f", [DONE])
+    _finish(store, [DONE])
     assert list(store.list("_batch_scorer/ledger")) == []
     assert known_receipts(store) == {"a.parquet": DONE}
 
