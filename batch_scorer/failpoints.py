@@ -22,6 +22,8 @@ FAILPOINTS = {
     "lease.before_renew": "the lease grows old",
     "lease.after_renew": "the lease is fresh",
     "lease.before_release": "all is done, and the lease still held",
+    "room.before_delete": "what will be replaced is copied aside",
+    "room.after_delete": "old pieces of files that are cut in another way are gone",
     "plan.before_put": "it is known what is left to do",
     "commit.before_epoch_check": "a shard is encoded",
     "commit.before_put": "the epoch was right a moment ago",
@@ -34,7 +36,8 @@ FAILPOINTS = {
     "current.after_put": "the new manifest counts, the ledger is still there",
     "lease.after_close": "nobody has looked for shards that came late",
     "ledger.after_delete": "everything but _SUCCESS",
-    "success.after_put": "everything",
+    "success.after_put": "everything, and copies that were made aside",
+    "earlier.before_delete": "the same",
 }
 """What a crash leaves behind at each of them."""
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.columns import Outputs, sequence_scores
@@ -211,8 +212,8 @@ def _ids(rows: TokenizedRows) -> list[bytes]:
 
 def _footer(output: Store, info: ObjectInfo) -> Commit | None:
     try:
-        source = Source(output.root, info.key, info.size_bytes, info.version)
-        return Commit.from_footer(open_parquet(output, source).schema_arrow.metadata)
+        file = output.open(info.key, info.size_bytes, info.version)
+        return Commit.from_footer(pq.read_schema(file).metadata)
     except (StorageError, pa.ArrowException, OSError) as error:
         log.warning("%s: its scores are not used: %s", output.url(info.key), error)
         return None

@@ -14,7 +14,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -445,9 +444,7 @@ def _withdraw(store: Store, key: str, version: Version) -> None:
     """
     lease = lease_of(store)
     if lease is not None and lease.is_over and not is_in_manifest(store, key):
-        with suppress(ObjectMissing):
-            if store.head(key).version == version:
-                store.delete(key)
+        store.delete_version(key, version)
 
 
 def _look(store: Store, shard: Shard, ours: Commit) -> tuple[Version | None, _Standing | None]:

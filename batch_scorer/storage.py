@@ -240,6 +240,15 @@ class Store:
         with suppress(ObjectMissing):
             self._asked(key, lambda: obstore.delete(self._store, key))
 
+    def delete_version(self, key: str, version: Version) -> None:
+        """Remove the object if it is this version; what came in its place is left alone.
+
+        A look before the removal, as stores have no conditional one: some milliseconds are open.
+        """
+        with suppress(ObjectMissing):
+            if self.head(key).version == version:
+                self.delete(key)
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
         assert self._local is not None

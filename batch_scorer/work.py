@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from batch_scorer.commits import Receipt, Shard, Status
 from batch_scorer.errors import LeaseLostError, OutputError
+from batch_scorer.failpoints import failpoint
 from batch_scorer.manifest import committed, current_manifest, is_record, known_receipts
 from batch_scorer.plan import Plan
 from batch_scorer.reuse import Earlier, keep, kept, nearest
@@ -117,10 +118,15 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
     rewritten = {shard.source.key for shard in work.todo}
     doomed = [receipt for receipt in work.outdated if receipt.input in rewritten]
     copies = keep(output, [*work.replaced, *doomed])
-    for _ in in_threads(
-        output.delete, (receipt.output_key for receipt in work.outdated), _DELETERS
-    ):
+    failpoint("room.before_delete")
+
+    def remove(receipt: Receipt) -> None:
+        assert receipt.version is not None  # it is stored
+        output.delete_version(receipt.output_key, receipt.version)
+
+    for _ in in_threads(remove, work.outdated, _DELETERS):
         pass
+    failpoint("room.after_delete")
     aside = list({copy.key: copy for copy in [*work.aside, *copies]}.values())
     candidates: dict[str, list[Earlier]] = defaultdict(list)
     for earlier in [*aside, *donors]:
@@ -148,11 +154,12 @@ def remove_strays(job: Job, output: Store, receipts: Sequence[Receipt]) -> None:
     for info, receipt in committed(output, others, {}):
         commit = receipt.commit if receipt else None
         if commit is not None and commit.input in inputs and commit.epoch < job.epoch:
-            output.delete(info.key)
+            output.delete_version(info.key, info.version)
 
 
 def clear(work: Work, output: Store, receipts: Sequence[Receipt]) -> None:
     """Remove the copies of all files of which nothing is left to do, now that a run has ended."""
+    failpoint("earlier.before_delete")
     unfinished = {r.input for r in receipts if r.status in (Status.FAILED, Status.LEFT)}
     keys = (copy.key for copy in work.aside if copy.commit.input not in unfinished)
     for _ in in_threads(output.delete, keys, _DELETERS):

@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,14 +138,16 @@ class Child:
 
 
 class Family:
-    """What this process and all that come from it take while the context lasts (Linux).
+    """What this process, those of `roots` and all that come from them take while the context
+    lasts (Linux).
 
     `peak_mb` is the resident memory that the largest process of a kind had at once, shared memory
     counted in; `cpu_s` the CPU seconds of all of a kind. Kinds are the driver, the workers that
     score, those that read and write, and the rest of Ray.
     """
 
-    def __init__(self, every_s: float = 0.5) -> None:
+    def __init__(self, roots: Sequence[int] = (), every_s: float = 0.5) -> None:
+        self._roots = {os.getpid(), *roots}
         self._every_s = every_s
         self._kinds: dict[int, str] = {}
         self._peaks: dict[int, float] = {}
@@ -193,7 +195,7 @@ class Family:
                 continue
             parents[int(folder.name)] = int(fields[1])
             ticks[int(folder.name)] = int(fields[11]) + int(fields[12])
-        family = {os.getpid()}
+        family = set(self._roots)
         while more := {pid for pid, parent in parents.items() if parent in family} - family:
             family |= more
         for pid in family:

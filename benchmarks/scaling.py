@@ -1,37 +1,47 @@
 """What a row costs from a thousand rows to a million, and how much memory that takes.
 
 The whole job without a model (`backend: fake`): real pairs from S3, rendered and tokenised with
-the embedded model's tokenizer, through Ray Data, committed to S3. Every size is a run of its own
-process. Memory is the largest resident set of any process of a kind; CPU seconds are of all
-processes but the S3 server.
+the embedded model's tokenizer, through Ray Data, committed to S3. Every size is a job of its own
+process, on a new server: it is stopped after half of its shards, resumed, and once more begun when
+all is done. Memory is the largest resident set of any process of a kind; CPU seconds are of all
+processes but the S3 server, which counts its requests itself.
 
     python benchmarks/scaling.py                     # 1,000 to 1,000,000 rows
+    python benchmarks/scaling.py --nodes 2 --sizes 100000 1000000 2000000
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import WORKLOADS, Child, Family, environment_set, machine, print_table
+from local_cluster import local_cluster
 from seaweed import S3Server, s3_server
 from tiny import tiny_reward_model
 
+from batch_scorer.commits import Receipt
 from batch_scorer.config import load_config
+from batch_scorer.metrics import Metrics
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 from batch_scorer.run import score
 from batch_scorer.session import ray_session
 from batch_scorer.storage import in_threads, open_store
+from batch_scorer.work import Work
 
 FILE_ROWS = 2_000
 """About the million tokens of a shard."""
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 TINY_SIZES = (60,)
 _WRITERS = 8
+_CPUS = 2
+"""Of each node of a local cluster, as far as its scheduler knows."""
 
 
 def main() -> None:
@@ -39,6 +49,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
     parser.add_argument("--sizes", type=int, nargs="+", help="rows of each run")
     parser.add_argument("--data", type=Path, help="folder of larger data")
+    parser.add_argument("--nodes", type=int, default=0, help="of a local cluster to run it on")
     asked = parser.parse_args()
     sizes = asked.sizes or (TINY_SIZES if asked.tiny else SIZES)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,40 +61,53 @@ def main() -> None:
         runs = []
         for size in sizes:
             file_rows = 20 if asked.tiny else FILE_ROWS
-            runs.append(run(size, file_rows, model_dir, asked.data, tiny=asked.tiny))
+            runs.append(run(size, file_rows, model_dir, asked.data, asked.nodes, tiny=asked.tiny))
             print(runs[-1], flush=True)
-    figures = ("read_us", "tokenize_us", "write_us", "cpu_us")
+    figures = ("rows_per_s", "read_us", "tokenize_us", "write_us", "cpu_us", "requests_a_shard")
+    times = ("plan_s", "resume_s", "again_s")
     print_table(
-        ("rows", *(f"{name} a row" for name in figures), "driver MB", "worker MB", "again s"),
+        ("rows", *figures, "driver MB", "worker MB", *times),
         (
             (
                 one["rows"],
                 *(one[name] for name in figures),
                 one["peak_mb"]["driver"],
                 max(one["peak_mb"].get(kind, 0) for kind in ("score", "read and write")),
-                one["again_s"],
+                *(one[name] for name in times),
             )
             for one in runs
         ),
     )
-    result = {"benchmark": "scaling", "tiny": asked.tiny, "runs": runs, "machine": machine()}
+    result = {
+        "benchmark": "scaling",
+        "tiny": asked.tiny,
+        "nodes": asked.nodes,
+        "runs": runs,
+        "machine": machine(),
+    }
     print(json.dumps(result))
 
 
 def run(
-    rows: int, file_rows: int, model_dir: Path, data: Path | None, *, tiny: bool
+    rows: int, file_rows: int, model_dir: Path, data: Path | None, nodes: int, *, tiny: bool
 ) -> dict[str, Any]:
     """One size, on a new server and, unless it is tiny, in a new process."""
-    with s3_server() as server:
+    with ExitStack() as stack:
+        server = stack.enter_context(s3_server())
         with environment_set(server.environment):
             upload(rows, file_rows, server, data)
-            if tiny:
+            if tiny and not nodes:
                 return measure(server, model_dir)
-        child = Child(server.environment)
-        try:
-            return child.call(measure, server, model_dir)
-        finally:
-            child.close()
+        environment, roots = server.environment, []
+        if nodes:
+            cluster = stack.enter_context(
+                local_cluster(nodes=nodes, cpus=_CPUS, gpus=0, env=server.environment)
+            )
+            environment = environment | cluster.environment
+            roots = [node.pid for node in (cluster.head, *cluster.nodes)]
+        child = Child(environment)
+        stack.callback(child.close)
+        return child.call(measure, server, model_dir, roots)
 
 
 def upload(rows: int, file_rows: int, server: S3Server, data: Path | None) -> None:
@@ -101,8 +125,39 @@ def upload(rows: int, file_rows: int, server: S3Server, data: Path | None) -> No
     list(in_threads(put, range(0, rows, file_rows), _WRITERS))
 
 
-def measure(server: S3Server, model_dir: Path) -> dict[str, Any]:
-    """The job, and the same command again, which finds that all is done."""
+class Stopped(Exception):
+    """Half of the shards are committed."""
+
+
+class Watch:
+    """Sums up all receipts that come (a shard that was under way at the stop gives none), and stops
+    the first run after half of its shards."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.rows = 0
+        self.planned_at = 0.0
+        self._until_stop: int | None = None
+
+    def planned(self, work: Work) -> None:
+        self.planned_at = time.perf_counter()
+        if self._until_stop is None:
+            self._until_stop = len(work.todo) // 2
+
+    def finished(self, receipt: Receipt) -> None:
+        assert self._until_stop is not None
+        self.metrics.add(receipt)
+        self.rows += receipt.num_rows
+        self._until_stop -= 1
+        if self._until_stop == 0:
+            raise Stopped
+
+
+def measure(server: S3Server, model_dir: Path, roots: Sequence[int] = ()) -> dict[str, Any]:
+    """The job in two halves, and the same command again, which finds that all is done.
+
+    `roots` are the processes of a cluster that it runs on.
+    """
     config = load_config(
         model=str(model_dir),
         inputs=(server.url("in"),),
@@ -110,25 +165,37 @@ def measure(server: S3Server, model_dir: Path) -> dict[str, Any]:
         store_options=server.options,
         backend="fake",
     )
-    with Family() as family, ray_session(config):
+    watch = Watch()
+    before = server.requests()
+    with Family(roots) as family, ray_session(config):
         started = time.perf_counter()
-        summary = score(config)
-        elapsed_s = time.perf_counter() - started
+        with suppress(Stopped):
+            score(config, watch)
+        plan_s, first_s = watch.planned_at - started, time.perf_counter() - started
+        started = time.perf_counter()
+        resumed = score(config, watch)
+        resume_s, second_s = watch.planned_at - started, time.perf_counter() - started
+        requests = server.requests() - before
         started = time.perf_counter()
         again = score(config)
         again_s = time.perf_counter() - started
-    assert summary.is_complete and again.run.shards == 0
-    rows, metrics = summary.run.rows, summary.metrics
+    assert resumed.is_complete and again.run.shards == 0
+    rows, shards = resumed.totals["rows"], resumed.totals["shards"]
     return {
         "rows": rows,
-        "shards": summary.run.shards,
-        "tokens": metrics.scored_tokens,
-        "elapsed_s": round(elapsed_s, 1),
-        "span_s": round(metrics.span_s, 1),
-        "again_s": round(again_s, 1),
-        "read_us": round(1e6 * metrics.read_s / rows, 1),
-        "tokenize_us": round(1e6 * metrics.tokenize_s / rows, 1),
-        "write_us": round(1e6 * metrics.write_s / rows, 1),
+        "shards": shards,
+        "resumed_shards": resumed.run.shards,
+        "tokens": resumed.totals["tokens"],
+        "elapsed_s": round(first_s + second_s, 1),
+        "rows_per_s": round(rows / (first_s + second_s), 1),
+        "plan_s": round(plan_s, 2),
+        "resume_s": round(resume_s, 2),
+        "again_s": round(again_s, 2),
+        "requests": dict(requests),
+        "requests_a_shard": round(requests.total() / shards, 2),
+        "read_us": round(1e6 * watch.metrics.read_s / watch.rows, 1),
+        "tokenize_us": round(1e6 * watch.metrics.tokenize_s / watch.rows, 1),
+        "write_us": round(1e6 * watch.metrics.write_s / watch.rows, 1),
         "cpu_us": round(1e6 * sum(family.cpu_s.values()) / rows, 1),
         "cpu_s": family.cpu_s,
         "peak_mb": family.peak_mb,

@@ -218,8 +218,9 @@ def errors_of(exact: Scores | Reference, scores: Scores, is_embedding: bool) -> 
 
 
 def _scaled(exact: FloatArray, values: FloatArray) -> FloatArray:
-    spread = np.nanstd(exact, axis=0)
-    size = np.sqrt(np.nanmean(exact**2, axis=0))
+    numbers = np.ma.masked_invalid(exact)
+    spread = numbers.std(axis=0).filled(0)
+    size = np.sqrt((numbers**2).mean(axis=0).filled(0))
     scale = np.maximum(np.maximum(spread, size / 10), 1e-6)
     scaled: FloatArray = np.abs(values - exact) / scale
     return scaled

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +22,10 @@ ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"
 BUCKET = "bkt"
 _START_TIMEOUT_S = 60
-_PORTS_PER_SERVER = 5
+_PORTS_PER_SERVER = 6
 _GRPC_SHIFT = 10000
+_METRICS_SHIFT = 5
+_REQUESTS = rf'^SeaweedFS_s3_request_total{{bucket="{BUCKET}",.*type="(\w+)"}} (\S+)$'
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class S3Server:
 
     def url(self, path: str) -> str:
         return f"s3://{BUCKET}/{path}"
+
+    def requests(self) -> Counter[str]:
+        """How many it has answered so far in its bucket, by kind: GET (and HEAD), PUT, LIST, …"""
+        port = (urlsplit(self.endpoint).port or 0) + _METRICS_SHIFT
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        counts: Counter[str] = Counter()
+        for kind, count in re.findall(_REQUESTS, text, re.MULTILINE):
+            counts[kind] += int(float(count))
+        return counts
 
 
 @contextmanager
@@ -90,7 +104,7 @@ def _launch(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
         "-webdav=false", f"-s3.config={config}", "-s3.iam=false", f"-s3.port={port}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", f"-master.port={port + 1}",
         f"-filer.port={port + 2}", f"-volume.port={port + 3}", f"-admin.port={port + 4}",
-        f"-bucket={BUCKET}",
+        f"-metricsPort={port + _METRICS_SHIFT}", f"-bucket={BUCKET}",
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -200,6 +200,20 @@ def test_a_file_that_is_cut_differently_leaves_no_stale_pieces(
         )
 
 
+def test_a_shard_takes_six_requests(s3: S3Server, tmp_path: Path, tiny_model: Path) -> None:
+    """Its file to plan, to score and to copy from, the lease twice, and the PUT."""
+
+    def asked(files: int) -> int:
+        place = Place(s3.url(f"requests/{tmp_path.name}-{files}"), s3.options)
+        rows = parquet(pairs(2))
+        (place / "in").write({f"{number}.parquet": rows for number in range(files)})
+        before = s3.requests()
+        assert score(place, tiny_model, "--backend", "fake", "--lease-s", 600).exit_code == 0
+        return (s3.requests() - before).total()
+
+    assert asked(12) - asked(4) == 8 * 6
+
+
 def test_a_removed_input_keeps_its_scores_and_is_named(scored: Place, tiny_model: Path) -> None:
     before = (scored / "out").shards()
     (scored / "in").store.delete("b.parquet")

@@ -17,8 +17,10 @@ from places import Place
 from small_job import SmallJob, small_job
 
 import batch_scorer
+from batch_scorer import Config
 from batch_scorer.errors import ConfigError
 from batch_scorer.failpoints import FAILPOINTS, arm
+from batch_scorer.reuse import EARLIER
 
 pytestmark = pytest.mark.fault
 
@@ -56,6 +58,14 @@ def failpoint_of(name: str, action: str) -> str:
     return f"{name}:{action}:{count}"
 
 
+def until_taken(job: SmallJob, config: Config) -> None:
+    """Run it until the lease of the one that sleeps is over."""
+    deadline = time.monotonic() + 30
+    while (code := job.runs.run(config)) != 0:
+        assert code == 2 and time.monotonic() < deadline, (code, job.runs.said())
+        time.sleep(TERM_S / 3)
+
+
 @pytest.mark.parametrize("action", ["kill", "raise"])
 @pytest.mark.parametrize("name", FAILPOINTS)
 def test_a_run_that_ends_at_any_step_is_finished_by_the_same_command(
@@ -68,6 +78,35 @@ def test_a_run_that_ends_at_any_step_is_finished_by_the_same_command(
     assert code in reached, (code, job.runs.said())
     assert job.runs.run(job.config(output)) == 0, job.runs.said()
     assert not judge(job.at(output), job.at("in"), expected).problems
+
+
+@pytest.mark.parametrize("action", ["kill", "pause"])
+@pytest.mark.parametrize("name", ["room.before_delete", "room.after_delete", "commit.before_put",
+                                  "manifest.before_put", "earlier.before_delete"])  # fmt: skip
+def test_a_run_that_replaces_scored_shards_may_end_or_sleep_at_any_step(
+    name: str, action: str, job: SmallJob, expected: Found
+) -> None:
+    """An input was rewritten, and is cut in another way. While the run sleeps, the file comes back
+    as it was, and another run scores it: then the old pieces are the right ones again."""
+    inputs, output = f"in-{action}-{name}", f"replaced-{action}-{name}"
+    job.write_inputs(inputs)
+    config = job.config(output, inputs, lease_s=TERM_S)
+    assert job.runs.run(config) == 0, job.runs.said()
+    job.write_inputs(inputs, newer=True)
+    run = job.runs.start(config, failpoint_of(name, action))
+    if action == "kill":
+        assert run.wait() == -signal.SIGKILL, job.runs.said()
+        right = job.undisturbed(inputs)
+    else:
+        assert run.wait() == STOPPED, job.runs.said()
+        job.write_inputs(inputs)
+        right = expected
+        until_taken(job, config)
+        run.go_on()
+        assert run.wait() in (0, 2, 3), job.runs.said()
+    assert job.runs.run(config) == 0, job.runs.said()
+    assert not judge(job.at(output), job.at(inputs), right, same_bytes=False).problems
+    assert not list((job.place / output).store.list(EARLIER))
 
 
 @pytest.mark.parametrize("name", FAILPOINTS)
@@ -88,10 +127,7 @@ def test_a_run_that_is_paused_at_any_step_damages_nothing_when_it_wakes_up(
         # The newer plan is the output's second, as its shards say: so their bytes are others.
         return judge(job.at(output), job.at(inputs), newer, same_bytes=False).problems
 
-    deadline = time.monotonic() + 30
-    while (code := job.runs.run(config)) != 0:  # until the lease of the one that sleeps is over
-        assert code == 2 and time.monotonic() < deadline, (code, job.runs.said())
-        time.sleep(TERM_S / 3)
+    until_taken(job, config)
     assert not problems()
     paused.go_on()
     assert paused.wait() in (0, 2, 3), job.runs.said()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_scorer import plan
 from batch_scorer.commits import Source
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, InputError, ShardReason
@@ -17,7 +18,6 @@ from batch_scorer.plan import (
     cut,
     list_sources,
     make_plan,
-    open_parquet,
     read_json,
     read_rows,
 )
@@ -185,18 +185,27 @@ MANY_TYPES = pa.table(
 )
 
 
+@pytest.mark.parametrize("is_small", [True, False])
 @pytest.mark.parametrize("columns", [None, ["messages", "text"]])
 @pytest.mark.parametrize(
     ("groups", "skip", "count"),
     [((0, 2), 0, 2600), ((0, 1), 0, 128), ((0, 1), 1000, 300), ((1, 3), 2, 1698), ((2, 3), 399, 1)],
 )
 def test_a_part_of_a_row_group_is_what_the_whole_group_holds_there(
-    tmp_path: Path, groups: tuple[int, int], skip: int, count: int, columns: list[str] | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: tuple[int, int],
+    skip: int,
+    count: int,
+    columns: list[str] | None,
+    is_small: bool,
 ) -> None:
-    pq.write_table(MANY_TYPES, tmp_path / "x.parquet", row_group_size=1300)
+    file = tmp_path / "x.parquet"
+    pq.write_table(MANY_TYPES, file, row_group_size=1300)
+    monkeypatch.setattr(plan, "_WHOLE_BYTES", 1 << 22 if is_small else 0)
     (source,) = list_sources(_config(tmp_path))
     store = open_store(source.root, {})
-    whole = open_parquet(store, source).read_row_groups(list(range(*groups)), columns=columns)
+    whole = pq.ParquetFile(file).read_row_groups(list(range(*groups)), columns=columns)
     part = read_rows(store, source, groups, skip, count, columns)
     assert part.equals(whole.slice(skip, count), check_metadata=True)
 
