@@ -21,15 +21,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays in one process, and all files that use the cluster in one: it starts once."""
-    shares = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "cluster" if item.path in shares else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
     """A real S3 server, its keys in this process's environment."""

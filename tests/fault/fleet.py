@@ -18,7 +18,7 @@ from seaweed import S3Server
 
 from batch_scorer.storage import StorageError
 
-SHARDS = 24
+SHARDS = 20
 SHARD_ROWS = 2
 SCORE_S, LOAD_S = 0.5, 1.0
 DRIVER = Path(__file__).parent / "slow_driver.py"

@@ -7,7 +7,7 @@ from inputs import long_pair_rows, parquet, table_of
 from places import Place
 from program import Ended, Program, Running, wait_until
 
-SHARDS = 16
+SHARDS = 10
 ROWS_PER_SHARD = 2
 
 

@@ -46,6 +46,11 @@ BFLOAT16_FACTOR = 1.75
 """Times plain Hugging Face's own error in bfloat16 that ours may reach (docs/numerics.md)."""
 
 
+BFLOAT16_IN_VLLM = {"sequence_classifier-gemma2", "token_logit", "value_head_mlp", "starling",
+                    "qwen2_math_prm", "armorm", "ldl"}  # fmt: skip
+"""One for each kind of head; an engine takes seconds to start, and float32 has them all."""
+
+
 def vllm(model_dir: Path, dtype: str) -> VLLMBackend:
     # vLLM collects garbage eight times at every start; among what the tests hold that is seconds.
     gc.freeze()
@@ -132,7 +137,10 @@ def test_scores_are_those_of_the_plain_model(family: Family, road: str, built: B
     )
 
 
-@pytest.mark.parametrize(("family", "road"), MATRIX)
+@pytest.mark.parametrize(
+    ("family", "road"),
+    [case for case in MATRIX if case.values[1] != "vllm" or case.values[0].id in BFLOAT16_IN_VLLM],
+)
 def test_bfloat16_is_no_further_from_float32_than_plain_hugging_face(
     family: Family, road: str, built: Built
 ) -> None:
