@@ -3,7 +3,9 @@
 Legend: S sequences.
 """
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 from batch_scorer.packing import pad
 from batch_scorer.records import Format, Layout, TokenizedRows
 
@@ -469,6 +472,30 @@ _PACKAGES = (
     "pyarrow",
     "obstore",
 )
+
+
+def command_line(doc: str | None, *, takes_data: bool = False) -> argparse.ArgumentParser:
+    """A parser with what benchmarks have in common; the first line of `doc` is its description."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    if takes_data:
+        parser.add_argument("--data", type=Path, help="folder of larger data")
+    return parser
+
+
+def model_of(asked: argparse.Namespace, folder: Path) -> Path:
+    """The embedded model's directory, or that of a tiny one made in `folder`."""
+    if asked.tiny:
+        from tiny import tiny_reward_model  # of the tests
+
+        return tiny_reward_model(folder / "model")
+    return build_embedded_model(default_embedded_directory(), print)
+
+
+def report(benchmark: str, asked: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+    """Print a benchmark's last line, in JSON."""
+    head = {"benchmark": benchmark, "tiny": asked.tiny}
+    print(json.dumps({**head, **figures, "machine": machine()}))
 
 
 def machine() -> dict[str, str | int]:

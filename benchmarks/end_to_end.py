@@ -14,7 +14,6 @@ the seconds of every stage as the shards' receipts have them.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,18 +30,18 @@ from common import (
     Contest,
     Padded,
     by_length,
+    command_line,
     environment_set,
     in_file_order,
-    machine,
+    model_of,
+    report,
     tokenize,
 )
 from seaweed import s3_server
-from tiny import tiny_reward_model
 
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.config import Config, load_config
-from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 from batch_scorer.records import TokenizedRows
 from batch_scorer.run import Summary, score
 from batch_scorer.session import ray_session
@@ -63,18 +62,12 @@ class Part:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser = command_line(__doc__, takes_data=True)
     parser.add_argument("--minutes", type=float, help="length of (c) and of (d), in one round")
-    parser.add_argument("--data", type=Path, help="folder of larger data")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model_dir = (
-            tiny_reward_model(Path(folder) / "model")
-            if asked.tiny
-            else build_embedded_model(default_embedded_directory(), print)
-        )
-        print(json.dumps(measure(asked, model_dir)))
+        model_dir = model_of(asked, Path(folder))
+        report("end_to_end", asked, measure(asked, model_dir))
 
 
 def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
@@ -107,15 +100,12 @@ def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
         with ray_session(config):
             figures = contest(config, backend, padded, parts, rounds)
     return {
-        "benchmark": "end_to_end",
-        "tiny": asked.tiny,
         "pairs": sum(part.table.num_rows for part in parts),
         "shards": len(parts),
         "tokens": sum(part.rows.num_tokens for part in parts),
         "dtype": dtype,
         "rounds": rounds,
         **figures,
-        "machine": machine(),
     }
 
 

@@ -19,7 +19,6 @@ fast. The last line is the whole result as JSON.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -42,12 +41,13 @@ from common import (
     Sequences,
     agreement,
     by_length,
+    command_line,
     copy_tokenizer,
     in_a_line,
     in_file_order,
-    machine,
     print_table,
     random_config,
+    report,
     tokenize,
     write_random_model,
 )
@@ -464,11 +464,9 @@ def read_workloads(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser = command_line(__doc__, takes_data=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="pairs or prompts of each workload")
-    parser.add_argument("--data", type=Path, help="folder of larger data")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["embedded", "qwen3"])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, help=f"and {REFERENCE}")
@@ -481,7 +479,7 @@ def main() -> None:
     ]
     names = [name for name in CONTESTANTS if name in names or name == REFERENCE]
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(contest(asked, names, Path(folder))))
+        report("engines", asked, contest(asked, names, Path(folder)))
 
 
 def contest(asked: argparse.Namespace, names: list[str], folder: Path) -> dict[str, Any]:
@@ -532,8 +530,6 @@ def contest(asked: argparse.Namespace, names: list[str], folder: Path) -> dict[s
             name: "left out of --tiny" for name in CONTESTANTS if asked.tiny and name not in names
         }
     return {
-        "benchmark": "engines",
-        "tiny": asked.tiny,
         "data": "the repository's" if asked.data is None else "larger",
         "dtype": dtype,
         "threads": asked.threads,
@@ -545,7 +541,6 @@ def contest(asked: argparse.Namespace, names: list[str], folder: Path) -> dict[s
         "results": results,
         "contestants_left_out": left_out,
         "workloads_left_out": no_rows,
-        "machine": machine(),
     }
 
 

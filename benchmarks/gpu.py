@@ -19,7 +19,6 @@ as JSON.
 
 import argparse
 import importlib.util
-import json
 import statistics
 import tempfile
 import time
@@ -44,11 +43,12 @@ from common import (
     Sequences,
     agreement,
     by_length,
+    command_line,
     in_a_line,
     in_file_order,
-    machine,
     padded_attention,
     print_table,
+    report,
     tokenized,
 )
 from safetensors.torch import save_file
@@ -341,11 +341,9 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser = command_line(__doc__, takes_data=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=100, help="pairs or prompts of each workload")
-    parser.add_argument("--data", type=Path, help="folder of larger data")
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
@@ -356,7 +354,7 @@ def main() -> None:
     elif device == "cpu":
         parser.error("torch finds no CUDA device; --tiny runs on a CPU")
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(contest(asked, device, Path(folder))))
+        report("gpu", asked, contest(asked, device, Path(folder)))
 
 
 def contest(asked: argparse.Namespace, device: str, folder: Path) -> dict[str, Any]:
@@ -403,12 +401,9 @@ def contest(asked: argparse.Namespace, device: str, folder: Path) -> dict[str, A
                 }
             )
     return {
-        "benchmark": "gpu",
-        "tiny": asked.tiny,
         "rounds": asked.rounds,
         "results": results,
         "left_out": left_out,
-        "machine": machine(),
     }
 
 

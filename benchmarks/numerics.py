@@ -8,8 +8,6 @@ scores have a standard deviation of 2. Exact means float32, eager, one sequence 
 last line is the whole result as JSON.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,10 +22,11 @@ import transformers
 from common import (
     FAMILIES,
     Floats,
+    command_line,
     last_hidden,
-    machine,
     padded_attention,
     random_config,
+    report,
     tokenized,
     write_random_model,
 )
@@ -59,19 +58,15 @@ TINY = Scale(2, 192, 500, 12, 20, 64, 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="a smoke test in seconds")
+    parser = command_line(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    scale = TINY if arguments.tiny else FULL
+    scale = TINY if asked.tiny else FULL
     result: dict[str, Any] = {
-        "benchmark": "numerics",
-        "tiny": arguments.tiny,
-        "machine": machine(),
-        "threads": arguments.threads,
+        "threads": asked.threads,
         "errors": {},
         "jitter": {},
     }
@@ -86,7 +81,7 @@ def main() -> None:
     print_attention_times(result["attention_ms"])
     result["body_tokens_per_s"] = body_rates(scale)
     print(f"\npacked Llama body, tokens per second: {result['body_tokens_per_s']}\n")
-    print(json.dumps(result))
+    report("numerics", asked, result)
 
 
 # Accuracy

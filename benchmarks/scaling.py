@@ -10,8 +10,6 @@ processes but the S3 server, which counts its requests itself.
     python benchmarks/scaling.py --nodes 2 --sizes 100000 1000000 2000000
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,15 +19,22 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import WORKLOADS, Child, Family, environment_set, machine, print_table
+from common import (
+    WORKLOADS,
+    Child,
+    Family,
+    command_line,
+    environment_set,
+    model_of,
+    print_table,
+    report,
+)
 from local_cluster import local_cluster
 from seaweed import S3Server, s3_server
-from tiny import tiny_reward_model
 
 from batch_scorer.commits import Receipt
 from batch_scorer.config import load_config
 from batch_scorer.metrics import Metrics
-from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 from batch_scorer.run import score
 from batch_scorer.session import ray_session
 from batch_scorer.storage import in_threads, open_store
@@ -45,19 +50,13 @@ _CPUS = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser = command_line(__doc__, takes_data=True)
     parser.add_argument("--sizes", type=int, nargs="+", help="rows of each run")
-    parser.add_argument("--data", type=Path, help="folder of larger data")
     parser.add_argument("--nodes", type=int, default=0, help="of a local cluster to run it on")
     asked = parser.parse_args()
     sizes = asked.sizes or (TINY_SIZES if asked.tiny else SIZES)
     with tempfile.TemporaryDirectory() as folder:
-        model_dir = (
-            tiny_reward_model(Path(folder) / "model")
-            if asked.tiny
-            else build_embedded_model(default_embedded_directory(), print)
-        )
+        model_dir = model_of(asked, Path(folder))
         runs = []
         for size in sizes:
             file_rows = 20 if asked.tiny else FILE_ROWS
@@ -78,14 +77,7 @@ def main() -> None:
             for one in runs
         ),
     )
-    result = {
-        "benchmark": "scaling",
-        "tiny": asked.tiny,
-        "nodes": asked.nodes,
-        "runs": runs,
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    report("scaling", asked, {"nodes": asked.nodes, "runs": runs})
 
 
 def run(

@@ -9,8 +9,6 @@ nothing to do. Times are of one command; memory is the driver's largest resident
     python benchmarks/shards.py                      # 1,000, 10,000 and 100,000 shards
 """
 
-import argparse
-import json
 import tempfile
 import time
 from contextlib import suppress
@@ -19,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import Child, Family, environment_set, machine, print_table
+from common import Child, Family, command_line, environment_set, print_table, report
 from inputs import pairs
 from seaweed import S3Server, s3_server
 from tiny import tiny_reward_model
@@ -41,8 +39,7 @@ _FILES_A_FOLDER = 1_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser = command_line(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", help="shards of each plan")
     asked = parser.parse_args()
     sizes = asked.sizes or (TINY_SIZES if asked.tiny else SIZES)
@@ -56,8 +53,7 @@ def main() -> None:
         "plan_s", "shard_ms", "shard_ms_without_ray", "resume_s", "again_s", "driver_mb",
     )  # fmt: skip
     print_table(("shards", *names), ((one["shards"], *(one[n] for n in names)) for one in runs))
-    result = {"benchmark": "shards", "tiny": asked.tiny, "runs": runs, "machine": machine()}
-    print(json.dumps(result))
+    report("shards", asked, {"runs": runs})
 
 
 def run(shards: int, model_dir: Path, *, tiny: bool) -> dict[str, Any]:

@@ -8,8 +8,6 @@ what share of its time the operators take.
     python benchmarks/utilisation.py
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import WORKLOADS, machine, print_table, tokenize
-from tiny import tiny_reward_model
+from common import WORKLOADS, command_line, model_of, print_table, report, tokenize
 from torch.profiler import ProfilerActivity, profile
 
 from batch_scorer.backends.device import cpu_has_bfloat16, matmul_peak
@@ -27,7 +24,6 @@ from batch_scorer.backends.hf import HFBackend
 from batch_scorer.models.adapter import ModelFiles
 from batch_scorer.models.cost import model_cost
 from batch_scorer.models.directory import read_model_files
-from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 from batch_scorer.models.registry import choose_adapter
 from batch_scorer.records import TokenizedRows
 
@@ -41,21 +37,17 @@ GROUPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser = command_line(__doc__)
     parser.add_argument("--rows", type=int, default=40, help="pairs")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if asked.tiny:
-            model_dir = tiny_reward_model(Path(folder) / "model")
-        else:
-            model_dir = build_embedded_model(default_embedded_directory(), print)
+        model_dir = model_of(asked, Path(folder))
         workload = WORKLOADS["hh"]
         table = workload.read(2 if asked.tiny else asked.rows, None)
         rows = tokenize(table, workload.layout, model_dir)
         result = measure(model_dir, rows, 1 if asked.tiny else asked.rounds, tiny=asked.tiny)
-    print(json.dumps(result | {"benchmark": "utilisation", "machine": machine()}))
+    report("utilisation", asked, result)
 
 
 def measure(model_dir: Path, rows: TokenizedRows, rounds: int, *, tiny: bool) -> dict[str, Any]:

@@ -8,20 +8,17 @@ per worker takes memory; what it saves is the waiting of threads for each other.
 """
 
 import argparse
-import json
 import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common import Contest, Family, environment_set, machine
+from common import Contest, Family, command_line, environment_set, model_of, report
 from end_to_end import cut, run_job, upload
 from seaweed import s3_server
-from tiny import tiny_reward_model
 
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.config import load_config
-from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 from batch_scorer.session import ray_session
 
 SHARD_ROWS = 40
@@ -31,18 +28,12 @@ ROUNDS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="show that it runs; no real figures")
+    parser = command_line(__doc__, takes_data=True)
     parser.add_argument("--workers", type=int, nargs="+", help="of each contestant")
-    parser.add_argument("--data", type=Path, help="folder of larger data")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model_dir = (
-            tiny_reward_model(Path(folder) / "model")
-            if asked.tiny
-            else build_embedded_model(default_embedded_directory(), print)
-        )
-        print(json.dumps(measure(asked, model_dir)))
+        model_dir = model_of(asked, Path(folder))
+        report("workers", asked, measure(asked, model_dir))
 
 
 def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
@@ -75,8 +66,6 @@ def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
                 print(f"round {number + 1}: {rates.describe_round()} tokens/s", flush=True)
     first = f"workers_{contestants[0]}"
     return {
-        "benchmark": "workers",
-        "tiny": asked.tiny,
         "shards": len(parts),
         "tokens": sum(part.rows.num_tokens for part in parts),
         "dtype": dtype,
@@ -87,7 +76,6 @@ def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
             if name != first
         },
         "peak_mb_of_a_worker": peak_mb,
-        "machine": machine(),
     }
 
 

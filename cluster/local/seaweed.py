@@ -1,9 +1,7 @@
 """A real S3 server on this machine: SeaweedFS from PyPI, on its own ports and folder."""
 
 import json
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +21,10 @@ SECRET_KEY = "test-secret"
 BUCKET = "bkt"
 _START_TIMEOUT_S = 60
 _PORTS_PER_SERVER = 6
-_GRPC_SHIFT = 10000
+_GRPC_SHIFT = 10_000
+_PORTS = range(20_001, 22_700, _PORTS_PER_SERVER + 1)
+"""Above those of the local cluster; with those for gRPC below the ones that Linux gives to outgoing
+connections."""
 _METRICS_SHIFT = 5
 _REQUESTS = rf'^SeaweedFS_s3_request_total{{bucket="{BUCKET}",.*type="(\w+)"}} (\S+)$'
 
@@ -60,24 +61,18 @@ class S3Server:
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     """Start a server, wait until it answers, and leave nothing behind."""
-    folder = Path(tempfile.mkdtemp(prefix="weed-"))
-    process, server = _launch(folder)
-    try:
-        _wait_until_up(server, process, folder)
-        yield server
-    finally:
-        process.kill()  # its data is temporary, and a polite stop takes ten seconds
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-        remove_sockets(server.endpoint)
+    with tempfile.TemporaryDirectory(prefix="weed-", ignore_cleanup_errors=True) as folder:
+        process, server = _start(Path(folder))
+        try:
+            yield server
+        finally:
+            _end(process, server)
 
 
 def start_s3(folder: Path) -> S3Server:
     """Start a server that outlives this process; all but its sockets is in `folder`."""
     folder.mkdir()
-    process, server = _launch(folder)
-    _wait_until_up(server, process, folder)
-    return server
+    return _start(folder)[1]
 
 
 def remove_sockets(endpoint: str) -> None:
@@ -87,7 +82,25 @@ def remove_sockets(endpoint: str) -> None:
             left.unlink(missing_ok=True)
 
 
-def _launch(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
+def _start(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
+    """A server that answers. Raises RuntimeError, with its own words, if it does not."""
+    with _own_ports() as port:
+        process, server = _launch(folder, port)
+        try:
+            _wait_until_up(server, process, folder)
+        except BaseException:
+            _end(process, server)
+            raise
+    return process, server
+
+
+def _end(process: subprocess.Popen[bytes], server: S3Server) -> None:
+    process.kill()  # its data is temporary, and a polite stop takes ten seconds
+    process.wait()
+    remove_sockets(server.endpoint)
+
+
+def _launch(folder: Path, port: int) -> tuple[subprocess.Popen[bytes], S3Server]:
     config = folder / "s3.json"
     identity = {
         "name": "test",
@@ -97,7 +110,6 @@ def _launch(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
     config.write_text(json.dumps({"identities": [identity]}))
     data = folder / "data"
     data.mkdir()
-    port = _free_port()
     command = [
         str(Path(sys.executable).parent / "weed"), f"-logdir={folder}", "mini", f"-dir={data}",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false",
@@ -139,12 +151,21 @@ def _ports_from(port: int) -> list[int]:
     ]
 
 
-def _free_port() -> int:
-    """First of the free ports that a server takes."""
-    start = 20000 + (os.getpid() * 37) % 20000
-    for port in range(start, start + 5000, _PORTS_PER_SERVER):
-        if all(_is_free(own) for own in _ports_from(port)):
-            return port
+@contextmanager
+def _own_ports() -> Iterator[int]:
+    """First of the free ports that a server takes.
+
+    The one before it stays bound meanwhile, which keeps others off until the server has its own.
+    """
+    for port in _PORTS:
+        with socket.socket() as claim:
+            try:
+                claim.bind(("127.0.0.1", port - 1))
+            except OSError:
+                continue
+            if all(map(_is_free, _ports_from(port))):
+                yield port
+                return
     raise RuntimeError("no free ports")
 
 
