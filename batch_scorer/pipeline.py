@@ -29,7 +29,7 @@ from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.device import has_lost_device, matmul_peak
 from batch_scorer.backends.watchdog import watch
 from batch_scorer.columns import ScoredRows
-from batch_scorer.commits import Receipt, Shard
+from batch_scorer.commits import Receipt, Shard, Status
 from batch_scorer.errors import (
     BatchScorerError,
     IncompleteError,
@@ -44,7 +44,6 @@ from batch_scorer.session import num_workers, worker_resources
 from batch_scorer.shard import (
     Job,
     commit_shard,
-    failed,
     parse_shard,
     read_known,
     renderer_of,
@@ -238,7 +237,8 @@ def _commit(job: Job, scored: _Scored) -> Receipt:
 
 
 def _failed(scored: _Scored, error: ShardError) -> Receipt:
-    return replace(failed(scored.shard, error), retries=scored.spent.retries)
+    receipt = Receipt.of_shard(scored.shard, Status.FAILED, error.reason, error.detail)
+    return replace(receipt, retries=scored.spent.retries)
 
 
 def _caught(step: str, shard: Shard, work: Callable[[], T]) -> T | ShardError:

@@ -219,11 +219,6 @@ def _reused(scored: ScoredRows, table: pa.Table) -> dict[str, Any]:
     }
 
 
-def failed(shard: Shard, error: ShardError) -> Receipt:
-    """The receipt of a shard that is not committed."""
-    return Receipt.of_shard(shard, Status.FAILED, error.reason, error.detail)
-
-
 @lru_cache(maxsize=4)
 def _cached_renderer(
     model_dir: Path, max_tokens: int, over_length: Any, prompt: Prompt, trust_remote_code: bool
