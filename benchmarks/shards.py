@@ -4,8 +4,8 @@ The whole job without a model (`backend: fake`) on files of a few short rows, on
 that everything but the shards themselves weighs nothing: S3 in, S3 out. A first run, over Ray Data,
 is stopped after half of the shards, or 2,000 of them, which tells what an item costs; a second one
 goes on to the half without Ray, a third one resumes there and does the rest, a fourth one has
-nothing to do. A plan of more than 20,000 shards is resumed after the first 2,000 and left: to commit
-them all would take most of an hour. Times are of one command; memory is the driver's largest
+nothing to do. A plan of more than 20,000 shards is resumed after the first 2,000 and left: to
+commit them all would take most of an hour. Times are of one command; memory is the driver's largest
 resident set.
 
     python benchmarks/shards.py                      # 1,000, 10,000 and 100,000 shards
