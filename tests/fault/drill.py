@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -53,7 +52,7 @@ class Part:
     """One kind of fault: how many there were, and what they did to rows."""
 
     faults: int = 0
-    by_kind: Counter[str] = field(default_factory=Counter)
+    by_kind: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     reruns: int = 0
     wall_s: float = 0.0
@@ -65,7 +64,7 @@ class Part:
 
     def add(self, kind: str, **event: Any) -> None:
         self.faults += 1
-        self.by_kind[kind] += 1
+        self.by_kind[kind] = self.by_kind.get(kind, 0) + 1
         self.events.append({"kind": kind, **event})
 
     def judge(self, findings: Findings) -> None:
