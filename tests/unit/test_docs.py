@@ -223,6 +223,7 @@ def test_flags_in_the_documents_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
     known |= {"--column", "--store-option", "--no-ray", "--ray", "--config", "--json", "--help"}
     known |= {"--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
+    known |= {"--contestant", "--rows"}  # of benchmarks, as those before
     known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
     known |= {"--since", "--until", "--rescore", "--max-shards", "--dry-run"}
     known |= {"--address", "--token-file", "--tag", "--no-wait", "--nodes", "--gpus-per-node"}
