@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ports import own_ports
 from processes import end_processes_in
 
 HOST = "127.0.0.1"
@@ -34,10 +34,9 @@ _STARTED = "Ray runtime started."
 _OBJECT_STORE_BYTES = 100 << 20
 """Of each node. Ray's least is 75 MiB."""
 
-_PORTS = range(10_000, 20_000)
-"""Below those that Linux gives to outgoing connections."""
-_CLUSTER_PORTS = 1_000
-_HEAD_PORTS = 10
+CLUSTER_PORTS = range(10_000, 20_000, 1_000)
+"""Where the ports of a cluster begin, below those that Linux gives to outgoing connections."""
+_HEAD_PORTS = 9
 _NODE_PORTS = 110
 """Seven of its own, and the rest for workers and drivers."""
 _LONGEST_FOLDER = 30
@@ -160,10 +159,10 @@ def start_cluster(
     token_file.touch(mode=0o600)
     token_file.write_text(token)
     environment = _environment(folder, token_file, env)
-    with _own_ports() as first_port:
-        gcs, dashboard, metrics, client = range(first_port + 1, first_port + 5)
+    with own_ports(CLUSTER_PORTS) as ports:
+        gcs, dashboard, metrics, client = ports[:4]
         address = f"{HOST}:{gcs}"
-        first_port += _HEAD_PORTS
+        first_port = gcs + _HEAD_PORTS
         head = Node(
             "head",
             folder / "head",
@@ -219,31 +218,3 @@ def _ray_start(folder: Path, first_port: int, *, cpus: int, gpus: int) -> list[s
         "--include-log-monitor=false", *ports,
         f"--max-worker-port={first_port + _NODE_PORTS - 1}",
     ]  # fmt: skip
-
-
-@contextmanager
-def _own_ports() -> Iterator[int]:
-    """First of `_CLUSTER_PORTS` free ports in a row.
-
-    It stays bound meanwhile, which keeps others off the row until the cluster has bound its own.
-    """
-    for first in _PORTS[::_CLUSTER_PORTS]:
-        with socket.socket() as claim:
-            try:
-                claim.bind((HOST, first))
-            except OSError:
-                continue
-            if all(map(_is_free, range(first + 1, first + _CLUSTER_PORTS))):
-                yield first
-                return
-    raise RuntimeError(f"no {_CLUSTER_PORTS} free ports in a row in {_PORTS}")
-
-
-def _is_free(port: int) -> bool:
-    """Whether nobody listens there, on any address."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True

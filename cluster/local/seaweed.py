@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ports import own_ports
+
 ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"
 BUCKET = "bkt"
 _START_TIMEOUT_S = 60
 _PORTS_PER_SERVER = 6
-_GRPC_SHIFT = 10_000
-_PORTS = range(20_001, 22_700, _PORTS_PER_SERVER + 1)
-"""Above those of the local cluster; with those for gRPC below the ones that Linux gives to outgoing
-connections."""
+_PORTS = range(20_000, 22_700, _PORTS_PER_SERVER + 1)
+_SHIFTS = (0, 10_000)
+"""Each part of a server has another port for gRPC. All are above those of the local cluster and
+below the ones that Linux gives to outgoing connections."""
 _METRICS_SHIFT = 5
 _REQUESTS = rf'^SeaweedFS_s3_request_total{{bucket="{BUCKET}",.*type="(\w+)"}} (\S+)$'
 
@@ -77,15 +78,17 @@ def start_s3(folder: Path) -> S3Server:
 
 def remove_sockets(endpoint: str) -> None:
     """Remove what a server that has ended leaves outside of its folder; it knows no other place."""
-    for own in _ports_from(urlsplit(endpoint).port or 0):
-        for left in Path("/tmp").glob(f"seaweedfs-*-{own}.sock"):
-            left.unlink(missing_ok=True)
+    port = urlsplit(endpoint).port or 0
+    for own in range(port, port + _PORTS_PER_SERVER):
+        for shift in _SHIFTS:
+            for left in Path("/tmp").glob(f"seaweedfs-*-{own + shift}.sock"):
+                left.unlink(missing_ok=True)
 
 
 def _start(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
     """A server that answers. Raises RuntimeError, with its own words, if it does not."""
-    with _own_ports() as port:
-        process, server = _launch(folder, port)
+    with own_ports(_PORTS, _SHIFTS) as ports:
+        process, server = _launch(folder, ports[0])
         try:
             _wait_until_up(server, process, folder)
         except BaseException:
@@ -142,37 +145,3 @@ def _wait_until_up(server: S3Server, process: subprocess.Popen[bytes], folder: P
         time.sleep(0.1)
     log = (folder / "log").read_text()[-2000:]
     raise RuntimeError(f"no S3 server at {server.endpoint}: {log}")
-
-
-def _ports_from(port: int) -> list[int]:
-    """All ports of the server at `port`: each of its parts has another one for gRPC."""
-    return [
-        own + shift for own in range(port, port + _PORTS_PER_SERVER) for shift in (0, _GRPC_SHIFT)
-    ]
-
-
-@contextmanager
-def _own_ports() -> Iterator[int]:
-    """First of the free ports that a server takes.
-
-    The one before it stays bound meanwhile, which keeps others off until the server has its own.
-    """
-    for port in _PORTS:
-        with socket.socket() as claim:
-            try:
-                claim.bind(("127.0.0.1", port - 1))
-            except OSError:
-                continue
-            if all(map(_is_free, _ports_from(port))):
-                yield port
-                return
-    raise RuntimeError("no free ports")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True

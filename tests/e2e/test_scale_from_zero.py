@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from inputs import pairs, parquet
-from local_cluster import HOST, _own_ports
+from local_cluster import CLUSTER_PORTS, HOST
+from ports import own_ports
 from program import Program
 from ray.util import get_node_ip_address
 
@@ -57,8 +58,8 @@ def test_workers_come_when_a_run_asks_for_them(
     for number in range(4):
         (inputs / f"{number}.parquet").write_bytes(parquet(pairs(10, 10 * number)))
     settings = ("--model", tiny_model, "--backend", "fake", "--device", "cuda")
-    with _own_ports() as first_port:
-        port = first_port + 1
+    with own_ports(CLUSTER_PORTS) as ports:
+        port = ports[0]
         config = tmp_path / "autoscaler.json"
         config.write_text(json.dumps(_config(f"{get_node_ip_address()}:{port}")))
         subprocess.run(
