@@ -303,8 +303,8 @@ CONTESTANTS = {
     "ray-data": Contestant(RayDataScorer, "ray", warm=True),
     "vllm": Contestant(VLLMScorer, "vllm"),
     "vllm-best": Contestant(vllm_best, "vllm-best"),
-    "trie": Contestant(trie, in_tiny=True),
-    "trie-compiled": Contestant(trie_compiled),
+    "trie": Contestant(trie, "trie", in_tiny=True),
+    "trie-compiled": Contestant(trie_compiled, "trie"),
 }
 RANDOM_MODELS = ("qwen3", "gemma2")
 MODELS = ("embedded", *RANDOM_MODELS)
@@ -316,7 +316,7 @@ _scorers: dict[str, Scorer] = {}
 def process_environment(process: str, threads: int) -> dict[str, str]:
     """What is set already stands: `OMP_WAIT_POLICY=active python benchmarks/engines.py`."""
     ours = {"OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}
-    wanted = ours if process == "transformers" else vllm_environment(threads)
+    wanted = vllm_environment(threads) if "vllm" in process or process == "ray" else ours
     inherited = {name: os.environ[name] for name in OPENMP if name in os.environ}
     return wanted | inherited
 

@@ -38,7 +38,7 @@ GROUPS = {
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--rows", type=int, default=40, help="pairs")
+    parser.add_argument("--rows", type=int, default=160, help="pairs")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """What this machine can compute on."""
 
+import ctypes
 import logging
 import sys
 import time
@@ -11,6 +12,10 @@ CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 """For processes that score on CPU, set before torch is loaded. By default OpenMP's threads spin at
 every barrier, and reading and writing shards beside them makes that up to three times slower
 (docs/performance.md)."""
+
+_MALLOPT = {-1: 2**31 - 1, -3: 2**25, -8: 1}
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of glibc: freed memory stays, allocations up
+to the most it allows here (32 MiB) come from it, and all threads have one heap."""
 
 _PEAK_S = 0.2
 _PEAK_MATRICES = {"cpu": (1024, 1024, 2048), "cuda": (4096, 4096, 4096)}
@@ -25,6 +30,18 @@ def cuda_is_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory of tensors for the next ones; without glibc, do nothing.
+
+    By default glibc gives it back to the kernel, which fills it with zeros for the next layer, at
+    a tenth of a forward pass (docs/performance.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in _MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def has_lost_device(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from batch_scorer.backends.attention import PACKED_ATTENTION
 from batch_scorer.backends.base import mark_non_finite, unscorable
+from batch_scorer.backends.device import keep_freed_memory
 from batch_scorer.backends.hf_loader import (
     Loader,
     check_rotary_dtype,
@@ -79,6 +80,8 @@ class HFBackend:
             raise ConfigError("device is cuda, but torch finds no CUDA device; set device to cpu")
         if compile and device == "cpu" and not any(map(shutil.which, _CPP_COMPILERS)):
             raise ConfigError("compile: there is no C++ compiler here; leave compile out")
+        if device == "cpu":
+            keep_freed_memory()
 
         adapter = adapter or choose_adapter(read_model_files(model_dir))
         loader = Loader(model_dir, adapter, trust_remote_code, embeds=embedding is not None)

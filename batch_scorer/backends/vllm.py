@@ -33,6 +33,7 @@ from batch_scorer.backends.base import (
     refuse_dtype,
     unscorable,
 )
+from batch_scorer.backends.device import keep_freed_memory
 from batch_scorer.backends.readout import Readout, StepAggregation
 from batch_scorer.backends.vllm_engine import Engine, require_vllm
 from batch_scorer.errors import ConfigError, ModelError
@@ -100,6 +101,8 @@ class VLLMBackend:
     ) -> None:
         _refuse_unsupported(model_dir, adapter, device, embedding, quantization)
         version = require_vllm(device)
+        if device == "cpu":
+            keep_freed_memory()
         config = body_config(model_dir, adapter, trust_remote_code=trust_remote_code)
         text_config = config.get_text_config()
         refuse_dtype(adapter, text_config.model_type, dtype)
