@@ -289,7 +289,10 @@ def vllm_best(setting: Setting) -> Scorer:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`process` names the process it lives in; `warm` is one whose every turn begins warm."""
+    """`process` names the process it lives in; `warm` is one whose every turn begins warm.
+
+    This project's engines live apart: what they set for their process, the others go without.
+    """
 
     build: Callable[[Setting], Scorer]
     process: str = "transformers"
@@ -316,7 +319,7 @@ _scorers: dict[str, Scorer] = {}
 def process_environment(process: str, threads: int) -> dict[str, str]:
     """What is set already stands: `OMP_WAIT_POLICY=active python benchmarks/engines.py`."""
     ours = {"OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}
-    wanted = vllm_environment(threads) if "vllm" in process or process == "ray" else ours
+    wanted = ours if process in ("transformers", "trie") else vllm_environment(threads)
     inherited = {name: os.environ[name] for name in OPENMP if name in os.environ}
     return wanted | inherited
 
