@@ -1,6 +1,7 @@
 """What a second run at the same output does: goes on, replaces what changed, or refuses."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,16 +204,18 @@ def test_a_file_that_is_cut_differently_leaves_no_stale_pieces(
 def test_a_shard_takes_six_requests(s3: S3Server, tmp_path: Path, tiny_model: Path) -> None:
     """Its file to plan, to score and to copy from, the lease twice, and the PUT."""
 
-    def asked(files: int) -> int:
+    def asked(files: int) -> Counter[str]:
         place = Place(s3.url(f"requests/{tmp_path.name}-{files}"), s3.options)
         rows = parquet(pairs(2))
         (place / "in").write({f"{number}.parquet": rows for number in range(files)})
         before = s3.requests()
         assert score(place, tiny_model, "--backend", "fake", "--lease-s", 600).exit_code == 0
-        return (s3.requests() - before).total()
+        return s3.requests() - before
 
-    # What is recorded every few seconds makes a request more or less, on a busy machine.
-    assert round((asked(12) - asked(4)) / 8) == 6
+    more = asked(12) - asked(4)
+    # The server once counted one fewer in a whole run, for a cause that is not known yet; of one
+    # more or fewer in a shard there would be eight.
+    assert abs(more.total() - 8 * 6) <= 1, more
 
 
 def test_a_removed_input_keeps_its_scores_and_is_named(scored: Place, tiny_model: Path) -> None:
