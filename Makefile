@@ -49,7 +49,7 @@ STORE_FAULTS ?= 100
 RACES ?= 200
 REPORT ?= docs/drills/seed-$(SEED)
 drill: $(VENV)/test.ok
-	@PYTHONPATH=tests:cluster/local $(BIN)/python tests/fault/drill.py --seed $(SEED) \
+	@$(BIN)/python -m tests.fault.drill --seed $(SEED) \
 	    --kills $(KILLS) --store-faults $(STORE_FAULTS) --races $(RACES) --report $(REPORT)
 
 clean:

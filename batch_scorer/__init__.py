@@ -8,26 +8,26 @@ assert verify("scored/").exit_code == 0
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from batch_scorer.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from batch_scorer.config import Config, load_config
     from batch_scorer.evaluation.evaluate import evaluate
-    from batch_scorer.plan import make_plan
-    from batch_scorer.reports.status import read_status
-    from batch_scorer.run import Summary, score
-    from batch_scorer.verify import Verdict, verify
+    from batch_scorer.inputs.plan import make_plan
+    from batch_scorer.outputs.verify import Verdict, verify
+    from batch_scorer.runs.run import Summary, score
+    from batch_scorer.runs.status import read_status
 
 _HOMES = {
     "Config": "config",
-    "Summary": "run",
-    "Verdict": "verify",
+    "Summary": "runs.run",
+    "Verdict": "outputs.verify",
     "evaluate": "evaluation.evaluate",
     "load_config": "config",
-    "make_plan": "plan",
-    "read_status": "reports.status",
-    "score": "run",
-    "verify": "verify",
+    "make_plan": "inputs.plan",
+    "read_status": "runs.status",
+    "score": "runs.run",
+    "verify": "outputs.verify",
 }
 
 __all__ = [

@@ -5,13 +5,12 @@ docs/numerics.md bounds), so one may finish the other's work. The parts are kept
 digest, so that a mismatch can say what differs.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from batch_scorer.config import Config
+from batch_scorer.records.digest import digest_of
 
 SCORING_VERSION = 2
 """Raised when a change of this package changes scores (rendering, pooling, head)."""
@@ -64,12 +63,6 @@ def score_fingerprint(
         "scoring_version": SCORING_VERSION,
     }
     return Fingerprint(parts)
-
-
-def digest_of(value: Any) -> str:
-    """sha256 of a JSON value, the same in every process."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,7 @@ and V2 do (model cards).
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,15 +19,10 @@ import numpy.typing as npt
 
 from batch_scorer.config import OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
+from batch_scorer.job import Job
 from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.models.directory import read_json
-from batch_scorer.records import (
-    Conversation,
-    Message,
-    ParsedRows,
-    RowError,
-    TokenizedRows,
-)
+from batch_scorer.records import Conversation, Message, ParsedRows, RowError, TokenizedRows
 
 OWN_TEMPLATE = Prompt()
 """The tokenizer's own template and nothing else."""
@@ -304,3 +300,18 @@ def _suffix_id(model_dir: Path, prompt: Prompt) -> int | None:
     if prompt.suffix_id_of not in config:
         raise ModelError(f"{model_dir}: config.json has no {prompt.suffix_id_of}")
     return int(config[prompt.suffix_id_of])
+
+
+@lru_cache(maxsize=4)
+def _cached_renderer(
+    model_dir: Path, max_tokens: int, over_length: Any, prompt: Prompt, trust_remote_code: bool
+) -> Renderer:
+    """One renderer per process: loading a tokenizer takes seconds."""
+    return Renderer(model_dir, max_tokens, over_length, prompt, trust_remote_code=trust_remote_code)
+
+
+def renderer_of(job: Job) -> Renderer:
+    config = job.config
+    return _cached_renderer(
+        job.model_dir, job.max_tokens, config.over_length, job.prompt, config.trust_remote_code
+    )

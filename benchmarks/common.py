@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,13 +29,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from batch_scorer.backends.packing import pad
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
-from batch_scorer.packing import pad
 from batch_scorer.records import Format, Layout, TokenizedRows
 
 ROOT = Path(__file__).parents[1]
-# The tiny model and the S3 server live there.
-sys.path += [str(ROOT / "tests"), str(ROOT / "cluster" / "local")]
 
 Floats = npt.NDArray[np.float32]
 Sequences = npt.NDArray[np.int64]
@@ -486,7 +483,7 @@ def command_line(doc: str | None, *, takes_data: bool = False) -> argparse.Argum
 def model_of(asked: argparse.Namespace, folder: Path) -> Path:
     """The embedded model's directory, or that of a tiny one made in `folder`."""
     if asked.tiny:
-        from tiny import tiny_reward_model  # of the tests
+        from tests.helpers.tiny import tiny_reward_model  # of the tests
 
         return tiny_reward_model(folder / "model")
     return build_embedded_model(default_embedded_directory(), print)

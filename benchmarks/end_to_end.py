@@ -9,8 +9,8 @@ All in the model's default dtype, on the same rows, in turn, several rounds. (d)
 the first shard's scoring to the last commit, so without start-up; that is reported beside it, with
 the seconds of every stage as the shards' receipts have them.
 
-    python benchmarks/end_to_end.py                  # 3 rounds of 120 pairs
-    python benchmarks/end_to_end.py --minutes 10     # (c) and (d) alone, so long each: goodput
+    python -m benchmarks.end_to_end                  # 3 rounds of 120 pairs
+    python -m benchmarks.end_to_end --minutes 10     # (c) and (d) alone, so long each: goodput
 """
 
 import argparse
@@ -24,7 +24,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import (
+
+from batch_scorer.backends.device import cpu_has_bfloat16
+from batch_scorer.backends.hf import HFBackend
+from batch_scorer.config import Config, load_config
+from batch_scorer.pipeline.session import ray_session
+from batch_scorer.records import TokenizedRows
+from batch_scorer.runs.run import Summary, score
+from batch_scorer.storage import open_store
+from benchmarks.common import (
     PAIR,
     WORKLOADS,
     Contest,
@@ -37,15 +45,7 @@ from common import (
     report,
     tokenize,
 )
-from seaweed import s3_server
-
-from batch_scorer.backends.device import cpu_has_bfloat16
-from batch_scorer.backends.hf import HFBackend
-from batch_scorer.config import Config, load_config
-from batch_scorer.records import TokenizedRows
-from batch_scorer.run import Summary, score
-from batch_scorer.session import ray_session
-from batch_scorer.storage import open_store
+from cluster.local.seaweed import s3_server
 
 SHARD_ROWS = 12
 LONG_SHARD_ROWS = 240

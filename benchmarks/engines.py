@@ -14,8 +14,8 @@ of threads. Every scorer lives in a process of its own kind and waits while anot
 turn starts with an empty prefix cache. Whoever's scores are not those of `padded` is out, however
 fast. The last line is the whole result as JSON.
 
-    python benchmarks/engines.py                 # the rows of this repository
-    python benchmarks/engines.py --data DIR      # larger files of these kinds; 64 answers a prompt
+    python -m benchmarks.engines                 # the rows of this repository
+    python -m benchmarks.engines --data DIR      # larger files of these kinds; 64 answers a prompt
 """
 
 import argparse
@@ -32,7 +32,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 import transformers
-from common import (
+
+from batch_scorer.backends.base import Backend
+from batch_scorer.backends.device import CPU_ENVIRONMENT, cpu_has_bfloat16
+from batch_scorer.backends.packing import build_trie
+from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
+from batch_scorer.models.registry import choose_adapter
+from batch_scorer.records import TokenizedRows
+from benchmarks.common import (
     WORKLOADS,
     Child,
     Contest,
@@ -51,15 +59,7 @@ from common import (
     tokenize,
     write_random_model,
 )
-from tiny import tiny_reward_model
-
-from batch_scorer.backends.base import Backend
-from batch_scorer.backends.device import CPU_ENVIRONMENT, cpu_has_bfloat16
-from batch_scorer.models.directory import read_model_files
-from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
-from batch_scorer.models.registry import choose_adapter
-from batch_scorer.packing import build_trie
-from batch_scorer.records import TokenizedRows
+from tests.helpers.tiny import tiny_reward_model
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -317,7 +317,7 @@ _scorers: dict[str, Scorer] = {}
 
 
 def process_environment(process: str, threads: int) -> dict[str, str]:
-    """What is set already stands: `OMP_WAIT_POLICY=active python benchmarks/engines.py`."""
+    """What is set already stands: `OMP_WAIT_POLICY=active python -m benchmarks.engines`."""
     ours = {"OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}
     wanted = ours if process in ("transformers", "trie") else vllm_environment(threads)
     inherited = {name: os.environ[name] for name in OPENMP if name in os.environ}

@@ -13,8 +13,8 @@ models do not fit side by side. Utilisation is of a large bfloat16 matrix produc
 contestant's own process; scores are compared with those of `padded`. The last line is the result
 as JSON.
 
-    python benchmarks/gpu.py
-    python benchmarks/gpu.py --model llama-3.1-8b --contestant padded 'trie compiled'
+    python -m benchmarks.gpu
+    python -m benchmarks.gpu --model llama-3.1-8b --contestant padded 'trie compiled'
 """
 
 import argparse
@@ -35,22 +35,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
-from common import (
-    WORKLOADS,
-    Child,
-    Floats,
-    Padded,
-    Sequences,
-    agreement,
-    by_length,
-    command_line,
-    in_a_line,
-    in_file_order,
-    padded_attention,
-    print_table,
-    report,
-    tokenized,
-)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
@@ -66,6 +50,22 @@ from batch_scorer.models.adapter import Body, ModelFiles
 from batch_scorer.models.cost import ModelCost, model_cost
 from batch_scorer.models.weights import body_tensors, checkpoint_tensors
 from batch_scorer.records import Effort, TokenizedRows
+from benchmarks.common import (
+    WORKLOADS,
+    Child,
+    Floats,
+    Padded,
+    Sequences,
+    agreement,
+    by_length,
+    command_line,
+    in_a_line,
+    in_file_order,
+    padded_attention,
+    print_table,
+    report,
+    tokenized,
+)
 
 REFERENCE = "padded"
 PADDED_TOKEN_BUDGET = 16384

@@ -1,7 +1,7 @@
 """How far the hf backend's scores are from exact ones, and what its choices cost on this device.
 
-    python benchmarks/numerics.py            # about 5 minutes on 2 cores
-    python benchmarks/numerics.py --tiny     # a smoke test: sizes too small to mean anything
+    python -m benchmarks.numerics            # about 5 minutes on 2 cores
+    python -m benchmarks.numerics --tiny     # a smoke test: sizes too small to mean anything
 
 Models are random, their queries and keys scaled until attention is peaked and their heads until
 scores have a standard deviation of 2. Exact means float32, eager, one sequence at a time. The
@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import (
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from batch_scorer.backends.hf import HFBackend
+from batch_scorer.backends.kernels import KERNELS, LayerSettings
+from batch_scorer.backends.packing import build_trie
+from benchmarks.common import (
     FAMILIES,
     Floats,
     command_line,
@@ -30,12 +36,6 @@ from common import (
     tokenized,
     write_random_model,
 )
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
-
-from batch_scorer.backends.hf import HFBackend
-from batch_scorer.backends.kernels import KERNELS, LayerSettings
-from batch_scorer.packing import build_trie
 
 Sequences = list[list[int]]
 

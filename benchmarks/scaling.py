@@ -6,8 +6,8 @@ process, on a new server: it is stopped after half of its shards, resumed, and o
 all is done. Memory is the largest resident set of any process of a kind; CPU seconds are of all
 processes but the S3 server, which counts its requests itself.
 
-    python benchmarks/scaling.py                     # 1,000 to 1,000,000 rows
-    python benchmarks/scaling.py --nodes 2 --sizes 100000 1000000 2000000
+    python -m benchmarks.scaling                     # 1,000 to 1,000,000 rows
+    python -m benchmarks.scaling --nodes 2 --sizes 100000 1000000 2000000
 """
 
 import tempfile
@@ -19,7 +19,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import (
+
+from batch_scorer.config import load_config
+from batch_scorer.pipeline.session import ray_session
+from batch_scorer.records import Receipt
+from batch_scorer.runs.metrics import Metrics
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.run import score
+from batch_scorer.storage import in_threads, open_store
+from benchmarks.common import (
     WORKLOADS,
     Child,
     Family,
@@ -29,16 +37,8 @@ from common import (
     print_table,
     report,
 )
-from local_cluster import local_cluster
-from seaweed import S3Server, s3_server
-
-from batch_scorer.commits import Receipt
-from batch_scorer.config import load_config
-from batch_scorer.metrics import Metrics
-from batch_scorer.run import score
-from batch_scorer.session import ray_session
-from batch_scorer.storage import in_threads, open_store
-from batch_scorer.work import Work
+from cluster.local.local_cluster import local_cluster
+from cluster.local.seaweed import S3Server, s3_server
 
 FILE_ROWS = 2_000
 """About the million tokens of a shard."""

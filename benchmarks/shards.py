@@ -8,7 +8,7 @@ nothing to do. A plan of more than 20,000 shards is resumed after the first 2,00
 commit them all would take most of an hour. Times are of one command; memory is the driver's largest
 resident set.
 
-    python benchmarks/shards.py                      # 1,000, 10,000 and 100,000 shards
+    python -m benchmarks.shards                      # 1,000, 10,000 and 100,000 shards
 """
 
 import tempfile
@@ -19,18 +19,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import Child, Family, command_line, environment_set, print_table, report
-from inputs import pairs
-from seaweed import S3Server, s3_server
-from tiny import tiny_reward_model
 
-from batch_scorer.commits import Receipt
 from batch_scorer.config import Config, load_config
-from batch_scorer.metrics import Metrics
-from batch_scorer.run import Summary, score
-from batch_scorer.session import ray_session
+from batch_scorer.pipeline.session import ray_session
+from batch_scorer.records import Receipt
+from batch_scorer.runs.metrics import Metrics
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.run import Summary, score
 from batch_scorer.storage import in_threads, open_store
-from batch_scorer.work import Work
+from benchmarks.common import Child, Family, command_line, environment_set, print_table, report
+from cluster.local.seaweed import S3Server, s3_server
+from tests.helpers.inputs import pairs
+from tests.helpers.tiny import tiny_reward_model
 
 SIZES = (1_000, 10_000, 100_000)
 TINY_SIZES = (8,)

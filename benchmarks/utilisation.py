@@ -5,7 +5,7 @@ out is left out here too. The peak is that of large matrix products in the same 
 before and after every turn. Eager and compiled layers take turns. A profile of one thread then says
 what share of its time the operators take.
 
-    python benchmarks/utilisation.py
+    python -m benchmarks.utilisation
 """
 
 import statistics
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import WORKLOADS, command_line, model_of, print_table, report, tokenize
 from torch.profiler import ProfilerActivity, profile
 
 from batch_scorer.backends.device import cpu_has_bfloat16, matmul_peak
@@ -26,6 +25,7 @@ from batch_scorer.models.cost import model_cost
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.registry import choose_adapter
 from batch_scorer.records import TokenizedRows
+from benchmarks.common import WORKLOADS, command_line, model_of, print_table, report, tokenize
 
 GROUPS = {
     "matrix products of the linear layers": ("mkldnn::_linear_pointwise", "aten::mm"),

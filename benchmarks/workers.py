@@ -4,7 +4,7 @@ The embedded model on the CPU, S3 in, Ray Data, S3 out. Every contestant has all
 computes with as many threads as there are cores, two with half of them each, and so on. A model
 per worker takes memory; what it saves is the waiting of threads for each other.
 
-    python benchmarks/workers.py                     # 1 and 2 workers, 3 rounds
+    python -m benchmarks.workers                     # 1 and 2 workers, 3 rounds
 """
 
 import argparse
@@ -13,13 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common import Contest, Family, command_line, environment_set, model_of, report
-from end_to_end import cut, run_job, upload
-from seaweed import s3_server
-
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.config import load_config
-from batch_scorer.session import ray_session
+from batch_scorer.pipeline.session import ray_session
+from benchmarks.common import Contest, Family, command_line, environment_set, model_of, report
+from benchmarks.end_to_end import cut, run_job, upload
+from cluster.local.seaweed import s3_server
 
 SHARD_ROWS = 40
 SHARDS = 24

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from local_cluster import Cluster, local_cluster
-from program import Program, temporary_ray_home
-from seaweed import S3Server, s3_server
+
+from cluster.local.local_cluster import Cluster, local_cluster
+from cluster.local.seaweed import S3Server, s3_server
+from tests.helpers.program import Program, temporary_ray_home
 
 # A test that a busy machine slows down has not failed.
 settings.register_profile("without a clock", deadline=None)
@@ -46,7 +47,7 @@ def cluster(s3: S3Server) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny reward model that scores up to 4096 tokens."""
-    from tiny import tiny_reward_model
+    from tests.helpers.tiny import tiny_reward_model
 
     return tiny_reward_model(tmp_path_factory.mktemp("tiny") / "model")
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from batch_scorer.backends.kernels import Kernel, LayerSettings, to_device
+from batch_scorer.backends.packing import PackedBatch
 from batch_scorer.errors import ModelError
-from batch_scorer.packing import PackedBatch
 
 PACKED_ATTENTION = "batch_scorer_packed"
 """The name under which transformers knows `packed_attention`."""

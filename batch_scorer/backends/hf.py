@@ -34,13 +34,20 @@ from batch_scorer.backends.kernels import to_device
 from batch_scorer.backends.lanes import Lanes
 from batch_scorer.backends.memory import TokenBudget
 from batch_scorer.backends.packed import PackedBody
+from batch_scorer.backends.packing import Int64Array, build_trie, longest_first, pad, rectangle_stop
 from batch_scorer.backends.readout import PooledStates, Readout, StepAggregation
 from batch_scorer.errors import ConfigError, RowReason
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.registry import choose_adapter
-from batch_scorer.packing import Int64Array, build_trie, longest_first, pad, rectangle_stop
-from batch_scorer.records import Effort, Embedding, PooledTokens, RowError, Scores, TokenizedRows
+from batch_scorer.records import (
+    Effort,
+    Embedding,
+    PooledTokens,
+    RowError,
+    Scores,
+    TokenizedRows,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from batch_scorer.backends.packing import Int64Array, PackedBatch
 from batch_scorer.errors import ModelError
-from batch_scorer.packing import Int64Array, PackedBatch
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 

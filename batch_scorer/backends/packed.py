@@ -21,9 +21,9 @@ from batch_scorer.backends.hf_loader import softcap_of
 from batch_scorer.backends.kernels import KERNELS, choose_kernel, to_device
 from batch_scorer.backends.linear import reorder_linears
 from batch_scorer.backends.memory import LEAST_TOKENS, TokenBudget
+from batch_scorer.backends.packing import PackedBatch, TokenTrie, build_trie
 from batch_scorer.backends.readout import PooledStates
 from batch_scorer.errors import ModelError
-from batch_scorer.packing import PackedBatch, TokenTrie, build_trie
 from batch_scorer.records import Effort, PooledTokens, TokenizedRows
 
 logger = logging.getLogger(__name__)

@@ -34,12 +34,12 @@ from batch_scorer.backends.base import (
     unscorable,
 )
 from batch_scorer.backends.device import keep_freed_memory
+from batch_scorer.backends.packing import Int64Array
 from batch_scorer.backends.readout import Readout, StepAggregation
 from batch_scorer.backends.vllm_engine import Engine, require_vllm
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.weights import body_config
-from batch_scorer.packing import Int64Array
 from batch_scorer.records import Effort, Embedding, PooledTokens, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)

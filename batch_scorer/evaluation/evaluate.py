@@ -14,22 +14,21 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_scorer.commits import Receipt, Status
 from batch_scorer.errors import ConfigError, IncompleteError, IntegrityError, OutputError
 from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbench2, rm_bench
 from batch_scorer.evaluation.result import Evaluation
-from batch_scorer.lease import holder_of
-from batch_scorer.manifest import (
+from batch_scorer.inputs.plan import Plan
+from batch_scorer.outputs.claim import open_scored
+from batch_scorer.outputs.lease import holder_of
+from batch_scorer.outputs.manifest import (
     committed,
     current_manifest,
     is_record,
     known_receipts,
-    open_scored,
     read_plan,
     read_success,
 )
-from batch_scorer.plan import Plan
-from batch_scorer.records import Format
+from batch_scorer.records import Format, Receipt, Status
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store
 
 _READERS = 8

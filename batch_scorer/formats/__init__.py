@@ -6,15 +6,9 @@ tables of `kinds.py`, or a new text style beside `hh.py`.
 """
 
 from batch_scorer.formats.detect import columns_needed, describe, detect
-from batch_scorer.formats.jsonl import (
-    LineRun,
-    Lines,
-    read_json_table,
-    read_lines,
-    scan_lines,
-    unpack_lines,
-)
+from batch_scorer.formats.jsonl import read_json_table, read_lines, scan_lines, unpack_lines
 from batch_scorer.formats.parse import parse
+from batch_scorer.records import LineRun, Lines
 
 __all__ = [
     "LineRun",

@@ -11,7 +11,6 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, BinaryIO, TypeAlias
 
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from batch_scorer.errors import RowReason, ShardError, ShardReason
-from batch_scorer.records import RowError
+from batch_scorer.records import LineRun, Lines, RowError
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -33,43 +32,6 @@ _NULL_FIRST = re.compile(rb"\s*null")
 """Arrow 26 reads past its memory where the first row is null."""
 _MAX_BLOCK_BYTES = 2**31 - 1  # Arrow's limit
 _READ_BYTES = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class LineRun:
-    """Lines that follow each other: bytes [start, stop) of the unpacked file, `num_rows` rows.
-
-    `first_line` counts all lines of the file from 1, blank ones too.
-    """
-
-    start: int
-    stop: int
-    first_line: int
-    num_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """Runs of a file of JSON lines, without a gap: all of them, or those of one shard.
-
-    `schema` has the columns of all rows of the file.
-    """
-
-    runs: tuple[LineRun, ...]
-    schema: pa.Schema
-    is_gzip: bool
-
-    @property
-    def start(self) -> int:
-        return self.runs[0].start
-
-    @property
-    def stop(self) -> int:
-        return self.runs[-1].stop
-
-    def part(self, start: int, stop: int) -> "Lines":
-        """The runs [start, stop)."""
-        return replace(self, runs=self.runs[start:stop])
 
 
 def scan_lines(

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.backends.base import Backend
+from batch_scorer.backends.registry import make_backend
 from batch_scorer.errors import ParityError
-from batch_scorer.lease import RECORDS
+from batch_scorer.job import Job
 from batch_scorer.models.registry import adapter_named
+from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.parity.sample import Sample
 from batch_scorer.records import Scores
-from batch_scorer.shard import Job, make_backend
 from batch_scorer.storage import ObjectChanged, ObjectMissing, open_store
 
 log = logging.getLogger("batch_scorer")

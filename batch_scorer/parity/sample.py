@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from batch_scorer.commits import Shard
 from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
+from batch_scorer.job import Job
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_json
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.records import ParsedRows, RowError, SequenceInput, TokenizedRows
-from batch_scorer.shard import Job, parse_shard, renderer_of
+from batch_scorer.records import ParsedRows, RowError, SequenceInput, Shard, TokenizedRows
+from batch_scorer.render import renderer_of
+from batch_scorer.shard import parse_shard
 
 log = logging.getLogger("batch_scorer")
 

@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.run import Checked, Prepared
+from batch_scorer.runs.derive import Prepared
+from batch_scorer.runs.preview import Checked
 
 _SHOWN_CHARACTERS = 600
 

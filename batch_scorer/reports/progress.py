@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from batch_scorer import formats, logs
-from batch_scorer.commits import Receipt
-from batch_scorer.metrics import Metrics
+from batch_scorer.records import Receipt
 from batch_scorer.reports.figures import duration
-from batch_scorer.run import Listener
-from batch_scorer.work import Work
+from batch_scorer.runs.metrics import Metrics
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.run import Listener
 
 log = logging.getLogger("batch_scorer")
 

@@ -8,13 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from batch_scorer import formats
-from batch_scorer.commits import Status, layout_to_json
 from batch_scorer.errors import ExitCode
+from batch_scorer.nightly.status import NightlyStatus
+from batch_scorer.outputs.verify import Verdict
+from batch_scorer.records import Status, layout_to_json
 from batch_scorer.reports.figures import duration, figure_rows, scaled
 from batch_scorer.reports.night import print_night
-from batch_scorer.reports.status import NightlyStatus, OutputStatus
-from batch_scorer.run import Outlook, Summary
-from batch_scorer.verify import Verdict
+from batch_scorer.runs.preview import Outlook
+from batch_scorer.runs.run import Summary
+from batch_scorer.runs.status import OutputStatus
 
 _FILES_SHOWN = 40
 

@@ -1,6 +1,6 @@
 """End what `up.py` started, by process id, and remove its folder.
 
-python cluster/local/down.py [--folder /tmp/bs-local]
+python -m cluster.local.down [--folder /tmp/bs-local]
 """
 
 import argparse
@@ -9,9 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from processes import end_processes_in
-from seaweed import remove_sockets
-from up import DEFAULT_FOLDER, STATE
+from cluster.local.processes import end_processes_in
+from cluster.local.seaweed import remove_sockets
+from cluster.local.up import DEFAULT_FOLDER, STATE
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ports import own_ports
-from processes import end_processes_in
+from cluster.local.ports import own_ports
+from cluster.local.processes import end_processes_in
 
 HOST = "127.0.0.1"
 MOST_NODES = 8

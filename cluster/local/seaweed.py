@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ports import own_ports
+from cluster.local.ports import own_ports
 
 ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"

@@ -1,6 +1,6 @@
 """Start a local Ray cluster and an S3 server in the background; `down.py` ends both.
 
-python cluster/local/up.py [--nodes 4] [--gpus-per-node 1] [--folder /tmp/bs-local]
+python -m cluster.local.up [--nodes 4] [--gpus-per-node 1] [--folder /tmp/bs-local]
 """
 
 import argparse
@@ -10,9 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from local_cluster import MOST_NODES, start_cluster
-from processes import end_processes_in
-from seaweed import start_s3
+from cluster.local.local_cluster import MOST_NODES, start_cluster
+from cluster.local.processes import end_processes_in
+from cluster.local.seaweed import start_s3
 
 DEFAULT_FOLDER = Path("/tmp/bs-local")
 STATE = "cluster.json"

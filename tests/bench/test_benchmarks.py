@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from batch_scorer.backends.device import CPU_ENVIRONMENT
+from tests.helpers.program import REPOSITORY
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = sorted(file.name for file in BENCHMARKS.glob("*.py") if file.name != "common.py")
+BENCHMARKS = REPOSITORY / "benchmarks"
+SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "common")
 
 pytestmark = pytest.mark.e2e
 
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_it_runs_and_its_last_line_is_json(script: str, ray_home: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--tiny"],
+        [sys.executable, "-m", f"benchmarks.{script}", "--tiny"],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         env={**os.environ, **CPU_ENVIRONMENT, "RAY_TMPDIR": str(ray_home)},
@@ -34,4 +36,4 @@ def test_it_runs_and_its_last_line_is_json(script: str, ray_home: Path) -> None:
 
 def test_every_benchmark_has_its_line_in_the_readme() -> None:
     readme = (BENCHMARKS / "README.md").read_text()
-    assert [script for script in SCRIPTS if f"`{script}`" not in readme] == []
+    assert [script for script in SCRIPTS if f"`{script}.py`" not in readme] == []

@@ -1,6 +1,8 @@
 """A run in a Ray of its own, and what a scrape of that Ray's agent shows when the run is over.
 
-    python scraped_run.py CONFIG      prints one line of JSON: the scrape, and the run's own figures
+    python -m tests.e2e.scraped_run CONFIG
+
+Prints one line of JSON: the scrape, and the run's own figures.
 
 The first process that prepares a shard dies of it.
 """
@@ -16,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from program import wait_until
 
-from batch_scorer import load_config, logs, pipeline
+from batch_scorer import load_config, logs
+from batch_scorer.job import Job
 from batch_scorer.logs import Carried
+from batch_scorer.pipeline import ray_data as pipeline
 from batch_scorer.reports.progress import ProgressLog
-from batch_scorer.run import score
-from batch_scorer.shard import Job
+from batch_scorer.runs.run import score
+from tests.helpers.program import wait_until
 
 _OURS = "ray_batch_scorer_"
 _LAST = f"{_OURS}rows_left"

@@ -9,10 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from in_process import run_cli
-from inputs import Row, jsonl, pair_rows, pairs, parquet, table_of
-from places import Place, Stored, of_input, rows_scored_and_marked
-from program import Ended, Program
+
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import Row, jsonl, pair_rows, pairs, parquet, table_of
+from tests.helpers.places import Place, Stored, of_input, rows_scored_and_marked
+from tests.helpers.program import Ended, Program
 
 pytestmark = pytest.mark.e2e
 

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from in_process import run_cli
-from inputs import pairs, parquet
-from program import Program
 from transformers import AutoModel, AutoTokenizer
 
 from batch_scorer.models.embedding import embedding_of
 from batch_scorer.records import Embedding
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.program import Program
 
 pytestmark = pytest.mark.e2e
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inputs import pairs, parquet
 
-from batch_scorer import run, trial
 from batch_scorer.config import Config, Device, load_config
 from batch_scorer.errors import ModelError
 from batch_scorer.models.directory import ModelFacts, inspect_model
+from batch_scorer.runs import engine_choice as trial
+from batch_scorer.runs import run
+from tests.helpers.inputs import pairs, parquet
 
 pytestmark = pytest.mark.e2e
 

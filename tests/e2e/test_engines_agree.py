@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from places import Place, of_input
-from program import Program, temporary_ray_home
-from seaweed import S3Server
 
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
+from cluster.local.seaweed import S3Server
+from tests.helpers.places import Place, of_input
+from tests.helpers.program import Program, temporary_ray_home
 
 pytestmark = pytest.mark.e2e
 

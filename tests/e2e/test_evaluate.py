@@ -8,14 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from in_process import run_cli
-from inputs import pair_rows, pairs, parquet
-from places import Place
-from program import Ended, Program
-from seaweed import S3Server
 
 from batch_scorer import evaluate
 from batch_scorer.evaluation import rewardbench, rewardbench2
+from cluster.local.seaweed import S3Server
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pair_rows, pairs, parquet
+from tests.helpers.places import Place
+from tests.helpers.program import Ended, Program
 
 pytestmark = pytest.mark.e2e
 

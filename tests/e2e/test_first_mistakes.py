@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_models
-from in_process import run_cli
-from inputs import pairs, parquet
-from program import Ended, Program
-from seaweed import S3Server
-from tiny import tiny_tokenizer
+
+from cluster.local.seaweed import S3Server
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.program import Ended, Program
+from tests.helpers.tiny import tiny_tokenizer
+from tests.parity import tiny_models
 
 pytestmark = pytest.mark.e2e
 

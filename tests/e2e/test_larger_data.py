@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from in_process import run_cli
-from places import Place, Stored, of_input, rows_scored_and_marked
-from program import REPOSITORY, Program
-from tiny import tiny_reward_model
 
-from batch_scorer.plan import JSON, PARQUET
+from batch_scorer.inputs.sources import JSON, PARQUET
+from tests.helpers.in_process import run_cli
+from tests.helpers.places import Place, Stored, of_input, rows_scored_and_marked
+from tests.helpers.program import REPOSITORY, Program
+from tests.helpers.tiny import tiny_reward_model
 
 pytestmark = pytest.mark.e2e
 

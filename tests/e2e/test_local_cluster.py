@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import Cluster, local_cluster, start_cluster
-from processes import processes_in
-from program import REPOSITORY, processes_of, wait_until
+
+from cluster.local.local_cluster import Cluster, local_cluster, start_cluster
+from cluster.local.processes import processes_in
+from tests.helpers.program import REPOSITORY, processes_of, wait_until
 
 pytestmark = pytest.mark.e2e
 

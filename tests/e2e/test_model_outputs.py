@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from families import EXTRA_0, FAMILIES
-from in_process import run_cli
-from inputs import pairs, parquet
 from safetensors.torch import load_file, save_file
-from tiny import tiny_reward_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.tiny import tiny_reward_model
+from tests.parity.families import EXTRA_0, FAMILIES
 
 pytestmark = pytest.mark.e2e
 

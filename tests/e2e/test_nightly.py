@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import run_cli
-from inputs import jsonl, pair_rows, pairs, parquet, table_of
-from places import Place
-from program import Ended, Program
-from seaweed import S3Server
-from tiny import tiny_reward_model
 
-from batch_scorer import Config, manifest, session
+from batch_scorer import Config
 from batch_scorer.backends.fake import FakeBackend
-from batch_scorer.commits import Receipt
-from batch_scorer.lease import Lease
-from batch_scorer.nightly import Night, run_night
-from batch_scorer.records import Scores, TokenizedRows
-from batch_scorer.work import Work
+from batch_scorer.nightly.night import Night, run_night
+from batch_scorer.outputs import manifest
+from batch_scorer.outputs.lease import Lease
+from batch_scorer.pipeline import session
+from batch_scorer.records import Receipt, Scores, TokenizedRows
+from batch_scorer.runs.remaining import Work
+from cluster.local.seaweed import S3Server
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import jsonl, pair_rows, pairs, parquet, table_of
+from tests.helpers.places import Place
+from tests.helpers.program import Ended, Program
+from tests.helpers.tiny import tiny_reward_model
 
 pytestmark = pytest.mark.e2e
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from inputs import long_pair_rows, pair_rows, pairs, parquet, table_of
-from places import Place
-from program import REPOSITORY, Ended, Running, temporary_ray_home
 
-from batch_scorer import telemetry
-from batch_scorer.telemetry import INSTRUMENTS, Instrument
+from batch_scorer.runs import telemetry
+from batch_scorer.runs.telemetry import INSTRUMENTS, Instrument
+from tests.helpers.inputs import long_pair_rows, pair_rows, pairs, parquet, table_of
+from tests.helpers.places import Place
+from tests.helpers.program import Ended, Running, temporary_ray_home
 
 pytestmark = pytest.mark.e2e
 
@@ -82,13 +82,13 @@ def observed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with temporary_ray_home() as home:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         environment |= {
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
             "RAY_TMPDIR": str(home),
             "RAY_LOGGING_CONFIG_ENCODING": "JSON",
             "RAY_metrics_report_interval_ms": "3000",
         }
-        script = str(Path(__file__).parent / "scraped_run.py")
-        ended = Running([sys.executable, script, str(config)], environment, home).wait()
+        ended = Running(
+            [sys.executable, "-m", "tests.e2e.scraped_run", str(config)], environment, home
+        ).wait()
         assert ended.exit_code == 0, ended.err
         workers = [file.read_text() for file in home.glob("**/logs/worker-*.err")]
     yield read(ended, workers)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import run_cli
-from inputs import pairs, parquet
-from places import Place, of_input
-from program import Ended, Program
-from seaweed import S3Server
 
 from batch_scorer import Config
-from batch_scorer.commits import Receipt
-from batch_scorer.run import score as run_score
-from batch_scorer.work import Work
+from batch_scorer.records import Receipt
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.run import score as run_score
+from cluster.local.seaweed import S3Server
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place, of_input
+from tests.helpers.program import Ended, Program
 
 pytestmark = pytest.mark.e2e
 

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from inputs import pairs, parquet
-from local_cluster import CLUSTER_PORTS, HOST
-from ports import own_ports
-from program import Program
 from ray.util import get_node_ip_address
+
+from cluster.local.local_cluster import CLUSTER_PORTS, HOST
+from cluster.local.ports import own_ports
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.program import Program
 
 pytestmark = pytest.mark.e2e
 

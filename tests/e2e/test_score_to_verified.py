@@ -6,10 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from inputs import FORMATS, jsonl, pair_rows, pairs, parquet
-from places import Place, Stored, digests, of_input
-from program import Ended, Program
-from seaweed import S3Server
+
+from cluster.local.seaweed import S3Server
+from tests.helpers.inputs import FORMATS, jsonl, pair_rows, pairs, parquet
+from tests.helpers.places import Place, Stored, digests, of_input
+from tests.helpers.program import Ended, Program
 
 pytestmark = pytest.mark.e2e
 

@@ -4,15 +4,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from in_process import run_cli
-from inputs import pairs, parquet
-from places import Place
 
-from batch_scorer import Config, read_status, run
-from batch_scorer.commits import Receipt
-from batch_scorer.manifest import Ledger
-from batch_scorer.reports.status import OutputStatus
-from batch_scorer.work import Work
+from batch_scorer import Config, read_status
+from batch_scorer.outputs.ledger import Ledger
+from batch_scorer.records import Receipt
+from batch_scorer.runs import run
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.status import OutputStatus
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place
 
 pytestmark = pytest.mark.e2e
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
-from in_process import run_cli
-from inputs import pairs, parquet
-from local_cluster import Cluster
-from places import Place
-from program import Ended, Program, Running, wait_until
-from seaweed import SECRET_KEY, S3Server
 
+from batch_scorer.cli.submit import Submission
 from batch_scorer.storage import ObjectMissing
-from batch_scorer.submit import Submission
+from cluster.local.local_cluster import Cluster
+from cluster.local.seaweed import SECRET_KEY, S3Server
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place
+from tests.helpers.program import Ended, Program, Running, wait_until
 
 pytestmark = pytest.mark.e2e
 

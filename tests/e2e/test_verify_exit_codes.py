@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from in_process import run_cli
-from inputs import jsonl, pair_rows, pairs, parquet
-from places import Place
 
 from batch_scorer import formats
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import jsonl, pair_rows, pairs, parquet
+from tests.helpers.places import Place
 
 pytestmark = pytest.mark.e2e
 

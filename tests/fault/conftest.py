@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from long_job import SHARDS, LongJob
-from places import Place, Stored
-from program import Program, temporary_ray_home
-from seaweed import S3Server
+
+from cluster.local.seaweed import S3Server
+from tests.fault.long_job import SHARDS, LongJob
+from tests.helpers.places import Place, Stored
+from tests.helpers.program import Program, temporary_ray_home
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The drill: the faults of this folder's tests, as many as you like, from one seed.
 
-    PYTHONPATH=tests:cluster/local python tests/fault/drill.py --seed 5 --report docs/drills/first
+    python -m tests.fault.drill --seed 5 --report docs/drills/first
 
 Processes of a real cluster are killed (workers, nodes, drivers), runs without Ray are killed at
 every failpoint, requests to a real S3 server are broken, and eight writers race for one shard.
@@ -24,22 +24,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fleet import SCORE_S, Fleet, fleet_on, lose, scoring_workers
-from inputs import pairs, parquet
-from local_cluster import local_cluster
-from oracles import Findings, Found
-from places import Place
-from program import Running
-from proxy import FaultProxy, Faults, Kind, fault_proxy
-from seaweed import S3Server, s3_server
-from small_job import SmallJob, small_job
-from test_commit_races import WRITERS, assert_one_won, make_bench, race
-from test_failpoints import TERM_S, failpoint_of, scene_of
-from tiny import tiny_reward_model
-
 from batch_scorer.errors import ExitCode
 from batch_scorer.failpoints import FAILPOINTS
-from batch_scorer.lease import Lease
+from batch_scorer.outputs.lease import Lease
+from cluster.local.local_cluster import local_cluster
+from cluster.local.seaweed import S3Server, s3_server
+from tests.fault.fleet import SCORE_S, Fleet, fleet_on, lose, scoring_workers
+from tests.fault.oracles import Findings, Found
+from tests.fault.proxy import FaultProxy, Faults, Kind, fault_proxy
+from tests.fault.races import WRITERS, assert_one_won, make_bench, race
+from tests.fault.scenes import TERM_S, failpoint_of, scene_of
+from tests.fault.small_job import SmallJob, small_job
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place
+from tests.helpers.program import Running
+from tests.helpers.tiny import tiny_reward_model
 
 KILLS_PER_RUN = 6
 MOST_RERUNS = 3

@@ -7,21 +7,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from inputs import pairs, parquet
-from local_cluster import Cluster, Node
-from oracles import Findings, Folder, Found, judge, read_output
-from places import Place
-from processes import processes_in
-from program import Ended, Program, Running, temporary_ray_home, wait_until
-from proxy import FaultProxy, fault_proxy
-from seaweed import S3Server
-
-from batch_scorer.storage import StorageError
+from batch_scorer.errors import StorageError
+from cluster.local.local_cluster import Cluster, Node
+from cluster.local.processes import processes_in
+from cluster.local.seaweed import S3Server
+from tests.fault.oracles import Findings, Folder, Found, judge, read_output
+from tests.fault.proxy import FaultProxy, fault_proxy
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place
+from tests.helpers.program import Ended, Program, Running, temporary_ray_home, wait_until
 
 SHARDS = 20
 SHARD_ROWS = 2
 SCORE_S, LOAD_S = 0.5, 1.0
-DRIVER = Path(__file__).parent / "slow_driver.py"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,14 @@ class Fleet:
         """A driver of its own process, on the cluster unless the environment says otherwise."""
         flags = arguments(self.s3, self.proxy.endpoint, self.model, output)
         device = "cuda" if environment is None else "cpu"
-        command = [sys.executable, str(DRIVER), *map(str, flags), "--device", device]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.fault.slow_driver",
+            *map(str, flags),
+            "--device",
+            device,
+        ]
         slow = {"SLOW_LOAD_S": str(LOAD_S), "SLOW_SCORE_S": str(SCORE_S)}
         ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         joins = self.cluster.environment if environment is None else environment

@@ -27,12 +27,14 @@ from typing import Any
 import pyarrow as pa
 
 from batch_scorer import Config
-from batch_scorer.commits import Receipt
 from batch_scorer.errors import BatchScorerError
 from batch_scorer.failpoints import arm
-from batch_scorer.run import look_at_model, prepare, score
+from batch_scorer.records import Receipt
+from batch_scorer.runs.derive import look_at_model, prepare
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.run import score
 from batch_scorer.storage import Store
-from batch_scorer.work import Work
+from tests.helpers.program import REPOSITORY
 
 STOPPED, HUNG = 1000, 1001
 """In place of an exit code: the process is paused, and may go on; it did not end, and was killed
@@ -133,16 +135,16 @@ def forked_runs(folder: Path, model: Path) -> Iterator[ForkedRuns]:
     environment = {
         **os.environ,
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(model)],
+            [sys.executable, "-m", "tests.fault.forked", str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             env=environment,
+            cwd=REPOSITORY,
         )
     try:
         yield ForkedRuns(process, log)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from inputs import long_pair_rows, parquet, table_of
-from places import Place
-from program import Ended, Program, Running, wait_until
+from tests.helpers.inputs import long_pair_rows, parquet, table_of
+from tests.helpers.places import Place
+from tests.helpers.program import Ended, Program, Running, wait_until
 
 SHARDS = 10
 ROWS_PER_SHARD = 2

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forked import ForkedRuns, forked_runs
-from inputs import pairs, parquet
-from oracles import Findings, Folder, Found, judge, read_output
-from places import Place
-
 from batch_scorer import Config
+from tests.fault.forked import ForkedRuns, forked_runs
+from tests.fault.oracles import Findings, Folder, Found, judge, read_output
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place
 
 SHARD_ROWS = 3
 

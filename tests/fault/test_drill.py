@@ -6,7 +6,8 @@ from pathlib import Path
 
 import drill
 import pytest
-from oracles import Findings
+
+from tests.fault.oracles import Findings
 
 pytestmark = pytest.mark.fault
 

@@ -11,24 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import STOPPED, Scene
-from oracles import Found, judge
-from places import Place
-from small_job import SmallJob, small_job
 
 import batch_scorer
 from batch_scorer import Config
 from batch_scorer.errors import ConfigError
 from batch_scorer.failpoints import FAILPOINTS, arm
-from batch_scorer.reuse import EARLIER
+from batch_scorer.outputs.reuse import EARLIER
+from tests.fault.forked import STOPPED
+from tests.fault.oracles import Found, judge
+from tests.fault.scenes import TERM_S, failpoint_of, scene_of
+from tests.fault.small_job import SmallJob, small_job
+from tests.helpers.places import Place
 
 pytestmark = pytest.mark.fault
-
-TERM_S = 0.6
-DWELL_S = 3 * TERM_S
-"""Longer than a term, so that the lease has to be renewed, three times a term."""
-RENEWALS = 6
-A_SHARD = "a.rows0-3.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +36,6 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
 @pytest.fixture(scope="module")
 def expected(job: SmallJob) -> Found:
     return job.undisturbed()
-
-
-def scene_of(name: str, job: SmallJob) -> Scene:
-    """What it takes to get to a failpoint."""
-    if name == "commit.after_refusal":
-        return Scene(appears={A_SHARD: f"{job.place.url}/undisturbed-in/{A_SHARD}"})
-    return Scene(dwell_s=DWELL_S if "renew" in name else 0.0)
-
-
-def failpoint_of(name: str, action: str) -> str:
-    """In the middle of what happens more than once; the lease is renewed beside the run, so there
-    while it dwells: whoever sleeps in the middle of a write on a local disk holds up everyone."""
-    is_repeated = name.startswith("commit.") and name != "commit.after_refusal"
-    count = RENEWALS if "renew" in name else 2 if is_repeated else 1
-    return f"{name}:{action}:{count}"
 
 
 def until_taken(job: SmallJob, config: Config) -> None:

@@ -5,9 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from long_job import SHARDS, LongJob
-from places import Stored, digests
-from program import Ended, Program, wait_until
+
+from tests.fault.long_job import SHARDS, LongJob
+from tests.helpers.places import Stored, digests
+from tests.helpers.program import Ended, Program, wait_until
 
 pytestmark = pytest.mark.fault
 

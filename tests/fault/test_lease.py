@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import Place
-from program import wait_until
-from seaweed import S3Server
 
 from batch_scorer.errors import LeaseLostError, OutputHeldError
-from batch_scorer.lease import Lease, current_epoch, holder_of
+from batch_scorer.outputs.lease import Lease, current_epoch, holder_of
+from cluster.local.seaweed import S3Server
+from tests.helpers.places import Place
+from tests.helpers.program import wait_until
 
 pytestmark = pytest.mark.fault
 

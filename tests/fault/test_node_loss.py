@@ -13,11 +13,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fleet import SCORE_S, SHARD_ROWS, SHARDS, Fleet, fleet_on, lose, owner_of_port, scoring_workers
-from local_cluster import Cluster
-from program import end_processes, temporary_ray_home, wait_until
-from proxy import Faults, Kind
-from seaweed import S3Server
+
+from cluster.local.local_cluster import Cluster
+from cluster.local.seaweed import S3Server
+from tests.fault.fleet import (
+    SCORE_S,
+    SHARD_ROWS,
+    SHARDS,
+    Fleet,
+    fleet_on,
+    lose,
+    owner_of_port,
+    scoring_workers,
+)
+from tests.fault.proxy import Faults, Kind
+from tests.helpers.program import end_processes, temporary_ray_home, wait_until
 
 pytestmark = pytest.mark.fault
 

@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inputs import Row, pair_rows, parquet, table_of
-from oracles import Folder, Found, read_output, rows_by_reason
-from places import Place
 
-from batch_scorer import Config, pipeline
+from batch_scorer import Config
 from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.errors import ShardReason
+from batch_scorer.outputs.verify import verify
+from batch_scorer.pipeline import ray_data as pipeline
 from batch_scorer.records import Scores, TokenizedRows
-from batch_scorer.run import Summary
-from batch_scorer.run import score as run_score
-from batch_scorer.verify import verify
+from batch_scorer.runs.run import Summary
+from batch_scorer.runs.run import score as run_score
+from tests.fault.oracles import Folder, Found, read_output, rows_by_reason
+from tests.helpers.inputs import Row, pair_rows, parquet, table_of
+from tests.helpers.places import Place
 
 pytestmark = pytest.mark.fault
 

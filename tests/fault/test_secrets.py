@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from inputs import pairs, parquet
-from local_cluster import Cluster, local_cluster
-from places import Place
-from program import Ended, Program, Running
-from seaweed import ACCESS_KEY, SECRET_KEY, S3Server
 
-from batch_scorer import telemetry
+from batch_scorer.runs import telemetry
+from cluster.local.local_cluster import Cluster, local_cluster
+from cluster.local.seaweed import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place
+from tests.helpers.program import Ended, Program, Running
 
 pytestmark = pytest.mark.fault
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Scene
-from oracles import Found
-from places import Place
-from program import Program, wait_until
-from proxy import FaultProxy, Faults, Kind, fault_proxy
-from seaweed import S3Server, s3_server
-from small_job import SmallJob, small_job
+
+from cluster.local.seaweed import S3Server, s3_server
+from tests.fault.forked import Scene
+from tests.fault.oracles import Found
+from tests.fault.proxy import FaultProxy, Faults, Kind, fault_proxy
+from tests.fault.small_job import SmallJob, small_job
+from tests.helpers.places import Place
+from tests.helpers.program import Program, wait_until
 
 pytestmark = pytest.mark.fault
 

@@ -24,17 +24,16 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from inputs import Row, pair_rows, parquet, table_of
-from places import Place
-from tiny import tiny_reward_model
 
 from batch_scorer import Config
 from batch_scorer.backends.fake import FakeBackend
-from batch_scorer.commits import Receipt, Status
-from batch_scorer.nightly import Ended, Night, run_night
-from batch_scorer.records import Scores, TokenizedRows
-from batch_scorer.run import score
-from batch_scorer.work import Work
+from batch_scorer.nightly.night import Ended, Night, run_night
+from batch_scorer.records import Receipt, Scores, Status, TokenizedRows
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.run import score
+from tests.helpers.inputs import Row, pair_rows, parquet, table_of
+from tests.helpers.places import Place
+from tests.helpers.tiny import tiny_reward_model
 
 pytestmark = pytest.mark.fault
 

@@ -3,16 +3,16 @@
 import json
 
 import pytest
-from long_job import SHARDS, LongJob
-from places import Place, Stored, digests
-from program import Program, Running, wait_until
 
 from batch_scorer import Config
-from batch_scorer.commits import Receipt
 from batch_scorer.errors import ExitCode, LeaseLostError
-from batch_scorer.run import score as run_score
+from batch_scorer.records import Receipt
+from batch_scorer.runs.remaining import Work
+from batch_scorer.runs.run import score as run_score
 from batch_scorer.storage import ObjectChanged
-from batch_scorer.work import Work
+from tests.fault.long_job import SHARDS, LongJob
+from tests.helpers.places import Place, Stored, digests
+from tests.helpers.program import Program, Running, wait_until
 
 pytestmark = pytest.mark.fault
 

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from schemas import violations
+
+from tests.manifests.schemas import violations
 
 NAMESPACE = "scoring"
 _HOST = "127.0.0.1"

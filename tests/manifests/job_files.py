@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from lint import load
-from program import REPOSITORY
+from cluster.lint import load
+from tests.helpers.program import REPOSITORY
 
 JOBS = REPOSITORY / "jobs"
 KUBERAY = JOBS / "kuberay"

@@ -12,17 +12,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import lint
 import pytest
-from lint import Manifest, Node, findings, load
-from network import End, may_connect
 from packaging.requirements import Requirement
 from packaging.version import Version
-from program import REPOSITORY
-from schemas import keys, ray_up_violations, skypilot_violations, violations
 
 import batch_scorer
-from batch_scorer.telemetry import INSTRUMENTS
+from batch_scorer.runs.telemetry import INSTRUMENTS
+from cluster import lint
+from cluster.lint import Manifest, Node, findings, load
+from tests.helpers.program import REPOSITORY
+from tests.manifests.network import End, may_connect
+from tests.manifests.schemas import keys, ray_up_violations, skypilot_violations, violations
 
 CLUSTER = REPOSITORY / "cluster"
 KUBERAY = CLUSTER / "kuberay"

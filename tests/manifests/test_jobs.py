@@ -19,10 +19,18 @@ import jsonschema
 import pytest
 import typer.main
 import yaml
-from api_server import ApiServer, certificate
-from inputs import pairs, parquet
 from jinja2 import Environment, StrictUndefined
-from job_files import (
+
+from batch_scorer.cli import commands as cli
+from batch_scorer.config import load_config
+from batch_scorer.errors import ConfigError
+from batch_scorer.version import __version__
+from cluster.lint import RAY, findings, load
+from cluster.local.local_cluster import Cluster, local_cluster
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.program import REPOSITORY, Program
+from tests.manifests.api_server import ApiServer, certificate
+from tests.manifests.job_files import (
     JOBS,
     KUBERAY,
     Document,
@@ -34,14 +42,7 @@ from job_files import (
     documents,
     ray_job,
 )
-from lint import RAY, findings, load
-from local_cluster import Cluster, local_cluster
-from program import REPOSITORY, Program
-from schemas import keys, violations
-
-from batch_scorer import __version__, cli
-from batch_scorer.config import load_config
-from batch_scorer.errors import ConfigError
+from tests.manifests.schemas import keys, violations
 
 MANIFESTS = sorted(file for file in KUBERAY.glob("*.yaml"))
 RAY_JOBS = ("rayjob-score.yaml", "rayjob-nightly.yaml", "raycronjob-nightly.yaml")

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lint
 import pytest
 import yaml
-from lint import RULES, findings, load
-from program import REPOSITORY
+
+from cluster import lint
+from cluster.lint import RULES, findings, load
+from tests.helpers.program import REPOSITORY
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BROKEN = sorted((FIXTURES / "lint").glob("*.yaml"))

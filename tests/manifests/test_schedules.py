@@ -16,12 +16,12 @@ import pytest
 import yaml
 from croniter import croniter
 from cronsim import CronSim
-from inputs import pairs, parquet
-from job_files import KUBERAY, argo, dag_call, documents
-from places import Place
-from program import REPOSITORY, Program, wait_until
 
-from batch_scorer.generations import read_generations, read_latest
+from batch_scorer.nightly.generations import read_generations, read_latest
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.places import Place
+from tests.helpers.program import REPOSITORY, Program, wait_until
+from tests.manifests.job_files import KUBERAY, argo, dag_call, documents
 
 FIRST, LAST = datetime(2026, 1, 1), datetime(2028, 1, 1)
 UTC_NAME = "Etc/UTC"

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from schemas import keys, kinds, ray_up_violations, skypilot_violations, violations
+
+from tests.manifests.schemas import keys, kinds, ray_up_violations, skypilot_violations, violations
 
 
 def pod_template(**container: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import build_model
+
+from tests.parity.tiny_models import build_model
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tiny_models import (
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from tests.parity.tiny_models import (
     QUERY_KEY_GAIN,
     Sequences,
     build_model,
@@ -27,9 +31,6 @@ from tiny_models import (
     random_sequences,
     reference_scores,
 )
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 Formula = Callable[[Tensor, list[int]], Tensor]
 """float32[n, H] hidden states and their ids → float32[1 + A], or [K] of a process reward model."""

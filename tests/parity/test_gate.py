@@ -8,28 +8,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from in_process import run_cli
-from inputs import pairs, parquet
 from safetensors.torch import load_file, save_file
-from tiny import tiny_reward_model, tiny_tokenizer
 
-from batch_scorer import run
 from batch_scorer.backends import hf, kernels
 from batch_scorer.backends.base import Backend
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.kernels import KERNELS
 from batch_scorer.backends.packed import PackedBody
+from batch_scorer.backends.packing import PackedBatch
 from batch_scorer.backends.readout import Readout
+from batch_scorer.backends.registry import make_backend
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ParityError
+from batch_scorer.job import Job
 from batch_scorer.models.adapter import LastToken
-from batch_scorer.packing import PackedBatch
 from batch_scorer.parity import gate
 from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
 from batch_scorer.render import Renderer
-from batch_scorer.shard import Job, make_backend
+from batch_scorer.runs import run
+from tests.helpers.in_process import run_cli
+from tests.helpers.inputs import pairs, parquet
+from tests.helpers.tiny import tiny_reward_model, tiny_tokenizer
+from tests.parity import tiny_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,19 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    DECODERS,
-    ENCODERS,
-    GQA,
-    PAD,
-    SHAPE,
-    VOCABULARY,
-    build_model,
-    load_reference,
-    random_sequences,
-    reference_scores,
-    tokenized,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -37,6 +24,19 @@ from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.hf_loader import max_sequence_length
 from batch_scorer.backends.memory import GROW_AFTER
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
+from tests.parity.tiny_models import (
+    DECODERS,
+    ENCODERS,
+    GQA,
+    PAD,
+    SHAPE,
+    VOCABULARY,
+    build_model,
+    load_reference,
+    random_sequences,
+    reference_scores,
+    tokenized,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

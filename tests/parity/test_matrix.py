@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import (
+from safetensors.torch import load_file, save_file
+
+from batch_scorer.backends.hf import HFBackend
+from batch_scorer.backends.vllm import VLLMBackend
+from batch_scorer.errors import ModelError, RowReason
+from batch_scorer.models.adapter import LastToken
+from batch_scorer.models.directory import inspect_model, read_model_files
+from batch_scorer.models.families import ADAPTERS
+from batch_scorer.models.registry import adapter_named, choose_adapter
+from batch_scorer.records import Scores
+from tests.parity.families import (
     EOT,
     EXTRA_0,
     FAMILIES,
@@ -26,17 +36,7 @@ from families import (
     replies,
     run,
 )
-from safetensors.torch import load_file, save_file
-from tiny_models import tokenized
-
-from batch_scorer.backends.hf import HFBackend
-from batch_scorer.backends.vllm import VLLMBackend
-from batch_scorer.errors import ModelError, RowReason
-from batch_scorer.models.adapter import LastToken
-from batch_scorer.models.directory import inspect_model, read_model_files
-from batch_scorer.models.families import ADAPTERS
-from batch_scorer.models.registry import adapter_named, choose_adapter
-from batch_scorer.records import Scores
+from tests.parity.tiny_models import tokenized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

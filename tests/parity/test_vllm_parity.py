@@ -14,17 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    GQA,
-    PAD,
-    SHAPE,
-    VOCABULARY,
-    Sequences,
-    load_reference,
-    random_sequences,
-    reference_scores,
-    tokenized,
-)
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from batch_scorer.backends import vllm_engine
@@ -36,6 +25,17 @@ from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowR
 from batch_scorer.models.adapter import Adapter, MarkAndLast, StepTokens
 from batch_scorer.models.registry import EMBEDDING, adapter_named
 from batch_scorer.records import Embedding
+from tests.parity.tiny_models import (
+    GQA,
+    PAD,
+    SHAPE,
+    VOCABULARY,
+    Sequences,
+    load_reference,
+    random_sequences,
+    reference_scores,
+    tokenized,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

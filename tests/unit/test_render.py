@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TEMPLATE, tiny_tokenizer
 
 from batch_scorer.config import OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError
 from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.records import Conversation, ParsedRows, RowError
 from batch_scorer.render import OWN_TEMPLATE, Renderer
+from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
 
 LONG = 10_000
 REWARD = 97

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tiny import tiny_tokenizer
 
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.config import OverLength
 from batch_scorer.records import ParsedRows, TokenizedRows
 from batch_scorer.render import Renderer
 from batch_scorer.shard import score_shard
+from tests.helpers.tiny import tiny_tokenizer
 
 
 class Version(str):
@@ -39,7 +39,7 @@ def test_a_process_that_reads_gives_the_same_ids_without_torch(tmp_path: Path) -
         "import sys\n"
         "from pathlib import Path\n"
         "import numpy as np\n"
-        "from batch_scorer.pipeline import _leave_out_torch\n"
+        "from batch_scorer.pipeline.ray_data import _leave_out_torch\n"
         "from batch_scorer.config import OverLength\n"
         "from batch_scorer.records import ParsedRows\n"
         "from batch_scorer.render import Renderer\n"

@@ -5,19 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from seaweed import S3Server
 
-from batch_scorer.errors import ConfigError
+from batch_scorer.errors import ConfigError, StorageError
 from batch_scorer.storage import (
     AccessDenied,
     ObjectChanged,
     ObjectMissing,
-    StorageError,
     Store,
     glob_pattern,
     in_threads,
     open_store,
 )
+from cluster.local.seaweed import S3Server
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -1,12 +1,6 @@
 """OpenAssistant's GPT-NeoX reward models: a linear `out_proj`, mean or last pooling by config."""
 
-from batch_scorer.models.adapter import (
-    Adapter,
-    Body,
-    LastOrAll,
-    Prompt,
-    is_mean_pooled,
-)
+from batch_scorer.models.adapter import Adapter, Body, LastOrAll, Prompt, is_mean_pooled
 from batch_scorer.models.families.heads import linear_head
 
 _TEMPLATE = (
@@ -15,8 +9,6 @@ _TEMPLATE = (
     "{% else %}{{ raise_exception('this model was trained on user and assistant turns only') }}"
     "{% endif %}{{ message['content'] + '<|endoftext|>' }}{% endfor %}"
 )
-
-
 ADAPTERS = (
     Adapter(
         name="oasst_pythia",

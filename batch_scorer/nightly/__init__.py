@@ -1,0 +1,1 @@
+"""Score what is new, run by run, into generations."""

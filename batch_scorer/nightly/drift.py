@@ -1,0 +1,408 @@
+"""What has changed since the night before: rows that came and went, and how scores have moved.
+
+By source, from the figures that every commit carries, so nothing is read back. Where the model has
+changed, a sample of the rows that both generations hold is read, and their ranks are compared:
+scores of two models have no common scale.
+
+Legend: R rows, n scores that both generations have.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from batch_scorer.errors import StorageError
+from batch_scorer.inputs.files import open_parquet
+from batch_scorer.outputs.by_source import ALL_SOURCES, LEVELS
+from batch_scorer.outputs.columns import score_items
+from batch_scorer.records import Commit, Format, Receipt, Source, Status
+from batch_scorer.records.digest import digest_of
+from batch_scorer.storage import Store
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+SAMPLE_ROWS = 200_000
+SAMPLE_SHARDS = 64
+"""At most: each costs two requests to two generations."""
+MOVERS = 20
+_GRID = 1000
+
+
+# Rows and scores by source
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The rows of one source, or of all, and their scores.
+
+    Of the `rows`, the `new` met the model since the night before, the `reused` are in rewritten
+    files but have the scores they had, and the `kept` are in files that nobody touched; `gone` are
+    not among them, but were there. `quantiles` are at `by_source.LEVELS`; `pairs` is [pairs, chosen
+    higher, ties]. Without a score `mean`, `std` and `quantiles` are empty.
+    """
+
+    rows: int = 0
+    new: int = 0
+    reused: int = 0
+    kept: int = 0
+    gone: int = 0
+    scores: int = 0
+    mean: float | None = None
+    std: float | None = None
+    quantiles: tuple[float, ...] = ()
+    pairs: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.pairs[1] / self.pairs[0] if self.pairs[0] else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Figures":
+        lists = {name: tuple(value[name]) for name in ("quantiles", "pairs")}
+        return cls(**{**value, **lists})
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A shard as it stood the night before: its identity, and its rows by source."""
+
+    identity: str
+    rows: Mapping[str, int]
+
+
+def standing(receipts: Iterable[Receipt]) -> dict[str, Before]:
+    """The committed shards by their key."""
+    return {
+        receipt.output_key: Before(receipt.commit.identity, rows_by_source(receipt.commit))
+        for receipt in receipts
+        if receipt.commit is not None and receipt.status is Status.COMMITTED
+    }
+
+
+def rows_by_source(commit: Commit) -> dict[str, int]:
+    """Rows of a shard by source; all of one where its commit is older than this count."""
+    if not commit.spread:
+        return {ALL_SOURCES: commit.num_rows}
+    return {source: int(figures[0]) for source, figures in commit.spread.items()}
+
+
+def figures_by_source(
+    receipts: Sequence[Receipt], before: Mapping[str, Before]
+) -> dict[str, Figures]:
+    """The figures of each source, of the committed shards after a night and those before it."""
+    committed = [
+        (receipt, receipt.commit)
+        for receipt in receipts
+        if receipt.commit is not None and receipt.status is Status.COMMITTED
+    ]
+    rows: dict[str, dict[str, int]] = {}
+
+    def count(source: str, what: str, number: int) -> None:
+        row = rows.setdefault(source, dict.fromkeys(("before", "rows", "kept", "reused"), 0))
+        row[what] += number
+
+    parts: dict[str, list[list[float]]] = {}
+    pairs: dict[str, list[list[int]]] = {}
+    for receipt, commit in committed:
+        there = before.get(receipt.output_key)
+        is_kept = there is not None and there.identity == commit.identity
+        for source, number in rows_by_source(commit).items():
+            count(source, "rows", number)
+            reused = receipt.reused_rows.get(source, 0)
+            count(source, "kept" if is_kept else "reused", number if is_kept else reused)
+        for source, spread in commit.spread.items():
+            parts.setdefault(source, []).append(spread)
+        for source, counts in commit.pairs.items():
+            pairs.setdefault(source, []).append(counts)
+    for shard in before.values():
+        for source, number in shard.rows.items():
+            count(source, "before", number)
+    return {
+        source: replace(
+            _spread(parts.get(source, [])),
+            rows=row["rows"],
+            new=row["rows"] - row["kept"] - row["reused"],
+            reused=row["reused"],
+            kept=row["kept"],
+            gone=max(0, row["before"] - row["kept"] - row["reused"]),
+            pairs=_summed(pairs.get(source, [])),
+        )
+        for source, row in sorted(rows.items())
+    }
+
+
+def _summed(counts: Sequence[Sequence[int]]) -> tuple[int, int, int]:
+    sums = np.array(counts or [[0, 0, 0]]).sum(axis=0)
+    return int(sums[0]), int(sums[1]), int(sums[2])
+
+
+def _spread(parts: Sequence[Sequence[float]]) -> Figures:
+    """The figures of shards together; the quantiles are exact at the ends, and between them as near
+    as straight lines between those of each shard."""
+    scored = np.array([part for part in parts if part[1]])
+    if not len(scored):
+        return Figures()
+    weights, means, stds, quantiles = scored[:, 1], scored[:, 2], scored[:, 3], scored[:, 4:]
+    number = weights.sum()
+    mean = float((weights * means).sum() / number)
+    variance = float((weights * (stds**2 + (means - mean) ** 2)).sum() / number)
+    points = np.unique(quantiles)
+    if len(points) > _GRID:
+        points = points[np.linspace(0, len(points) - 1, _GRID).astype(int)]
+    below = np.zeros(len(points))
+    for weight, part in zip(weights, quantiles, strict=True):
+        below += weight * np.interp(points, part, LEVELS, left=0.0, right=1.0)
+    return Figures(
+        scores=int(number),
+        mean=mean,
+        std=variance**0.5,
+        quantiles=tuple(np.interp(LEVELS, below / number, points).tolist()),
+    )
+
+
+def together(figures: Mapping[str, Figures]) -> Figures:
+    """The rows of all sources; without the figures of their scores."""
+    sums = {
+        name: sum(getattr(part, name) for part in figures.values())
+        for name in ("rows", "new", "reused", "kept", "gone", "scores")
+    }
+    return Figures(**sums, pairs=_summed([part.pairs for part in figures.values()]))
+
+
+# Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Mover:
+    """A score that has moved among the others: from one share of them below it to another."""
+
+    input: str
+    row: int
+    place: int
+    before: float
+    after: float
+    below_before: float
+    below_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How `scores` of `rows` that two generations have are ordered by each.
+
+    `spearman` is their rank correlation, None where one of them gives a single score. `movers` are
+    those whose share of lower scores has changed most. Of `pairs` with both scores in both,
+    `lost` had the chosen answer higher before and not after, `won` the reverse.
+    """
+
+    rows: int
+    scores: int
+    spearman: float | None
+    pairs: int
+    won: int
+    lost: int
+    movers: tuple[Mover, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Some rows of one input, scored twice.
+
+    `rows` is int64[n] of the input file, `places` int64[n] of the sequences within their rows,
+    `before` and `after` float64[n], without NaN.
+    """
+
+    input: str
+    is_pair: bool
+    rows: IntArray
+    places: IntArray
+    before: FloatArray
+    after: FloatArray
+
+
+def ranks(values: FloatArray) -> FloatArray:
+    """float64[n]: the rank of each value, from 0; equal ones have their mean rank."""
+    distinct, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    return (starts + (counts - 1) / 2)[index] if len(distinct) else np.zeros(0)
+
+
+def spearman(before: FloatArray, after: FloatArray) -> float | None:
+    """Rank correlation; None for less than two values, or all equal ones."""
+    if len(before) < 2:
+        return None
+    left, right = ranks(before), ranks(after)
+    if left.std() == 0 or right.std() == 0:
+        return None
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def compare(parts: Sequence[Scored]) -> Ranks:
+    """The ranks of all parts' scores together."""
+    before, after = (
+        np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)])
+        for name in ("before", "after")
+    )
+    scale = max(1, len(before) - 1)
+    below_before, below_after = ranks(before) / scale, ranks(after) / scale
+    order = np.argsort(-np.abs(below_after - below_before), kind="stable")[:MOVERS]
+    bounds = np.cumsum([0, *(len(part.rows) for part in parts)])
+    movers = []
+    for place in order.tolist():
+        index = int(np.searchsorted(bounds, place, side="right")) - 1
+        part, item = parts[index], place - int(bounds[index])
+        movers.append(
+            Mover(
+                part.input,
+                int(part.rows[item]),
+                int(part.places[item]),
+                float(before[place]),
+                float(after[place]),
+                float(below_before[place]),
+                float(below_after[place]),
+            )
+        )
+    flips = [_flips(part) for part in parts if part.is_pair]
+    pairs, won, lost = (sum(column) for column in zip(*flips, strict=True)) if flips else (0, 0, 0)
+    return Ranks(
+        rows=sum(len(np.unique(part.rows)) for part in parts),
+        scores=len(before),
+        spearman=spearman(before, after),
+        pairs=pairs,
+        won=won,
+        lost=lost,
+        movers=tuple(movers),
+    )
+
+
+def _flips(part: Scored) -> tuple[int, int, int]:
+    """Pairs, and those whose chosen answer is higher only after, or only before."""
+    has_both = np.flatnonzero(part.rows[:-1] == part.rows[1:])  # chosen, with rejected behind it
+    before = part.before[has_both] > part.before[has_both + 1]
+    after = part.after[has_both] > part.after[has_both + 1]
+    return len(has_both), int((after & ~before).sum()), int((before & ~after).sum())
+
+
+# Reading two generations
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the rows of a scored shard come from: a file of the inputs, and the first row there."""
+
+    input: str
+    etag: str
+    first_row: int
+
+
+def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
+    """The origin of each committed shard of the last generation of a chain.
+
+    Without those whose input is not the shard that the generation before it has now.
+    """
+    found: dict[tuple[str, str], Origin] | None = None
+    known: dict[str, Origin] = {}
+    for receipts in chain:
+        known, ours = {}, {}
+        for receipt in receipts:
+            commit = receipt.commit
+            if commit is None or receipt.version is None or receipt.status is not Status.COMMITTED:
+                continue
+            if found is None:
+                origin = Origin(commit.input, commit.input_etag, commit.first_row)
+            elif (above := found.get((commit.input, commit.input_etag))) is not None:
+                origin = replace(above, first_row=above.first_row + commit.first_row)
+            else:
+                continue
+            known[receipt.output_key] = origin
+            ours[receipt.output_key, receipt.version.etag] = origin
+        found = ours
+    return known
+
+
+def read_both(
+    before: tuple[Store, Sequence[Sequence[Receipt]]],
+    after: tuple[Store, Sequence[Sequence[Receipt]]],
+) -> list[Scored]:
+    """A sample of the rows that two generations have scored, each a store and the receipts of its
+    chain; the same sample whenever it is taken.
+
+    Only rows of the same version of their file. Embeddings have no scores and are left out.
+    """
+    overlaps = list(_overlaps(before[1], after[1]))
+    overlaps.sort(key=lambda overlap: digest_of([overlap.origin.input, overlap.origin.first_row]))
+    overlaps = overlaps[:SAMPLE_SHARDS]
+    limit = SAMPLE_ROWS // max(1, len(overlaps))
+    found = [_read(before[0], after[0], overlap, limit) for overlap in overlaps]
+    return [part for part in found if part is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Overlap:
+    """Rows that two shards have in common, from `origin` on; `starts` is where in each."""
+
+    origin: Origin
+    num_rows: int
+    receipts: tuple[Receipt, Receipt]
+    starts: tuple[int, int]
+
+
+def _overlaps(
+    before: Sequence[Sequence[Receipt]], after: Sequence[Sequence[Receipt]]
+) -> Iterable[_Overlap]:
+    there = {r.output_key: r for r in before[-1]}
+    by_file: dict[tuple[str, str], list[tuple[Receipt, Origin]]] = {}
+    for key, origin in origins(before).items():
+        by_file.setdefault((origin.input, origin.etag), []).append((there[key], origin))
+    here = {r.output_key: r for r in after[-1]}
+    for key, origin in origins(after).items():
+        mine = here[key]
+        for other, begun in by_file.get((origin.input, origin.etag), ()):
+            start = max(origin.first_row, begun.first_row)
+            stop = min(origin.first_row + mine.num_rows, begun.first_row + other.num_rows)
+            if start < stop:
+                starts = (start - begun.first_row, start - origin.first_row)
+                common = replace(origin, first_row=start)
+                yield _Overlap(common, stop - start, (other, mine), starts)
+
+
+def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored | None:
+    """None where one of the two has no scores, or is no longer there."""
+    num_rows = min(limit, overlap.num_rows)
+    chosen = np.linspace(0, overlap.num_rows - 1, num_rows).astype(np.int64)  # of the overlap
+    found = []
+    for store, receipt, start in zip(
+        (before, after), overlap.receipts, overlap.starts, strict=True
+    ):
+        assert receipt.commit is not None and receipt.version is not None
+        prefix, format = receipt.commit.column_prefix, Format(receipt.commit.layout["format"])
+        source = Source(store.root, receipt.output_key, receipt.size_bytes, receipt.version)
+        names = [n for n in receipt.commit.added_columns if n.startswith(f"{prefix}score")]
+        names.remove(receipt.commit.error_column)
+        if not names:
+            return None
+        try:
+            table = open_parquet(store, source).read(columns=names, use_threads=False)
+        except (StorageError, OSError, pa.ArrowException):
+            return None
+        found.append(score_items(table.take(pa.array(start + chosen)), format, prefix))
+    (rows, old), (rows_after, new) = found
+    if not np.array_equal(rows, rows_after):
+        return None
+    both = ~(np.isnan(old) | np.isnan(new))
+    places = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    return Scored(
+        input=overlap.origin.input,
+        is_pair=format is Format.PREFERENCE_PAIR,
+        rows=overlap.origin.first_row + chosen[rows][both],
+        places=places[both],
+        before=old[both].astype(np.float64),
+        after=new[both].astype(np.float64),
+    )

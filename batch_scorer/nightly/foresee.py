@@ -1,0 +1,100 @@
+"""What a night would do, without doing it: `nightly --dry-run`."""
+
+from dataclasses import dataclass
+
+from batch_scorer.config import Config
+from batch_scorer.inputs.plan import Plan
+from batch_scorer.nightly.generations import Generation, choose, read_generations, read_latest
+from batch_scorer.nightly.night import (
+    Night,
+    Series,
+    as_any_begun,
+    plan_night,
+    series_of,
+    wanted_generation,
+)
+from batch_scorer.records import Status
+from batch_scorer.runs.remaining import remaining
+from batch_scorer.storage import ObjectMissing, open_store
+
+# Without doing it
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a night would do for one model. `path` is its generation, None for one that is not begun
+    yet; `follows` that its work is known only once the model before it is done."""
+
+    line: str
+    model: str
+    path: str | None
+    follows: bool = False
+    files: int = 0
+    files_aside: int = 0
+    files_failed: int = 0
+    shards_committed: int = 0
+    shards_to_do: int = 0
+    shards_left: int = 0
+    rows_committed: int = 0
+    rows_to_do: int = 0
+    rows_left: int = 0
+
+
+def foresee_night(config: Config, night: Night) -> list[Prospect]:
+    """Say what `run_night` would do. Writes nothing, takes no lease, starts no Ray."""
+    lines = series_of(config)
+    first = lines[0]
+    plan = plan_night(first, night)
+    try:
+        root = open_store(config.output, config.store_options)
+    except ObjectMissing:
+        known, prepared, latest = [], None, None
+    else:
+        known, latest = read_generations(root), read_latest(root)
+        prepared = as_any_begun(first.name, first.config, first.model, known, root)
+    chosen: Generation | None = None
+    if prepared is not None:
+        chosen = choose(known, wanted_generation(first.name, prepared, None, night.rescore), latest)
+    if chosen is None or chosen not in known:
+        prospect = _of_new(first, plan, night)
+    else:
+        assert prepared is not None
+        work = remaining(plan, prepared.job(epoch=0), root.below(chosen.path), night.max_shards)
+        done = [receipt for receipt in work.done if receipt.status is Status.COMMITTED]
+        prospect = Prospect(
+            line=first.name,
+            model=first.config.model,
+            path=chosen.path,
+            files=len(plan.files),
+            files_aside=len(plan.aside),
+            files_failed=len(plan.failed),
+            shards_committed=len(done),
+            shards_to_do=len(work.todo),
+            shards_left=len(work.left),
+            rows_committed=sum(receipt.num_rows for receipt in done),
+            rows_to_do=sum(shard.num_rows for shard in work.todo),
+            rows_left=sum(receipt.num_rows for receipt in work.left),
+        )
+    return [
+        prospect,
+        *(Prospect(line.name, line.config.model, None, follows=True) for line in lines[1:]),
+    ]
+
+
+def _of_new(line: Series, plan: Plan, night: Night) -> Prospect:
+    """All of the plan, in a generation of its own."""
+    now, later = plan.shards[: night.max_shards], plan.shards[len(plan.shards) :]
+    if night.max_shards is not None:
+        later = plan.shards[night.max_shards :]
+    return Prospect(
+        line=line.name,
+        model=line.config.model,
+        path=None,
+        files=len(plan.files),
+        files_aside=len(plan.aside),
+        files_failed=len(plan.failed),
+        shards_to_do=len(now),
+        shards_left=len(later),
+        rows_to_do=sum(shard.num_rows for shard in now),
+        rows_left=sum(shard.num_rows for shard in later),
+    )

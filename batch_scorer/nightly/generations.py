@@ -1,0 +1,192 @@
+"""The generations of a nightly: outputs side by side, and a pointer to those that readers take.
+
+    ROOT/generations/<line>/<12 hex of the fingerprint>-<n>/   an output, as `score` writes it
+    ROOT/latest.json                                           which of them to read
+    ROOT/_batch_scorer/generations.json                        all of them, and what each is
+
+A *line* is the generations of one model: `main`, or the column prefix of a further one. The lines
+of a night are a chain: the second takes the scored shards of the first as its inputs, so the last
+has all columns.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self, TypeAlias
+
+from batch_scorer.errors import LeaseLostError
+from batch_scorer.outputs.claim import GENERATIONS_KEY
+from batch_scorer.outputs.puts import put
+from batch_scorer.records import Receipt, Status
+from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version
+
+MAIN = "main"
+LATEST_KEY = "latest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All scores of one line under one fingerprint, number `number` of its line.
+
+    `layout` are the settings of that role. `follows` is the path of the generation whose shards it
+    takes as inputs, None for the first line. `is_rescore`: it was begun to compute again what
+    another of the same fingerprint has.
+    """
+
+    line: str
+    number: int
+    fingerprint: str
+    layout: dict[str, Any]
+    follows: str | None = None
+    is_rescore: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"generations/{self.line}/{self.fingerprint[:12]}-{self.number}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(**{name: part for name, part in value.items() if name != "path"})
+
+
+def read_generations(root: Store) -> list[Generation]:
+    """All generations that were ever begun, oldest first."""
+    try:
+        found = root.read_json(GENERATIONS_KEY)["generations"]
+    except ObjectMissing:
+        return []
+    return [Generation.from_json(value) for value in found]
+
+
+def record_generations(root: Store, generations: Sequence[Generation]) -> None:
+    """Keep the list; only the holder of the root's lease does so."""
+    body = {"generations": [generation.to_json() for generation in generations]}
+    put(root, GENERATIONS_KEY, json.dumps(body, indent=1).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """What `latest.json` says: the path of each line's generation, in the order of the chain."""
+
+    paths: Mapping[str, str]
+    version: Version
+
+
+def read_latest(root: Store) -> Latest | None:
+    """None before any generation was complete."""
+    try:
+        data, info = root.read_with_info(LATEST_KEY)
+    except ObjectMissing:
+        return None
+    body = root.parse_json(LATEST_KEY, data)
+    return Latest({entry["line"]: entry["path"] for entry in body["lines"]}, info.version)
+
+
+def move_latest(root: Store, chain: Sequence[Generation], night: int, found: Latest | None) -> None:
+    """Point at these generations, the last of which readers take.
+
+    Raises LeaseLostError if the pointer is not as it was `found`.
+    """
+    last = chain[-1].path
+    body = {
+        "generation": last.rsplit("/", 1)[-1],
+        "path": last,
+        "lines": [{"line": generation.line, "path": generation.path} for generation in chain],
+        "night": night,
+    }
+    data = json.dumps(body, indent=1).encode()
+    try:
+        if found is None:
+            root.create(LATEST_KEY, data)
+        else:
+            root.replace(LATEST_KEY, data, found.version)
+    except (ObjectChanged, ObjectMissing):
+        if root.read(LATEST_KEY) != data:  # otherwise this very PUT, whose answer was lost
+            raise LeaseLostError(f"{root.root}: another night has moved {LATEST_KEY}") from None
+
+
+def choose(known: Iterable[Generation], wanted: Generation, latest: Latest | None) -> Generation:
+    """The generation to work on: the newest that is as `wanted`, but for its number, or a new one.
+
+    A `wanted.is_rescore` goes on only with one that was begun after that which `latest` names, and
+    so is not complete; without it any will do, begun as a rescore or not.
+    """
+    line = [generation for generation in known if generation.line == wanted.line]
+    named = latest.paths.get(wanted.line) if latest else None
+    newest_complete = max((g.number for g in line if g.path == named), default=0)
+    alike = [
+        generation
+        for generation in line
+        if (generation.fingerprint, generation.layout, generation.follows)
+        == (wanted.fingerprint, wanted.layout, wanted.follows)
+        and (not wanted.is_rescore or generation.number > newest_complete)
+    ]
+    if alike:
+        return max(alike, key=lambda generation: generation.number)
+    number = 1 + max((generation.number for generation in line), default=0)
+    return Generation(
+        wanted.line, number, wanted.fingerprint, wanted.layout, wanted.follows, wanted.is_rescore
+    )
+
+
+def donor_of(
+    known: Iterable[Generation], chosen: Generation, latest: Latest | None
+) -> Generation | None:
+    """The generation whose scores the chosen one may take over: of the same fingerprint, cut or
+    chained in another way. None where the chosen one is to compute all by itself, or is complete.
+    """
+    named = latest.paths.get(chosen.line) if latest else None
+    if chosen.is_rescore or chosen.path == named:
+        return None
+    donors = [
+        generation
+        for generation in known
+        if generation.line == chosen.line
+        and generation.fingerprint == chosen.fingerprint
+        and generation.path != chosen.path
+    ]
+    return max(donors, key=lambda donor: (donor.path == named, donor.number), default=None)
+
+
+def held(chain: Sequence[Sequence[Receipt]]) -> dict[str, str]:
+    """The inputs of which every row is committed in all generations of a chain, with the entity tag
+    of the version that is.
+
+    By their receipts; a generation's shards are the inputs of the next.
+    """
+    if not chain:
+        return {}
+    lacking = _unfinished(chain[0])
+    files = dict(_committed(chain[0]))  # input file by the last shard made of it
+    for receipts in chain[1:]:
+        unfinished = _unfinished(receipts)
+        pieces = defaultdict(list)
+        for stored, read in _committed(receipts):
+            pieces[read].append(stored)
+        above, files = files, {}
+        for shard, file in above.items():
+            if shard in pieces and shard[0] not in unfinished:
+                files |= dict.fromkeys(pieces[shard], file)
+            else:
+                lacking.add(file[0])
+    return {key: etag for key, etag in files.values() if key not in lacking}
+
+
+_Version: TypeAlias = tuple[str, str]
+"""A key and an entity tag."""
+
+
+def _committed(receipts: Iterable[Receipt]) -> Iterator[tuple[_Version, _Version]]:
+    """The shards that are stored, and the files that were read for them."""
+    for receipt in receipts:
+        if receipt.status is Status.COMMITTED and receipt.commit and receipt.version:
+            stored = receipt.output_key, receipt.version.etag
+            yield stored, (receipt.input, receipt.commit.input_etag)
+
+
+def _unfinished(receipts: Iterable[Receipt]) -> set[str]:
+    return {r.input for r in receipts if r.status in (Status.FAILED, Status.LEFT)}

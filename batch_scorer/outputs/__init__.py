@@ -1,0 +1,1 @@
+"""From scores to committed shards: columns, one PUT, receipts, manifest."""

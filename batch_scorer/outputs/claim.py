@@ -1,0 +1,82 @@
+"""Whose output this is: `run.json`, written by the first run and checked by every other."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from batch_scorer.errors import OutputError
+from batch_scorer.failpoints import failpoint
+from batch_scorer.fingerprint import Fingerprint
+from batch_scorer.outputs.lease import RECORDS
+from batch_scorer.storage import AccessDenied, ObjectChanged, ObjectMissing, Store, open_store
+
+GENERATIONS_KEY = f"{RECORDS}/generations.json"
+"""Where `nightly` remembers its generations, in the folder above them."""
+_RUN_KEY = f"{RECORDS}/run.json"
+
+
+def claim_output(
+    store: Store, fingerprint: Fingerprint, layout: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    """Make sure this output is for this work: `run.json` is created, or agrees.
+
+    Raises OutputError that names what differs.
+    """
+    body = {"fingerprint": fingerprint.parts, "layout": layout, "provenance": provenance}
+    failpoint("claim.before_put")
+    try:
+        store.create(_RUN_KEY, json.dumps(body, indent=1, sort_keys=True).encode())
+        return
+    except (AccessDenied, ObjectMissing) as error:
+        raise OutputError(str(error)) from error
+    except ObjectChanged:
+        there = store.read_json(_RUN_KEY)
+    differences = fingerprint.differences(Fingerprint(there["fingerprint"]))
+    differences += Fingerprint(layout).differences(Fingerprint(there["layout"]))
+    if differences:
+        raise OutputError(
+            f"{store.root} belongs to another run. Use another output, or the same settings:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def claimed(store: Store) -> dict[str, Any]:
+    """What `claim_output` wrote when this output was begun; {} before. Raises OutputError."""
+    return _read_claim(store, _RUN_KEY)
+
+
+def _read_claim(store: Store, key: str) -> dict[str, Any]:
+    try:
+        claim: dict[str, Any] = store.read_json(key)
+    except ObjectMissing:
+        return {}
+    except AccessDenied as error:
+        raise OutputError(str(error)) from error
+    return claim
+
+
+def claimed_fingerprint(store: Store) -> dict[str, Any]:
+    """The parts of the fingerprint that this output is for; {} before any run has claimed it."""
+    parts: dict[str, Any] = claimed(store).get("fingerprint", {})
+    return parts
+
+
+def open_scored(output: str, store_options: Mapping[str, str]) -> tuple[Store, dict[str, Any]]:
+    """An output of ours and its `run.json`; raises OutputError if there is none at `output`."""
+    try:
+        store = open_store(output, store_options)
+    except ObjectMissing:
+        raise OutputError(f"{output}: no scored output here (there is no such place)") from None
+    except AccessDenied as error:
+        raise OutputError(str(error)) from error
+    if not (claim := claimed(store)):
+        refuse_nights(store)
+        raise OutputError(f"{output}: no scored output here ({_RUN_KEY} is missing)")
+    return store, claim
+
+
+def refuse_nights(store: Store) -> None:
+    """Raise OutputError where `nightly` keeps its generations: each of them is an output."""
+    if found := _read_claim(store, GENERATIONS_KEY):
+        names = ", ".join(generation["path"] for generation in found["generations"])
+        raise OutputError(f"{store.root} belongs to `nightly`; its outputs are {names}")

@@ -1,0 +1,62 @@
+"""Receipts as they come in, so that a resumed run need not read the shards themselves."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+
+from batch_scorer.failpoints import failpoint
+from batch_scorer.outputs.lease import RECORDS
+from batch_scorer.records import Receipt
+from batch_scorer.storage import ObjectChanged, Store, in_threads
+
+READERS = 16
+
+
+class Ledger:
+    """Receipts of this run, appended in segments, so that a resumed run need not read shards."""
+
+    def __init__(self, store: Store, epoch: int, holder_id: str, *, every_s: float = 10.0) -> None:
+        self._store = store
+        self._prefix = f"{RECORDS}/ledger/{epoch:06d}-{holder_id}"
+        self._every_s = every_s
+        self._flushed = time.monotonic()
+        self._segments = 0
+        self._pending: list[Receipt] = []
+
+    def add(self, receipt: Receipt) -> None:
+        self._pending.append(receipt)
+        if time.monotonic() - self._flushed >= self._every_s:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            lines = [json.dumps(receipt.to_json()) for receipt in self._pending]
+            key = f"{self._prefix}-{self._segments:06d}.jsonl"
+            failpoint("ledger.before_put")
+            with suppress(ObjectChanged):  # ours, applied although its answer was lost
+                self._store.create(key, "\n".join(lines).encode())
+            failpoint("ledger.after_put")
+            self._segments += 1
+            self._pending.clear()
+        self._flushed = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the ledger: whose, and when it was written, by the store's clock."""
+
+    holder_id: str
+    written_at: datetime
+    receipts: list[Receipt]
+
+
+def read_ledger(store: Store) -> Iterator[Segment]:
+    """The ledgers of all runs since the current manifest, oldest segment first."""
+    infos = sorted(store.list(f"{RECORDS}/ledger"), key=lambda info: info.last_modified)
+    contents = in_threads(lambda info: store.read(info.key), infos, READERS)
+    for info, data in zip(infos, contents, strict=True):
+        receipts = [Receipt.from_json(json.loads(line)) for line in data.splitlines()]
+        yield Segment(info.key.rsplit("-", 2)[1], info.last_modified, receipts)

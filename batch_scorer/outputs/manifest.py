@@ -1,0 +1,332 @@
+"""What is committed: the scored shards, and the records beside them.
+
+    OUT/<input path>[.rowsA-B].parquet     a scored shard; the object is the commit
+    OUT/_SUCCESS                           JSON totals; written last
+    OUT/_batch_scorer/run.json             what this output is: fingerprint, layout, provenance
+                      plan.json            how much the newest run set out to do
+                      runs/*.json          what each run had to do, and what it measured
+                      engines/*.json       what scored: device, versions, kernel
+                      lease.json           who works on it now, and the epoch
+                      ledger/*.jsonl       receipts as they come in; only saves reading shards
+                      manifests/*.parquet  all commits of a finished run, one row per shard
+                      CURRENT              names the newest manifest
+
+Truth is the shards: every record here can be rebuilt from their footers.
+"""
+
+import hashlib
+import io
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_scorer.errors import IntegrityError
+from batch_scorer.failpoints import failpoint
+from batch_scorer.outputs.lease import RECORDS
+from batch_scorer.outputs.ledger import READERS, read_ledger
+from batch_scorer.outputs.puts import compare_and_swap, put
+from batch_scorer.records import Commit, Receipt, Status
+from batch_scorer.records.digest import digest_of
+from batch_scorer.storage import (
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    Store,
+    Version,
+    in_threads,
+    open_store,
+)
+
+SUCCESS_KEY = "_SUCCESS"
+_CURRENT_KEY = f"{RECORDS}/CURRENT"
+_ENGINES = f"{RECORDS}/engines"
+_PLAN_KEY = f"{RECORDS}/plan.json"
+_MANIFEST = pa.schema(
+    {
+        "output_key": pa.string(),
+        "input": pa.string(),
+        "status": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "rows": pa.int64(),
+        "rows_scored": pa.int64(),
+        "rows_marked": pa.int64(),
+        "size_bytes": pa.int64(),
+        "sha256": pa.string(),
+        "receipt": pa.string(),
+    }
+)
+_RECEIPTS_AT_ONCE = 1_000
+"""Some 2 kB each while they are written; in a run of 100,000 shards all together were half of the
+driver's memory."""
+
+
+def read_parquet(data: bytes) -> pa.Table:
+    """The table in a Parquet file, read by this thread alone.
+
+    `pq.read_table` reads in Arrow's IO threads, whatever `use_threads` says, and a process that
+    ends soon after is now and then aborted ("terminate called without an active exception"). Of
+    short processes that read four files and ended: 9 of 600, and 0 of 400 with the call below.
+    """
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
+
+
+def read_commit(store: Store, info: ObjectInfo) -> tuple[Commit | None, str]:
+    """The commit in a stored object and the sha256 of its bytes.
+
+    The commit is None if this is not a scored shard of ours.
+    """
+    data = store.read_whole(info.key, info.version, info.size_bytes)
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        schema = pq.read_schema(io.BytesIO(data))
+    except (pa.ArrowInvalid, OSError):
+        return None, sha256
+    return Commit.from_footer(schema.metadata), sha256
+
+
+def known_receipts(store: Store) -> dict[str, Receipt]:
+    """Newest receipt per output key, from the current manifest and the ledger after it."""
+    receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
+    for segment in read_ledger(store):
+        receipts.update((receipt.output_key, receipt) for receipt in segment.receipts)
+    return receipts
+
+
+def committed(
+    store: Store, objects: Iterable[ObjectInfo], known: dict[str, Receipt]
+) -> Iterator[tuple[ObjectInfo, Receipt | None]]:
+    """The receipt of each stored object; None for objects that are not scored shards of ours.
+
+    From `known` where the version agrees, otherwise from the object itself.
+    """
+
+    def read_back(info: ObjectInfo) -> tuple[ObjectInfo, Receipt | None]:
+        commit, sha256 = read_commit(store, info)
+        if commit is None:
+            return info, None
+        return info, Receipt(
+            output_key=info.key,
+            input=commit.input,
+            input_root="",  # the caller knows it from the plan
+            num_rows=commit.num_rows,
+            status=Status.COMMITTED,
+            commit=commit,
+            version=info.version,
+            size_bytes=info.size_bytes,
+            sha256=sha256,
+            reused=True,
+        )
+
+    unknown: list[ObjectInfo] = []
+    for info in objects:
+        receipt = known.get(info.key)
+        if receipt is not None and receipt.version == info.version:
+            yield info, replace(receipt, reused=True)
+        else:
+            unknown.append(info)
+    yield from in_threads(read_back, unknown, READERS)
+
+
+def current_manifest(store: Store) -> list[Receipt]:
+    """The receipts of the newest manifest; empty if there is none."""
+    try:
+        return read_manifest(store, store.read_json(_CURRENT_KEY)["manifest"])
+    except ObjectMissing:
+        return []
+
+
+def read_manifest(store: Store, key: str) -> list[Receipt]:
+    """The receipts of the manifest that `publish` stored under this key; raises ObjectMissing."""
+    data = store.read(key)
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    return [
+        Receipt.from_json(json.loads(line))
+        for batch in file.iter_batches(_RECEIPTS_AT_ONCE, columns=["receipt"], use_threads=False)
+        for line in batch["receipt"].to_pylist()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Versions of CURRENT and `_SUCCESS`; None where they are not there."""
+
+    current: Version | None
+    success: Version | None
+
+
+def published(store: Store) -> Published:
+    """What is published now. A run looks while it is sure of its lease, and replaces nothing else:
+    should it sleep and another run take its place, what that one publishes is safe."""
+
+    def version_of(key: str) -> Version | None:
+        try:
+            return store.head(key).version
+        except ObjectMissing:
+            return None
+
+    return Published(version_of(_CURRENT_KEY), version_of(SUCCESS_KEY))
+
+
+def publish(
+    store: Store,
+    epoch: int,
+    fingerprint: str,
+    receipts: list[Receipt],
+    found: Published,
+) -> dict[str, Any]:
+    """Write the manifest and point CURRENT at it.
+
+    Returns the totals, for `conclude`. `found` is what this run may replace; raises LeaseLostError
+    where something else is there by now.
+    """
+    receipts = sorted(receipts, key=lambda receipt: receipt.output_key)
+    totals = total(receipts)
+    data = _manifest_bytes(receipts)
+    key = f"{RECORDS}/manifests/{epoch:06d}-{digest_of(totals | {'bytes': len(data)})[:12]}.parquet"
+    failpoint("manifest.before_put")
+    put(store, key, data)
+    failpoint("manifest.after_put")
+    totals |= {"fingerprint": fingerprint, "epoch": epoch, "manifest": key}
+    current = json.dumps({"manifest": key, "epoch": epoch})
+    compare_and_swap(store, _CURRENT_KEY, current.encode(), found.current)
+    failpoint("current.after_put")
+    return totals
+
+
+def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
+    """Drop the ledger, now that a manifest says the same; with nothing missing, write `_SUCCESS`.
+
+    Its content are the totals that `publish` gave. Raises as that does.
+    """
+    segments = list(store.list(f"{RECORDS}/ledger"))
+    deque(in_threads(lambda info: store.delete(info.key), segments, READERS), maxlen=0)
+    failpoint("ledger.after_delete")
+    if totals["shards_failed"] == totals["shards_left"] == 0:
+        success = json.dumps(totals, indent=1, sort_keys=True)
+        compare_and_swap(store, SUCCESS_KEY, success.encode(), found.success)
+        failpoint("success.after_put")
+
+
+def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
+    """Sums over shards. `rows == rows_scored + rows_marked + rows_failed + rows_left`, always."""
+    totals: dict[str, Any] = dict.fromkeys(
+        ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
+         "rows_failed", "rows_left", "sequences", "tokens"),
+        0,
+    )  # fmt: skip
+    marked: dict[str, int] = {}
+    pairs: dict[str, list[int]] = {}
+    for receipt in receipts:
+        if receipt.status is Status.INPUT_GONE:
+            continue
+        totals["shards"] += 1
+        totals["rows"] += receipt.num_rows
+        commit = receipt.commit
+        if commit is None:
+            how = "left" if receipt.status is Status.LEFT else "failed"
+            totals[f"shards_{how}"] += 1
+            totals[f"rows_{how}"] += receipt.num_rows
+            continue
+        if commit.rows_scored + commit.rows_marked != receipt.num_rows:
+            raise IntegrityError(
+                f"{receipt.output_key}: {receipt.num_rows} rows went in, "
+                f"{commit.rows_scored} scored + {commit.rows_marked} marked came out"
+            )
+        for name in ("rows_scored", "rows_marked", "sequences", "tokens"):
+            totals[name] += getattr(commit, name)
+        for reason, count in commit.marked.items():
+            marked[reason] = marked.get(reason, 0) + count
+        for source, counts in commit.pairs.items():
+            so_far = pairs.get(source, [0, 0, 0])
+            pairs[source] = [a + b for a, b in zip(so_far, counts, strict=True)]
+    return totals | {"marked": marked, "pairs": pairs}
+
+
+def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:
+    """How much the run sets out to do, for `status`. `tokens` is an estimate."""
+    body = {"shards": shards, "rows": rows, "estimated_tokens": tokens}
+    failpoint("plan.before_put")
+    put(store, _PLAN_KEY, json.dumps(body).encode())
+
+
+def record_engine(output: str, store_options: Mapping[str, str], engine: Mapping[str, Any]) -> str:
+    """Keep what a worker scores with, once for all workers alike; returns the record's name."""
+    return _record_engine_text(
+        output, tuple(sorted(store_options.items())), json.dumps(engine, indent=1, sort_keys=True)
+    )
+
+
+@lru_cache(maxsize=16)
+def _record_engine_text(output: str, options: tuple[tuple[str, str], ...], text: str) -> str:
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    with suppress(ObjectChanged):  # another worker was first, with the same words
+        open_store(output, dict(options)).create(f"{_ENGINES}/{name}.json", text.encode())
+    return name
+
+
+def read_engine(store: Store, name: str) -> dict[str, Any]:
+    """What `record_engine` kept under this name."""
+    engine: dict[str, Any] = store.read_json(f"{_ENGINES}/{name}.json")
+    return engine
+
+
+def read_plan(store: Store) -> dict[str, int]:
+    """What `record_plan` wrote; raises ObjectMissing before any run has planned."""
+    plan: dict[str, int] = store.read_json(_PLAN_KEY)
+    return plan
+
+
+def read_success(store: Store) -> dict[str, Any] | None:
+    """The totals in `_SUCCESS`; None while the output is not complete."""
+    try:
+        success: dict[str, Any] = store.read_json(SUCCESS_KEY)
+    except ObjectMissing:
+        return None
+    return success
+
+
+def is_in_manifest(store: Store, key: str) -> bool:
+    """Whether the newest manifest has a shard of that name."""
+    return any(receipt.output_key == key for receipt in current_manifest(store))
+
+
+def is_record(key: str) -> bool:
+    """Whether the key is one of ours that is not a scored shard."""
+    return key == SUCCESS_KEY or key.startswith(f"{RECORDS}/")
+
+
+def _manifest_bytes(receipts: list[Receipt]) -> bytes:
+    """One row per shard: the columns people query, and the whole receipt as JSON."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, _MANIFEST, compression="zstd") as writer:
+        for start in range(0, len(receipts), _RECEIPTS_AT_ONCE):
+            writer.write_table(_manifest_rows(receipts[start : start + _RECEIPTS_AT_ONCE]))
+    return sink.getvalue()
+
+
+def _manifest_rows(receipts: list[Receipt]) -> pa.Table:
+    commits = [receipt.commit for receipt in receipts]
+    return pa.table(
+        {
+            "output_key": [r.output_key for r in receipts],
+            "input": [r.input for r in receipts],
+            "status": [r.status.value for r in receipts],
+            "reason": [r.reason for r in receipts],
+            "detail": [r.detail for r in receipts],
+            "rows": [r.num_rows for r in receipts],
+            "rows_scored": [c and c.rows_scored for c in commits],
+            "rows_marked": [c and c.rows_marked for c in commits],
+            "size_bytes": [r.size_bytes for r in receipts],
+            "sha256": [r.sha256 for r in receipts],
+            "receipt": [json.dumps(r.to_json()) for r in receipts],
+        },
+        schema=_MANIFEST,
+    )

@@ -1,0 +1,229 @@
+"""Rows of a rewritten file take the scores that equal sequences got before.
+
+Equal sequences are those of equal token ids under one fingerprint: their scores would come out the
+same. So before a scored object is replaced, or deleted because its file is cut differently now, it
+is copied aside; whoever reads the file's new rows reads those copies too, turns their rows into
+token ids by the same road, and asks a backend only for what it does not find there.
+
+Legend: S sequences, O outputs, K steps.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_scorer import formats
+from batch_scorer.errors import ShardError, StorageError
+from batch_scorer.inputs.files import open_parquet
+from batch_scorer.outputs.columns import sequence_scores
+from batch_scorer.outputs.lease import RECORDS
+from batch_scorer.records import (
+    Commit,
+    Layout,
+    Outputs,
+    Receipt,
+    Scores,
+    Shard,
+    Source,
+    TokenizedRows,
+    gather,
+    layout_to_json,
+)
+from batch_scorer.render import Renderer
+from batch_scorer.storage import ObjectInfo, Store, in_threads
+
+log = logging.getLogger("batch_scorer")
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+EARLIER = f"{RECORDS}/earlier"
+"""Folder of the copies, each under its output key."""
+
+MOST_EARLIER = 8
+"""Objects that are read for one shard. Each costs as much reading and tokenising as the shard
+itself, and rows seldom move farther than into the next shard."""
+
+_REQUESTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A scored object, at `key` of the store at `root`, some of whose rows may come back."""
+
+    root: str
+    key: str
+    commit: Commit
+
+    def distance(self, shard: Shard) -> tuple[int, int]:
+        """Rows between this object's and the shard's, as they were numbered; then a tie-break."""
+        start, stop = self.commit.first_row, self.commit.first_row + self.commit.num_rows
+        gap = max(0, start - shard.first_row - shard.num_rows, shard.first_row - stop)
+        return gap, abs(start + stop - 2 * shard.first_row - shard.num_rows)
+
+
+def keep(output: Store, receipts: Iterable[Receipt]) -> list[Earlier]:
+    """Copy committed shards aside. Raises StorageError; nothing may be replaced then."""
+
+    def copied(receipt: Receipt) -> Earlier:
+        assert receipt.commit is not None
+        key = f"{EARLIER}/{receipt.output_key}"
+        output.copy(receipt.output_key, key)
+        return Earlier(output.root, key, receipt.commit)
+
+    return list(in_threads(copied, receipts, _REQUESTS))
+
+
+def kept(output: Store) -> list[Earlier]:
+    """What runs that did not come to their end have copied aside."""
+
+    def described(info: ObjectInfo) -> Earlier | None:
+        commit = _footer(output, info)
+        return None if commit is None else Earlier(output.root, info.key, commit)
+
+    found = in_threads(described, output.list(EARLIER), _REQUESTS)
+    return [earlier for earlier in found if earlier is not None]
+
+
+def nearest(
+    shard: Shard, earlier: Sequence[Earlier], fingerprint: str
+) -> tuple[tuple[str, str], ...]:
+    """Root and key of those that may hold the shard's rows with the scores it would get, nearest
+    rows first."""
+    layout = layout_to_json(shard.layout)
+    fitting = [
+        candidate
+        for candidate in earlier
+        if candidate.commit.fingerprint == fingerprint and candidate.commit.layout == layout
+    ]
+    fitting.sort(key=lambda candidate: (candidate.distance(shard), candidate.key))
+    return tuple((candidate.root, candidate.key) for candidate in fitting[:MOST_EARLIER])
+
+
+def read_earlier(
+    store: Store, key: str, layout: Layout, fingerprint: str, outputs: Outputs, renderer: Renderer
+) -> tuple[TokenizedRows, Scores] | None:
+    """The rows of a scored object as token ids, and their scores.
+
+    None, with a line in the log, for what cannot be read or was scored otherwise: it is only
+    spared work.
+    """
+    try:
+        info = store.head(key)
+        file = open_parquet(store, Source(store.root, key, info.size_bytes, info.version))
+        commit = Commit.from_footer(file.schema_arrow.metadata)
+        if (
+            commit is None
+            or commit.fingerprint != fingerprint
+            or commit.layout != layout_to_json(layout)
+        ):
+            log.warning("%s holds other scores than expected; not used", store.url(key))
+            return None
+        columns = [*formats.columns_needed(layout), *commit.added_columns]
+        table = file.read(columns=columns, use_threads=False)
+        rows = renderer.tokenize(formats.parse(table, layout))
+        return rows, sequence_scores(table, layout, commit.column_prefix, outputs, rows.row_offsets)
+    except (StorageError, ShardError, pa.ArrowException, OSError) as error:
+        log.warning("%s: its scores are not used: %s", store.url(key), error)
+        return None
+
+
+def find_known(
+    rows: TokenizedRows, earlier: Iterable[tuple[TokenizedRows, Scores]]
+) -> Scores | None:
+    """For each sequence of `rows` the scores of an equal one, NaN where there is none; None where
+    nothing is found. Stops reading `earlier` when everything is."""
+    wanted: dict[bytes, list[int]] = {}
+    for sequence, ids in enumerate(_ids(rows)):
+        if ids:
+            wanted.setdefault(ids, []).append(sequence)
+    parts: list[Scores] = []
+    places: list[tuple[list[int], list[int]]] = []  # sequences here, and the equal ones there
+    for there, scores in earlier:
+        here_of, there_of = [], []
+        is_there = scores.is_there
+        for sequence, ids in enumerate(_ids(there)):
+            if is_there[sequence] and (equal := wanted.pop(ids, None)) is not None:
+                here_of += equal
+                there_of += [sequence] * len(equal)
+        parts.append(scores)
+        places.append((here_of, there_of))
+        if not wanted:
+            break
+    if not any(here for here, _ in places):
+        return None
+    return _joined(
+        rows.num_sequences,
+        [
+            (np.array(here, np.int64), np.array(there, np.int64), scores)
+            for (here, there), scores in zip(places, parts, strict=True)
+            if here
+        ],
+    )
+
+
+def score_unknown(rows: TokenizedRows, score: Callable[[TokenizedRows], Scores]) -> Scores:
+    """Scores of all sequences: those in `rows.known`, the others by `score`.
+
+    A sequence's score depends on nothing else, so some of a shard can be scored without the rest.
+    """
+    known = rows.known
+    assert known is not None
+    asked = ~known.is_there
+    asked[list(rows.sequence_errors)] = False
+    sequences = np.flatnonzero(asked)
+    if not len(sequences):
+        return known
+    fresh = score(rows.take(sequences))
+    found, scored = np.flatnonzero(known.is_there), np.flatnonzero(fresh.is_there)
+    parts = [(found, found, known), (sequences[scored], scored, fresh)]
+    joined = _joined(rows.num_sequences, [part for part in parts if len(part[0])])
+    errors = {int(sequences[place]): error for place, error in fresh.errors.items()}
+    return replace(joined, errors=errors, effort=fresh.effort)
+
+
+_Part = tuple[IntArray, IntArray, Scores]
+"""Sequences here, the sequences of some scores that are theirs, and these scores."""
+
+
+def _joined(num_sequences: int, parts: Sequence[_Part]) -> Scores:
+    """The scores of S sequences out of several; NaN and no steps for one that no part has."""
+    width = parts[0][2].values.shape[1]
+    joined = Scores(np.full((num_sequences, width), np.nan, np.float32))
+    for here, there, scores in parts:
+        joined.values[here] = scores.values[there]
+    if parts[0][2].step_values is None:
+        return joined
+    # The steps of all parts end to end, behind an empty list for the sequences that have none.
+    values: list[FloatArray] = []
+    offsets, lists = np.zeros(2, np.int64), np.zeros(num_sequences, np.int64)
+    for here, there, scores in parts:
+        assert scores.step_values is not None and scores.step_offsets is not None
+        lists[here] = len(offsets) - 1 + there
+        offsets = np.concatenate([offsets, offsets[-1] + scores.step_offsets[1:]])
+        values.append(scores.step_values)
+    places, joined.step_offsets = gather(offsets, lists)
+    joined.step_values = np.concatenate(values)[places]
+    return joined
+
+
+def _ids(rows: TokenizedRows) -> list[bytes]:
+    """The token ids of each sequence, as bytes."""
+    ids, size = rows.token_ids.tobytes(), rows.token_ids.itemsize
+    bounds = (size * rows.sequence_offsets).tolist()
+    return [ids[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _footer(output: Store, info: ObjectInfo) -> Commit | None:
+    try:
+        file = output.open(info.key, info.size_bytes, info.version)
+        return Commit.from_footer(pq.read_schema(file).metadata)
+    except (StorageError, pa.ArrowException, OSError) as error:
+        log.warning("%s: its scores are not used: %s", output.url(info.key), error)
+        return None

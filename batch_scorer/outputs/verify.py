@@ -1,0 +1,256 @@
+"""A second reader: recounts and re-hashes a scored output from its data, not from its counters.
+
+For every shard of the manifest it reads the object and, where the input is still the one that was
+scored, the input, and checks that the bytes are those that were committed, that every row is
+scored or marked, and that the input's columns came back as they were.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_scorer import formats
+from batch_scorer.errors import ExitCode, ShardError, StorageError
+from batch_scorer.inputs.files import open_parquet, read_json, read_rows, scan_json
+from batch_scorer.inputs.sources import PARQUET
+from batch_scorer.outputs.claim import open_scored
+from batch_scorer.outputs.columns import digest_columns
+from batch_scorer.outputs.manifest import (
+    SUCCESS_KEY,
+    current_manifest,
+    is_record,
+    known_receipts,
+    read_commit,
+    read_parquet,
+    read_success,
+)
+from batch_scorer.records import Commit, Receipt, Source, Status
+from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, in_threads, open_store
+
+_READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found. `rows_*` are recounted from the data; `problems` name object and cause.
+
+    `unfinished` lists shards that failed or are not there yet; `inputs_compared` counts shards
+    whose input was still there to be compared with.
+    """
+
+    shards: int
+    rows: int
+    rows_scored: int
+    rows_marked: int
+    inputs_compared: int
+    problems: list[str]
+    unfinished: list[str]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        if self.problems:
+            return ExitCode.INTEGRITY
+        return ExitCode.INCOMPLETE if self.unfinished else ExitCode.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    rows: int = 0
+    scored: int = 0
+    compared: bool = False
+    problems: tuple[str, ...] = ()
+
+
+def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdict:
+    """Check a scored output. Raises OutputError if there is none at `output`."""
+    options = dict(store_options or {})
+    store, record = open_scored(output, options)
+    success = read_success(store)
+    receipts = list(known_receipts(store).values()) if success is None else current_manifest(store)
+    groups = _read_together([receipt for receipt in receipts if receipt.commit])
+    committed = [receipt for group in groups for receipt in group]
+
+    def check_group(group: list[Receipt]) -> list[_Checked]:
+        inputs = _Inputs(options, record["layout"])
+        return [_check(store, receipt, inputs) for receipt in group]
+
+    checks = [check for group in in_threads(check_group, groups, _READERS) for check in group]
+    problems = [problem for check in checks for problem in check.problems]
+    known = {receipt.output_key for receipt in committed}
+    strangers = [info for info in store.list() if _is_stranger(info, known)]
+    unfinished = [
+        f"{receipt.output_key}: left for a later run"
+        if receipt.status is Status.LEFT
+        else f"{receipt.input}: {receipt.reason}: {receipt.detail}"
+        for receipt in receipts
+        if receipt.commit is None
+    ]
+    counted = [
+        check
+        for check, receipt in zip(checks, committed, strict=True)
+        if receipt.status is Status.COMMITTED
+    ]
+    rows, scored = sum(check.rows for check in counted), sum(check.scored for check in counted)
+    if success is None:
+        unfinished.append(f"no {SUCCESS_KEY}: the run is not finished")
+        # The run may have ended between a commit and the record of it.
+        strangers = [info for info in strangers if read_commit(store, info)[0] is None]
+    elif (success["rows"], success["rows_scored"]) != (rows, scored):
+        claim = f"{success['rows']} rows, {success['rows_scored']} scored"
+        problems.append(f"{SUCCESS_KEY} counts {claim}; the data {rows} rows, {scored} scored")
+    problems += [f"{info.key}: not in the manifest" for info in strangers]
+    return Verdict(
+        shards=len(counted),
+        rows=rows,
+        rows_scored=scored,
+        rows_marked=rows - scored,
+        inputs_compared=sum(check.compared for check in checks),
+        problems=problems,
+        unfinished=unfinished,
+    )
+
+
+def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
+    """What one thread checks: all shards of a JSON file, or one shard of a Parquet file."""
+    together: dict[tuple[str, str], list[Receipt]] = {}
+    for receipt in receipts:
+        name = receipt.output_key if _is_parquet(receipt) else receipt.input
+        together.setdefault((receipt.input_root, name), []).append(receipt)
+    return list(together.values())
+
+
+class _Inputs:
+    """The rows that were scored. How a JSON file is cut is found once; an array, which is parsed
+    whole, is kept for its next shard."""
+
+    def __init__(self, options: Mapping[str, str], layout: Mapping[str, Any]) -> None:
+        self._options = options
+        self._max_rows, self._max_tokens = layout["shard_rows"], layout["shard_tokens"]
+        self._json: tuple[Source, formats.Lines | pa.Table] | None = None
+
+    def rows(self, receipt: Receipt, commit: Commit) -> pa.Table | None:
+        """None if the file is gone, not readable, or no longer the one that was scored."""
+        try:
+            store = open_store(receipt.input_root, self._options)
+            info = store.head(receipt.input)
+            if info.version.etag != commit.input_etag:
+                return None
+            source = Source(receipt.input_root, info.key, info.size_bytes, info.version)
+            read = self._of_parquet if _is_parquet(receipt) else self._of_json
+            return read(store, source, commit.first_row, commit.num_rows)
+        except (StorageError, ShardError, pa.ArrowException, OSError):
+            return None
+
+    def _of_parquet(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+        metadata = open_parquet(store, source).metadata
+        groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        start, stop, skipped = _holding(groups, first_row, num_rows)
+        return read_rows(store, source, (start, stop), first_row - skipped, num_rows)
+
+    def _of_json(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+        if self._json is None or self._json[0] != source:
+            scanned = scan_json(store, source, self._max_rows, self._max_tokens)
+            if scanned is None:
+                data = store.read(source.key, source.version)
+                self._json = source, formats.read_json_table(data, source.key)[0]
+            else:
+                self._json = source, scanned[0]
+        found = self._json[1]
+        if not isinstance(found, formats.Lines):
+            return found.slice(first_row, num_rows)
+        start, stop, skipped = _holding([run.num_rows for run in found.runs], first_row, num_rows)
+        table, _ = read_json(store, source, found.part(start, stop))
+        return table.slice(first_row - skipped, num_rows)
+
+
+def _holding(sizes: list[int], first_row: int, num_rows: int) -> tuple[int, int, int]:
+    """The parts [start, stop), of so many rows each, that hold the rows, and the rows before."""
+    if not num_rows:
+        return 0, 0, first_row
+    ends = np.cumsum(sizes)
+    start, last = np.searchsorted(ends, [first_row, first_row + num_rows - 1], side="right")
+    return int(start), int(last) + 1, int(ends[start] - sizes[start])
+
+
+def _is_parquet(receipt: Receipt) -> bool:
+    return receipt.input.endswith(PARQUET)
+
+
+def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
+    key = receipt.output_key
+    try:
+        data = store.read(key)
+    except ObjectMissing:
+        return _Checked(problems=(f"{key}: missing",))
+    try:
+        table = read_parquet(data)
+    except (pa.ArrowException, OSError) as error:
+        return _Checked(problems=(f"{key}: not readable: {error}",))
+    commit = Commit.from_footer(table.schema.metadata)
+    if commit is None or commit != receipt.commit:
+        return _Checked(problems=(f"{key}: its footer is not the one that was committed",))
+    problems = []
+    if receipt.sha256 and hashlib.sha256(data).hexdigest() != receipt.sha256:
+        problems.append(f"{key}: its bytes are not those that were committed")
+    problems += [f"{key}: {problem}" for problem in _row_problems(table, commit)]
+    expected = inputs.rows(receipt, commit)
+    if expected is not None and (difference := _compare_input(table, commit, expected)):
+        problems.append(f"{key}: {difference}")
+    scored = table.num_rows - _num_marked(table, commit)
+    return _Checked(table.num_rows, scored, expected is not None, tuple(problems))
+
+
+def _num_marked(table: pa.Table, commit: Commit) -> int:
+    return int(pc.count(table[commit.error_column], mode="only_valid").as_py())
+
+
+def _row_problems(table: pa.Table, commit: Commit) -> Iterator[str]:
+    missing = [name for name in commit.added_columns if name not in table.column_names]
+    if missing:
+        yield f"columns {missing} are missing"
+        return
+    added = {name: table[name].combine_chunks() for name in commit.added_columns}
+    if digest_columns(added) != commit.scores_digest:
+        yield "its scores are not those that were committed"
+    marked = _num_marked(table, commit)
+    if table.num_rows != commit.num_rows or marked != commit.rows_marked:
+        yield (
+            f"{table.num_rows} rows, {marked} marked; the commit says {commit.num_rows}, "
+            f"{commit.rows_marked} marked"
+        )
+    is_marked = pc.is_valid(table[commit.error_column]).to_pylist()
+    for name in commit.added_columns:
+        if "score" in name and not name.endswith("score_error"):
+            complete = [_is_complete(value) for value in table[name].to_pylist()]
+            wrong = [row for row, ok in enumerate(complete) if not ok and not is_marked[row]]
+            if wrong:
+                yield f"row {wrong[0]}: {name} has no number and no reason"
+
+
+def _is_complete(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_complete(inner) for inner in value)
+    return value is not None and abs(value) < float("inf")
+
+
+def _compare_input(table: pa.Table, commit: Commit, expected: pa.Table) -> str:
+    """The first difference between the shard's columns and those of the input, or ""."""
+    kept = table.select([n for n in table.column_names if n not in commit.added_columns])
+    if kept.column_names != expected.column_names:
+        return f"columns {kept.column_names}, the input has {expected.column_names}"
+    for name in kept.column_names:
+        if kept.schema.field(name).type != expected.schema.field(name).type:
+            return f"column {name} changed its type"
+        if not kept[name].equals(expected[name]):
+            return f"column {name} is not as it was in the input"
+    return ""
+
+
+def _is_stranger(info: ObjectInfo, known: set[str]) -> bool:
+    """A Parquet object that a plain glob would read although no record names it."""
+    return info.key.endswith(".parquet") and info.key not in known and not is_record(info.key)

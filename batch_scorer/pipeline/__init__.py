@@ -1,0 +1,1 @@
+"""Many shards: one after the other, or on Ray Data."""

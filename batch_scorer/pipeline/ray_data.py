@@ -1,0 +1,283 @@
+"""The shards of a run on Ray Data.
+
+Ray Data carries shards and not rows: one dataset row is one work item, a list of shards, and
+every stage takes one item a call. So no block of Ray's ever mixes, splits or drops a file.
+
+    prepare (CPU tasks) → score (one actor per device) → commit (CPU tasks) → receipts
+
+Stages never raise for data: what goes wrong becomes a receipt. Deaths of whole processes are
+counted by `Attempts`, because Ray itself would start a crashing item again for ever; it also
+remembers which rows were being scored (`isolation`).
+"""
+
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from batch_scorer import logs
+from batch_scorer.backends.base import EngineDied
+from batch_scorer.errors import BatchScorerError, IncompleteError, ShardError, ShardReason
+from batch_scorer.job import Job
+from batch_scorer.parity import Sample
+from batch_scorer.pipeline.isolation import Attempts, Try
+from batch_scorer.pipeline.session import num_workers, worker_resources
+from batch_scorer.pipeline.worker import (
+    Read,
+    Scored,
+    Scorer,
+    commit_scored,
+    failed_receipt,
+    in_short,
+    prepare_shard,
+)
+from batch_scorer.records import Receipt, Shard
+
+log = logging.getLogger("batch_scorer")
+
+T = TypeVar("T")
+
+_CELL = pa.large_binary()
+_NO_PROGRESS_S = 1800.0
+_NO_PROGRESS_HANGS = 20
+"""All that a search may take in a row, before a run in which nothing moves is given up."""
+_BUNDLE_TOKENS = 20_000
+_BUNDLE_SHARDS = 32
+_BUNDLE_FROM = 256
+_Item = TypeVar("_Item", Read, Scored)
+
+
+# On Ray Data
+
+
+def run_on_ray(
+    job: Job, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
+) -> Iterator[Receipt]:
+    """Score the shards on the cluster; receipts come as shards are committed, in no order.
+
+    With a `sample` every worker has to agree with plain Hugging Face first (`parity`). `attempt`
+    as for `run_here`; deaths of processes come on top of it.
+
+    Raises what stops every shard alike: a model that does not load, a cluster that is lost.
+    """
+    if not todo:
+        return
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    # Ray Data's own lines count work items; ours count rows and tokens.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    patience_s = max(_NO_PROGRESS_S, _NO_PROGRESS_HANGS * job.config.hang_s)
+    context.execution_no_progress_timeout_s = patience_s
+    context.max_consecutive_actor_init_deaths = job.config.attempts
+    attempts = _here(Attempts).remote(job.config.attempts)
+    stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
+    items = pa.table({"item": pa.array([pickle.dumps(item) for item in _items(todo)], _CELL)})
+    workers = num_workers(job)
+    with DataContext.current(context):
+        dataset = (
+            ray.data.from_arrow(items)
+            .repartition(target_num_rows_per_block=1)
+            .map_batches(_prepare_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
+            .map_batches(
+                _ScoreStage,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_constructor_kwargs=stage
+                | {"max_loads": job.config.attempts * workers, "sample": sample},
+                compute=ActorPoolStrategy(size=workers),
+                **worker_resources(job, workers),
+            )
+            .map_batches(_commit_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
+        )
+        try:
+            for row in dataset.iter_rows():
+                receipts = pickle.loads(row["item"])
+                if isinstance(receipts, BatchScorerError):
+                    raise receipts
+                for receipt in receipts:
+                    yield replace(receipt, retries=receipt.retries + attempt - 1)
+        except ray.exceptions.RayError as error:
+            raise IncompleteError(f"the cluster failed: {str(error).splitlines()[0]}") from error
+
+
+def _here(actor: type) -> Any:
+    """The actor, to be started on the driver's machine: it is lost with the driver, not before."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(actor)
+
+
+def _items(todo: list[Shard]) -> Iterator[list[Shard]]:
+    """Work items: one shard each, but tiny ones together where there are many shards.
+
+    Ray takes some 30 ms of the driver for each item. Shards are still scored and committed one
+    by one, so bundling changes no result.
+    """
+    bundle: list[Shard] = []
+    tokens = 0
+    for shard in todo:
+        tokens += shard.estimated_tokens
+        is_full = tokens > _BUNDLE_TOKENS or len(bundle) == _BUNDLE_SHARDS
+        if bundle and (is_full or len(todo) < _BUNDLE_FROM):
+            yield bundle
+            bundle, tokens = [], shard.estimated_tokens
+        bundle.append(shard)
+    yield bundle
+
+
+def _begin(
+    stage: str, shard: Shard, job: Job, attempts: Any, carried: logs.Carried
+) -> tuple[int, ShardError | None]:
+    """How often the item that starts with `shard` was begun here before; the error is not None
+    once it has ended too many processes."""
+    import ray
+
+    tries = ray.get(attempts.begin.remote(f"{stage} {shard.output_key}"))
+    logs.resume(carried, retries=tries - 1)
+    if tries <= job.config.attempts:
+        return tries - 1, None
+    return tries - 1, ShardError(
+        ShardReason.WORKER_DIED, f"{job.config.attempts} processes died in the {stage} stage"
+    )
+
+
+def _again(item: _Item, retries: int) -> _Item:
+    """The item, its retries of one more stage counted."""
+    return replace(item, spent=replace(item.spent, retries=item.spent.retries + retries))
+
+
+def _prepare_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
+    shards: list[Shard] = _unpack(batch)
+    if not job.config.trust_remote_code:
+        _leave_out_torch()
+    retries, refused = _begin("prepare", shards[0], job, attempts, carried)
+    reads = [Read(shard, refused) if refused else prepare_shard(job, shard) for shard in shards]
+    attempts.forget.remote(f"prepare {shards[0].output_key}")
+    return _pack([_again(read, retries) for read in reads])
+
+
+def _leave_out_torch() -> None:
+    """Let transformers find no torch in this process, whose part of it are the tokenizers.
+
+    It would be loaded for nothing: 330 MB and two seconds of every process that reads, of which
+    there may be one for every core.
+    """
+    if "transformers" not in sys.modules:
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # as the import system has it
+
+
+class _ScoreStage:
+    """Holds the model; one per device.
+
+    A model that does not load is no reason for Ray to start the worker again: the error travels
+    with the results, and the driver raises it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        attempts: Any,
+        carried: logs.Carried,
+        max_loads: int,
+        sample: Sample | None,
+    ) -> None:
+        import ray
+
+        logs.resume(carried)
+        self._job = job
+        self._attempts = attempts
+        self._carried = carried
+        self._failure: BatchScorerError | None = None
+        if ray.get(attempts.begin.remote("load")) > max_loads:
+            self._failure = IncompleteError(
+                f"{max_loads} scoring workers died while loading the model (out of memory?)"
+            )
+            return
+        try:
+            self._scorer = Scorer(job, sample)
+        except BatchScorerError as error:
+            self._failure = error
+        except Exception as error:  # a defect of a library must reach the user by its own words
+            log.exception("the model does not load")
+            self._failure = IncompleteError(in_short(error))
+        attempts.forget.remote("load")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._failure is not None:
+            return _pack(self._failure)
+        try:
+            return _pack(self._score(_unpack(batch)))
+        except EngineDied:
+            # Nothing in this process can be relied on: Ray starts another, and the death counts.
+            log.exception("the engine died, and this worker with it")
+            os._exit(1)
+
+    def _score(self, reads: list[Read]) -> list[Scored]:
+        """The shards of an item. What ends this process is searched for by those after it."""
+        import ray
+
+        key = f"score {reads[0].shard.output_key}"
+        sizes = [0 if isinstance(read.rows, ShardError) else read.rows.num_rows for read in reads]
+        starts = [0, *accumulate(sizes)]  # of each shard's rows among those of the item
+        tried: Try | None = None
+        while True:
+            asked = self._attempts.next_try.remote(key, starts[-1], tried)
+            num_failed, tried = ray.get(asked)
+            logs.resume(self._carried, num_failed)
+            if tried is None or not tried.is_probe:
+                break
+            for read, start in zip(reads, starts, strict=False):
+                self._scorer.probe(read, tried.start - start, tried.stop - start)
+        scored = []
+        for read, start, size in zip(reads, starts, sizes, strict=False):
+            read = _again(read, num_failed)
+            if tried is None:
+                scored.append(Scored(read.shard, _gives_up(num_failed), read.spent))
+            else:
+                crashed = [row - start for row in tried.without if 0 <= row - start < size]
+                scored.append(self._scorer.score(read, crashed))
+        self._attempts.forget.remote(key)
+        return scored
+
+
+def _gives_up(num_failed: int) -> ShardError:
+    return ShardError(
+        ShardReason.WORKER_DIED,
+        f"{num_failed} processes died in the score stage, and no few rows are to blame",
+    )
+
+
+def _commit_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
+    scored: list[Scored] | BatchScorerError = _unpack(batch)
+    if isinstance(scored, BatchScorerError):
+        return batch
+    retries, refused = _begin("commit", scored[0].shard, job, attempts, carried)
+    key = f"commit {scored[0].shard.output_key}"
+    scored = [_again(item, retries) for item in scored]
+    ended = [
+        failed_receipt(item, refused) if refused else commit_scored(job, item) for item in scored
+    ]
+    attempts.forget.remote(key)
+    return _pack(ended)
+
+
+def _unpack(batch: pa.Table) -> Any:
+    if batch.num_rows != 1:
+        raise RuntimeError(f"a stage was given {batch.num_rows} items, expected 1")
+    return pickle.loads(batch["item"][0].as_buffer())
+
+
+def _pack(item: object) -> pa.Table:
+    return pa.table({"item": pa.array([pickle.dumps(item, protocol=5)], _CELL)})

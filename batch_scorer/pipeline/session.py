@@ -1,0 +1,186 @@
+"""The Ray that a job runs on, joined or started, and what of it one scoring worker gets."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self, TypeVar
+
+from batch_scorer import logs
+from batch_scorer.backends.device import CPU_ENVIRONMENT
+from batch_scorer.config import Config, Device
+from batch_scorer.errors import ConfigError, IncompleteError
+from batch_scorer.job import Job
+
+T = TypeVar("T")
+
+_CONNECT_TIMEOUT_S = 5.0
+_SPARE_CPUS = 3
+"""Logical CPUs beside the scoring workers: Ray Data's source keeps one for the whole run, prepare
+and commit need one each."""
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Join the cluster that the settings name, or run a private Ray on this machine."""
+    if not config.use_ray:
+        yield
+        return
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            _require_listener(address)
+            ray.init(address=address, **quiet)
+        else:
+            cpus = (os.cpu_count() or 1) + _SPARE_CPUS
+            with _native_log_off():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot join Ray at {address or 'this machine'}: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in place, which aborts
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class RaySession:
+    """A `ray_session` that begins when it is first needed, and ends with the context."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stack = ExitStack()
+        self._has_started = False
+
+    def start(self) -> None:
+        """Make sure that Ray is there. Raises ConfigError."""
+        if not self._has_started:
+            self._stack.enter_context(ray_session(self._config))
+            self._has_started = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError if nothing answers at host:port; Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+
+
+@contextmanager
+def _native_log_off() -> Iterator[None]:
+    """Keep Ray's native log off a person's terminal.
+
+    It greets every Ray Data actor with an error-level line (ray-project/ray#53727), and the
+    switch that turns it off announces itself: so stderr is held back while Ray starts, and shown
+    if that fails. Ray's log files are not affected by the latter.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(terminal, 2)
+            held.seek(0)
+            sys.stderr.write(held.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def has_gpus(config: Config) -> bool:
+    """Whether the cluster, or without Ray this machine, has a CUDA device."""
+    if config.use_ray:
+        import ray
+
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+    from batch_scorer.backends.device import cuda_is_available
+
+    return cuda_is_available()
+
+
+def num_workers(job: Job) -> int:
+    """How many models score at the same time: one per GPU, or one per machine on CPU."""
+    if not job.config.use_ray:
+        return 1
+    import ray
+
+    if job.device is Device.CUDA:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if gpus == 0 and job.config.workers is None:
+            raise ConfigError(
+                "device is cuda, but the cluster has no GPU; where an autoscaler brings them, say "
+                "with `workers` how many to ask for"
+            )
+        return job.config.workers or max(1, gpus // job.config.tensor_parallel)
+    return job.config.workers or len(_machine_cpus())
+
+
+def on_worker(job: Job, work: Callable[[], T]) -> T:
+    """The result of `work` on a machine like the scoring workers', in a process of its own.
+
+    Raises what `work` raises, and IncompleteError if its process dies.
+    """
+    if not job.config.use_ray:
+        return work()
+    import ray
+
+    remote = ray.remote(max_calls=1, max_retries=0, **worker_resources(job, workers=1))
+    try:
+        result: T = ray.get(remote(_call).remote(logs.carry(), work))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as it was raised there, without Ray's frames around it
+    except ray.exceptions.RayError as error:
+        raise IncompleteError(f"a worker died: {str(error).splitlines()[0]}") from error
+    return result
+
+
+def _call(carried: logs.Carried, work: Callable[[], T]) -> T:
+    logs.resume(carried)
+    return work()
+
+
+def _machine_cpus() -> list[float]:
+    """Logical CPUs of each machine of the cluster that has any."""
+    import ray
+
+    cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return [count for count in cpus if count >= 1]
+
+
+def worker_resources(job: Job, workers: int) -> dict[str, Any]:
+    """What one worker asks of Ray: a GPU, or its part of what a machine can spare."""
+    if job.device is Device.CUDA:
+        return {
+            "num_gpus": job.config.tensor_parallel,  # all of one machine, as Ray gives them
+            # Any environment will do: Ray then never takes a process that has read shards.
+            "runtime_env": {"env_vars": {"BATCH_SCORER_WORKER": "scores"}},
+        }
+    machines = _machine_cpus()
+    per_machine = -(-workers // len(machines))
+    return {
+        "num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine),
+        "runtime_env": {"env_vars": CPU_ENVIRONMENT},
+    }

@@ -1,0 +1,310 @@
+"""The types that carry a row from its file to its score.
+
+Legend: R rows of a shard, S sequences (a row has one or more), T tokens, H hidden size,
+O outputs of the model (1 for a scalar reward).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_scorer.errors import RowReason
+
+FloatArray = npt.NDArray[np.float32]
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+Conversation: TypeAlias = list[Message]
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+"""Roles that a conversation may hold; what a template makes of them is the template's."""
+
+
+class Format(StrEnum):
+    """What one input row is; the values are the choices of `--format`."""
+
+    PREFERENCE_PAIR = "preference_pair"
+    BEST_OF_N = "best_of_n"
+    ROLLOUT_GROUP = "rollout_group"
+    ROLLOUT = "rollout"
+    CONVERSATION = "conversation"
+    TEXT = "text"
+    TOKEN_IDS = "token_ids"
+
+
+class TextStyle(StrEnum):
+    """How strings that hold dialogue are read; the values are the choices of `--text-style`.
+
+    PLAIN     a string is one message: a prompt is the user's, a response the assistant's.
+    HH        whole dialogues with turn marks, as Anthropic HH-RLHF writes them.
+    RENDERED  text that already went through a chat template: it is tokenised as it is.
+    """
+
+    PLAIN = "plain"
+    HH = "hh"
+    RENDERED = "rendered"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of one file are read: found once per file by the plan, used by its shards.
+
+    `columns` maps the field names of the format (`prompt`, `chosen`, `responses`, …) to the
+    file's column names. `text_style` is None where the columns hold messages or token ids.
+    """
+
+    format: Format
+    columns: Mapping[str, str]
+    text_style: TextStyle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row or sequence is not scored: a code for the column, a sentence for people."""
+
+    reason: RowReason
+    detail: str
+
+
+SequenceInput: TypeAlias = Conversation | str | list[int]
+"""A conversation to render, rendered text to tokenise, or token ids to take as they are."""
+
+
+@dataclass(slots=True)
+class ParsedRows:
+    """R rows cut into S sequences, before rendering.
+
+    `sequences` holds S inputs, an error in place of one that cannot be read.
+    `row_offsets` is int64[R+1]: row r owns sequences[row_offsets[r]:row_offsets[r + 1]].
+    `row_errors` names the rows that could not be cut into sequences; they own none.
+    """
+
+    sequences: list[SequenceInput | RowError]
+    row_offsets: npt.NDArray[np.int64]
+    row_errors: dict[int, RowError] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+
+@dataclass(slots=True)
+class TokenizedRows:
+    """R rows as token ids, ready for a backend.
+
+    `token_ids` is int32[T], the S sequences end to end; `sequence_offsets` int64[S+1];
+    `row_offsets` int64[R+1]; `truncated_tokens` int32[S], tokens cut by the length policy.
+    A sequence with an error has no tokens. `row_errors` as in `ParsedRows`. `known` are scores that
+    equal sequences got before, NaN for those that a backend has yet to be asked for.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    sequence_offsets: npt.NDArray[np.int64]
+    row_offsets: npt.NDArray[np.int64]
+    truncated_tokens: npt.NDArray[np.int32]
+    sequence_errors: dict[int, RowError]
+    row_errors: dict[int, RowError]
+    known: "Scores | None" = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequence_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64[S], tokens of each sequence."""
+        return np.diff(self.sequence_offsets)
+
+    def take(self, sequences: npt.NDArray[np.int64]) -> "TokenizedRows":
+        """These sequences, each as a row of its own, without their errors."""
+        places, offsets = gather(self.sequence_offsets, sequences)
+        return TokenizedRows(
+            token_ids=self.token_ids[places],
+            sequence_offsets=offsets,
+            row_offsets=np.arange(len(sequences) + 1),
+            truncated_tokens=self.truncated_tokens[sequences],
+            sequence_errors={},
+            row_errors={},
+        )
+
+    def part(self, first_row: int, stop_row: int) -> "TokenizedRows":
+        """The rows from one to before another, without their errors and what is known of them."""
+        first, stop = self.row_offsets[[first_row, stop_row]]
+        offsets = self.sequence_offsets[first : stop + 1]
+        return TokenizedRows(
+            token_ids=self.token_ids[offsets[0] : offsets[-1]],
+            sequence_offsets=offsets - offsets[0],
+            row_offsets=self.row_offsets[first_row : stop_row + 1] - first,
+            truncated_tokens=self.truncated_tokens[first:stop],
+            sequence_errors={},
+            row_errors={},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """What an embedding is: the pooled hidden state, scaled to length 1 with `normalize`."""
+
+    pooling: Literal["last", "mean", "cls"]
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PooledTokens:
+    """The tokens whose hidden states the score head reads.
+
+    Those of sequence s are at `positions[offsets[s]:offsets[s + 1]]`, counted from its first
+    token: int64[K] and int64[S+1].
+    """
+
+    positions: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """int64[S], pooled tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    def of(self, sequences: npt.NDArray[np.int64]) -> "PooledTokens":
+        """The same for these sequences, in this order."""
+        places, offsets = gather(self.offsets, sequences)
+        return PooledTokens(self.positions[places], offsets)
+
+
+def gather(
+    offsets: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of lists that lie end to end at `offsets`, the items of the chosen ones, in this order.
+
+    Returns int64[K], their places, and int64[n+1], where each list begins among them.
+    """
+    counts = np.diff(offsets)[chosen]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    places = np.arange(starts[-1]) + np.repeat(offsets[chosen] - starts[:-1], counts)
+    return places, starts
+
+
+@dataclass(slots=True)
+class Effort:
+    """What it took to score some sequences; adds up over shards.
+
+    Of the tokens of all sequences, `computed_tokens` went through the model, `shared_tokens` did
+    not because another sequence of their prefix already had (a sequence that is asked twice is
+    neither: it counts once).
+    """
+
+    num_batches: int = 0
+    """Forward passes."""
+    computed_tokens: int = 0
+    """Tokens that went through the model, padding not counted."""
+    padding_tokens: int = 0
+    """Places of padded batches that held no token."""
+    shared_tokens: int = 0
+    """Tokens of distinct sequences that were found computed, as part of a shared prefix."""
+    attended_pairs: int = 0
+    """Pairs of a computed token and a token that it attends to, its own included; sliding windows
+    not considered."""
+    oom_splits: int = 0
+    """Batches that were cut smaller for lack of memory."""
+
+    def add(self, other: "Effort") -> None:
+        """Count the other's as well."""
+        for field_ in fields(self):
+            setattr(self, field_.name, getattr(self, field_.name) + getattr(other, field_.name))
+
+
+@dataclass(slots=True)
+class Scores:
+    """What a backend gives back for S sequences, in their order.
+
+    `values` is float32[S, O], raw outputs without activation; NaN where `errors` names the
+    sequence. Output 0 is the score, the others the model's attributes; an embedding has no
+    score, all O are its dimensions. A process reward model adds `step_values`, float32[K], those
+    of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`.
+    """
+
+    values: npt.NDArray[np.float32]
+    errors: dict[int, RowError] = field(default_factory=dict)
+    step_values: npt.NDArray[np.float32] | None = None
+    step_offsets: npt.NDArray[np.int64] | None = None
+    effort: Effort = field(default_factory=Effort)
+
+    @property
+    def is_there(self) -> npt.NDArray[np.bool_]:
+        """bool[S]: the sequences whose outputs are all numbers."""
+        return np.asarray(np.isfinite(self.values).all(axis=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model gives for a sequence, as columns.
+
+    `attributes` are the names of a reward's parts, in order; `steps`: each step has a score.
+    `embedding_size` is not None where there is no score but an embedding.
+    """
+
+    attributes: tuple[str, ...] = ()
+    steps: bool = False
+    embedding_size: int | None = None
+
+
+SCALAR = Outputs()
+
+
+@dataclass(slots=True)
+class ScoredRows:
+    """Scores of R rows and S sequences; the token ids stay behind.
+
+    `values` float32[S, O], NaN where there is no score; `step_values` float32[K] and
+    `step_offsets` int64[S+1] of a process reward model; `lengths` and `truncated_tokens`
+    int32[S]; `row_offsets` int64[R+1]; errors by sequence and by row. `rows_digest` is over what
+    was scored, `engine` says what scored it, `effort` and `score_s` what it took. `was_known` is
+    bool[S], the sequences whose scores are those of equal sequences scored before; None: of none.
+    """
+
+    values: FloatArray
+    lengths: npt.NDArray[np.int32]
+    truncated_tokens: npt.NDArray[np.int32]
+    row_offsets: IntArray
+    sequence_errors: dict[int, RowError]
+    row_errors: dict[int, RowError]
+    rows_digest: str
+    engine: dict[str, Any]
+    effort: Effort
+    score_s: float
+    outputs: Outputs = SCALAR
+    step_values: FloatArray | None = None
+    step_offsets: IntArray | None = None
+    was_known: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def errors_by_row(self) -> dict[int, RowError]:
+        """The first error of each row that has one, in row order."""
+        errors = dict(self.row_errors)
+        sequences = sorted(self.sequence_errors)
+        rows = np.searchsorted(self.row_offsets, sequences, side="right") - 1
+        for row, sequence in zip(rows.tolist(), sequences, strict=True):
+            errors.setdefault(row, self.sequence_errors[sequence])
+        return dict(sorted(errors.items()))

@@ -1,0 +1,107 @@
+"""An input file, and a shard: a row range of one."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from batch_scorer.records.digest import digest_of
+from batch_scorer.records.rows import Layout
+from batch_scorer.storage import Version
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input file, as it was when the run was planned. `key` is relative to `root`."""
+
+    root: str
+    key: str
+    size_bytes: int
+    version: Version
+
+    @property
+    def url(self) -> str:
+        return f"{self.root.rstrip('/')}/{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class LineRun:
+    """Lines that follow each other: bytes [start, stop) of the unpacked file, `num_rows` rows.
+
+    `first_line` counts all lines of the file from 1, blank ones too.
+    """
+
+    start: int
+    stop: int
+    first_line: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Runs of a file of JSON lines, without a gap: all of them, or those of one shard.
+
+    `schema` has the columns of all rows of the file.
+    """
+
+    runs: tuple[LineRun, ...]
+    schema: pa.Schema
+    is_gzip: bool
+
+    @property
+    def start(self) -> int:
+        return self.runs[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.runs[-1].stop
+
+    def part(self, start: int, stop: int) -> "Lines":
+        """The runs [start, stop)."""
+        return replace(self, runs=self.runs[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A row range of one input file: the unit of work and of commit.
+
+    Rows [first_row, first_row + num_rows) of the file. They lie in the Parquet row groups
+    [start, stop) of `row_groups`, or in the `lines` of a file of JSON lines, or (both are None) in
+    a JSON array; `skip_rows` is how many rows come before them there. `replaces` is the stale
+    object to be replaced, if any. `earlier` are scored objects, as (root, key), that may hold rows
+    of this shard with their scores (`reuse`).
+    """
+
+    source: Source
+    layout: Layout
+    first_row: int
+    num_rows: int
+    row_groups: tuple[int, int] | None
+    skip_rows: int
+    estimated_tokens: int
+    output_key: str
+    lines: Lines | None = None
+    replaces: Version | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
+
+    def identity(self, fingerprint: str, column_prefix: str) -> str:
+        """Digest of what this shard's scores are made of: equal identities, equal scores."""
+        return digest_of(
+            {
+                "input": self.source.key,
+                "etag": self.source.version.etag,
+                "size_bytes": self.source.size_bytes,
+                "rows": [self.first_row, self.num_rows],
+                "layout": layout_to_json(self.layout),
+                "column_prefix": column_prefix,
+                "fingerprint": fingerprint,
+            }
+        )
+
+
+def layout_to_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "format": layout.format,
+        "columns": dict(layout.columns),
+        "text_style": layout.text_style,
+    }

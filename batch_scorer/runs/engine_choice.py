@@ -1,0 +1,94 @@
+"""Which engine: by support, and for a long job that both can run by a short race.
+
+Engines give the same scores within rounding (`parity`), but not the same bits, so an output
+keeps the engine it was begun with.
+"""
+
+import importlib.util
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from batch_scorer.backends.base import EngineDied
+from batch_scorer.backends.registry import make_backend
+from batch_scorer.config import Config, Device
+from batch_scorer.errors import BatchScorerError, ModelError, ShardError
+from batch_scorer.job import Job
+from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.registry import adapter_named
+from batch_scorer.records import Shard, TokenizedRows
+from batch_scorer.render import renderer_of
+from batch_scorer.shard import read_shard
+
+log = logging.getLogger("batch_scorer")
+
+TRIAL_ROWS = {Device.CPU: 64, Device.CUDA: 1024}
+"""The first half warms an engine up, the second is timed."""
+
+WORTH_A_RACE = {Device.CPU: 2_000_000, Device.CUDA: 20_000_000}
+"""Tokens of the smallest job that is raced: minutes of scoring, against the half minute or minute
+that starting both engines takes."""
+
+
+def supported_engines(config: Config, model: ModelFacts) -> list[str]:
+    """Engines that can run this job, our own first. Raises ModelError if the one asked for cannot.
+
+    What is not installed counts as not supported under `auto`.
+    """
+    adapter = adapter_named(model.adapter)
+    if config.backend != "auto":
+        if config.backend != "fake" and config.backend not in adapter.engines:
+            raise ModelError(
+                f"{model.path}: {adapter.name} models do not run on {config.backend}; "
+                f"set backend to {' or '.join(adapter.engines)}"
+            )
+        return [config.backend]
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    engines: list[str] = [e for e in adapter.engines if e == "hf" or has_vllm]
+    if config.quantization is not None:
+        engines.remove("hf")
+    if not engines:
+        raise ModelError("quantization needs the vllm backend, which is not installed")
+    return engines
+
+
+def is_raced(engines: Sequence[str], device: Device, num_tokens: int) -> bool:
+    """Whether the choice for a job of so many tokens is made by measuring."""
+    return len(engines) > 1 and num_tokens >= WORTH_A_RACE[device]
+
+
+def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
+    """Some of the job's own rows, from its first readable shard."""
+    for shard in shards:
+        part = replace(shard, num_rows=min(TRIAL_ROWS[job.device], shard.num_rows))
+        try:
+            return read_shard(job, part, renderer_of(job))
+        except ShardError:
+            continue
+    return None
+
+
+def tokens_per_second(job: Job, rows: TokenizedRows) -> float:
+    """Real tokens per second of this job's engine on the second half of the rows.
+
+    The first half warms it up: with the same rows, a cache of prefixes would do the work. 0 for an
+    engine that does not come up or does not last: it loses the race, and the log says why.
+    """
+    try:
+        backend = make_backend(job)
+    except (BatchScorerError, RuntimeError) as error:
+        log.warning("%s does not come up: %s", job.backend, error)
+        return 0.0
+    try:
+        half = -(-rows.num_rows // 2)
+        backend.score(rows.part(0, half))
+        timed = rows.part(half, rows.num_rows) if half < rows.num_rows else rows
+        started = time.perf_counter()
+        backend.score(timed)
+        return timed.num_tokens / (time.perf_counter() - started)
+    except EngineDied as error:
+        log.warning("%s died: %s", job.backend, error)
+        return 0.0
+    finally:
+        backend.close()

@@ -1,0 +1,119 @@
+"""What a run would take, told from a tokenised sample of its rows before it starts."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from batch_scorer.backends.packing import build_trie
+from batch_scorer.errors import ShardError
+from batch_scorer.job import Job
+from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.embedding import is_decoder
+from batch_scorer.models.registry import EMBEDDING, adapter_named
+from batch_scorer.records import Shard, TokenizedRows
+from batch_scorer.render import renderer_of
+from batch_scorer.shard import read_shard
+
+log = logging.getLogger("batch_scorer")
+
+SAMPLE_ROWS = 2_000
+SAMPLE_TOKENS = 1_000_000
+"""At most, by the plan's estimate: a few seconds of tokenising."""
+SAMPLE_SHARDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RowWork:
+    """What some rows take: their tokens as if each sequence were alone, those that go through the
+    model, and the pairs that these attend to."""
+
+    row_tokens: float
+    computed_tokens: float
+    attended_pairs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The work of all rows of a plan, from `sampled_rows` of them.
+
+    `flop` are its floating-point operations, None where the model's cost is not known. Rows that
+    share a prefix without being close to each other are not found to share it.
+    """
+
+    sampled_rows: int
+    row_tokens: int
+    computed_tokens: int
+    flop: float | None
+
+
+def estimate(job: Job, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
+    """Tokenise rows of evenly chosen shards; None if none of them has a token.
+
+    The shards are cut into groups of neighbours, and the first rows of the middle shard stand for
+    the rows of its group.
+    """
+    shards = [shard for shard in shards if shard.num_rows]
+    num_groups = min(SAMPLE_SHARDS, len(shards))
+    sampled_rows = covered_rows = 0
+    sums = np.zeros(3)  # as the fields of RowWork
+    for places in np.array_split(np.arange(len(shards)), num_groups) if shards else ():
+        group = [shards[place] for place in places]
+        part = _first_rows(group[len(group) // 2], num_groups)
+        try:
+            rows = read_shard(job, part, renderer_of(job))
+        except ShardError as error:
+            log.warning("%s: not sampled: %s", part.source.key, error)
+            continue
+        group_rows = sum(shard.num_rows for shard in group)
+        work = work_of(rows, shares=shares_prefixes(job, model), is_causal=is_causal(model))
+        scale = group_rows / part.num_rows
+        sums += scale * np.array([work.row_tokens, work.computed_tokens, work.attended_pairs])
+        sampled_rows += part.num_rows
+        covered_rows += group_rows
+    if not sums[0]:
+        return None
+    row_tokens, computed_tokens, pairs = (
+        sums * sum(shard.num_rows for shard in shards) / covered_rows
+    ).tolist()
+    cost = None if job.backend == "fake" else model.cost
+    return Estimate(
+        sampled_rows=sampled_rows,
+        row_tokens=round(row_tokens),
+        computed_tokens=round(computed_tokens),
+        flop=None if cost is None else cost.flops(computed_tokens, pairs),
+    )
+
+
+def _first_rows(shard: Shard, parts: int) -> Shard:
+    """As many rows as one of so many parts of the sample may have."""
+    tokens_per_row = max(1.0, shard.estimated_tokens / shard.num_rows)
+    most = min(SAMPLE_ROWS, SAMPLE_TOKENS / tokens_per_row) / parts
+    return replace(shard, num_rows=min(shard.num_rows, max(1, int(most))))
+
+
+def work_of(rows: TokenizedRows, *, shares: bool, is_causal: bool) -> RowWork:
+    """The work of a shard's rows, whose common prefixes are computed once if it `shares` them."""
+    if shares:
+        trie = build_trie(rows)
+        return RowWork(rows.num_tokens, trie.num_tokens, trie.attended_pairs)
+    lengths = rows.lengths.astype(np.float64)
+    pairs = lengths * (lengths + 1) / 2 if is_causal else lengths**2
+    return RowWork(rows.num_tokens, rows.num_tokens, float(pairs.sum()))
+
+
+def is_causal(model: ModelFacts) -> bool:
+    """Whether a token attends to those before it only; told without loading the model."""
+    if model.adapter == EMBEDDING.name:
+        return is_decoder(model.path)
+    return adapter_named(model.adapter).build_head is not None
+
+
+def shares_prefixes(job: Job, model: ModelFacts) -> bool:
+    """Whether the engine computes a prefix once that several sequences of a shard have."""
+    if job.backend == "fake" or not is_causal(model):
+        return False
+    if job.backend == "vllm":
+        return not model.has_steps  # requests for all tokens do not read its cache
+    return job.config.attention == "packed"

@@ -1,0 +1,209 @@
+"""What the receipts of a run say about its speed: one definition for all who show it.
+
+`batch-scorer score` shows these figures as shards are committed and at the end, `status` from the
+records, `--json` in both. docs/metrics.md explains them to users.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from batch_scorer.models.cost import ModelCost
+from batch_scorer.outputs.lease import RECORDS
+from batch_scorer.outputs.puts import put
+from batch_scorer.records import Effort, Receipt
+from batch_scorer.storage import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run set out with, which its receipts do not say.
+
+    `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` are those of
+    all its `workers`. `cost` is None where the model's config and weights do not tell it, and
+    where no model computes.
+    """
+
+    epoch: int
+    shards: int
+    rows: int
+    estimated_tokens: int
+    workers: int
+    devices: int
+    cost: ModelCost | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        cost = value["cost"]
+        return cls(**{**value, "cost": None if cost is None else ModelCost(**cost)})
+
+
+def run_name(output: str, epoch: int) -> str:
+    """What logs and metrics call a run: its output's last part, and the epoch."""
+    return f"{output.rstrip('/').rsplit('/', 1)[-1]}:{epoch}"
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Sums over receipts of one run; seconds add up over workers. Ratios are None over nothing.
+
+    Only what this run scored may be added: a shard that was committed before has cost it nothing.
+    """
+
+    scored_tokens: int = 0
+    """Tokens of the committed rows' scored sequences, as if each were alone; without the reused."""
+    reused_rows: int = 0
+    """Rows of which nothing met the model, because equal sequences had been scored before."""
+    reused_sequences: int = 0
+    reused_tokens: int = 0
+    estimated_tokens: int = 0
+    """The plan's estimate for the shards that have ended, failed ones included."""
+    effort: Effort = field(default_factory=Effort)
+    read_s: float = 0.0
+    tokenize_s: float = 0.0
+    wait_s: float = 0.0
+    score_s: float = 0.0
+    write_s: float = 0.0
+    possible_flop: float = 0.0
+    """What the devices could have computed while they scored: `score_s` times their peak."""
+    is_peak_known: bool = True
+    began_at: float = float("inf")
+    """When the first shard began to be scored; clock time, in seconds since 1970."""
+    ended_at: float = float("-inf")
+    """When the newest shard was committed."""
+
+    @classmethod
+    def of(cls, receipts: Iterable[Receipt]) -> Self:
+        metrics = cls()
+        for receipt in receipts:
+            metrics.add(receipt)
+        return metrics
+
+    def add(self, receipt: Receipt) -> None:
+        """Count a shard that has ended; one that is not committed leaves only its estimate."""
+        self.estimated_tokens += receipt.estimated_tokens
+        if receipt.commit is None:
+            return
+        self.scored_tokens += receipt.commit.tokens - receipt.reused_tokens
+        self.reused_rows += sum(receipt.reused_rows.values())
+        self.reused_sequences += receipt.reused_sequences
+        self.reused_tokens += receipt.reused_tokens
+        for part in fields(Effort):
+            added = getattr(self.effort, part.name) + getattr(receipt.effort, part.name)
+            setattr(self.effort, part.name, added)
+        for name in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
+            setattr(self, name, getattr(self, name) + getattr(receipt, name))
+        self.possible_flop += receipt.score_s * receipt.peak_flops
+        self.is_peak_known &= receipt.peak_flops > 0
+        self.began_at = min(self.began_at, receipt.started_at)
+        self.ended_at = max(self.ended_at, receipt.committed_at)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the start of the first shard to the newest commit; starting up is over."""
+        return max(0.0, self.ended_at - self.began_at)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Scored tokens per second of the span, all devices together."""
+        return _ratio(self.scored_tokens, self.span_s)
+
+    def goodput(self, run: Run) -> float | None:
+        """Scored tokens per second and device: padding, what was not committed and what was reused
+        do not count."""
+        rate = self.tokens_per_s
+        return None if rate is None else rate / run.devices
+
+    @property
+    def computed_ratio(self) -> float | None:
+        """Tokens that went through the model, of the scored ones: below 1 where sequences share
+        prefixes."""
+        return _ratio(self.effort.computed_tokens, self.scored_tokens)
+
+    @property
+    def padding_share(self) -> float | None:
+        """Of the places that went through the model, those that held no token."""
+        padding = self.effort.padding_tokens
+        return _ratio(padding, padding + self.effort.computed_tokens)
+
+    @property
+    def idle_share(self) -> float | None:
+        """Of the workers' time from their first shard to their last, that outside the backend."""
+        return _ratio(self.wait_s, self.wait_s + self.score_s)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of a worker's devices in large matrix products, as measured by the workers."""
+        return _ratio(self.possible_flop, self.score_s) if self.is_peak_known else None
+
+    def model_flop(self, run: Run) -> float | None:
+        """Operations of the computed tokens; padding and activations do not count."""
+        if run.cost is None:
+            return None
+        return run.cost.flops(self.effort.computed_tokens, self.effort.attended_pairs)
+
+    def utilisation(self, run: Run) -> float | None:
+        """Model-FLOP utilisation: operations of the computed tokens, of those that the devices
+        could do in large matrix products while they scored."""
+        flop = self.model_flop(run)
+        return _ratio(flop, self.possible_flop) if flop is not None and self.is_peak_known else None
+
+    def left_s(self, estimated_tokens: int) -> float | None:
+        """Seconds until all of so many tokens have ended, if it goes on as so far; judged by the
+        plan's estimates, since shards differ in size. None before the first commit."""
+        ratio = _ratio(estimated_tokens, self.estimated_tokens)
+        if ratio is None or not self.span_s:
+            return None
+        return self.span_s * max(0.0, ratio - 1)
+
+    def to_json(self, run: Run) -> dict[str, Any]:
+        """All figures, with units in their names; the same keys wherever they are shown."""
+        return {
+            "goodput_tokens_per_s_per_device": self.goodput(run),
+            "computed_ratio": self.computed_ratio,
+            "padding_share": self.padding_share,
+            "model_flop_utilisation": self.utilisation(run),
+            "idle_share": self.idle_share,
+            "scored_tokens": self.scored_tokens,
+            "reused_rows": self.reused_rows,
+            "reused_sequences": self.reused_sequences,
+            "reused_tokens": self.reused_tokens,
+            **asdict(self.effort),
+            "model_flop": self.model_flop(run),
+            "peak_flop_per_s": self.peak_flops,
+            "span_s": self.span_s,
+            "read_s": self.read_s,
+            "tokenize_s": self.tokenize_s,
+            "wait_s": self.wait_s,
+            "score_s": self.score_s,
+            "write_s": self.write_s,
+            "workers": run.workers,
+            "devices": run.devices,
+        }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
+
+
+_RUNS = f"{RECORDS}/runs"
+
+
+def record_run(store: Store, run: Run, metrics: dict[str, Any] | None) -> None:
+    """Keep what a run has to do and, once it has ended, its `Metrics.to_json`."""
+    body = {"run": run.to_json(), "metrics": metrics}
+    put(store, f"{_RUNS}/{run.epoch:06d}.json", json.dumps(body, indent=1).encode())
+
+
+def newest_run(store: Store) -> tuple[Run, dict[str, Any] | None] | None:
+    """The newest run that had anything to score, and its figures; None for those of a run that
+    has not ended."""
+    key = max((info.key for info in store.list(_RUNS)), default=None)
+    if key is None:
+        return None
+    record = store.read_json(key)
+    return Run.from_json(record["run"]), record["metrics"]

@@ -1,0 +1,186 @@
+"""What a run has to do: its plan, minus what is committed, and what has to make room for it."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from batch_scorer.errors import LeaseLostError, OutputError
+from batch_scorer.failpoints import failpoint
+from batch_scorer.inputs.plan import Plan
+from batch_scorer.job import Job
+from batch_scorer.outputs.manifest import committed, current_manifest, is_record, known_receipts
+from batch_scorer.outputs.reuse import Earlier, keep, kept, nearest
+from batch_scorer.records import Receipt, Shard, Status
+from batch_scorer.storage import Store, Version, in_threads
+
+log = logging.getLogger("batch_scorer")
+
+_DELETERS = 16
+_BEGUN = "begun by a run that did not come to its end"
+"""Of a file that is half done and not looked at: how much is left is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A plan minus what is committed.
+
+    `todo` is to be scored now; what is `left` has to wait for another run. `gone` are shards
+    without an input. Of what is stored now, the `replaced` shards make room for those in `todo`,
+    and the `outdated` are pieces of a file that is cut differently now. `aside` are copies that an
+    earlier run made of such shards, and did not live to remove.
+    """
+
+    plan: Plan
+    todo: list[Shard]
+    done: list[Receipt]
+    gone: list[Receipt]
+    left: list[Receipt] = field(default_factory=list)
+    replaced: list[Receipt] = field(default_factory=list)
+    outdated: list[Receipt] = field(default_factory=list)
+    aside: list[Earlier] = field(default_factory=list)
+
+
+def remaining(plan: Plan, job: Job, output: Store, max_shards: int | None = None) -> Work:
+    """Subtract what is committed under the same identity; changes nothing.
+
+    With `max_shards` the first so many of the rest are to be scored, the others are left. Raises
+    OutputError for foreign files, LeaseLostError where a newer run has cut a file differently.
+    """
+    wanted = {shard.output_key: shard for shard in plan.shards}
+    inputs = {shard.source.key for shard in plan.shards}
+    unusable = {receipt.input for receipt in plan.failed}
+    objects = [info for info in output.list() if not is_record(info.key)]
+    done: list[Receipt] = []
+    aside: list[Receipt] = []
+    gone: list[Receipt] = []
+    outdated: list[Receipt] = []
+    stale: dict[str, Receipt] = {}
+    for info, receipt in committed(output, objects, known_receipts(output)):
+        shard = wanted.get(info.key)
+        if receipt is None or receipt.commit is None:
+            if shard is not None:
+                raise OutputError(
+                    f"{output.url(info.key)} is in the way: it was not written by this program"
+                )
+            log.warning("%s is not ours; left alone", output.url(info.key))
+        elif shard is None:
+            # Cut differently than before: the rows come back under other names.
+            if receipt.commit.input in inputs:
+                if receipt.commit.epoch > job.epoch:
+                    raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
+                outdated.append(receipt)
+            elif (source := plan.aside.get(receipt.commit.input)) is not None:
+                aside.append(replace(receipt, status=Status.COMMITTED, input_root=source.root))
+            elif receipt.commit.input not in unusable:
+                gone.append(replace(receipt, status=Status.INPUT_GONE))
+        elif receipt.commit.identity == shard.identity(job.fingerprint, job.config.column_prefix):
+            root = shard.source.root
+            done.append(replace(receipt, status=Status.COMMITTED, input_root=root))
+        else:
+            stale[info.key] = receipt
+    finished = {receipt.output_key for receipt in done}
+    todo = [shard for key, shard in wanted.items() if key not in finished]
+    todo, left = todo[:max_shards], todo[len(todo) if max_shards is None else max_shards :]
+    # A file that waits as a whole keeps its old pieces: nothing comes in their place yet.
+    waiting = {shard.source.key for shard in left} - {shard.source.key for shard in todo}
+    waiting -= {receipt.input for receipt in done}
+    begun = _begun(aside, current_manifest(output)) if plan.aside else set()
+    return Work(
+        plan=plan,
+        todo=[
+            replace(shard, replaces=stale[shard.output_key].version)
+            if shard.output_key in stale
+            else shard
+            for shard in todo
+        ],
+        done=done + aside,
+        gone=gone,
+        left=[
+            *(Receipt.of_shard(shard, Status.LEFT) for shard in left),
+            *(
+                Receipt.of_file(plan.aside[key], Status.LEFT, detail=_BEGUN)
+                for key in sorted(begun & plan.aside.keys())
+            ),
+        ],
+        replaced=[stale[shard.output_key] for shard in todo if shard.output_key in stale],
+        outdated=[receipt for receipt in outdated if receipt.input not in waiting],
+        aside=kept(output),
+    )
+
+
+def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = ()) -> Work:
+    """Copy aside what is about to be replaced, and remove old pieces; tell each shard where rows of
+    its file may be found scored, in those copies or in other outputs (`donors`).
+
+    Under the lease. What a crash leaves behind is found again by `remaining`.
+    """
+    rewritten = {shard.source.key for shard in work.todo}
+    doomed = [receipt for receipt in work.outdated if receipt.input in rewritten]
+    copies = keep(output, [*work.replaced, *doomed])
+    failpoint("room.before_delete")
+
+    def remove(receipt: Receipt) -> None:
+        assert receipt.version is not None  # it is stored
+        output.delete_version(receipt.output_key, receipt.version)
+
+    for _ in in_threads(remove, work.outdated, _DELETERS):
+        pass
+    failpoint("room.after_delete")
+    aside = list({copy.key: copy for copy in [*work.aside, *copies]}.values())
+    candidates: dict[str, list[Earlier]] = defaultdict(list)
+    for earlier in [*aside, *donors]:
+        candidates[earlier.commit.input].append(earlier)
+    todo = [
+        replace(shard, earlier=nearest(shard, candidates[shard.source.key], job.fingerprint))
+        if shard.source.key in candidates
+        else shard
+        for shard in work.todo
+    ]
+    return replace(work, todo=todo, aside=aside)
+
+
+def remove_strays(job: Job, output: Store, receipts: Sequence[Receipt]) -> None:
+    """Remove what a run of an older plan has committed since `remaining` looked: pieces of a file
+    that is cut in another way by now, whose rows a glob would find twice.
+
+    After `Lease.close`: whoever comes later than this look takes its shard back itself.
+    """
+    if job.epoch == 1:
+        return  # there is no older plan
+    named = {receipt.output_key for receipt in receipts}
+    inputs = {receipt.input for receipt in receipts if receipt.status is Status.COMMITTED}
+    others = (info for info in output.list() if not is_record(info.key) and info.key not in named)
+    for info, receipt in committed(output, others, {}):
+        commit = receipt.commit if receipt else None
+        if commit is not None and commit.input in inputs and commit.epoch < job.epoch:
+            output.delete_version(info.key, info.version)
+
+
+def clear(work: Work, output: Store, receipts: Sequence[Receipt]) -> None:
+    """Remove the copies of all files of which nothing is left to do, now that a run has ended."""
+    failpoint("earlier.before_delete")
+    unfinished = {r.input for r in receipts if r.status in (Status.FAILED, Status.LEFT)}
+    keys = (copy.key for copy in work.aside if copy.commit.input not in unfinished)
+    for _ in in_threads(output.delete, keys, _DELETERS):
+        pass
+
+
+def _begun(stored: Sequence[Receipt], published: Sequence[Receipt]) -> set[str]:
+    """Inputs that were being scored when a run ended too soon: their shards are not, all of them,
+    those that the last run that came to its end has published."""
+
+    def by_input(receipts: Sequence[Receipt]) -> dict[str, set[tuple[str, Version | None]]]:
+        shards: dict[str, set[tuple[str, Version | None]]] = defaultdict(set)
+        for receipt in receipts:
+            if receipt.status in (Status.COMMITTED, Status.INPUT_GONE):
+                shards[receipt.input].add((receipt.output_key, receipt.version))
+        return shards
+
+    now, then = by_input(stored), by_input(published)
+    unfinished = {r.input for r in published if r.status in (Status.FAILED, Status.LEFT)}
+    return {
+        key
+        for key in now.keys() | then.keys()
+        if now.get(key) != then.get(key) or key in unfinished
+    }

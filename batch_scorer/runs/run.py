@@ -1,0 +1,241 @@
+"""A run, from settings to totals: check the model, plan, subtract what is done, score, publish."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from batch_scorer import logs
+from batch_scorer.config import Config
+from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
+from batch_scorer.inputs.plan import Plan, make_plan
+from batch_scorer.job import Job
+from batch_scorer.models.directory import ModelFacts
+from batch_scorer.outputs.claim import claim_output, refuse_nights
+from batch_scorer.outputs.lease import ANY, Lease, lease_version
+from batch_scorer.outputs.ledger import Ledger
+from batch_scorer.outputs.manifest import (
+    SUCCESS_KEY,
+    Published,
+    conclude,
+    publish,
+    published,
+    read_engine,
+    record_plan,
+)
+from batch_scorer.outputs.reuse import Earlier
+from batch_scorer.parity import Sample, choose_sample
+from batch_scorer.pipeline.loop import run_here
+from batch_scorer.pipeline.ray_data import run_on_ray
+from batch_scorer.pipeline.session import RaySession, num_workers
+from batch_scorer.records import Receipt, Shard
+from batch_scorer.runs.derive import (
+    Prepared,
+    as_begun,
+    look_at_model,
+    open_output,
+    outputs_of,
+    require_template,
+    settle,
+)
+from batch_scorer.runs.metrics import Metrics, Run, record_run, run_name
+from batch_scorer.runs.remaining import Work, clear, make_room, remaining, remove_strays
+from batch_scorer.runs.telemetry import Telemetry
+from batch_scorer.storage import Store, Version, open_store
+
+log = logging.getLogger("batch_scorer")
+
+
+class Listener(Protocol):
+    """Who is told how a run goes."""
+
+    def planned(self, work: Work) -> None: ...
+
+    def finished(self, receipt: Receipt) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a run ended. `totals` as in `_SUCCESS`; `elapsed_s` and what follows are this run's own.
+
+    `elapsed_s` is with starting up, `metrics` are of the shards that this run scored. `parity` is
+    one worker's report (`parity.ParityReport`), None where nothing was checked.
+    """
+
+    output: str
+    totals: dict[str, Any]
+    receipts: list[Receipt]
+    elapsed_s: float
+    run: Run
+    metrics: Metrics
+    parity: dict[str, Any] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all was done that the run was to do; what it was told to leave is not."""
+        return bool(self.totals["shards_failed"] == 0)
+
+
+def score(config: Config, *listeners: Listener) -> Summary:
+    """Score all inputs into the output; run it again to finish what was interrupted.
+
+    Raises ConfigError, InputError, ModelError or OutputError before any work is done, and
+    LeaseLostError if another run takes the output over. Failed shards do not raise: see
+    `Summary.totals["shards_failed"]`.
+    """
+    if config.also:
+        raise ConfigError("also: `score` takes one model; `nightly` scores with several")
+    model = look_at_model(config)
+    seen = _lease_before(config)
+    plan = make_plan(config, outputs_of(config, model))
+    refuse_nights(open_output(config))
+    with RaySession(config) as session:
+        return score_plan(config, model, plan, session, listeners, seen=seen)
+
+
+def score_plan(
+    config: Config,
+    model: ModelFacts,
+    plan: Plan,
+    session: RaySession,
+    listeners: Sequence[Listener] = (),
+    *,
+    seen: Version | None = ANY,
+    max_shards: int | None = None,
+    donors: Sequence[Earlier] = (),
+) -> Summary:
+    """Score what the output lacks of a plan. Ray is started only if that is anything.
+
+    `seen` is the lease from before the plan was made. Shards beyond the first `max_shards` are
+    left, and `donors` are scored objects of other outputs whose rows may come back here. Raises as
+    `score` does.
+    """
+    output = open_output(config)
+    begun = as_begun(config, model, output)
+    prepared = begun or settle(config, model, plan, session)
+    require_template(prepared, plan)
+    claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
+    plan_digest = plan.digest(prepared.fingerprint.digest, config.column_prefix)
+    with (
+        Lease(output, plan_digest, config.lease_s, seen) as lease,
+        logs.fields(run=run_name(config.output, lease.epoch)),
+    ):
+        work = remaining(plan, prepared.job(lease.epoch), output, max_shards)
+        if begun and work.todo:
+            prepared = settle(config, model, plan, session)
+            layout = config.with_role("layout")
+            claim_output(output, prepared.fingerprint, layout, prepared.provenance)
+        job = prepared.job(lease.epoch)
+        found = published(output)
+        lease.confirm()  # after the look: whoever publishes from now on takes the lease first
+        if work.todo or work.left or plan.failed:
+            output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
+            found = replace(found, success=None)
+        work = make_room(work, job, output, donors)
+        record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
+        run = _set_out(job, prepared, work)
+        if work.todo:
+            record_run(output, run, None)
+        with ExitStack() as stack:
+            if work.todo and config.use_ray:
+                telemetry = Telemetry(run_name(config.output, lease.epoch), run)
+                listeners = (*listeners, stack.enter_context(telemetry))
+            for listener in listeners:
+                listener.planned(work)
+            return _run(job, run, work, output, lease, found, listeners)
+
+
+def _lease_before(config: Config) -> Version | None:
+    """The lease before anything is planned; None also where there is no output yet."""
+    try:
+        return lease_version(open_store(config.output, config.store_options))
+    except StorageError:
+        return None
+
+
+def _set_out(job: Job, prepared: Prepared, work: Work) -> Run:
+    workers = num_workers(job) if work.todo else 0
+    return Run(
+        epoch=job.epoch,
+        shards=len(work.todo),
+        rows=sum(shard.num_rows for shard in work.todo),
+        estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
+        workers=workers,
+        devices=workers * job.config.tensor_parallel,
+        cost=None if job.backend == "fake" else prepared.model.cost,
+    )
+
+
+def _run(
+    job: Job,
+    run: Run,
+    work: Work,
+    output: Store,
+    lease: Lease,
+    found: Published,
+    listeners: Sequence[Listener],
+) -> Summary:
+    started = time.perf_counter()
+    ledger = Ledger(output, lease.epoch, lease.holder_id)
+    receipts = [*work.done, *work.gone, *work.left, *work.plan.failed]
+    fresh: list[Receipt] = []
+    metrics = Metrics()
+    try:
+        for receipt in _attempt_all(job, work.todo, _sample(job, work.todo)):
+            lease.check()
+            if receipt.reason is ShardReason.SUPERSEDED:
+                raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
+            fresh.append(receipt.compact())
+            metrics.add(receipt)
+            ledger.add(receipt)
+            for listener in listeners:
+                listener.finished(receipt)
+    finally:
+        ledger.flush()
+    lease.check()
+    if work.todo:
+        record_run(output, run, metrics.to_json(run))
+    totals = publish(output, lease.epoch, job.fingerprint, receipts + fresh, found)
+    lease.close()
+    remove_strays(job, output, receipts + fresh)
+    conclude(output, totals, found)
+    clear(work, output, receipts + fresh)
+    ours = [receipt for receipt in fresh if receipt.commit]
+    return Summary(
+        output=output.root,
+        totals=totals,
+        receipts=receipts + fresh,
+        elapsed_s=time.perf_counter() - started,
+        run=run,
+        metrics=metrics,
+        parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
+    )
+
+
+def _sample(job: Job, todo: list[Shard]) -> Sample | None:
+    """The rows on which every worker has to agree with plain Hugging Face."""
+    if job.config.parity_check == "off" or job.backend == "fake" or not todo:
+        return None
+    sample = choose_sample(job, todo)
+    if sample is None:
+        log.warning("none of the first rows can be scored: there is nothing to check them by")
+    return sample
+
+
+def _attempt_all(job: Job, todo: list[Shard], sample: Sample | None) -> Iterator[Receipt]:
+    """The final receipt of every shard; what the store refused is tried again after the rest."""
+    run_all = run_on_ray if job.config.use_ray else run_here
+    for attempt in range(1, job.config.attempts + 1):
+        again: set[str] = set()
+        # Longest first, so that the last shards to finish are short ones.
+        todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
+        for receipt in run_all(job, todo, sample, attempt):
+            if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
+                with logs.fields(shard=receipt.output_key, attempt=receipt.retries + 1):
+                    log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
+                again.add(receipt.output_key)
+            else:
+                yield receipt
+        todo = [shard for shard in todo if shard.output_key in again]

@@ -1,0 +1,86 @@
+"""Races of many writers for one shard; the drill runs them too."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Barrier
+
+from batch_scorer import Config
+from batch_scorer.backends.fake import FakeBackend
+from batch_scorer.inputs.plan import make_plan
+from batch_scorer.job import Job
+from batch_scorer.models.directory import inspect_model
+from batch_scorer.outputs.commit import commit_shard
+from batch_scorer.records import Receipt, ScoredRows, Shard
+from batch_scorer.render import renderer_of
+from batch_scorer.runs.derive import prepare
+from batch_scorer.shard import read_shard, score_shard
+from tests.helpers.places import Place, Stored
+
+WRITERS = 8
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One shard, read and scored, and an output whose lease is at epoch 2."""
+
+    place: Place
+    job: Job
+    shard: Shard
+    scored: ScoredRows
+    rounds: int
+
+    def commit(self, epoch: int, shard: Shard | None = None, add: float = 0.0) -> Receipt:
+        """Commit by a run of this epoch; `add` moves the scores, so that writers can be told."""
+        scored = replace(self.scored, values=self.scored.values + add)
+        return commit_shard(replace(self.job, epoch=epoch), shard or self.shard, scored)
+
+    def of_plan(self, name: str) -> "Bench":
+        """The same shard with another identity, as if its input had been rewritten."""
+        return replace(self, job=replace(self.job, fingerprint=name))
+
+    def stored(self) -> Stored:
+        return (self.place / "out").shards()[self.shard.output_key]
+
+    def set_epoch(self, epoch: int) -> None:
+        store = (self.place / "out").store
+        body = json.loads(store.read("_batch_scorer/lease.json"))
+        data = json.dumps(body | {"epoch": epoch}).encode()
+        store.replace(
+            "_batch_scorer/lease.json", data, store.head("_batch_scorer/lease.json").version
+        )
+
+
+def make_bench(place: Place, model: str, rounds: int) -> Bench:
+    config = Config(
+        model=model,
+        inputs=((place / "in").url,),
+        output=(place / "out").url,
+        store_options=dict(place.options),
+        backend="fake",
+        use_ray=False,
+    )
+    job = prepare(config, inspect_model(Path(model))).job(epoch=2)
+    shard = make_plan(config).shards[0]
+    scored = score_shard(read_shard(job, shard, renderer_of(job)), FakeBackend())
+    return Bench(place, job, shard, scored, rounds)
+
+
+def race(bench: Bench, shard: Shard | None = None) -> list[Receipt]:
+    """All writers at once, each with scores of its own."""
+    ready = Barrier(WRITERS)
+
+    def write(writer: int) -> Receipt:
+        ready.wait()
+        return bench.commit(2, shard, add=float(writer))
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        return list(pool.map(write, range(WRITERS)))
+
+
+def assert_one_won(receipts: list[Receipt], stored: Stored) -> None:
+    assert sum(receipt.detail == "" for receipt in receipts) == 1
+    assert {receipt.sha256 for receipt in receipts} == {stored.sha256}
+    assert {receipt.version.etag for receipt in receipts if receipt.version} == {stored.etag}
+    assert all(receipt.commit == stored.commit for receipt in receipts)

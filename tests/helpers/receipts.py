@@ -1,0 +1,88 @@
+"""Receipts, commits and a shard, as runs make them."""
+
+from dataclasses import replace
+
+from batch_scorer.errors import ShardReason
+from batch_scorer.models.cost import ModelCost
+from batch_scorer.records import Commit, Effort, Format, Layout, Receipt, Shard, Source, Status
+from batch_scorer.runs.metrics import Run
+from batch_scorer.storage import Version
+
+COMMIT = Commit(
+    identity="i",
+    fingerprint="f",
+    epoch=1,
+    input="a.parquet",
+    input_etag="e",
+    first_row=0,
+    num_rows=10,
+    rows_scored=9,
+    rows_marked=1,
+    marked={"too_long": 1},
+    sequences=19,
+    tokens=500,
+    rows_digest="r",
+    scores_digest="s",
+    pairs={"web": [9, 6, 1]},
+    layout={},
+    added_columns=["score"],
+)
+DONE = Receipt(
+    output_key="a.parquet",
+    input="a.parquet",
+    input_root="/data",
+    num_rows=10,
+    status=Status.COMMITTED,
+    commit=COMMIT,
+    version=Version("v"),
+    size_bytes=7,
+    sha256="x",
+    examples=[(3, "too_long", "9 tokens")],
+)
+FAILED = Receipt(
+    output_key="b.parquet",
+    input="b.parquet",
+    input_root="/data",
+    num_rows=4,
+    status=Status.FAILED,
+    reason=ShardReason.UNREADABLE_FILE,
+    detail="torn",
+)
+SHARD = Shard(
+    source=Source("/data", "a.parquet", 100, Version("e")),
+    layout=Layout(Format.PREFERENCE_PAIR, {"chosen": "chosen", "rejected": "rejected"}),
+    first_row=0,
+    num_rows=10,
+    row_groups=(0, 1),
+    skip_rows=0,
+    estimated_tokens=500,
+    output_key="a.parquet",
+)
+ONE = replace(
+    DONE,
+    commit=replace(COMMIT, tokens=1000),
+    estimated_tokens=800,
+    effort=Effort(num_batches=2, computed_tokens=600, shared_tokens=350, attended_pairs=30_000),
+    started_at=100.0,
+    committed_at=104.0,
+    peak_flops=1e6,
+    read_s=0.25,
+    tokenize_s=0.5,
+    score_s=3.0,
+    write_s=0.75,
+)
+OTHER = replace(
+    ONE,
+    output_key="b.parquet",
+    commit=replace(COMMIT, tokens=500),
+    estimated_tokens=200,
+    effort=Effort(num_batches=1, computed_tokens=300, padding_tokens=100, attended_pairs=10_000),
+    started_at=103.5,
+    committed_at=105.0,
+    wait_s=1.0,
+    score_s=1.0,
+)
+RUN = Run(
+    epoch=2, shards=3, rows=30, estimated_tokens=1500, workers=1, devices=2,
+    cost=ModelCost(flops_per_token=2000.0, flops_per_pair=5.0),
+)  # fmt: skip

@@ -1,0 +1,240 @@
+"""Documents that could drift are held to the code; run this file to rewrite the generated ones."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from batch_scorer.config import Config
+from batch_scorer.errors import RowReason, ShardReason
+from batch_scorer.models.adapter import Adapter
+from batch_scorer.models.families import ADAPTERS
+from batch_scorer.models.families.attribute_regression import labels
+
+ROOT = Path(__file__).parents[3]
+SETTINGS = ROOT / "docs" / "settings.md"
+MODELS = ROOT / "docs" / "models.md"
+JOB_SCHEMA = ROOT / "docs" / "job.schema.json"
+
+_INTRO = """# Settings
+
+One object for the command line, the YAML file and Python: `token_budget` is `--token-budget`,
+`token_budget:` and `load_config(token_budget=…)`. A flag goes on top of the file. Unknown names are
+refused.
+
+**scores**: enters the fingerprint; another value cannot reuse old scores. **layout**: fixed for an
+output once it has been written to. **runtime**: free to change when a run is resumed.
+"""
+
+
+def settings_page() -> str:
+    parts = [_INTRO]
+    for role in ("scores", "layout", "runtime"):
+        parts.append(f"\n## {role}\n")
+        for name, field in Config.model_fields.items():
+            if Config.roles()[name] == role:
+                text = " ".join((field.description or "").split())
+                parts.append(f"\n**`{name}`** {_default(field)}  \n{text}\n")
+    return "".join(parts)
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "(needed)"
+    value = field.default
+    choices = [str(getattr(c, "value", c)) for c in _choices(field.annotation)]
+    shown = f"default `{getattr(value, 'value', value)}`"
+    return f"({shown}; one of {', '.join(f'`{c}`' for c in choices)})" if choices else f"({shown})"
+
+
+def _choices(kind: Any) -> list[Any]:
+    found: list[Any] = []
+    for part in (kind, *get_args(kind)):
+        if hasattr(part, "__members__"):
+            found += list(part)
+        elif "Literal" in str(part):
+            found += [arg for arg in get_args(part) if isinstance(arg, str)]
+    return list(dict.fromkeys(found))
+
+
+def test_the_settings_page_is_made_from_the_settings() -> None:
+    assert SETTINGS.read_text() == settings_page(), "run: python -m tests.unit.docs.test_docs"
+
+
+def job_schema() -> str:
+    """JSON Schema of job files, for editors. No key is required: flags may give it."""
+    made = Config.model_json_schema()
+    settings = made["properties"]
+    for name, setting in settings.items():
+        setting.pop("title", None)
+        role = setting.pop("role")
+        setting["description"] = f"[{role}] {' '.join(setting['description'].split())}"
+        settings[name] = dict(sorted(setting.items(), key=lambda item: item[0] != "description"))
+    many = {key: settings["inputs"].pop(key) for key in ("type", "items", "minItems")}
+    settings["inputs"]["anyOf"] = [{"type": "string"}, many]
+    for definition in made["$defs"].values():
+        del definition["title"], definition["description"]
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A job of batch-scorer",
+        "description": "Every key is a setting of docs/settings.md; flags go on top of it.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": settings,
+        "$defs": made["$defs"],
+    }
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def test_the_schema_of_job_files_is_made_from_the_settings() -> None:
+    assert JOB_SCHEMA.read_text() == job_schema(), "run: python -m tests.unit.docs.test_docs"
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"])
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+_MODELS_INTRO = """# Models
+
+A family is data (`batch_scorer/models/families/`): where the head lies, which tokens it reads, what
+text it was trained on. The family is found from config.json, the names of the tensors and, where
+neither can tell, the model's name; `--adapter` names it outright. Body and head are apart: either
+engine runs the body, the head is ours, in float32, and no family needs remote code. Each family is
+held to a plain model, one sequence at a time, in `tests/parity/test_matrix.py`.
+
+`score` is the raw output; higher is better in every family. Attributes come beside it, in
+`rewards`, raw. Not here: implicit rewards of DPO policies, which need a second model and the log
+probabilities of every token. A model that no family fits can be scored by the Python code that
+comes with it, with `--trust-remote-code`, on the hf engine; the run records that.
+
+| family | what it is | engines | outputs beside `score` |
+|---|---|---|---|
+"""
+# A config that gives every family all the outputs it can have.
+_FULL_CONFIG = {"mean": 0.0, "std": 1.0}
+
+
+def models_page() -> str:
+    parts = [_MODELS_INTRO]
+    scoring = [adapter for adapter in ADAPTERS if not adapter.refused]
+    for adapter in scoring:
+        outputs = _outputs(adapter)
+        count = f"{len(outputs)} attributes" if len(outputs) > 1 else ", ".join(outputs)
+        parts.append(
+            f"| [`{adapter.name}`](#{adapter.name}) | {adapter.summary} | "
+            f"{', '.join(adapter.engines)} | {count} |\n"
+        )
+    for adapter in scoring:
+        parts.append(_family(adapter))
+    parts.append("\n## Refused\n\n")
+    for adapter in ADAPTERS:
+        if adapter.refused:
+            parts.append(
+                f"- **{adapter.summary}** ({', '.join(adapter.models)}): {adapter.refused}\n"
+            )
+    parts.append("\n## Published scores\n\n")
+    parts.append(
+        "What their makers report, mostly in bfloat16: check a new machine against them.\n\n"
+    )
+    parts.append("| model | input | score | source |\n|---|---|---|---|\n")
+    for adapter in ADAPTERS:
+        for known in adapter.references:
+            parts.append(f"| {known.model} | {known.case} | {known.score} | {known.source} |\n")
+    return "".join(parts)
+
+
+def _family(adapter: Adapter) -> str:
+    head = ", ".join(f"`{name}`" for name in list(adapter.head)[:4])
+    head += f" and {len(adapter.head) - 4} more" if len(adapter.head) > 4 else ""
+    lines = [
+        f"\n## {adapter.name}\n\n{adapter.summary[0].upper()}{adapter.summary[1:]}.\n",
+        f"models: {'; '.join(adapter.models)}",
+        f"found by: {_found_by(adapter)}",
+        f"head: {head}" if head else "head: the model's own",
+        f"reads: {adapter.reads}",
+        f"text: {_text(adapter)}",
+    ]
+    if outputs := _outputs(adapter):
+        lines.append(f"outputs beside the score: {', '.join(outputs)}")
+    if adapter.step_aggregation:
+        lines.append(f"score: the {adapter.step_aggregation} of the steps' (`--step-aggregation`)")
+    lines += [f"trap: {trap}" for trap in adapter.traps]
+    return lines[0] + "\n" + "".join(f"- {line}\n" for line in lines[1:])
+
+
+def _outputs(adapter: Adapter) -> tuple[str, ...]:
+    if adapter.attributes is labels:
+        return ("the attributes that id2label names",)
+    return adapter.attributes(_FULL_CONFIG)
+
+
+def _found_by(adapter: Adapter) -> str:
+    how = "architecture " + ", ".join(f"`{name}`" for name in adapter.architectures)
+    if adapter.model_ids:
+        return f"{how} and a name like {', '.join(f'`{name}`' for name in adapter.model_ids)}"
+    return how
+
+
+def _text(adapter: Adapter) -> str:
+    prompt = adapter.prompt
+    parts = [
+        "the tokenizer's chat template" if prompt.template is None else "a template of its own"
+    ]
+    if prompt.pair:
+        parts = ["the pair (question, answer), where the tokenizer has no chat template"]
+    if prompt.system is not None:
+        parts.append(
+            f"system prompt “{prompt.system}”" if prompt.system else "an empty system turn"
+        )
+    if prompt.steps is not None:
+        tag, how = prompt.steps.tag.strip(), prompt.steps.layout
+        steps = "every step followed by" if how == "tagged" else "every step a turn, answered by"
+        parts.append(f"{steps} `{tag}`")
+    if prompt.suffix_id_of is not None:
+        parts.append(f"the config's `{prompt.suffix_id_of}` at the end")
+    return "; ".join(parts)
+
+
+def test_the_models_page_is_made_from_the_families() -> None:
+    assert MODELS.read_text() == models_page(), "run: python -m tests.unit.docs.test_docs"
+
+
+def test_every_trap_names_tests_that_exist() -> None:
+    lines = [line for line in (ROOT / "docs" / "traps.md").read_text().splitlines() if "T-" in line]
+    for line in lines:
+        _, trap, _, held_by, _ = line.split("|")
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held_by)
+        assert tests or "there is no curation" in held_by or "labels are not read" in held_by, trap
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / file).read_text(), f"{trap}: {file} has no {name}"
+
+
+def test_every_reason_is_explained() -> None:
+    text = (ROOT / "docs" / "reasons.md").read_text()
+    for reason in (*RowReason, *ShardReason):
+        assert f"`{reason.value}`" in text, reason
+
+
+def test_flags_in_the_documents_exist() -> None:
+    known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
+    known |= {"--column", "--store-option", "--no-ray", "--ray", "--config", "--json", "--help"}
+    known |= {"--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
+    known |= {"--contestant", "--rows"}  # of benchmarks, as those before
+    known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
+    known |= {"--since", "--until", "--rescore", "--max-shards", "--dry-run"}
+    known |= {"--address", "--token-file", "--tag", "--no-wait", "--nodes", "--gpus-per-node"}
+    other_programs = {"embedded-model.md"}  # its flags are those of a script in examples/
+    pages = [page for page in ROOT.glob("docs/*.md") if page.name not in other_programs]
+    for page in (*pages, ROOT / "README.md"):
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()):
+            assert flag in known, f"{page.name}: {flag}"
+
+
+if __name__ == "__main__":
+    SETTINGS.write_text(settings_page())
+    MODELS.write_text(models_page())
+    JOB_SCHEMA.write_text(job_schema())

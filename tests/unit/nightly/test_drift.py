@@ -1,0 +1,215 @@
+"""How scores have moved between two nights."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from batch_scorer.nightly.drift import (
+    MOVERS,
+    Before,
+    Figures,
+    Origin,
+    Scored,
+    compare,
+    figures_by_source,
+    origins,
+    ranks,
+    spearman,
+    standing,
+    together,
+)
+from batch_scorer.outputs.by_source import LEVELS, spread_by_source
+from batch_scorer.records import Effort, Receipt, ScoredRows, Status
+from batch_scorer.reports.drift import print_drift
+from batch_scorer.storage import Version
+from tests.helpers.receipts import COMMIT, DONE
+
+
+def spread_of(values: Sequence[float], sources: Sequence[str]) -> dict[str, list[float]]:
+    """As a commit of rows of one sequence each has it."""
+    count = len(values)
+    rows = ScoredRows(
+        np.array(values, np.float32)[:, None], np.ones(count, np.int32),
+        np.zeros(count, np.int32), np.arange(count + 1), {}, {}, "", {}, Effort(), 0.0,
+    )  # fmt: skip
+    return spread_by_source(rows, pa.table({"source": pa.array(sources, pa.string())}))
+
+
+def receipt(key: str, identity: str, sources: dict[str, list[float]], **changes: Any) -> Receipt:
+    """A committed shard with these scores by source."""
+    values = [value for scores in sources.values() for value in scores]
+    names = [source for source, scores in sources.items() for _ in scores]
+    commit = replace(
+        COMMIT,
+        identity=identity,
+        input=key,
+        num_rows=len(values),
+        spread=spread_of(values, names),
+        pairs={},
+    )
+    return replace(DONE, output_key=key, input=key, num_rows=len(values), commit=commit, **changes)
+
+
+# Rows
+
+
+def test_rows_are_new_reused_kept_or_gone() -> None:
+    before = [
+        receipt("kept", "1", {"a": [0.0] * 10}),
+        receipt("rewritten", "2", {"a": [0.0] * 20, "b": [0.0] * 5}),
+        receipt("gone", "3", {"b": [0.0] * 7}),
+        receipt("long gone", "4", {"b": [0.0] * 9}, status=Status.INPUT_GONE),
+    ]
+    after = [
+        before[0],
+        # 18 of the 20 rows of `a` are as they were, 4 are new; `b` has lost two of its five.
+        receipt(
+            "rewritten", "2'", {"a": [0.0] * 22, "b": [0.0] * 3}, reused_rows={"a": 18, "b": 3}
+        ),
+        receipt("added", "5", {"c": [0.0] * 6}),
+        replace(before[2], status=Status.INPUT_GONE),
+    ]
+    figures = figures_by_source(after, standing(before))
+    rows = {
+        name: (found.rows, found.new, found.reused, found.kept, found.gone)
+        for name, found in figures.items()
+    }
+    assert rows == {"a": (32, 4, 18, 10, 2), "b": (3, 0, 3, 0, 9), "c": (6, 6, 0, 0, 0)}
+    all_rows = together(figures)
+    assert (all_rows.rows, all_rows.new, all_rows.gone) == (41, 10, 11)
+
+
+def test_a_commit_from_before_spreads_were_kept_still_counts_its_rows() -> None:
+    old = replace(DONE, commit=replace(COMMIT, spread={}))
+    assert standing([old]) == {"a.parquet": Before("i", {"all": 10})}
+    figures = figures_by_source([old], {})
+    assert (figures["all"].new, figures["all"].mean) == (10, None)
+
+
+# Statistics
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=40), min_size=1, max_size=6
+    )
+)
+def test_statistics_of_shards_add_up_to_those_of_all_scores(parts: list[list[float]]) -> None:
+    receipts = [receipt(str(i), str(i), {"a": part}) for i, part in enumerate(parts)]
+    figures = figures_by_source(receipts, {})["a"]
+    every = np.concatenate([np.array(part, np.float32) for part in parts]).astype(np.float64)
+    assert figures.scores == len(every)
+    assert figures.mean == pytest.approx(every.mean(), abs=1e-3)
+    assert figures.std == pytest.approx(every.std(), abs=1e-3)
+    assert figures.quantiles[0] == pytest.approx(every.min(), abs=1e-3)
+    assert figures.quantiles[-1] == pytest.approx(every.max(), abs=1e-3)
+    assert list(figures.quantiles) == sorted(figures.quantiles)
+
+
+def test_quantiles_of_many_unlike_shards_are_near_those_of_all_scores() -> None:
+    random = np.random.default_rng(3)
+    parts = [random.normal(size=500) * random.uniform(0.5, 2) + random.normal() for _ in range(300)]
+    receipts = [receipt(str(i), str(i), {"a": list(part)}) for i, part in enumerate(parts)]
+    figures = figures_by_source(receipts, {})["a"]
+    every = np.concatenate(parts)
+    for level, quantile in zip(LEVELS, figures.quantiles, strict=True):
+        below = (every <= quantile).mean()
+        assert abs(below - level) < 0.02, level
+
+
+# Ranks
+
+
+def test_equal_values_share_their_rank() -> None:
+    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
+    assert ranks(np.zeros(0)).tolist() == []
+
+
+def test_rank_correlation_sees_order_and_nothing_else() -> None:
+    values = np.array([1.0, 5.0, 2.0, 9.0])
+    assert spearman(values, np.exp(values)) == pytest.approx(1)
+    assert spearman(values, -values) == pytest.approx(-1)
+    # The textbook's: 1 - 6 Σd² / n(n² - 1), with d = 0, 1, 1, 0.
+    assert spearman(values, np.array([1.0, 2.0, 5.0, 9.0])) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert spearman(values, np.ones(4)) is None
+    assert spearman(values[:1], values[:1]) is None
+
+
+def scored(name: str, before: list[float], after: list[float], *, is_pair: bool = False) -> Scored:
+    count = len(before)
+    rows, places = (np.arange(count) // 2, np.arange(count) % 2)
+    if not is_pair:
+        rows, places = np.arange(count), np.zeros(count, np.int64)
+    return Scored(name, is_pair, rows, places, np.array(before), np.array(after))
+
+
+def test_the_largest_movers_are_named_over_all_files() -> None:
+    still = scored("a", [float(i) for i in range(50)], [float(i) for i in range(50)])
+    jumps = scored("b", [10.5, 60.0], [70.0, 60.0])
+    found = compare([still, jumps])
+    assert (found.rows, found.scores, len(found.movers)) == (52, 52, MOVERS)
+    first = found.movers[0]
+    assert (first.input, first.row, first.before, first.after) == ("b", 0, 10.5, 70.0)
+    assert first.below_before == pytest.approx(11 / 51)
+    assert first.below_after == 1.0
+    assert found.spearman is not None and 0.5 < found.spearman < 1
+
+
+def test_pairs_that_changed_their_mind_are_counted() -> None:
+    part = scored(
+        "a",
+        [2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 5.0, 4.0],
+        [1.0, 2.0, 2.0, 1.0, 2.0, 1.0, 9.0, 8.0],
+        is_pair=True,
+    )
+    one_side = Scored("b", True, np.array([0]), np.array([1]), np.ones(1), np.ones(1))
+    found = compare([part, one_side])
+    assert (found.pairs, found.won, found.lost) == (4, 2, 1)
+
+
+def test_nothing_in_common_is_no_error() -> None:
+    found = compare([])
+    assert (found.scores, found.spearman, found.movers) == (0, None, ())
+
+
+def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
+    def of(key: str, source: str, etag: str, first: int, version: str) -> Receipt:
+        commit = replace(COMMIT, input=source, input_etag=etag, first_row=first)
+        return replace(DONE, output_key=key, commit=commit, version=Version(version))
+
+    first = [of("x.rows10-20", "x", "e", 10, "v1"), of("y", "y", "f", 0, "v2")]
+    second = [
+        of("x.rows10-20.rows5-10", "x.rows10-20", "v1", 5, "w1"),
+        of("y", "y", "v of yesterday", 0, "w2"),
+    ]
+    assert origins([first]) == {"x.rows10-20": Origin("x", "e", 10), "y": Origin("y", "f", 0)}
+    assert origins([first, second]) == {"x.rows10-20.rows5-10": Origin("x", "e", 15)}
+
+
+def test_a_report_can_be_read() -> None:
+    now = Figures(120, 20, 10, 90, 5, 240, 1.5, 1.0, tuple(range(7)), (100, 75, 0))
+    then = replace(now, mean=1.0, quantiles=tuple(q - 0.25 for q in range(7)), pairs=(100, 70, 0))
+    found = compare([scored("a", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])])
+    line = {
+        "line": "main", "path": "generations/main/b-2",
+        "since": 3, "before": "generations/main/a-1",
+        "sources": {"web": now.to_json(), "new": replace(now, scores=0, mean=None).to_json()},
+        "sources_before": {"web": then.to_json()},
+        "ranks_of": "generations/main/a-1", "ranks": asdict(found),
+    }  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_drift(console, {"night": 4, "lines": [line]})
+    text = console.export_text()
+    assert "night 4 against night 3, generations/main/a-1" in text
+    assert "1.500 (+0.500)" in text and "3.000 (+0.250)" in text and "0.750 (+0.050)" in text
+    assert "rank correlation -1.000 over 3 scores of 3 rows" in text
+    assert "a row 0, sequence 1: 1.000 → 3.000, above 0% → 100%" in text
+    assert Figures.from_json(now.to_json()) == now

@@ -1,0 +1,112 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batch_scorer.errors import IntegrityError, OutputError
+from batch_scorer.fingerprint import Fingerprint
+from batch_scorer.outputs.claim import claim_output, open_scored
+from batch_scorer.outputs.ledger import Ledger
+from batch_scorer.outputs.manifest import (
+    conclude,
+    current_manifest,
+    known_receipts,
+    publish,
+    published,
+    read_success,
+    total,
+)
+from batch_scorer.records import Commit, Format, Layout, Receipt, Shard, Status
+from batch_scorer.storage import Store, Version
+from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "out"), {}, create=True)
+
+
+def test_records_survive_being_written() -> None:
+    assert Receipt.from_json(DONE.to_json()) == DONE
+    assert Receipt.from_json(FAILED.to_json()) == FAILED
+    assert Commit.from_footer(COMMIT.footer()) == COMMIT
+    assert Commit.from_footer({b"pandas": b"{}"}) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SHARD, source=replace(SHARD.source, version=Version("e2"))),
+        replace(SHARD, source=replace(SHARD.source, key="b.parquet")),
+        replace(SHARD, num_rows=9),
+        replace(SHARD, layout=Layout(Format.TEXT, {"text": "chosen"})),
+    ],
+)
+def test_another_input_range_or_layout_is_another_identity(other: Shard) -> None:
+    assert other.identity("f", "") != SHARD.identity("f", "")
+
+
+def test_identity_takes_fingerprint_and_prefix_but_not_place_or_time() -> None:
+    assert SHARD.identity("f", "") != SHARD.identity("g", "")
+    assert SHARD.identity("f", "") != SHARD.identity("f", "rm_")
+    moved = replace(SHARD, source=replace(SHARD.source, root="s3://b"), replaces=Version("x"))
+    assert moved.identity("f", "") == SHARD.identity("f", "")
+
+
+def _finish(store: Store, receipts: list[Receipt]) -> None:
+    found = published(store)
+    conclude(store, publish(store, 1, "f", receipts, found), found)
+
+
+def test_totals_account_for_every_row() -> None:
+    totals = total([DONE, FAILED])
+    assert totals["rows"] == totals["rows_scored"] + totals["rows_marked"] + totals["rows_failed"]
+    assert (totals["rows"], totals["rows_scored"], totals["rows_failed"]) == (14, 9, 4)
+    assert totals["pairs"] == {"web": [9, 6, 1]}
+
+
+def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:
+    gone = replace(DONE, output_key="old.parquet", status=Status.INPUT_GONE)
+    assert total([DONE, gone]) == total([DONE])
+    _finish(store, [DONE, gone])
+    assert current_manifest(store) == [DONE, gone]
+
+
+def test_rows_that_do_not_add_up_are_an_integrity_error() -> None:
+    with pytest.raises(IntegrityError, match="10 rows went in, 8 scored"):
+        total([replace(DONE, commit=replace(COMMIT, rows_scored=8))])
+
+
+def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
+    _finish(store, [DONE, FAILED])
+    assert read_success(store) is None
+    assert current_manifest(store) == [DONE, FAILED]
+    _finish(store, [DONE])
+    success = read_success(store)
+    assert success is not None and success["rows_scored"] == 9
+    assert current_manifest(store) == [DONE]
+
+
+def test_the_ledger_remembers_what_no_manifest_names_yet(store: Store) -> None:
+    ledger = Ledger(store, 1, "holder", every_s=0)
+    ledger.add(DONE)
+    assert known_receipts(store) == {"a.parquet": DONE}
+    _finish(store, [DONE])
+    assert list(store.list("_batch_scorer/ledger")) == []
+    assert known_receipts(store) == {"a.parquet": DONE}
+
+
+def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
+    mine = Fingerprint({"model": "m", "dtype": "bfloat16"})
+    claim_output(store, mine, {"shard_rows": 10}, {"device": "cpu"})
+    claim_output(store, mine, {"shard_rows": 10}, {"device": "cuda"})
+    with pytest.raises(OutputError, match=r"belongs to another run.*\n.*dtype: bfloat16 there"):
+        claim_output(store, Fingerprint({"model": "m", "dtype": "float32"}), {"shard_rows": 10}, {})
+    with pytest.raises(OutputError, match="shard_rows: 10 there, 20 here"):
+        claim_output(store, mine, {"shard_rows": 20}, {})
+    assert open_scored(store.root, {})[1]["provenance"] == {"device": "cpu"}
+
+
+def test_a_folder_that_is_no_output_is_named(store: Store) -> None:
+    with pytest.raises(OutputError, match="no scored output here"):
+        open_scored(store.root, {})
