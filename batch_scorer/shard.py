@@ -1,8 +1,8 @@
 """The path of a shard: read_shard → score_shard → commit_shard. Start reading here.
 
-    rows = read_shard(job, shard, renderer)      input columns → token ids
-    scored = score_shard(rows, backend)          token ids → float32 scores
-    receipt = commit_shard(job, shard, scored)   scores + untouched columns → one Parquet object
+    rows = read_shard(shard, store_options, renderer)    input columns → token ids
+    scored = score_shard(rows, backend)                  token ids → float32 scores
+    receipt = commit_shard(job, epoch, shard, scored)    scores + untouched columns → one object
 
 The same three run as Ray Data stages and in a plain loop (`pipeline`). What goes wrong with the
 shard as a whole is a ShardError; what goes wrong with a row stays with the row.
@@ -11,6 +11,7 @@ shard as a whole is a ShardError; what goes wrong with a row stays with the row.
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -39,18 +40,18 @@ from batch_scorer.storage import open_store
 FloatArray = npt.NDArray[np.float32]
 
 
-def read_shard(job: Job, shard: Shard, renderer: Renderer) -> TokenizedRows:
+def read_shard(shard: Shard, store_options: Mapping[str, str], renderer: Renderer) -> TokenizedRows:
     """Read the columns that are scored, and turn them into token ids.
 
     Raises ShardError: the file is unreadable, gone, changed since it was planned, or holds an
     over-long row under the `error` policy.
     """
-    return renderer.tokenize(parse_shard(job, shard))
+    return renderer.tokenize(parse_shard(shard, store_options))
 
 
-def parse_shard(job: Job, shard: Shard) -> ParsedRows:
+def parse_shard(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
     """The shard's rows cut into sequences, before rendering. Raises as `read_shard`."""
-    table, malformed = rows_of_shard(job, shard, formats.columns_needed(shard.layout))
+    table, malformed = rows_of_shard(shard, store_options, formats.columns_needed(shard.layout))
     parsed = formats.parse(table, shard.layout)
     parsed.row_errors.update(malformed)
     return parsed
@@ -63,7 +64,7 @@ def read_known(job: Job, shard: Shard, rows: TokenizedRows, renderer: Renderer) 
             open_store(root, job.config.store_options),
             key,
             shard.layout,
-            job.fingerprint,
+            job.fingerprint.digest,
             job.outputs,
             renderer,
         )

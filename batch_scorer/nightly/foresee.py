@@ -59,7 +59,7 @@ def foresee_night(config: Config, night: Night) -> list[Prospect]:
         prospect = _of_new(first, plan, night)
     else:
         assert prepared is not None
-        work = remaining(plan, prepared.job(epoch=0), root.below(chosen.path), night.max_shards)
+        work = remaining(plan, prepared, root.below(chosen.path), max_shards=night.max_shards)
         done = [receipt for receipt in work.done if receipt.status is Status.COMMITTED]
         prospect = Prospect(
             line=first.name,

@@ -20,6 +20,7 @@ from batch_scorer import logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
 from batch_scorer.inputs.plan import Plan, make_plan
+from batch_scorer.job import Job, outputs_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.nightly.generations import (
     MAIN,
@@ -47,14 +48,7 @@ from batch_scorer.outputs.manifest import current_manifest
 from batch_scorer.outputs.reuse import Earlier
 from batch_scorer.pipeline.session import RaySession
 from batch_scorer.records import Source, Status
-from batch_scorer.runs.derive import (
-    Prepared,
-    as_begun,
-    look_at_model,
-    open_output,
-    outputs_of,
-    settle,
-)
+from batch_scorer.runs.derive import as_begun, look_at_model, open_output, settle
 from batch_scorer.runs.run import Listener, Summary, score_plan
 from batch_scorer.storage import ObjectMissing, Store
 
@@ -377,7 +371,7 @@ class _AtWork:
 
 def as_any_begun(
     line: str, config: Config, model: ModelFacts, known: Sequence[Generation], root: Store
-) -> Prepared | None:
+) -> Job | None:
     """The job as a generation of this line was begun, the newest first; None if none was."""
     for generation in reversed([g for g in known if g.line == line]):
         try:
@@ -390,7 +384,7 @@ def as_any_begun(
 
 
 def wanted_generation(
-    line: str, prepared: Prepared, above: Generation | None, is_rescore: bool
+    line: str, prepared: Job, above: Generation | None, is_rescore: bool
 ) -> Generation:
     """What tonight's generation of a line has to be; its number is open."""
     return Generation(

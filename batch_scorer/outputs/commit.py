@@ -37,7 +37,7 @@ _EXAMPLES_PER_SHARD = 3
 _COMMIT_TRIES = 5
 
 
-def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
+def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Receipt:
     """Join the scores to the untouched input columns and publish the shard with one PUT.
 
     The file is encoded whole before anything is sent, so a reader never sees a part of it.
@@ -45,7 +45,7 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
     file is no longer the one that was scored.
     """
     started = time.perf_counter()
-    table, _ = rows_of_shard(job, shard, None)
+    table, _ = rows_of_shard(shard, job.config.store_options, None)
     if table.num_rows != scored.num_rows:
         raise ShardError(
             ShardReason.INTERNAL, f"{scored.num_rows} rows scored, {table.num_rows} rows read back"
@@ -54,7 +54,7 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
     columns = score_columns(
         scored, table, shard.layout, job.config.column_prefix, job.config.over_length
     )
-    commit = _describe(job, shard, scored, table, columns, errors)
+    commit = _describe(job, epoch, shard, scored, table, columns, errors)
     fields = column_metadata(scored.outputs, job.config.column_prefix)
     data = _encode(table, columns, fields, commit)
     version, standing = _publish(job, shard, commit, data)
@@ -74,7 +74,7 @@ def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
             (shard.first_row + row, error.reason.value, error.detail)
             for row, error in list(errors.items())[:_EXAMPLES_PER_SHARD]
         ],
-        epoch=job.epoch,
+        epoch=epoch,
         estimated_tokens=shard.estimated_tokens,
         **_reused(scored, table),
         effort=scored.effort,
@@ -107,6 +107,7 @@ def _reused(scored: ScoredRows, table: pa.Table) -> dict[str, Any]:
 
 def _describe(
     job: Job,
+    epoch: int,
     shard: Shard,
     scored: ScoredRows,
     table: pa.Table,
@@ -121,9 +122,9 @@ def _describe(
     )
     finite = np.isfinite(scored.values[:, 0])
     return Commit(
-        identity=shard.identity(job.fingerprint, job.config.column_prefix),
-        fingerprint=job.fingerprint,
-        epoch=job.epoch,
+        identity=shard.identity(job.fingerprint.digest, job.config.column_prefix),
+        fingerprint=job.fingerprint.digest,
+        epoch=epoch,
         input=shard.source.key,
         input_etag=shard.source.version.etag,
         first_row=shard.first_row,
@@ -183,7 +184,7 @@ def _publish(job: Job, shard: Shard, commit: Commit, data: bytes) -> tuple[Versi
     try:
         for _ in range(_COMMIT_TRIES):
             failpoint("commit.before_epoch_check")
-            if current_epoch(store) > job.epoch:
+            if current_epoch(store) > commit.epoch:
                 raise _superseded()
             failpoint("commit.before_put")
             standing: _Standing | None = ours
@@ -197,7 +198,7 @@ def _publish(job: Job, shard: Shard, commit: Commit, data: bytes) -> tuple[Versi
                 failpoint("commit.after_refusal")
                 version, standing = _look(store, shard, commit)
             if version is not None and standing is not None:
-                if current_epoch(store) > job.epoch:
+                if current_epoch(store) > commit.epoch:
                     if expected is None:
                         _withdraw(store, shard.output_key, version)
                     raise _superseded()

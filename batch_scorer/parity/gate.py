@@ -123,7 +123,7 @@ class ParityReport:
 
 def reference_of(job: Job, sample: Sample) -> Reference:
     """Plain Hugging Face's scores of the sample; computed once for an output and kept there."""
-    key = f"{RECORDS}/parity/{job.fingerprint[:12]}-{sample.digest[:12]}.json"
+    key = f"{RECORDS}/parity/{job.fingerprint.digest[:12]}-{sample.digest[:12]}.json"
     store = open_store(job.config.output, job.config.store_options, create=True)
     with suppress(ObjectMissing):
         return Reference.from_json(store.read_json(key))

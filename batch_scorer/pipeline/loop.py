@@ -13,7 +13,7 @@ from batch_scorer.records import Receipt, Shard
 
 
 def run_here(
-    job: Job, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
+    job: Job, epoch: int, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
 ) -> Iterator[Receipt]:
     """Score the shards one after the other: the reference for the other road.
 
@@ -26,7 +26,7 @@ def run_here(
     try:
         for shard in todo:
             with logs.fields(attempt=attempt):
-                receipt = commit_scored(job, scorer.score(prepare_shard(job, shard)))
+                receipt = commit_scored(job, epoch, scorer.score(prepare_shard(job, shard)))
             yield replace(receipt, retries=attempt - 1)
     except EngineDied as error:
         raise IncompleteError(f"the engine died: {error}; run the same command again") from error

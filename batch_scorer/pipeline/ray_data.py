@@ -57,7 +57,7 @@ _Item = TypeVar("_Item", Read, Scored)
 
 
 def run_on_ray(
-    job: Job, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
+    job: Job, epoch: int, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
 ) -> Iterator[Receipt]:
     """Score the shards on the cluster; receipts come as shards are committed, in no order.
 
@@ -97,7 +97,12 @@ def run_on_ray(
                 compute=ActorPoolStrategy(size=workers),
                 **worker_resources(job, workers),
             )
-            .map_batches(_commit_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
+            .map_batches(
+                _commit_stage,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs=stage | {"epoch": epoch},
+            )
         )
         try:
             for row in dataset.iter_rows():
@@ -259,7 +264,9 @@ def _gives_up(num_failed: int) -> ShardError:
     )
 
 
-def _commit_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
+def _commit_stage(
+    batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried, epoch: int
+) -> pa.Table:
     scored: list[Scored] | BatchScorerError = _unpack(batch)
     if isinstance(scored, BatchScorerError):
         return batch
@@ -267,7 +274,8 @@ def _commit_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carrie
     key = f"commit {scored[0].shard.output_key}"
     scored = [_again(item, retries) for item in scored]
     ended = [
-        failed_receipt(item, refused) if refused else commit_scored(job, item) for item in scored
+        failed_receipt(item, refused) if refused else commit_scored(job, epoch, item)
+        for item in scored
     ]
     attempts.forget.remote(key)
     return _pack(ended)

@@ -55,11 +55,11 @@ class Scored:
 def prepare_shard(job: Job, shard: Shard) -> Read:
     """`read_shard` and `read_known`, reading and tokenising timed; loading the tokenizer belongs
     to neither."""
-    renderer = _caught("load the tokenizer", shard, partial(renderer_of, job))
+    renderer = _caught("load the tokenizer", shard, partial(renderer_of, job.config, job.model))
     if isinstance(renderer, ShardError):
         return Read(shard, renderer)
     started = time.perf_counter()
-    parsed = _caught("read", shard, partial(parse_shard, job, shard))
+    parsed = _caught("read", shard, partial(parse_shard, shard, job.config.store_options))
     read_s = time.perf_counter() - started
     if isinstance(parsed, ShardError):
         return Read(shard, parsed)
@@ -164,11 +164,11 @@ def _reason_of(error: Exception) -> RowReason:
     return RowReason.OUT_OF_MEMORY if isinstance(error, MemoryError) else RowReason.ENGINE_ERROR
 
 
-def commit_scored(job: Job, scored: Scored) -> Receipt:
+def commit_scored(job: Job, epoch: int, scored: Scored) -> Receipt:
     rows = scored.rows
     if isinstance(rows, ShardError):
         return failed_receipt(scored, rows)
-    receipt = _caught("commit", scored.shard, partial(commit_shard, job, scored.shard, rows))
+    receipt = _caught("commit", scored.shard, partial(commit_shard, job, epoch, scored.shard, rows))
     if isinstance(receipt, ShardError):
         return failed_receipt(scored, receipt)
     return replace(receipt, **asdict(scored.spent))

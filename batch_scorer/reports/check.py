@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from batch_scorer.job import Job
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.runs.derive import Prepared
 from batch_scorer.runs.preview import Checked
 
 _SHOWN_CHARACTERS = 600
@@ -15,20 +15,20 @@ _SHOWN_CHARACTERS = 600
 
 def print_check(console: Console, checked: Checked) -> None:
     """The model as it was understood, one rendered row, and the comparison."""
-    prepared, sample, report = checked.prepared, checked.sample, checked.report
+    job, sample, report = checked.job, checked.sample, checked.report
     facts = Table(title="Model", show_header=False, title_justify="left")
     facts.add_column(style="dim")
     facts.add_column()
-    adapter = adapter_named(prepared.model.adapter)
+    adapter = adapter_named(job.model.adapter)
     for name, value in (
-        ("architecture", prepared.model.architecture),
+        ("architecture", job.model.architecture),
         ("family", f"{adapter.name}: {adapter.summary}"),
-        ("outputs", _outputs(prepared)),
-        ("engine", f"{report.backend} in {report.dtype} on {prepared.device}"),
+        ("outputs", _outputs(job)),
+        ("engine", f"{report.backend} in {report.dtype} on {job.device}"),
         ("reference", f"plain Hugging Face, eager, one by one, {report.reference_dtype}"),
-        ("longest sequence", f"{prepared.max_tokens:,} tokens"),
+        ("longest sequence", f"{job.max_tokens:,} tokens"),
         ("BOS", _bos(sample.leading_bos)),
-        ("pooled tokens", ", ".join(repr(token) for token in sample.pooled) or _pooled(prepared)),
+        ("pooled tokens", ", ".join(repr(token) for token in sample.pooled) or _pooled(job)),
         ("truncated", f"{sample.num_truncated} of the sequences below"),
         ("without a score", _marked(sample.marked)),
     ):
@@ -63,8 +63,8 @@ def check_json(checked: Checked) -> dict[str, Any]:
     """The same for a machine."""
     sample = checked.sample
     return {
-        "model": checked.prepared.provenance,
-        "fingerprint": dict(checked.prepared.fingerprint.parts),
+        "model": checked.job.provenance,
+        "fingerprint": dict(checked.job.fingerprint.parts),
         "rendered": sample.shown,
         "pooled_tokens": list(sample.pooled),
         "leading_bos": sample.leading_bos,
@@ -74,17 +74,17 @@ def check_json(checked: Checked) -> dict[str, Any]:
     }
 
 
-def _outputs(prepared: Prepared) -> str:
-    if prepared.embedding is not None:
-        return f"an embedding of {prepared.model.hidden_size} dimensions"
-    return ", ".join(("score", *prepared.model.attributes))
+def _outputs(job: Job) -> str:
+    if job.embedding is not None:
+        return f"an embedding of {job.model.hidden_size} dimensions"
+    return ", ".join(("score", *job.model.attributes))
 
 
-def _pooled(prepared: Prepared) -> str:
-    if prepared.embedding is None:
+def _pooled(job: Job) -> str:
+    if job.embedding is None:
         return "chosen by the model itself"
-    scaled = ", scaled to length 1" if prepared.embedding.normalize else ""
-    return f"{prepared.embedding.pooling}{scaled}"
+    scaled = ", scaled to length 1" if job.embedding.normalize else ""
+    return f"{job.embedding.pooling}{scaled}"
 
 
 def _bos(leading: int | None) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from batch_scorer.backends.packing import build_trie
+from batch_scorer.config import Config
 from batch_scorer.errors import ShardError
-from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.embedding import is_decoder
 from batch_scorer.models.registry import EMBEDDING, adapter_named
@@ -48,7 +48,7 @@ class Estimate:
     flop: float | None
 
 
-def estimate(job: Job, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
+def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
     """Tokenise rows of evenly chosen shards; None if none of them has a token.
 
     The shards are cut into groups of neighbours, and the first rows of the middle shard stand for
@@ -62,12 +62,12 @@ def estimate(job: Job, model: ModelFacts, shards: Sequence[Shard]) -> Estimate |
         group = [shards[place] for place in places]
         part = _first_rows(group[len(group) // 2], num_groups)
         try:
-            rows = read_shard(job, part, renderer_of(job))
+            rows = read_shard(part, config.store_options, renderer_of(config, model))
         except ShardError as error:
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue
         group_rows = sum(shard.num_rows for shard in group)
-        work = work_of(rows, shares=shares_prefixes(job, model), is_causal=is_causal(model))
+        work = work_of(rows, shares=shares_prefixes(config, model), is_causal=is_causal(model))
         scale = group_rows / part.num_rows
         sums += scale * np.array([work.row_tokens, work.computed_tokens, work.attended_pairs])
         sampled_rows += part.num_rows
@@ -77,7 +77,7 @@ def estimate(job: Job, model: ModelFacts, shards: Sequence[Shard]) -> Estimate |
     row_tokens, computed_tokens, pairs = (
         sums * sum(shard.num_rows for shard in shards) / covered_rows
     ).tolist()
-    cost = None if job.backend == "fake" else model.cost
+    cost = None if config.backend == "fake" else model.cost
     return Estimate(
         sampled_rows=sampled_rows,
         row_tokens=round(row_tokens),
@@ -110,10 +110,10 @@ def is_causal(model: ModelFacts) -> bool:
     return adapter_named(model.adapter).build_head is not None
 
 
-def shares_prefixes(job: Job, model: ModelFacts) -> bool:
+def shares_prefixes(config: Config, model: ModelFacts) -> bool:
     """Whether the engine computes a prefix once that several sequences of a shard have."""
-    if job.backend == "fake" or not is_causal(model):
+    if config.backend == "fake" or not is_causal(model):
         return False
-    if job.backend == "vllm":
+    if config.backend == "vllm":
         return not model.has_steps  # requests for all tokens do not read its cache
-    return job.config.attention == "packed"
+    return config.attention == "packed"

@@ -41,12 +41,21 @@ class Work:
     aside: list[Earlier] = field(default_factory=list)
 
 
-def remaining(plan: Plan, job: Job, output: Store, max_shards: int | None = None) -> Work:
+def remaining(
+    plan: Plan,
+    job: Job,
+    output: Store,
+    *,
+    epoch: int | None = None,
+    max_shards: int | None = None,
+) -> Work:
     """Subtract what is committed under the same identity; changes nothing.
 
-    With `max_shards` the first so many of the rest are to be scored, the others are left. Raises
-    OutputError for foreign files, LeaseLostError where a newer run has cut a file differently.
+    With `max_shards` the first N of the rest are to be scored, the others are left. Raises
+    OutputError for foreign files and, for a run that holds the lease at `epoch`, LeaseLostError
+    where a newer run has cut a file differently.
     """
+    fingerprint = job.fingerprint.digest
     wanted = {shard.output_key: shard for shard in plan.shards}
     inputs = {shard.source.key for shard in plan.shards}
     unusable = {receipt.input for receipt in plan.failed}
@@ -67,14 +76,14 @@ def remaining(plan: Plan, job: Job, output: Store, max_shards: int | None = None
         elif shard is None:
             # Cut differently than before: the rows come back under other names.
             if receipt.commit.input in inputs:
-                if receipt.commit.epoch > job.epoch:
+                if epoch is not None and receipt.commit.epoch > epoch:
                     raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
                 outdated.append(receipt)
             elif (source := plan.aside.get(receipt.commit.input)) is not None:
                 aside.append(replace(receipt, status=Status.COMMITTED, input_root=source.root))
             elif receipt.commit.input not in unusable:
                 gone.append(replace(receipt, status=Status.INPUT_GONE))
-        elif receipt.commit.identity == shard.identity(job.fingerprint, job.config.column_prefix):
+        elif receipt.commit.identity == shard.identity(fingerprint, job.config.column_prefix):
             root = shard.source.root
             done.append(replace(receipt, status=Status.COMMITTED, input_root=root))
         else:
@@ -115,6 +124,7 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
 
     Under the lease. What a crash leaves behind is found again by `remaining`.
     """
+    fingerprint = job.fingerprint.digest
     rewritten = {shard.source.key for shard in work.todo}
     doomed = [receipt for receipt in work.outdated if receipt.input in rewritten]
     copies = keep(output, [*work.replaced, *doomed])
@@ -132,7 +142,7 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
     for earlier in [*aside, *donors]:
         candidates[earlier.commit.input].append(earlier)
     todo = [
-        replace(shard, earlier=nearest(shard, candidates[shard.source.key], job.fingerprint))
+        replace(shard, earlier=nearest(shard, candidates[shard.source.key], fingerprint))
         if shard.source.key in candidates
         else shard
         for shard in work.todo
@@ -140,20 +150,20 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
     return replace(work, todo=todo, aside=aside)
 
 
-def remove_strays(job: Job, output: Store, receipts: Sequence[Receipt]) -> None:
+def remove_strays(epoch: int, output: Store, receipts: Sequence[Receipt]) -> None:
     """Remove what a run of an older plan has committed since `remaining` looked: pieces of a file
     that is cut in another way by now, whose rows a glob would find twice.
 
     After `Lease.close`: whoever comes later than this look takes its shard back itself.
     """
-    if job.epoch == 1:
+    if epoch == 1:
         return  # there is no older plan
     named = {receipt.output_key for receipt in receipts}
     inputs = {receipt.input for receipt in receipts if receipt.status is Status.COMMITTED}
     others = (info for info in output.list() if not is_record(info.key) and info.key not in named)
     for info, receipt in committed(output, others, {}):
         commit = receipt.commit if receipt else None
-        if commit is not None and commit.input in inputs and commit.epoch < job.epoch:
+        if commit is not None and commit.input in inputs and commit.epoch < epoch:
             output.delete_version(info.key, info.version)
 
 

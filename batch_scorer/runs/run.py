@@ -11,7 +11,7 @@ from batch_scorer import logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
 from batch_scorer.inputs.plan import Plan, make_plan
-from batch_scorer.job import Job
+from batch_scorer.job import Job, outputs_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.claim import claim_output, refuse_nights
 from batch_scorer.outputs.lease import ANY, Lease, lease_version
@@ -32,11 +32,9 @@ from batch_scorer.pipeline.ray_data import run_on_ray
 from batch_scorer.pipeline.session import RaySession, num_workers
 from batch_scorer.records import Receipt, Shard
 from batch_scorer.runs.derive import (
-    Prepared,
     as_begun,
     look_at_model,
     open_output,
-    outputs_of,
     require_template,
     settle,
 )
@@ -114,20 +112,18 @@ def score_plan(
     """
     output = open_output(config)
     begun = as_begun(config, model, output)
-    prepared = begun or settle(config, model, plan, session)
-    require_template(prepared, plan)
-    claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
-    plan_digest = plan.digest(prepared.fingerprint.digest, config.column_prefix)
+    job = begun or settle(config, model, plan, session)
+    require_template(job, plan)
+    claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
+    plan_digest = plan.digest(job.fingerprint.digest, config.column_prefix)
     with (
         Lease(output, plan_digest, config.lease_s, seen) as lease,
         logs.fields(run=run_name(config.output, lease.epoch)),
     ):
-        work = remaining(plan, prepared.job(lease.epoch), output, max_shards)
+        work = remaining(plan, job, output, epoch=lease.epoch, max_shards=max_shards)
         if begun and work.todo:
-            prepared = settle(config, model, plan, session)
-            layout = config.with_role("layout")
-            claim_output(output, prepared.fingerprint, layout, prepared.provenance)
-        job = prepared.job(lease.epoch)
+            job = settle(config, model, plan, session)
+            claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
         found = published(output)
         lease.confirm()  # after the look: whoever publishes from now on takes the lease first
         if work.todo or work.left or plan.failed:
@@ -135,7 +131,7 @@ def score_plan(
             found = replace(found, success=None)
         work = make_room(work, job, output, donors)
         record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
-        run = _set_out(job, prepared, work)
+        run = _set_out(job, lease.epoch, work)
         if work.todo:
             record_run(output, run, None)
         with ExitStack() as stack:
@@ -155,16 +151,16 @@ def _lease_before(config: Config) -> Version | None:
         return None
 
 
-def _set_out(job: Job, prepared: Prepared, work: Work) -> Run:
+def _set_out(job: Job, epoch: int, work: Work) -> Run:
     workers = num_workers(job) if work.todo else 0
     return Run(
-        epoch=job.epoch,
+        epoch=epoch,
         shards=len(work.todo),
         rows=sum(shard.num_rows for shard in work.todo),
         estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
         workers=workers,
         devices=workers * job.config.tensor_parallel,
-        cost=None if job.backend == "fake" else prepared.model.cost,
+        cost=None if job.backend == "fake" else job.model.cost,
     )
 
 
@@ -183,7 +179,7 @@ def _run(
     fresh: list[Receipt] = []
     metrics = Metrics()
     try:
-        for receipt in _attempt_all(job, work.todo, _sample(job, work.todo)):
+        for receipt in _attempt_all(job, lease.epoch, work.todo, _sample(job, work.todo)):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
@@ -197,9 +193,9 @@ def _run(
     lease.check()
     if work.todo:
         record_run(output, run, metrics.to_json(run))
-    totals = publish(output, lease.epoch, job.fingerprint, receipts + fresh, found)
+    totals = publish(output, lease.epoch, job.fingerprint.digest, receipts + fresh, found)
     lease.close()
-    remove_strays(job, output, receipts + fresh)
+    remove_strays(lease.epoch, output, receipts + fresh)
     conclude(output, totals, found)
     clear(work, output, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
@@ -224,14 +220,16 @@ def _sample(job: Job, todo: list[Shard]) -> Sample | None:
     return sample
 
 
-def _attempt_all(job: Job, todo: list[Shard], sample: Sample | None) -> Iterator[Receipt]:
+def _attempt_all(
+    job: Job, epoch: int, todo: list[Shard], sample: Sample | None
+) -> Iterator[Receipt]:
     """The final receipt of every shard; what the store refused is tried again after the rest."""
     run_all = run_on_ray if job.config.use_ray else run_here
     for attempt in range(1, job.config.attempts + 1):
         again: set[str] = set()
         # Longest first, so that the last shards to finish are short ones.
         todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
-        for receipt in run_all(job, todo, sample, attempt):
+        for receipt in run_all(job, epoch, todo, sample, attempt):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
                 with logs.fields(shard=receipt.output_key, attempt=receipt.retries + 1):
                     log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
