@@ -6,9 +6,7 @@ from typing import Any
 
 from batch_scorer.config import Config, Device
 from batch_scorer.fingerprint import Fingerprint
-from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import ModelFacts
-from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import SCALAR, Embedding, Outputs
 from batch_scorer.render import Probe, max_tokens_of
 from batch_scorer.version import __version__
@@ -44,10 +42,6 @@ class Job:
     @property
     def adapter(self) -> str:
         return self.model.adapter
-
-    @property
-    def prompt(self) -> Prompt:
-        return adapter_named(self.model.adapter).prompt
 
     @property
     def max_tokens(self) -> int:

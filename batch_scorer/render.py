@@ -21,7 +21,6 @@ from batch_scorer.config import Config, OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
 from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.models.directory import ModelFacts, read_json
-from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import Conversation, Message, ParsedRows, RowError, TokenizedRows
 
 OWN_TEMPLATE = Prompt()
@@ -320,7 +319,7 @@ def renderer_of(config: Config, model: ModelFacts) -> Renderer:
         model.path,
         max_tokens_of(config, model),
         config.over_length,
-        adapter_named(model.adapter).prompt,
+        model.prompt,
         config.trust_remote_code,
     )
 

@@ -25,8 +25,6 @@ from batch_scorer.inputs.files import rows_of_shard
 from batch_scorer.job import Job
 from batch_scorer.outputs.reuse import find_known, read_earlier, score_unknown
 from batch_scorer.records import (
-    SCALAR,
-    Outputs,
     ParsedRows,
     RowError,
     ScoredRows,
@@ -73,7 +71,7 @@ def read_known(job: Job, shard: Shard, rows: TokenizedRows, renderer: Renderer) 
     return replace(rows, known=find_known(rows, (part for part in found if part is not None)))
 
 
-def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR) -> ScoredRows:
+def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
     """Score all sequences of the shard whose score is not known yet.
 
     Raises ShardError if the backend loses any.
@@ -82,22 +80,16 @@ def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR
     started = time.perf_counter()
     scores = ask(rows) if rows.known is None else score_unknown(rows, ask)
     score_s = time.perf_counter() - started
-    values, errors = _checked(scores, rows)
     return ScoredRows(
-        values=values,
+        scores=_checked(scores, rows),
         lengths=rows.lengths.astype(np.int32),
         truncated_tokens=rows.truncated_tokens,
         row_offsets=rows.row_offsets,
-        sequence_errors=errors,
         row_errors=rows.row_errors,
         rows_digest=_rows_digest(rows),
         # Plain values: torch's version is an object that would load torch wherever it arrives.
         engine=json.loads(json.dumps(backend.provenance)),
-        effort=scores.effort,
         score_s=score_s,
-        outputs=outputs,
-        step_values=scores.step_values if outputs.steps else None,
-        step_offsets=scores.step_offsets if outputs.steps else None,
         was_known=None if rows.known is None else rows.known.is_there & (rows.lengths > 0),
     )
 
@@ -122,11 +114,11 @@ def _rows_digest(rows: TokenizedRows) -> str:
     return digest.hexdigest()
 
 
-def _checked(scores: Scores, rows: TokenizedRows) -> tuple[FloatArray, dict[int, RowError]]:
-    """float32[S, O] and the errors of all sequences without a finite score."""
+def _checked(scores: Scores, rows: TokenizedRows) -> Scores:
+    """The same as float32, all sequences without a finite score NaN and named in the errors."""
     values = scores.values.astype(np.float32)
     errors = {**scores.errors, **rows.sequence_errors}
     for index in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
         errors.setdefault(index, RowError(RowReason.NON_FINITE_SCORE, "the model gave no number"))
     values[list(errors)] = np.nan
-    return values, errors
+    return replace(scores, values=values, errors=errors)

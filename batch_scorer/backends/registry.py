@@ -1,10 +1,14 @@
 """The engines by name."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from batch_scorer.backends.base import Backend
 from batch_scorer.job import Job
 from batch_scorer.models.registry import adapter_named
+
+BackendFactory: TypeAlias = Callable[[Job], Backend]
+"""What builds the engine in each worker; tests and dry runs bring their own."""
 
 
 def make_backend(job: Job) -> Backend:

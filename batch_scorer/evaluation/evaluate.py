@@ -230,9 +230,10 @@ _RULES: Mapping[Benchmark, _Rules] = {
 @contextmanager
 def _opened(store: Store, receipt: Receipt) -> Iterator[pq.ParquetFile]:
     """A committed shard, for reading; raises IntegrityError if it is not as it was committed."""
-    assert receipt.version is not None  # it is committed
+    stored = receipt.stored
+    assert stored is not None  # it is committed
     try:
-        file = store.open(receipt.output_key, receipt.size_bytes, receipt.version)
+        file = store.open(receipt.output_key, stored.size_bytes, stored.version)
         yield pq.ParquetFile(file, pre_buffer=False)
     except (ObjectMissing, ObjectChanged, pa.ArrowException, OSError) as error:
         raise IntegrityError(

@@ -116,7 +116,7 @@ def figures_by_source(
         is_kept = there is not None and there.identity == commit.identity
         for source, number in rows_by_source(commit).items():
             count(source, "rows", number)
-            reused = receipt.reused_rows.get(source, 0)
+            reused = receipt.reused.rows.get(source, 0)
             count(source, "kept" if is_kept else "reused", number if is_kept else reused)
         for source, spread in commit.spread.items():
             parts.setdefault(source, []).append(spread)
@@ -312,9 +312,10 @@ def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
     for receipts in chain:
         known, ours = {}, {}
         for receipt in receipts:
-            commit = receipt.commit
-            if commit is None or receipt.version is None or receipt.status is not Status.COMMITTED:
+            stored = receipt.stored
+            if stored is None or receipt.status is not Status.COMMITTED:
                 continue
+            commit = stored.commit
             if found is None:
                 origin = Origin(commit.input, commit.input_etag, commit.first_row)
             elif (above := found.get((commit.input, commit.input_etag))) is not None:
@@ -322,7 +323,7 @@ def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
             else:
                 continue
             known[receipt.output_key] = origin
-            ours[receipt.output_key, receipt.version.etag] = origin
+            ours[receipt.output_key, stored.version.etag] = origin
         found = ours
     return known
 
@@ -381,11 +382,13 @@ def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored 
     for store, receipt, start in zip(
         (before, after), overlap.receipts, overlap.starts, strict=True
     ):
-        assert receipt.commit is not None and receipt.version is not None
-        prefix, format = receipt.commit.column_prefix, Format(receipt.commit.layout["format"])
-        source = Source(store.root, receipt.output_key, receipt.size_bytes, receipt.version)
-        names = [n for n in receipt.commit.added_columns if n.startswith(f"{prefix}score")]
-        names.remove(receipt.commit.error_column)
+        stored = receipt.stored
+        assert stored is not None  # `origins` takes committed shards only
+        commit = stored.commit
+        prefix, format = commit.column_prefix, Format(commit.layout["format"])
+        source = Source(store.root, receipt.output_key, stored.size_bytes, stored.version)
+        names = [n for n in commit.added_columns if n.startswith(f"{prefix}score")]
+        names.remove(commit.error_column)
         if not names:
             return None
         try:

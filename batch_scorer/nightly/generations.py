@@ -183,9 +183,9 @@ _Version: TypeAlias = tuple[str, str]
 def _committed(receipts: Iterable[Receipt]) -> Iterator[tuple[_Version, _Version]]:
     """The shards that are stored, and the files that were read for them."""
     for receipt in receipts:
-        if receipt.status is Status.COMMITTED and receipt.commit and receipt.version:
-            stored = receipt.output_key, receipt.version.etag
-            yield stored, (receipt.input, receipt.commit.input_etag)
+        if receipt.status is Status.COMMITTED and (stored := receipt.stored):
+            scored = receipt.output_key, stored.version.etag
+            yield scored, (receipt.input, stored.commit.input_etag)
 
 
 def _unfinished(receipts: Iterable[Receipt]) -> set[str]:

@@ -195,7 +195,8 @@ def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
     if commit is None or commit != receipt.commit:
         return _Checked(problems=(f"{key}: its footer is not the one that was committed",))
     problems = []
-    if receipt.sha256 and hashlib.sha256(data).hexdigest() != receipt.sha256:
+    stored = receipt.stored
+    if stored is not None and hashlib.sha256(data).hexdigest() != stored.sha256:
         problems.append(f"{key}: its bytes are not those that were committed")
     problems += [f"{key}: {problem}" for problem in _row_problems(table, commit)]
     expected = inputs.rows(receipt, commit)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.backends.base import Backend
-from batch_scorer.backends.registry import make_backend
+from batch_scorer.backends.registry import BackendFactory, make_backend
 from batch_scorer.errors import ParityError
 from batch_scorer.job import Job
 from batch_scorer.models.registry import adapter_named
@@ -170,15 +170,17 @@ def check_engine(job: Job, sample: Sample) -> ParityReport:
         backend.close()
 
 
-def proven_backend(job: Job, sample: Sample | None) -> Backend:
-    """The engine of this job, after it has agreed with plain Hugging Face on the sample.
+def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None = None) -> Backend:
+    """The job's engine, after it has agreed with plain Hugging Face on the sample.
 
-    The report is in its provenance as `parity`. Raises ParityError under `parity_check: stop`.
+    `make` builds another engine in its place. The report is in its provenance as `parity`. Raises
+    ParityError under `parity_check: stop`.
     """
+    make = make or make_backend
     if sample is None:
-        return make_backend(job)
+        return make(job)
     reference = reference_of(job, sample)
-    backend = make_backend(job)
+    backend = make(job)
     report = compare(sample, reference, backend.score(sample.rows), job)
     backend.provenance["parity"] = report.to_json()
     if job.config.parity_check == "stop":

@@ -153,7 +153,7 @@ class ProgressLog:
                 rows_scored=receipt.commit.rows_scored,
                 rows_marked=receipt.commit.rows_marked,
                 tokens=receipt.commit.tokens,
-                score_s=round(receipt.score_s, 3),
+                score_s=round(receipt.spent.score_s, 3),
             ):
                 log.info("committed")
             for row, reason, detail in receipt.examples:
@@ -162,7 +162,7 @@ class ProgressLog:
 
 
 def _of_shard(receipt: Receipt) -> AbstractContextManager[None]:
-    attempt = receipt.retries + 1
+    attempt = receipt.spent.retries + 1
     return logs.fields(shard=receipt.output_key, attempt=attempt, rows=receipt.num_rows)
 
 

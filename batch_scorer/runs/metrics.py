@@ -6,7 +6,7 @@ records, `--json` in both. docs/metrics.md explains them to users.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from batch_scorer.models.cost import ModelCost
@@ -88,19 +88,18 @@ class Metrics:
         self.estimated_tokens += receipt.estimated_tokens
         if receipt.commit is None:
             return
-        self.scored_tokens += receipt.commit.tokens - receipt.reused_tokens
-        self.reused_rows += sum(receipt.reused_rows.values())
-        self.reused_sequences += receipt.reused_sequences
-        self.reused_tokens += receipt.reused_tokens
-        for part in fields(Effort):
-            added = getattr(self.effort, part.name) + getattr(receipt.effort, part.name)
-            setattr(self.effort, part.name, added)
+        spent, reused = receipt.spent, receipt.reused
+        self.scored_tokens += receipt.commit.tokens - reused.tokens
+        self.reused_rows += sum(reused.rows.values())
+        self.reused_sequences += reused.sequences
+        self.reused_tokens += reused.tokens
+        self.effort.add(spent.effort)
         for name in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
-            setattr(self, name, getattr(self, name) + getattr(receipt, name))
-        self.possible_flop += receipt.score_s * receipt.peak_flops
-        self.is_peak_known &= receipt.peak_flops > 0
-        self.began_at = min(self.began_at, receipt.started_at)
-        self.ended_at = max(self.ended_at, receipt.committed_at)
+            setattr(self, name, getattr(self, name) + getattr(spent, name))
+        self.possible_flop += spent.score_s * spent.peak_flops
+        self.is_peak_known &= spent.peak_flops > 0
+        self.began_at = min(self.began_at, spent.started_at)
+        self.ended_at = max(self.ended_at, spent.committed_at)
 
     @property
     def span_s(self) -> float:

@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from batch_scorer.errors import LeaseLostError, OutputError
 from batch_scorer.failpoints import failpoint
@@ -11,7 +12,7 @@ from batch_scorer.inputs.plan import Plan
 from batch_scorer.job import Job
 from batch_scorer.outputs.manifest import committed, current_manifest, is_record, known_receipts
 from batch_scorer.outputs.reuse import Earlier, keep, kept, nearest
-from batch_scorer.records import Receipt, Shard, Status
+from batch_scorer.records import Commit, Receipt, Shard, Status
 from batch_scorer.storage import Store, Version, in_threads
 
 log = logging.getLogger("batch_scorer")
@@ -19,6 +20,17 @@ log = logging.getLogger("batch_scorer")
 _DELETERS = 16
 _BEGUN = "begun by a run that did not come to its end"
 """Of a file that is half done and not looked at: how much is left is not known."""
+
+
+class Fate(Enum):
+    """What becomes of a scored shard that is stored, under a new plan."""
+
+    DONE = "is what the plan wants"
+    STALE = "has the name of a wanted shard, and was made of something else"
+    OUTDATED = "is a piece of a file that is cut differently now"
+    ASIDE = "its input is there, but was not looked at"
+    UNREADABLE = "its input is there, but cannot be used now"
+    GONE = "its input is not there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,56 +67,59 @@ def remaining(
     OutputError for foreign files and, for a run that holds the lease at `epoch`, LeaseLostError
     where a newer run has cut a file differently.
     """
-    fingerprint = job.fingerprint.digest
     wanted = {shard.output_key: shard for shard in plan.shards}
+    identities = {
+        key: shard.identity(job.fingerprint.digest, job.config.column_prefix)
+        for key, shard in wanted.items()
+    }
     inputs = {shard.source.key for shard in plan.shards}
     unusable = {receipt.input for receipt in plan.failed}
+
+    def fate_of(key: str, commit: Commit) -> Fate:
+        if key in wanted:
+            return Fate.DONE if commit.identity == identities[key] else Fate.STALE
+        if commit.input in inputs:
+            return Fate.OUTDATED
+        if commit.input in plan.aside:
+            return Fate.ASIDE
+        return Fate.UNREADABLE if commit.input in unusable else Fate.GONE
+
+    found: dict[Fate, list[Receipt]] = {fate: [] for fate in Fate}
     objects = [info for info in output.list() if not is_record(info.key)]
-    done: list[Receipt] = []
-    aside: list[Receipt] = []
-    gone: list[Receipt] = []
-    outdated: list[Receipt] = []
-    stale: dict[str, Receipt] = {}
     for info, receipt in committed(output, objects, known_receipts(output)):
-        shard = wanted.get(info.key)
-        if receipt is None or receipt.commit is None:
-            if shard is not None:
-                raise OutputError(
-                    f"{output.url(info.key)} is in the way: it was not written by this program"
-                )
-            log.warning("%s is not ours; left alone", output.url(info.key))
-        elif shard is None:
-            # Cut differently than before: the rows come back under other names.
-            if receipt.commit.input in inputs:
-                if epoch is not None and receipt.commit.epoch > epoch:
-                    raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
-                outdated.append(receipt)
-            elif (source := plan.aside.get(receipt.commit.input)) is not None:
-                aside.append(replace(receipt, status=Status.COMMITTED, input_root=source.root))
-            elif receipt.commit.input not in unusable:
-                gone.append(replace(receipt, status=Status.INPUT_GONE))
-        elif receipt.commit.identity == shard.identity(fingerprint, job.config.column_prefix):
-            root = shard.source.root
-            done.append(replace(receipt, status=Status.COMMITTED, input_root=root))
+        if receipt is not None and receipt.commit is not None:
+            found[fate_of(info.key, receipt.commit)].append(receipt)
+        elif info.key in wanted:
+            raise OutputError(
+                f"{output.url(info.key)} is in the way: it was not written by this program"
+            )
         else:
-            stale[info.key] = receipt
+            log.warning("%s is not ours; left alone", output.url(info.key))
+    if epoch is not None and any(r.commit and r.commit.epoch > epoch for r in found[Fate.OUTDATED]):
+        raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
+
+    roots = {shard.source.key: shard.source.root for shard in plan.shards}
+    roots |= {key: source.root for key, source in plan.aside.items()}
+    done, aside = (
+        [replace(r, status=Status.COMMITTED, input_root=roots[r.input]) for r in found[fate]]
+        for fate in (Fate.DONE, Fate.ASIDE)
+    )
     finished = {receipt.output_key for receipt in done}
-    todo = [shard for key, shard in wanted.items() if key not in finished]
-    todo, left = todo[:max_shards], todo[len(todo) if max_shards is None else max_shards :]
+    undone = [shard for key, shard in wanted.items() if key not in finished]
+    stop = len(undone) if max_shards is None else max_shards
+    todo, left = undone[:stop], undone[stop:]
+    stale = {receipt.output_key: receipt for receipt in found[Fate.STALE]}
+    replaced = [stale[shard.output_key] for shard in todo if shard.output_key in stale]
+    versions = {r.output_key: r.stored.version for r in replaced if r.stored is not None}
     # A file that waits as a whole keeps its old pieces: nothing comes in their place yet.
     waiting = {shard.source.key for shard in left} - {shard.source.key for shard in todo}
     waiting -= {receipt.input for receipt in done}
     begun = _begun(aside, current_manifest(output)) if plan.aside else set()
     return Work(
         plan=plan,
-        todo=[
-            replace(shard, replaces=stale[shard.output_key].version)
-            if shard.output_key in stale
-            else shard
-            for shard in todo
-        ],
+        todo=[replace(shard, replaces=versions.get(shard.output_key)) for shard in todo],
         done=done + aside,
-        gone=gone,
+        gone=[replace(receipt, status=Status.INPUT_GONE) for receipt in found[Fate.GONE]],
         left=[
             *(Receipt.of_shard(shard, Status.LEFT) for shard in left),
             *(
@@ -112,8 +127,8 @@ def remaining(
                 for key in sorted(begun & plan.aside.keys())
             ),
         ],
-        replaced=[stale[shard.output_key] for shard in todo if shard.output_key in stale],
-        outdated=[receipt for receipt in outdated if receipt.input not in waiting],
+        replaced=replaced,
+        outdated=[receipt for receipt in found[Fate.OUTDATED] if receipt.input not in waiting],
         aside=kept(output),
     )
 
@@ -131,8 +146,8 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
     failpoint("room.before_delete")
 
     def remove(receipt: Receipt) -> None:
-        assert receipt.version is not None  # it is stored
-        output.delete_version(receipt.output_key, receipt.version)
+        if receipt.stored is not None:
+            output.delete_version(receipt.output_key, receipt.stored.version)
 
     for _ in in_threads(remove, work.outdated, _DELETERS):
         pass
@@ -184,7 +199,8 @@ def _begun(stored: Sequence[Receipt], published: Sequence[Receipt]) -> set[str]:
         shards: dict[str, set[tuple[str, Version | None]]] = defaultdict(set)
         for receipt in receipts:
             if receipt.status in (Status.COMMITTED, Status.INPUT_GONE):
-                shards[receipt.input].add((receipt.output_key, receipt.version))
+                version = None if receipt.stored is None else receipt.stored.version
+                shards[receipt.input].add((receipt.output_key, version))
         return shards
 
     now, then = by_input(stored), by_input(published)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from batch_scorer import logs
+from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
 from batch_scorer.inputs.plan import Plan, make_plan
@@ -76,12 +77,13 @@ class Summary:
         return bool(self.totals["shards_failed"] == 0)
 
 
-def score(config: Config, *listeners: Listener) -> Summary:
+def score(config: Config, *listeners: Listener, make: BackendFactory | None = None) -> Summary:
     """Score all inputs into the output; run it again to finish what was interrupted.
 
-    Raises ConfigError, InputError, ModelError or OutputError before any work is done, and
-    LeaseLostError if another run takes the output over. Failed shards do not raise: see
-    `Summary.totals["shards_failed"]`.
+    `make` builds an engine of the caller's own in place of the one that the settings name; the
+    fingerprint does not know it. Raises ConfigError, InputError, ModelError or OutputError before
+    any work is done, and LeaseLostError if another run takes the output over. Failed shards do not
+    raise: see `Summary.totals["shards_failed"]`.
     """
     if config.also:
         raise ConfigError("also: `score` takes one model; `nightly` scores with several")
@@ -90,7 +92,7 @@ def score(config: Config, *listeners: Listener) -> Summary:
     plan = make_plan(config, outputs_of(config, model))
     refuse_nights(open_output(config))
     with RaySession(config) as session:
-        return score_plan(config, model, plan, session, listeners, seen=seen)
+        return score_plan(config, model, plan, session, listeners, seen=seen, make=make)
 
 
 def score_plan(
@@ -103,6 +105,7 @@ def score_plan(
     seen: Version | None = ANY,
     max_shards: int | None = None,
     donors: Sequence[Earlier] = (),
+    make: BackendFactory | None = None,
 ) -> Summary:
     """Score what the output lacks of a plan. Ray is started only if that is anything.
 
@@ -140,7 +143,7 @@ def score_plan(
                 listeners = (*listeners, stack.enter_context(telemetry))
             for listener in listeners:
                 listener.planned(work)
-            return _run(job, run, work, output, lease, found, listeners)
+            return _run(job, run, work, output, lease, found, listeners, make)
 
 
 def _lease_before(config: Config) -> Version | None:
@@ -172,6 +175,7 @@ def _run(
     lease: Lease,
     found: Published,
     listeners: Sequence[Listener],
+    make: BackendFactory | None,
 ) -> Summary:
     started = time.perf_counter()
     ledger = Ledger(output, lease.epoch, lease.holder_id)
@@ -179,7 +183,7 @@ def _run(
     fresh: list[Receipt] = []
     metrics = Metrics()
     try:
-        for receipt in _attempt_all(job, lease.epoch, work.todo, _sample(job, work.todo)):
+        for receipt in _attempt_all(job, lease.epoch, work.todo, _sample(job, work.todo), make):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
@@ -221,7 +225,11 @@ def _sample(job: Job, todo: list[Shard]) -> Sample | None:
 
 
 def _attempt_all(
-    job: Job, epoch: int, todo: list[Shard], sample: Sample | None
+    job: Job,
+    epoch: int,
+    todo: list[Shard],
+    sample: Sample | None,
+    make: BackendFactory | None,
 ) -> Iterator[Receipt]:
     """The final receipt of every shard; what the store refused is tried again after the rest."""
     run_all = run_on_ray if job.config.use_ray else run_here
@@ -229,9 +237,9 @@ def _attempt_all(
         again: set[str] = set()
         # Longest first, so that the last shards to finish are short ones.
         todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
-        for receipt in run_all(job, epoch, todo, sample, attempt):
+        for receipt in run_all(job, epoch, todo, sample, attempt, make):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
-                with logs.fields(shard=receipt.output_key, attempt=receipt.retries + 1):
+                with logs.fields(shard=receipt.output_key, attempt=receipt.spent.retries + 1):
                     log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
                 again.add(receipt.output_key)
             else:

@@ -82,7 +82,7 @@ def main() -> None:
 
     wait_until(shows_the_end, "the agent shows that nothing is left")
     ray.shutdown()
-    retries = sum(receipt.retries for receipt in summary.receipts)
+    retries = sum(receipt.spent.retries for receipt in summary.receipts)
     found = {
         "scrape": scrapes[-1],
         "totals": summary.totals,

@@ -14,6 +14,7 @@ from batch_scorer.job import Job
 from batch_scorer.models.directory import inspect_model
 from batch_scorer.outputs.commit import commit_shard
 from batch_scorer.records import Receipt, ScoredRows, Shard
+from batch_scorer.records import Stored as CommittedShard
 from batch_scorer.render import renderer_of
 from batch_scorer.runs.derive import derive
 from batch_scorer.shard import read_shard, score_shard
@@ -34,7 +35,8 @@ class Bench:
 
     def commit(self, epoch: int, shard: Shard | None = None, add: float = 0.0) -> Receipt:
         """Commit by a run of this epoch; `add` moves the scores, so that writers can be told."""
-        scored = replace(self.scored, values=self.scored.values + add)
+        scores = replace(self.scored.scores, values=self.scored.scores.values + add)
+        scored = replace(self.scored, scores=scores)
         return commit_shard(self.job, epoch, shard or self.shard, scored)
 
     def of_plan(self, name: str) -> "Bench":
@@ -81,8 +83,13 @@ def race(bench: Bench, shard: Shard | None = None) -> list[Receipt]:
         return list(pool.map(write, range(WRITERS)))
 
 
+def stored_of(receipt: Receipt) -> CommittedShard:
+    assert receipt.stored is not None
+    return receipt.stored
+
+
 def assert_one_won(receipts: list[Receipt], stored: Stored) -> None:
     assert sum(receipt.detail == "" for receipt in receipts) == 1
-    assert {receipt.sha256 for receipt in receipts} == {stored.sha256}
-    assert {receipt.version.etag for receipt in receipts if receipt.version} == {stored.etag}
+    found = {(r.stored.sha256, r.stored.version.etag) for r in receipts if r.stored}
+    assert found == {(stored.sha256, stored.etag)}
     assert all(receipt.commit == stored.commit for receipt in receipts)

@@ -210,11 +210,11 @@ def assert_deaths_are_bounded(summary: Summary) -> None:
         count, poisons = FILES[receipt.input.removesuffix(".parquet")]
         deadly = sum(poison in DEADLY for poison in poisons.values())
         if receipt.input == "whole.parquet":
-            assert receipt.retries == 2
+            assert receipt.spent.retries == 2
         elif deadly:
-            assert 1 <= receipt.retries <= 1 + deadly * (count - 1).bit_length()
+            assert 1 <= receipt.spent.retries <= 1 + deadly * (count - 1).bit_length()
         else:
-            assert receipt.retries == 0
+            assert receipt.spent.retries == 0
 
 
 def test_rows_at_which_the_engine_raises_are_found_without_a_death(

@@ -26,21 +26,21 @@ from batch_scorer.nightly.drift import (
     standing,
     together,
 )
-from batch_scorer.outputs.by_source import LEVELS, spread_by_source
-from batch_scorer.records import Effort, Receipt, ScoredRows, Status
+from batch_scorer.outputs.by_source import LEVELS, row_sources, spread_by_source
+from batch_scorer.records import Receipt, Reused, ScoredRows, Scores, Status
 from batch_scorer.reports.drift import print_drift
-from batch_scorer.storage import Version
-from tests.helpers.receipts import COMMIT, DONE
+from tests.helpers.receipts import COMMIT, DONE, stored
 
 
 def spread_of(values: Sequence[float], sources: Sequence[str]) -> dict[str, list[float]]:
     """As a commit of rows of one sequence each has it."""
     count = len(values)
     rows = ScoredRows(
-        np.array(values, np.float32)[:, None], np.ones(count, np.int32),
-        np.zeros(count, np.int32), np.arange(count + 1), {}, {}, "", {}, Effort(), 0.0,
+        Scores(np.array(values, np.float32)[:, None]), np.ones(count, np.int32),
+        np.zeros(count, np.int32), np.arange(count + 1), {}, "", {}, 0.0,
     )  # fmt: skip
-    return spread_by_source(rows, pa.table({"source": pa.array(sources, pa.string())}))
+    table = pa.table({"source": pa.array(sources, pa.string())})
+    return spread_by_source(rows, row_sources(table))
 
 
 def receipt(key: str, identity: str, sources: dict[str, list[float]], **changes: Any) -> Receipt:
@@ -55,7 +55,9 @@ def receipt(key: str, identity: str, sources: dict[str, list[float]], **changes:
         spread=spread_of(values, names),
         pairs={},
     )
-    return replace(DONE, output_key=key, input=key, num_rows=len(values), commit=commit, **changes)
+    return replace(
+        DONE, output_key=key, input=key, num_rows=len(values), stored=stored(commit), **changes
+    )
 
 
 # Rows
@@ -72,7 +74,10 @@ def test_rows_are_new_reused_kept_or_gone() -> None:
         before[0],
         # 18 of the 20 rows of `a` are as they were, 4 are new; `b` has lost two of its five.
         receipt(
-            "rewritten", "2'", {"a": [0.0] * 22, "b": [0.0] * 3}, reused_rows={"a": 18, "b": 3}
+            "rewritten",
+            "2'",
+            {"a": [0.0] * 22, "b": [0.0] * 3},
+            reused=Reused(rows={"a": 18, "b": 3}),
         ),
         receipt("added", "5", {"c": [0.0] * 6}),
         replace(before[2], status=Status.INPUT_GONE),
@@ -88,7 +93,7 @@ def test_rows_are_new_reused_kept_or_gone() -> None:
 
 
 def test_a_commit_from_before_spreads_were_kept_still_counts_its_rows() -> None:
-    old = replace(DONE, commit=replace(COMMIT, spread={}))
+    old = replace(DONE, stored=stored(replace(COMMIT, spread={})))
     assert standing([old]) == {"a.parquet": Before("i", {"all": 10})}
     figures = figures_by_source([old], {})
     assert (figures["all"].new, figures["all"].mean) == (10, None)
@@ -183,7 +188,7 @@ def test_nothing_in_common_is_no_error() -> None:
 def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
     def of(key: str, source: str, etag: str, first: int, version: str) -> Receipt:
         commit = replace(COMMIT, input=source, input_etag=etag, first_row=first)
-        return replace(DONE, output_key=key, commit=commit, version=Version(version))
+        return replace(DONE, output_key=key, stored=stored(commit, version))
 
     first = [of("x.rows10-20", "x", "e", 10, "v1"), of("y", "y", "f", 0, "v2")]
     second = [

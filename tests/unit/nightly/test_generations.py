@@ -19,7 +19,7 @@ from batch_scorer.nightly.generations import (
 )
 from batch_scorer.records import Receipt, Status
 from batch_scorer.storage import Store, Version
-from tests.helpers.receipts import COMMIT, DONE
+from tests.helpers.receipts import COMMIT, DONE, stored
 
 FIRST = Generation("main", 1, "a" * 64, {"shard_rows": 10})
 OTHER_MODEL = Generation("main", 2, "b" * 64, {"shard_rows": 10})
@@ -99,8 +99,7 @@ def test_generations_and_the_pointer_are_kept(tmp_path: Path) -> None:
 def of(key: str, source: str, status: Status = Status.COMMITTED, version: str = "v") -> Receipt:
     """A shard of version "v", made of a file of version "v", unless told otherwise."""
     commit = replace(COMMIT, input=source, input_etag=version)
-    stored = Version("v")
-    return replace(DONE, output_key=key, input=source, status=status, commit=commit, version=stored)
+    return replace(DONE, output_key=key, input=source, status=status, stored=stored(commit))
 
 
 def test_an_input_is_held_once_all_its_rows_are_in_every_generation() -> None:

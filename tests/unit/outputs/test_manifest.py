@@ -18,7 +18,7 @@ from batch_scorer.outputs.manifest import (
 )
 from batch_scorer.records import Commit, Format, Layout, Receipt, Shard, Status
 from batch_scorer.storage import Store, Version
-from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD
+from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD, stored
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:
 
 def test_rows_that_do_not_add_up_are_an_integrity_error() -> None:
     with pytest.raises(IntegrityError, match="10 rows went in, 8 scored"):
-        total([replace(DONE, commit=replace(COMMIT, rows_scored=8))])
+        total([replace(DONE, stored=stored(replace(COMMIT, rows_scored=8)))])
 
 
 def test_success_is_written_only_when_nothing_failed(store: Store) -> None:

@@ -40,7 +40,11 @@ def records_of(store: Store, folder: str) -> list[Path]:
 
 def test_the_time_left_is_judged_by_what_this_run_did(store: Store, lease: Lease) -> None:
     """A run that was stopped yesterday and is resumed keeps its epoch, and not its pace."""
-    yesterday = replace(OTHER, epoch=RUN.epoch, started_at=-86_000.0, committed_at=-80_000.0)
+    yesterday = replace(
+        OTHER,
+        epoch=RUN.epoch,
+        spent=replace(OTHER.spent, started_at=-86_000.0, committed_at=-80_000.0),
+    )
     Ledger(store, RUN.epoch, "stopped", every_s=0).add(yesterday)
     Ledger(store, RUN.epoch, lease.holder_id, every_s=0).add(replace(ONE, epoch=RUN.epoch))
     status = read_status(store.root)
