@@ -13,6 +13,8 @@ from batch_scorer.storage import AccessDenied, ObjectChanged, ObjectMissing, Sto
 GENERATIONS_KEY = f"{RECORDS}/generations.json"
 """Where `nightly` remembers its generations, in the folder above them."""
 _RUN_KEY = f"{RECORDS}/run.json"
+_FORMAT = 2
+"""How the records beside the shards, and the commits in their footers, are written."""
 
 
 def claim_output(
@@ -22,7 +24,12 @@ def claim_output(
 
     Raises OutputError that names what differs.
     """
-    body = {"fingerprint": fingerprint.parts, "layout": layout, "provenance": provenance}
+    body = {
+        "format": _FORMAT,
+        "fingerprint": fingerprint.parts,
+        "layout": layout,
+        "provenance": provenance,
+    }
     failpoint("claim.before_put")
     try:
         store.create(_RUN_KEY, json.dumps(body, indent=1, sort_keys=True).encode())
@@ -30,7 +37,7 @@ def claim_output(
     except (AccessDenied, ObjectMissing) as error:
         raise OutputError(str(error)) from error
     except ObjectChanged:
-        there = store.read_json(_RUN_KEY)
+        there = claimed(store)
     differences = fingerprint.differences(Fingerprint(there["fingerprint"]))
     differences += Fingerprint(layout).differences(Fingerprint(there["layout"]))
     if differences:
@@ -41,8 +48,17 @@ def claim_output(
 
 
 def claimed(store: Store) -> dict[str, Any]:
-    """What `claim_output` wrote when this output was begun; {} before. Raises OutputError."""
-    return _read_claim(store, _RUN_KEY)
+    """What `claim_output` wrote when this output was begun; {} before.
+
+    Raises OutputError, also for an output whose records are written in another way.
+    """
+    claim = _read_claim(store, _RUN_KEY)
+    if claim and claim.get("format") != _FORMAT:
+        raise OutputError(
+            f"{store.root} was written by another version of this program, whose records this one "
+            "does not read; use that version, or score into another output"
+        )
+    return claim
 
 
 def _read_claim(store: Store, key: str) -> dict[str, Any]:

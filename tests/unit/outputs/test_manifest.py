@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
     with pytest.raises(OutputError, match="shard_rows: 10 there, 20 here"):
         claim_output(store, mine, {"shard_rows": 20}, {})
     assert open_scored(store.root, {})[1]["provenance"] == {"device": "cpu"}
+
+
+def test_an_output_of_another_version_is_refused(store: Store) -> None:
+    """Its records and commits are written in another way."""
+    claim_output(store, Fingerprint({}), {}, {})
+    body = store.read_json("_batch_scorer/run.json")
+    del body["format"]  # as before there was one
+    store.delete("_batch_scorer/run.json")
+    store.create("_batch_scorer/run.json", json.dumps(body).encode())
+    with pytest.raises(OutputError, match="written by another version"):
+        open_scored(store.root, {})
+    with pytest.raises(OutputError, match="written by another version"):
+        claim_output(store, Fingerprint({}), {}, {})
 
 
 def test_a_folder_that_is_no_output_is_named(store: Store) -> None:
