@@ -19,15 +19,7 @@ from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbe
 from batch_scorer.evaluation.result import Evaluation
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.outputs.claim import open_scored
-from batch_scorer.outputs.lease import holder_of
-from batch_scorer.outputs.manifest import (
-    committed,
-    current_manifest,
-    is_record,
-    known_receipts,
-    read_plan,
-    read_success,
-)
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Format, Receipt, Status
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store
 
@@ -285,26 +277,26 @@ def _complete(store: Store, output: str) -> tuple[list[Receipt], int]:
 
     Raises IncompleteError that says what is missing.
     """
-    if read_success(store) is None:
-        raise IncompleteError("\n  ".join(_what_is_missing(store, output)))
-    receipts = current_manifest(store)
+    state = OutputState(store)
+    if state.success is None:
+        raise IncompleteError("\n  ".join(_what_is_missing(state, output)))
+    receipts = state.manifest
     there = [r for r in receipts if r.status is Status.COMMITTED and r.num_rows]
     return there, sum(r.status is Status.INPUT_GONE for r in receipts)
 
 
-def _what_is_missing(store: Store, output: str) -> list[str]:
+def _what_is_missing(state: OutputState, output: str) -> list[str]:
     """Lines for people: how much is there, which shards failed, which rows were not reached."""
-    known = known_receipts(store)
-    objects = [info for info in store.list() if not is_record(info.key)]
-    there = [r for _, r in committed(store, objects, known) if r and r.status is Status.COMMITTED]
+    there = [r for _, r in state.shards() if r and r.status is Status.COMMITTED]
     keys = {receipt.output_key for receipt in there}
-    failed = [r for r in known.values() if r.commit is None and r.output_key not in keys]
-    try:
-        plan = read_plan(store)
-    except ObjectMissing:
+    failed = [r for r in state.receipts.values() if r.commit is None and r.output_key not in keys]
+    if (plan := state.plan) is None:
         return [f"{output} is not scored: its run has planned nothing yet"]
-    holder = holder_of(store)
-    advice = f"{holder} works on it" if holder else "run the same `score` command again"
+    advice = (
+        f"{state.holder.holder} works on it"
+        if state.holder
+        else "run the same `score` command again"
+    )
     lines = [f"{r.output_key} failed ({r.num_rows:,} rows): {r.reason}: {r.detail}" for r in failed]
     named = {receipt.input for receipt in failed}
     lines += [

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from batch_scorer.errors import IntegrityError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.outputs.lease import RECORDS
-from batch_scorer.outputs.ledger import READERS, read_ledger
+from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
 from batch_scorer.records import Commit, Receipt, Status, Stored
 from batch_scorer.records.digest import digest_of
@@ -90,14 +90,6 @@ def read_commit(store: Store, info: ObjectInfo) -> tuple[Commit | None, str]:
     except (pa.ArrowInvalid, OSError):
         return None, sha256
     return Commit.from_footer(schema.metadata), sha256
-
-
-def known_receipts(store: Store) -> dict[str, Receipt]:
-    """Newest receipt per output key, from the current manifest and the ledger after it."""
-    receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
-    for segment in read_ledger(store):
-        receipts.update((receipt.output_key, receipt) for receipt in segment.receipts)
-    return receipts
 
 
 def committed(

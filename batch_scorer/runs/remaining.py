@@ -10,8 +10,9 @@ from batch_scorer.errors import LeaseLostError, OutputError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.job import Job
-from batch_scorer.outputs.manifest import committed, current_manifest, is_record, known_receipts
+from batch_scorer.outputs.manifest import committed
 from batch_scorer.outputs.reuse import Earlier, keep, kept, nearest
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Commit, Receipt, Shard, Status
 from batch_scorer.storage import Store, Version, in_threads
 
@@ -85,8 +86,8 @@ def remaining(
         return Fate.UNREADABLE if commit.input in unusable else Fate.GONE
 
     found: dict[Fate, list[Receipt]] = {fate: [] for fate in Fate}
-    objects = [info for info in output.list() if not is_record(info.key)]
-    for info, receipt in committed(output, objects, known_receipts(output)):
+    state = OutputState(output)
+    for info, receipt in state.shards():
         if receipt is not None and receipt.commit is not None:
             found[fate_of(info.key, receipt.commit)].append(receipt)
         elif info.key in wanted:
@@ -114,7 +115,7 @@ def remaining(
     # A file that waits as a whole keeps its old pieces: nothing comes in their place yet.
     waiting = {shard.source.key for shard in left} - {shard.source.key for shard in todo}
     waiting -= {receipt.input for receipt in done}
-    begun = _begun(aside, current_manifest(output)) if plan.aside else set()
+    begun = _begun(aside, state.manifest) if plan.aside else set()
     return Work(
         plan=plan,
         todo=[replace(shard, replaces=versions.get(shard.output_key)) for shard in todo],
@@ -175,7 +176,7 @@ def remove_strays(epoch: int, output: Store, receipts: Sequence[Receipt]) -> Non
         return  # there is no older plan
     named = {receipt.output_key for receipt in receipts}
     inputs = {receipt.input for receipt in receipts if receipt.status is Status.COMMITTED}
-    others = (info for info in output.list() if not is_record(info.key) and info.key not in named)
+    others = (info for info in OutputState(output).objects() if info.key not in named)
     for info, receipt in committed(output, others, {}):
         commit = receipt.commit if receipt else None
         if commit is not None and commit.input in inputs and commit.epoch < epoch:

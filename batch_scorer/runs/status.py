@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batch_scorer.outputs.claim import open_scored
-from batch_scorer.outputs.lease import Standing, lease_of
-from batch_scorer.outputs.ledger import Segment, read_ledger
-from batch_scorer.outputs.manifest import current_manifest, read_plan, read_success, total
+from batch_scorer.outputs.lease import Standing
+from batch_scorer.outputs.ledger import Segment
+from batch_scorer.outputs.manifest import total
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Status
 from batch_scorer.runs.metrics import Metrics, newest_run
-from batch_scorer.storage import ObjectMissing
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +51,12 @@ class OutputStatus:
 def read_status(output: str, store_options: Mapping[str, str] | None = None) -> OutputStatus:
     """The state of `output`. Raises OutputError if it is not one of ours."""
     store, run = open_scored(output, store_options or {})
-    standing = lease_of(store)
-    holder = standing if standing and standing.is_held else None
-    receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
-    ours: list[Segment] = []
-    for segment in read_ledger(store):
-        receipts.update((receipt.output_key, receipt) for receipt in segment.receipts)
-        if standing and segment.holder_id == standing.holder_id:
-            ours.append(segment)
+    there = OutputState(store)
+    lease, holder, receipts = there.lease, there.holder, there.receipts
+    ours = [segment for segment in there.ledger if lease and segment.holder_id == lease.holder_id]
     totals = total(receipts.values())
-    try:
-        plan = read_plan(store)
-    except ObjectMissing:
-        plan = {"shards": 0, "rows": 0}
-    if read_success(store) is not None:
-        state = "complete"
-    else:
-        state = "running" if holder else "interrupted"
+    plan = there.plan or {"shards": 0, "rows": 0}
+    unfinished = "running" if holder else "interrupted"
     metrics: dict[str, Any] | None = None
     left_s: float | None = None
     if (newest := newest_run(store)) is not None:
@@ -79,7 +68,7 @@ def read_status(output: str, store_options: Mapping[str, str] | None = None) -> 
                 left_s = _left_s(so_far.left_s(found.estimated_tokens), ours[-1], holder)
     return OutputStatus(
         output=output,
-        state=state,
+        state=unfinished if there.success is None else "complete",
         holder=holder.holder if holder else None,
         renewed_s=silent_s(holder) if holder else None,
         planned_shards=plan["shards"],

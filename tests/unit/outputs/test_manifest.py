@@ -11,12 +11,12 @@ from batch_scorer.outputs.ledger import Ledger
 from batch_scorer.outputs.manifest import (
     conclude,
     current_manifest,
-    known_receipts,
     publish,
     published,
     read_success,
     total,
 )
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Commit, Format, Layout, Receipt, Shard, Status
 from batch_scorer.storage import Store, Version
 from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD, stored
@@ -91,10 +91,10 @@ def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
 def test_the_ledger_remembers_what_no_manifest_names_yet(store: Store) -> None:
     ledger = Ledger(store, 1, "holder", every_s=0)
     ledger.add(DONE)
-    assert known_receipts(store) == {"a.parquet": DONE}
+    assert OutputState(store).receipts == {"a.parquet": DONE}
     _finish(store, [DONE])
     assert list(store.list("_batch_scorer/ledger")) == []
-    assert known_receipts(store) == {"a.parquet": DONE}
+    assert OutputState(store).receipts == {"a.parquet": DONE}
 
 
 def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
