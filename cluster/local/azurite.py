@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
+from typing import IO
 
 from cluster.local.ports import own_ports
 
@@ -62,16 +63,16 @@ def azure_server() -> Iterator[AzureServer]:
         raise RuntimeError("Azurite, a server of Azure's blobs for tests, needs Node.js: no `node`")
     if not program.exists():
         raise RuntimeError(f"Azurite is not installed: no {program}; `make test` installs it")
-    with tempfile.TemporaryDirectory(prefix="azurite-") as folder:
-        log = Path(folder) / "log"
-        with own_ports(_PORTS) as ports, log.open("wb") as out:
+    # Nothing of it is on disk under a name, so that nothing stays if this process is killed.
+    with tempfile.TemporaryFile() as log:
+        with own_ports(_PORTS) as ports:
             process = subprocess.Popen(
                 [
                     node, f"--import=data:text/javascript,{_ENDS_WITH_US}", str(program),
                     "--blobPort", str(ports[0]), "--inMemoryPersistence", "--disableTelemetry",
                     "--silent",
                 ],
-                stdin=subprocess.PIPE, stdout=out, stderr=out, cwd=folder,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=tempfile.gettempdir(),
             )  # fmt: skip
             server = AzureServer(f"http://127.0.0.1:{ports[0]}", process.pid)
             try:
@@ -88,7 +89,7 @@ def azure_server() -> Iterator[AzureServer]:
             process.wait()
 
 
-def _wait_until_up(server: AzureServer, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_up(server: AzureServer, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -97,7 +98,8 @@ def _wait_until_up(server: AzureServer, process: subprocess.Popen[bytes], log: P
             return  # it refuses, so it lives
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"no Azurite at {server.endpoint}: {log.read_text()[-2000:]}")
+    log.seek(0)
+    raise RuntimeError(f"no Azurite at {server.endpoint}: {log.read().decode()[-2000:]}")
 
 
 def _make_container(server: AzureServer) -> None:
