@@ -17,10 +17,15 @@ class Version:
 
     `generation` is GCS's generation, or the version id of a bucket that keeps old versions; None
     where the store shows none, as in every listing. It does not take part in comparisons.
+    A tag without quotes, from a listing or from an old record of one, gets them.
     """
 
     etag: str
     generation: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.etag and not self.etag.endswith('"'):
+            object.__setattr__(self, "etag", f'"{self.etag}"')
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -41,10 +46,7 @@ class ObjectInfo:
 
 def version_of(answer: Any) -> Version:
     """The version in obstore's answer to any request."""
-    etag = answer["e_tag"] or ""
-    if etag and not etag.endswith('"'):
-        etag = f'"{etag}"'
-    return Version(etag, answer["version"])
+    return Version(answer["e_tag"] or "", answer["version"])
 
 
 def info_of(meta: Any) -> ObjectInfo:
