@@ -13,6 +13,7 @@ from batch_scorer.storage import (
     AccessDenied,
     ObjectInfo,
     ObjectMissing,
+    PlaceMissing,
     glob_pattern,
     is_remote,
     open_store,
@@ -77,10 +78,9 @@ def _expand(spec: str, config: Config) -> Iterator[tuple[str, ObjectInfo]]:
 def _list(root: str, config: Config) -> Iterable[ObjectInfo]:
     try:
         return list(open_store(root, config.store_options).list())
-    except ObjectMissing as error:
-        what = "bucket" if is_remote(root) else "file or folder"
-        raise InputError(f"{root}: no such {what}") from error
-    except AccessDenied as error:
+    except (AccessDenied, PlaceMissing) as error:
+        if isinstance(error, PlaceMissing) and not is_remote(root):
+            raise InputError(f"{root}: no such file or folder") from error
         raise InputError(str(error)) from error
 
 

@@ -194,13 +194,10 @@ def publish_shard(
         failpoint("commit.before_put")
         there: Stands | Stale | None
         try:
-            if expected is None:
-                version = store.create(key, data)
-            else:
-                version = store.replace(key, data, expected)
+            version = store.put(key, data, instead_of=expected)
             failpoint("commit.after_put")
             there = Stands(Stored(commit, version, len(data), ours))
-        except (ObjectChanged, ObjectMissing):
+        except ObjectChanged:
             failpoint("commit.after_refusal")
             there = _look(store, key, commit)
         if isinstance(there, Stands):

@@ -23,7 +23,7 @@ from batch_scorer.outputs.columns import digest_columns
 from batch_scorer.outputs.manifest import SUCCESS_KEY, read_commit, read_parquet
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Commit, Receipt, Source, Status
-from batch_scorer.storage import ObjectMissing, Store, in_threads, open_store
+from batch_scorer.storage import ObjectMissing, Store, Version, in_threads, open_store
 
 _READERS = 8
 
@@ -136,7 +136,7 @@ class _Inputs:
         try:
             store = open_store(receipt.input_root, self._options)
             info = store.head(receipt.input)
-            if info.version.etag != commit.input_etag:
+            if info.version != Version(commit.input_etag):
                 return None
             source = Source(receipt.input_root, info.key, info.size_bytes, info.version)
             read = self._of_parquet if _is_parquet(receipt) else self._of_json
