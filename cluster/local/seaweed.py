@@ -98,7 +98,7 @@ def remove_sockets(endpoint: str) -> None:
 
 
 def _start(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
-    """A server that answers. Raises RuntimeError, with its own words, if it does not."""
+    """A server that answers. Raises RuntimeError, with its own message, if it does not."""
     with own_ports(_PORTS, _SHIFTS) as ports:
         process, server = _launch(folder, ports[0])
         try:

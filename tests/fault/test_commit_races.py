@@ -1,4 +1,4 @@
-"""P7: many writers of one shard: one commit stands, and a newer run's is never written over."""
+"""Many writers of one shard: one commit stands, and a newer run's is never written over."""
 
 from collections.abc import Iterator
 from dataclasses import replace

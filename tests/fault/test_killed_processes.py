@@ -1,4 +1,4 @@
-"""P3, P5: kill the driver or a worker at work; the result is that of an undisturbed run."""
+"""Kill the driver or a worker at work; the result is that of an undisturbed run."""
 
 import os
 import signal

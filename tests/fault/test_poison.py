@@ -1,4 +1,4 @@
-"""P14: a row that ends its worker, or hangs it, or breaks its engine, costs that row alone."""
+"""A row that ends its worker, or hangs it, or breaks its engine, costs that row alone."""
 
 import ctypes
 import os
