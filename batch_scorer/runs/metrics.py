@@ -1,4 +1,4 @@
-"""What the receipts of a run say about its speed: one definition for all who show it.
+"""A run's speed, computed from its receipts: one definition for every place that shows it.
 
 `batch-scorer score` shows these figures as shards are committed and at the end, `status` from the
 records, `--json` in both. docs/metrics.md explains them to users.
@@ -147,10 +147,19 @@ class Metrics:
         return run.cost.flops(self.effort.computed_tokens, self.effort.attended_pairs)
 
     def utilisation(self, run: Run) -> float | None:
-        """Model-FLOP utilisation: operations of the computed tokens, of those that the devices
-        could do in large matrix products while they scored."""
+        """Model-FLOP utilisation: the computed tokens' operations, as a share of those that the
+        devices could do in large matrix products while they scored.
+
+        At most 1. The measured peak is a lower bound of the real one: other processes may have
+        used the device while it was measured, and a quantised body may compute faster than the
+        dtype that it was measured in. So a quotient above 1 shows an underestimated peak, not
+        more work than was possible.
+        """
         flop = self.model_flop(run)
-        return _ratio(flop, self.possible_flop) if flop is not None and self.is_peak_known else None
+        if flop is None or not self.is_peak_known:
+            return None
+        ratio = _ratio(flop, self.possible_flop)
+        return None if ratio is None else min(1.0, ratio)
 
     def left_s(self, estimated_tokens: int) -> float | None:
         """Seconds until all of so many tokens have ended, if it goes on as so far; judged by the
@@ -206,4 +215,8 @@ def newest_run(store: Store) -> tuple[Run, dict[str, Any] | None] | None:
     if key is None:
         return None
     record = store.read_json(key)
-    return Run.from_json(record["run"]), record["metrics"]
+    metrics: dict[str, Any] | None = record["metrics"]
+    if metrics is not None and metrics["model_flop_utilisation"] is not None:
+        # A record may be older than the bound in `Metrics.utilisation`.
+        metrics["model_flop_utilisation"] = min(1.0, metrics["model_flop_utilisation"])
+    return Run.from_json(record["run"]), metrics
