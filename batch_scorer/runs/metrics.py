@@ -18,11 +18,11 @@ from batch_scorer.storage import Store
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run set out with, which its receipts do not say.
+    """What a run has to do and with what; its receipts do not hold it.
 
-    `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` are those of
-    all its `workers`. `cost` is None where the model's config and weights do not tell it, and
-    where no model computes.
+    `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` counts the
+    devices of all its `workers`. `cost` is None where the model's config and weights do not
+    determine it, and where no model computes.
     """
 
     epoch: int
@@ -57,7 +57,7 @@ class Metrics:
     scored_tokens: int = 0
     """Tokens of the committed rows' scored sequences, as if each were alone; without the reused."""
     reused_rows: int = 0
-    """Rows of which nothing met the model, because equal sequences had been scored before."""
+    """Rows whose every sequence was reused, because an equal one had been scored before."""
     reused_sequences: int = 0
     reused_tokens: int = 0
     estimated_tokens: int = 0
@@ -162,8 +162,8 @@ class Metrics:
         return None if ratio is None else min(1.0, ratio)
 
     def left_s(self, estimated_tokens: int) -> float | None:
-        """Seconds until all of so many tokens have ended, if it goes on as so far; judged by the
-        plan's estimates, since shards differ in size. None before the first commit."""
+        """Seconds until `estimated_tokens` have ended, at the pace so far. By the plan's estimates,
+        since shards differ in size. None before the first commit."""
         ratio = _ratio(estimated_tokens, self.estimated_tokens)
         if ratio is None or not self.span_s:
             return None

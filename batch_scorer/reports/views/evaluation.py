@@ -63,4 +63,6 @@ def _value(estimate: Estimate | None) -> str:
 
 
 def _interval(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
+    return (
+        "" if estimate is None else f"{100 * estimate.low:.1f}\N{EN DASH}{100 * estimate.high:.1f}"
+    )

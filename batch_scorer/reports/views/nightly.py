@@ -93,19 +93,19 @@ def drift_view(report: DriftReport) -> Iterator[Block]:
 
 def _moved(series: SeriesDrift) -> Iterator[Table]:
     """Rows and scores by source; two tables, so that they fit a terminal."""
-    found = series.by_source()
+    found, everything = series.by_source(), series.all_sources()
     shown = found[:_SOURCES_SHOWN]
-    total = [series.all_sources()] if len(found) > 1 else []
-    for columns, cells in (
-        (("rows", "new", "reused", "kept", "gone"), _row_cells),
-        (tuple(series.all_sources().shifts), _shift_cells),
+    more = len(found) - len(shown)
+    for title, columns, cells_of in (
+        ("Rows", ("rows", "new", "reused", "kept", "gone"), _row_cells),
+        ("Scores", tuple(everything.shifts), _shift_cells),
     ):
         yield Table(
-            "",
+            title,
             ("source", *columns),
-            [(each.name, *cells(each)) for each in shown],
-            total=[cell for each in total for cell in (each.name, *cells(each))],
-            note=f"and {len(found) - len(shown)} more sources" if len(found) > len(shown) else "",
+            [(each.name, *cells_of(each)) for each in shown],
+            total=(everything.name, *cells_of(everything)) if len(found) > 1 else (),
+            note=f"and {more} more sources" if more else "",
         )
 
 
