@@ -42,6 +42,7 @@ from batch_scorer.version import __version__
 
 if TYPE_CHECKING:
     from batch_scorer.nightly.night import Night
+    from batch_scorer.reports.views import Result
 
 app = typer.Typer(
     name="batch-scorer",
@@ -115,14 +116,10 @@ def score(config: Config, as_json: AsJson = False) -> None:
 def plan(config: Config, as_json: AsJson = False) -> None:
     """Say what a run would do: files, what their rows are, shards; with --model also how many
     tokens it would compute, and the FLOPs. Writes nothing."""
-    from batch_scorer.reports.summary import plan_json, print_plan
+    from batch_scorer.reports.results import plan_report
     from batch_scorer.runs.preview import look_ahead
 
-    ahead = look_ahead(config, with_model=config.model != _NOT_READ)
-    if as_json:
-        print(json.dumps(plan_json(ahead)))
-    else:
-        print_plan(_out, ahead)
+    _show(plan_report(look_ahead(config, with_model=config.model != _NOT_READ)), as_json=as_json)
 
 
 @app.command()
@@ -132,7 +129,7 @@ def check(config: Config, as_json: AsJson = False) -> None:
 
     Without INPUT, on the sample of real pairs that comes with this program.
     """
-    from batch_scorer.reports.check import check_json, print_check
+    from batch_scorer.reports.results import check_report
     from batch_scorer.runs.preview import check as run
 
     if config.model == _NOT_GIVEN:
@@ -140,10 +137,7 @@ def check(config: Config, as_json: AsJson = False) -> None:
         sample = str(Path(__file__).parents[1] / "data" / "pairs")
         config = config.model_copy(update={"model": model, "inputs": tuple(inputs or [sample])})
     checked = run(config)
-    if as_json:
-        print(json.dumps(check_json(checked)))
-    else:
-        print_check(_out, checked)
+    _show(check_report(checked), as_json=as_json)
     checked.report.require()
 
 
@@ -170,21 +164,15 @@ def nightly(
 ) -> None:
     """Score what is new since the last time; OUTPUT holds all generations of scores. Run it as
     often as you like."""
-    from dataclasses import asdict
-
     from batch_scorer.nightly.foresee import foresee_night
     from batch_scorer.nightly.night import Night
-    from batch_scorer.reports.night import print_prospects
+    from batch_scorer.reports.results import NightlyPlan
 
     night = Night(_day("since", since), _day("until", until), rescore, max_shards)
     if not dry_run:
         _nightly(config, night, as_json=as_json)
         return
-    prospects = [asdict(prospect) for prospect in foresee_night(config, night)]
-    if as_json:
-        print(json.dumps(prospects))
-    else:
-        print_prospects(_out, prospects)
+    _show(NightlyPlan(foresee_night(config, night)), as_json=as_json)
 
 
 def _day(name: str, text: str | None) -> date | None:
@@ -196,10 +184,10 @@ def _day(name: str, text: str | None) -> date | None:
 
 def _nightly(config: Config, night: "Night", *, as_json: bool) -> None:
     from batch_scorer.nightly.night import run_night
-    from batch_scorer.reports.drift import print_drift
-    from batch_scorer.reports.night import print_night
+    from batch_scorer.reports.blocks import Line
+    from batch_scorer.reports.console import show
     from batch_scorer.reports.progress import progress_listener
-    from batch_scorer.reports.summary import summary_json
+    from batch_scorer.reports.results import nightly_report
     from batch_scorer.runs.run import Listener
 
     say = _err if as_json else _out
@@ -207,25 +195,12 @@ def _nightly(config: Config, night: "Night", *, as_json: bool) -> None:
     @contextmanager
     def listen(path: str) -> Iterator[Listener]:
         if not logs.is_json():
-            say.print(path, highlight=False, soft_wrap=True)
+            show(say, Line(path))
         with progress_listener(say) as listener:
             yield listener
 
     ended = run_night(config, night, listen)
-    if as_json:
-        models = [summary_json(summary) for summary in ended.summaries]
-        found = {"held": ended.held_by, "night": ended.record, "drift": ended.report}
-        print(json.dumps({**found, "complete": ended.is_complete, "models": models}))
-    elif ended.held_by:
-        _out.print(
-            f"nothing done: another night is at work. {ended.held_by}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    elif ended.record is None or ended.report is None:
-        _out.print(f"{ended.root}: nothing to do", highlight=False, soft_wrap=True)
-    else:
-        print_night(_out, ended.record)
-        print_drift(_out, ended.report)
+    _show(nightly_report(ended), as_json=as_json)
     if not ended.is_complete:
         failed = sum(summary.totals["shards_failed"] for summary in ended.summaries)
         raise IncompleteError(
@@ -238,18 +213,13 @@ def _nightly(config: Config, night: "Night", *, as_json: bool) -> None:
 def drift(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
     """Say how scores have moved in the newest night of a nightly OUTPUT."""
     from batch_scorer.nightly.history import newest_drift
-    from batch_scorer.reports.drift import print_drift
     from batch_scorer.storage import ObjectMissing, open_store
 
     try:
         root = open_store(output, mapping("store_option", store_option) or {})
     except ObjectMissing as error:
         raise OutputError(str(error)) from error
-    report = newest_drift(root)
-    if as_json:
-        print(json.dumps(report))
-    else:
-        print_drift(_out, report)
+    _show(newest_drift(root), as_json=as_json)
 
 
 @app.command()
@@ -257,35 +227,23 @@ def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = 
     """Say how far an output is, or a nightly OUTPUT: its newest generations and last night."""
     from batch_scorer.nightly.history import newest_record
     from batch_scorer.nightly.status import nightly_root, read_nightly_status
-    from batch_scorer.reports.summary import print_nightly_status, print_status
     from batch_scorer.runs.status import read_status
 
     options = mapping("store_option", store_option)
     if (root := nightly_root(output, options)) is not None:
-        nightly = read_nightly_status(root, options, newest_record(root))
-        if as_json:
-            print(json.dumps(nightly.to_json()))
-        else:
-            print_nightly_status(_out, nightly)
-        return
-    found = read_status(output, options)
-    if as_json:
-        print(json.dumps(found.to_json()))
+        _show(read_nightly_status(root, options, newest_record(root)), as_json=as_json)
     else:
-        print_status(_out, found)
+        _show(read_status(output, options), as_json=as_json)
 
 
 @app.command()
 def verify(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
     """Recount and re-hash a scored output from its data."""
     from batch_scorer.outputs.verify import verify as check
-    from batch_scorer.reports.summary import print_verdict, verdict_json
+    from batch_scorer.reports.results import VerifyReport
 
     verdict = check(output, mapping("store_option", store_option))
-    if as_json:
-        print(json.dumps(verdict_json(verdict)))
-    else:
-        print_verdict(_out, output, verdict)
+    _show(VerifyReport(output, verdict), as_json=as_json)
     raise typer.Exit(verdict.exit_code)
 
 
@@ -321,7 +279,6 @@ def evaluate(
         find_benchmark,
     )
     from batch_scorer.inputs.plan import make_plan
-    from batch_scorer.reports.leaderboard import print_evaluation
 
     absent = [name for name in ("model", "output") if getattr(config, name) == _NOT_GIVEN]
     if len(absent) == 1:
@@ -348,17 +305,13 @@ def evaluate(
         benchmark=benchmark,
         legacy_xstest_weights=legacy_xstest_weights,
     )
-    text = json.dumps(result.to_json())
     if report is not None:
         try:
             report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(text + "\n")
+            report.write_text(json.dumps(result.to_json()) + "\n")
         except OSError as error:
             raise OutputError(f"{report}: the report cannot be written: {error}") from error
-    if as_json:
-        print(text)
-    else:
-        print_evaluation(_out, result)
+    _show(result, as_json=as_json)
 
 
 @app.command()
@@ -459,27 +412,38 @@ def _checked_here(words: list[str]) -> Path | None:
 
 def _score(config: Config, *, as_json: bool, is_last: bool = True) -> None:
     """Run and print; with `as_json`, stdout belongs to the last thing that the command does."""
+    from batch_scorer.reports.blocks import Line
+    from batch_scorer.reports.console import show
     from batch_scorer.reports.progress import progress_listener
-    from batch_scorer.reports.summary import print_summary, summary_json
+    from batch_scorer.reports.results import run_report
     from batch_scorer.runs.run import score as run
 
     with progress_listener(_err if as_json else _out) as progress:
         summary = run(config, progress)
-    if as_json and is_last:
-        print(json.dumps(summary_json(summary)))
-    elif not as_json:
-        print_summary(_out, summary)
+    if is_last or not as_json:
+        _show(run_report(summary), as_json=as_json)
+    if not as_json:
         for line in (
             f"The scored shards are in {summary.output}",
             f"Recount them from the data:  {_program()} verify {summary.output}",
         ):
-            _out.print(line, highlight=False, soft_wrap=True)
+            show(_out, Line(line))
     if not summary.is_complete:
         failed = summary.totals["shards_failed"]
         raise IncompleteError(
             f"{failed} of {summary.totals['shards']} shards are not scored (reasons above); "
             "mend their inputs and run the same command again"
         )
+
+
+def _show(report: "Result", *, as_json: bool) -> None:
+    """Print a command's result: for machines one JSON value, for people lines and tables."""
+    from batch_scorer.reports.console import show
+
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        show(_out, report)
 
 
 def _program() -> str:

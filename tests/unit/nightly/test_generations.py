@@ -1,4 +1,4 @@
-"""Which generation a night works on, and when readers are pointed at it."""
+"""Which generation a nightly run scores, and what `latest.json` names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +28,14 @@ SAFETY = Generation("safety_", 1, "c" * 64, {"shard_rows": 10}, follows=FIRST.pa
 
 
 def latest(*generations: Generation) -> Latest:
-    return Latest({generation.line: generation.path for generation in generations}, Version("v"))
+    return Latest({generation.series: generation.path for generation in generations}, Version("v"))
 
 
 def wanted(generation: Generation, *, rescore: bool = False) -> Generation:
     return replace(generation, number=0, is_rescore=rescore)
 
 
-def test_the_newest_of_the_same_fingerprint_is_gone_on_with() -> None:
+def test_the_newest_of_the_same_fingerprint_is_resumed() -> None:
     known = [FIRST, OTHER_MODEL]
     assert choose(known, wanted(FIRST), latest(FIRST)) == FIRST
     assert choose(known, wanted(FIRST), latest(OTHER_MODEL)) == FIRST  # the model is back
@@ -64,7 +64,7 @@ def test_a_rescore_is_a_new_generation_unless_one_is_under_way() -> None:
     assert choose([FIRST], wanted(FIRST, rescore=True), None) == FIRST
 
 
-def test_scores_are_taken_over_within_a_fingerprint_and_never_by_a_rescore() -> None:
+def test_scores_are_reused_within_a_fingerprint_and_never_by_a_rescore() -> None:
     below_another = replace(SAFETY, number=2, follows=OTHER_MODEL.path)
     known = [FIRST, SAFETY, OTHER_MODEL, below_another]
     assert donor_of(known, below_another, latest(FIRST, SAFETY)) == SAFETY
@@ -79,6 +79,8 @@ def test_generations_and_the_pointer_are_kept(tmp_path: Path) -> None:
     record_generations(root, [FIRST, SAFETY])
     record_generations(root, [FIRST, SAFETY, AGAIN])
     assert read_generations(root) == [FIRST, SAFETY, AGAIN]
+    first, *_ = root.read_json("_batch_scorer/generations.json")["generations"]
+    assert (first["line"], first["path"]) == ("main", FIRST.path)
 
     assert read_latest(root) is None
     move_latest(root, [FIRST, SAFETY], 1, None)

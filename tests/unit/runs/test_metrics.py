@@ -88,6 +88,21 @@ def test_utilisation_is_not_known_where_a_peak_or_the_cost_is_not() -> None:
     assert metrics.model_flop(replace(RUN, cost=None)) is None
 
 
+def test_utilisation_is_at_most_all_of_the_device(tmp_path: Path) -> None:
+    """The peak was measured while the stages before it were busy: 149.6 % was shown."""
+    underestimated = Metrics.of([replace(ONE, peak_flops=0.1e6)])
+    flop = underestimated.model_flop(RUN)
+    assert flop is not None and flop / underestimated.possible_flop > 1
+    assert underestimated.utilisation(RUN) == 1.0
+    figures = underestimated.to_json(RUN)
+    assert figures["model_flop_utilisation"] == 1.0
+    assert dict(figure_rows(figures))["model-FLOP utilisation"].startswith("100.0% of")
+
+    store = Store(str(tmp_path / "out"), {}, create=True)
+    record_run(store, RUN, {**figures, "model_flop_utilisation": 1.496})  # from before the bound
+    assert newest_run(store) == (RUN, figures)
+
+
 def test_a_failed_shard_is_work_that_is_over_but_no_goodput() -> None:
     metrics = Metrics.of([ONE, replace(FAILED, estimated_tokens=200)])
     assert metrics.scored_tokens == 1000
