@@ -102,7 +102,7 @@ def move_latest(root: Store, chain: Sequence[Generation], night: int, found: Lat
     }
     data = json.dumps(body, indent=1).encode()
     try:
-        root.put(LATEST_KEY, data, instead_of=found and found.version)
+        root.put(LATEST_KEY, data, instead_of=None if found is None else found.version)
     except ObjectChanged:
         raise LeaseLostError(f"{root.root}: another run has moved {LATEST_KEY}") from None
 
@@ -181,7 +181,7 @@ def _committed(receipts: Iterable[Receipt]) -> Iterator[tuple[_Version, _Version
     for receipt in receipts:
         if receipt.status is Status.COMMITTED and (stored := receipt.stored):
             scored = receipt.output_key, stored.version.etag
-            yield scored, (receipt.input, Version(stored.commit.input_etag).etag)
+            yield scored, (receipt.input, stored.commit.input_etag)
 
 
 def _unfinished(receipts: Iterable[Receipt]) -> set[str]:

@@ -28,6 +28,7 @@ from batch_scorer.nightly.drift import (
 from batch_scorer.nightly.record import DriftReport, SeriesDrift, Shift
 from batch_scorer.outputs.by_source import LEVELS, row_sources, spread_by_source
 from batch_scorer.records import Receipt, Reused, ScoredRows, Scores, Status
+from batch_scorer.storage import Version
 from tests.helpers.receipts import COMMIT, DONE, stored
 
 
@@ -186,7 +187,7 @@ def test_nothing_in_common_is_no_error() -> None:
 
 def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
     def of(key: str, source: str, etag: str, first: int, version: str) -> Receipt:
-        commit = replace(COMMIT, input=source, input_etag=etag, first_row=first)
+        commit = replace(COMMIT, input=source, input_etag=Version(etag).etag, first_row=first)
         return replace(DONE, output_key=key, stored=stored(commit, version))
 
     first = [of("x.rows10-20", "x", "e", 10, "v1"), of("y", "y", "f", 0, "v2")]
@@ -194,8 +195,8 @@ def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
         of("x.rows10-20.rows5-10", "x.rows10-20", "v1", 5, "w1"),
         of("y", "y", "v of yesterday", 0, "w2"),
     ]
-    assert origins([first]) == {"x.rows10-20": Origin("x", "e", 10), "y": Origin("y", "f", 0)}
-    assert origins([first, second]) == {"x.rows10-20.rows5-10": Origin("x", "e", 15)}
+    assert origins([first]) == {"x.rows10-20": Origin("x", '"e"', 10), "y": Origin("y", '"f"', 0)}
+    assert origins([first, second]) == {"x.rows10-20.rows5-10": Origin("x", '"e"', 15)}
 
 
 def test_a_drift_report_is_kept_as_json() -> None:

@@ -100,7 +100,7 @@ def test_generations_and_the_pointer_are_kept(tmp_path: Path) -> None:
 
 def of(key: str, source: str, status: Status = Status.COMMITTED, version: str = "v") -> Receipt:
     """A shard of version "v", made of a file of version "v", unless told otherwise."""
-    commit = replace(COMMIT, input=source, input_etag=version)
+    commit = replace(COMMIT, input=source, input_etag=Version(version).etag)
     return replace(DONE, output_key=key, input=source, status=status, stored=stored(commit))
 
 
@@ -110,12 +110,12 @@ def test_an_input_is_held_once_all_its_rows_are_in_every_generation() -> None:
         of("old", "old", Status.INPUT_GONE), of("bad", "bad", Status.FAILED),
         of("w", "w", version="v2"),
     ]  # fmt: skip
-    assert held([first]) == {"x": "v", "y": "v", "w": "v2"}
+    assert held([first]) == {"x": '"v"', "y": '"v"', "w": '"v2"'}
     second = [of("x.1.a", "x.1"), of("x.1.b", "x.1"), of("y", "y"), of("w", "w", Status.FAILED)]
-    assert held([first, second]) == {"y": "v"}
+    assert held([first, second]) == {"y": '"v"'}
     second.append(of("x.2", "x.2"))
-    assert held([first, second]) == {"x": "v", "y": "v"}
+    assert held([first, second]) == {"x": '"v"', "y": '"v"'}
     third = [of(key, key) for key in ("y", "x.1.a", "x.2")]
-    assert held([first, second, third]) == {"y": "v"}
-    assert held([first, second, [*third, of("x.1.b", "x.1.b")]]) == {"x": "v", "y": "v"}
+    assert held([first, second, third]) == {"y": '"v"'}
+    assert held([first, second, [*third, of("x.1.b", "x.1.b")]]) == {"x": '"v"', "y": '"v"'}
     assert held([first, [of("y", "y", version="of yesterday")]]) == {}

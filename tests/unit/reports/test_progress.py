@@ -15,7 +15,12 @@ from batch_scorer.reports.progress import ProgressView
 from batch_scorer.runs.remaining import Work
 from tests.helpers.receipts import DONE, FAILED, ONE, SHARD
 
-LONG = replace(ONE, started_at=0.0, committed_at=4_000.0, num_rows=1_234_567, estimated_tokens=1)
+LONG = replace(
+    ONE,
+    num_rows=1_234_567,
+    estimated_tokens=1,
+    spent=replace(ONE.spent, started_at=0.0, committed_at=4_000.0),
+)
 """One of ten estimated tokens after 4,000 seconds: ten hours are left."""
 
 

@@ -90,7 +90,7 @@ def test_utilisation_is_not_known_where_a_peak_or_the_cost_is_not() -> None:
 
 def test_utilisation_is_at_most_all_of_the_device(tmp_path: Path) -> None:
     """The peak was measured while the stages before it were busy: 149.6 % was shown."""
-    underestimated = Metrics.of([replace(ONE, peak_flops=0.1e6)])
+    underestimated = Metrics.of([replace(ONE, spent=replace(ONE.spent, peak_flops=0.1e6))])
     flop = underestimated.model_flop(RUN)
     assert flop is not None and flop / underestimated.possible_flop > 1
     assert underestimated.utilisation(RUN) == 1.0
