@@ -7,8 +7,8 @@ import os
 import time
 from typing import Any
 
+from batch_scorer import cli
 from batch_scorer.backends.fake import FakeBackend
-from batch_scorer.cli import commands as cli
 from batch_scorer.pipeline import ray_data as pipeline
 from batch_scorer.records import Scores, TokenizedRows
 
