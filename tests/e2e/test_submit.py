@@ -218,7 +218,7 @@ def test_the_same_command_meets_its_own_job(submitter: Submitter, finished: Fini
     first, second = finished.stopped
     (name,) = [job for job in submitter.jobs() if job.endswith("-night-1")]
     assert f"submitted {name} to {submitter.cluster.dashboard}" in first.err
-    assert f"{name} runs already" in second.err
+    assert f"{name} is already running" in second.err
     assert "submitted" not in second.err
 
 
