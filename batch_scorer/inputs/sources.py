@@ -30,7 +30,7 @@ def list_inputs(config: Config) -> list[tuple[Source, datetime]]:
     or holds no files that can be scored, ConfigError for an output that is an input's folder.
     """
     found = [(root, info) for spec in config.inputs for root, info in _expand(spec, config)]
-    output = _absolute(config.output)
+    output = _absolute(config.output) if config.output else None
     roots = {root for root, _ in found}
     if output in roots:
         raise ConfigError(f"output {config.output} is the input folder; name another one")
@@ -38,7 +38,7 @@ def list_inputs(config: Config) -> list[tuple[Source, datetime]]:
     urls = {f"{root.rstrip('/')}/{info.key}": (root, info) for root, info in found}
     sources = []
     for url, (root, info) in sorted(urls.items()):
-        if url.startswith(f"{output}/"):
+        if output and url.startswith(f"{output}/"):
             continue
         key_root = base or root
         key = url.removeprefix(key_root.rstrip("/") + "/")

@@ -316,7 +316,7 @@ def test_a_trigger_during_a_run_shows_who_holds_the_output_and_ends_well(nights:
     ended = run_night(config_of(nights), Night(), lambda path: meanwhile)
     assert ended.is_complete and ended.record is not None
     assert [(trigger.exit_code, trigger.err) for trigger in seen] == [(0, "")]
-    assert "another nightly run holds this output" in seen[0].out
+    assert "Nothing done: another nightly run holds this output" in seen[0].out
     assert "process" in seen[0].out
     assert sum(nights.asked) == 10 * SEQUENCES_PER_PAIR
 
@@ -371,7 +371,7 @@ def test_days_outside_the_window_are_not_looked_at_and_not_lost(nights: Nights) 
 
     for flags, message in (
         (("--since", "2026-11-22", "--until", "2026-11-21"), "since 2026-11-22 is after until"),
-        (("--since", "yesterday"), "'yesterday' is no date"),
+        (("--since", "yesterday"), "expected a date like 2026-11-21, got 'yesterday'"),
         (("--max-shards", 0), "max_shards: at least one"),
     ):
         refused = nights.trigger(*flags)

@@ -7,8 +7,8 @@ import os
 import time
 from functools import partial
 
+from batch_scorer import cli
 from batch_scorer.backends.fake import FakeBackend
-from batch_scorer.cli import commands as cli
 from batch_scorer.job import Job
 from batch_scorer.records import Scores, TokenizedRows
 from batch_scorer.runs import run

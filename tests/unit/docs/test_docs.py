@@ -36,17 +36,18 @@ def settings_page() -> str:
         for name, field in Config.model_fields.items():
             if Config.roles()[name] == role:
                 text = " ".join((field.description or "").split())
-                parts.append(f"\n**`{name}`** {_default(field)}  \n{text}\n")
+                parts.append(f"\n**`{name}`**{_default(field)}  \n{text}\n")
     return "".join(parts)
 
 
 def _default(field: Any) -> str:
     if field.is_required():
-        return "(needed)"
+        return " (needed)"
     value = field.default
-    choices = [str(getattr(c, "value", c)) for c in _choices(field.annotation)]
-    shown = f"default `{getattr(value, 'value', value)}`"
-    return f"({shown}; one of {', '.join(f'`{c}`' for c in choices)})" if choices else f"({shown})"
+    parts = [] if value in (None, "", {}) else [f"default `{getattr(value, 'value', value)}`"]
+    if choices := [str(getattr(c, "value", c)) for c in _choices(field.annotation)]:
+        parts.append(f"one of {', '.join(f'`{c}`' for c in choices)}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _choices(kind: Any) -> list[Any]:
