@@ -8,7 +8,7 @@ Legend: R rows, n scores that both generations have.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from batch_scorer.errors import StorageError
 from batch_scorer.inputs.files import open_parquet
-from batch_scorer.outputs.by_source import ALL_SOURCES, LEVELS
+from batch_scorer.outputs.by_source import LEVELS
 from batch_scorer.outputs.columns import score_items
-from batch_scorer.records import Commit, Format, Receipt, Source, Status
+from batch_scorer.records import Commit, Format, PairCounts, Receipt, Source, Spread, Status
 from batch_scorer.records.digest import digest_of
 from batch_scorer.storage import Store
 
@@ -42,8 +42,8 @@ class Figures:
 
     Of the `rows`, the `new` were scored since the record before, the `reused` are in rewritten
     files and have their earlier scores, and the `kept` are in unchanged shards; `gone` rows were
-    there before and are not counted in `rows`. `quantiles` are at `by_source.LEVELS`; `pairs` is
-    [pairs, chosen higher, ties]. Without a score `mean` and `std` are None, `quantiles` ().
+    there before and are not counted in `rows`. `quantiles` are at `by_source.LEVELS`.
+    Without a score `mean` and `std` are None, `quantiles` ().
     """
 
     rows: int = 0
@@ -55,19 +55,24 @@ class Figures:
     mean: float | None = None
     std: float | None = None
     quantiles: tuple[float, ...] = ()
-    pairs: tuple[int, int, int] = (0, 0, 0)
+    pairs: PairCounts = field(default_factory=PairCounts)
 
     @property
     def accuracy(self) -> float | None:
-        return self.pairs[1] / self.pairs[0] if self.pairs[0] else None
+        return self.pairs.accuracy
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Figures":
-        lists = {name: tuple(value[name]) for name in ("quantiles", "pairs")}
-        return cls(**{**value, **lists})
+        return cls(
+            **{
+                **value,
+                "quantiles": tuple(value["quantiles"]),
+                "pairs": PairCounts(**value["pairs"]),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,7 @@ def committed_before(receipts: Iterable[Receipt]) -> dict[str, Before]:
 
 
 def rows_by_source(commit: Commit) -> dict[str, int]:
-    """Rows of a shard by source; all of one where its commit is older than this count."""
-    if not commit.spread:
-        return {ALL_SOURCES: commit.num_rows}
-    return {source: int(figures[0]) for source, figures in commit.spread.items()}
+    return {source: spread.rows for source, spread in commit.spread.items()}
 
 
 def figures_by_source(
@@ -109,8 +111,8 @@ def figures_by_source(
         row = rows.setdefault(source, dict.fromkeys(("before", "rows", "kept", "reused"), 0))
         row[what] += number
 
-    parts: dict[str, list[list[float]]] = {}
-    pairs: dict[str, list[list[int]]] = {}
+    parts: dict[str, list[Spread]] = {}
+    pairs: dict[str, PairCounts] = {}
     for receipt, commit in committed:
         there = before.get(receipt.output_key)
         is_kept = there is not None and there.identity == commit.identity
@@ -121,7 +123,7 @@ def figures_by_source(
         for source, spread in commit.spread.items():
             parts.setdefault(source, []).append(spread)
         for source, counts in commit.pairs.items():
-            pairs.setdefault(source, []).append(counts)
+            pairs[source] = pairs.get(source, PairCounts()) + counts
     for shard in before.values():
         for source, number in shard.rows.items():
             count(source, "before", number)
@@ -133,24 +135,20 @@ def figures_by_source(
             reused=row["reused"],
             kept=row["kept"],
             gone=max(0, row["before"] - row["kept"] - row["reused"]),
-            pairs=_summed(pairs.get(source, [])),
+            pairs=pairs.get(source, PairCounts()),
         )
         for source, row in sorted(rows.items())
     }
 
 
-def _summed(counts: Sequence[Sequence[int]]) -> tuple[int, int, int]:
-    sums = np.array(counts or [[0, 0, 0]]).sum(axis=0)
-    return int(sums[0]), int(sums[1]), int(sums[2])
-
-
-def _spread(parts: Sequence[Sequence[float]]) -> Figures:
+def _spread(parts: Sequence[Spread]) -> Figures:
     """The figures of shards together; the quantiles are exact at the ends, and between them as near
     as straight lines between those of each shard."""
-    scored = np.array([part for part in parts if part[1]])
-    if not len(scored):
+    scored = [part for part in parts if part.scores]
+    if not scored:
         return Figures()
-    weights, means, stds, quantiles = scored[:, 1], scored[:, 2], scored[:, 3], scored[:, 4:]
+    weights, means, stds = np.array([(p.scores, p.mean, p.std) for p in scored], np.float64).T
+    quantiles = np.array([part.quantiles for part in scored])
     number = weights.sum()
     mean = float((weights * means).sum() / number)
     variance = float((weights * (stds**2 + (means - mean) ** 2)).sum() / number)
@@ -174,7 +172,8 @@ def together(figures: Mapping[str, Figures]) -> Figures:
         name: sum(getattr(part, name) for part in figures.values())
         for name in ("rows", "new", "reused", "kept", "gone", "scores")
     }
-    return Figures(**sums, pairs=_summed([part.pairs for part in figures.values()]))
+    pairs = sum((part.pairs for part in figures.values()), PairCounts())
+    return Figures(**sums, pairs=pairs)
 
 
 # Ranks

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batch_scorer.records import ScoredRows
+from batch_scorer.records import PairCounts, ScoredRows, Spread
 
 FloatArray = npt.NDArray[np.float32]
 Sources = npt.NDArray[np.object_]
@@ -18,37 +18,37 @@ LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MAX_SOURCES = 100
 
 
-def pair_counts(chosen: pa.Array, rejected: pa.Array, sources: Sources) -> dict[str, list[int]]:
-    """[pairs with both scores, chosen higher, ties] by source, from R scores of each side."""
+def pair_counts(chosen: pa.Array, rejected: pa.Array, sources: Sources) -> dict[str, PairCounts]:
+    """Counts by source, from R scores of each side."""
     right, wrong = (side.to_numpy(zero_copy_only=False) for side in (chosen, rejected))
     both = ~(np.isnan(right) | np.isnan(wrong))
     counts = {}
     for source in sorted(set(sources[both])):
         here = both & (sources == source)
         wins, ties = right[here] > wrong[here], right[here] == wrong[here]
-        counts[str(source)] = [int(here.sum()), int(wins.sum()), int(ties.sum())]
+        counts[str(source)] = PairCounts(int(here.sum()), int(wins.sum()), int(ties.sum()))
     return counts
 
 
 def spread_by_source(
     scored: ScoredRows, sources: Sources, *, has_scores: bool = True
-) -> dict[str, list[float]]:
-    """[rows, scores, their mean, their standard deviation, and their quantiles at `LEVELS`] by
-    source; without a score only the first two. An embedding model's rows have no scores.
-
-    In six digits: enough for statistics, and a commit is read with every listing.
-    """
+) -> dict[str, Spread]:
+    """By source; an embedding model's rows have no scores."""
     owners = np.repeat(np.arange(scored.num_rows), np.diff(scored.row_offsets))
     scores = scored.scores.values[:, 0].astype(np.float64)
     has_score = ~np.isnan(scores) & has_scores
     spread = {}
     for source in sorted(set(sources)):
         here = sources == source
-        found = scores[has_score & here[owners]]
-        figures = [float(here.sum()), float(len(found))]
-        if len(found):
-            figures += [found.mean(), found.std(), *np.quantile(found, LEVELS)]
-        spread[str(source)] = [float(f"{figure:.6g}") for figure in figures]
+        rows, found = int(here.sum()), scores[has_score & here[owners]]
+        if not len(found):
+            spread[str(source)] = Spread(rows)
+            continue
+        mean, std, *quantiles = (
+            float(f"{figure:.6g}")
+            for figure in (found.mean(), found.std(), *np.quantile(found, LEVELS))
+        )
+        spread[str(source)] = Spread(rows, len(found), mean, std, tuple(quantiles))
     return spread
 
 

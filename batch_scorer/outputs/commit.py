@@ -24,6 +24,7 @@ from batch_scorer.outputs.manifest import is_in_manifest, read_commit, record_en
 from batch_scorer.records import (
     SCALAR,
     Commit,
+    PairCounts,
     Receipt,
     Reused,
     ScoredRows,
@@ -110,7 +111,7 @@ def _describe(
     errors = scored.errors_by_row()
     finite = np.isfinite(scored.scores.values[:, 0])
     prefix, shape = job.config.column_prefix, shape_of(shard.layout.format)
-    pairs = {}
+    pairs: dict[str, PairCounts] = {}
     if shape.has_margin(job.outputs):
         (names,) = shape.value_columns(SCALAR)
         chosen, rejected = (columns[prefix + name] for name in names)

@@ -20,7 +20,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +32,7 @@ from batch_scorer.failpoints import failpoint
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
-from batch_scorer.records import Commit, Receipt, Status, Stored
+from batch_scorer.records import Commit, PairCounts, Receipt, Status, Stored
 from batch_scorer.records.digest import digest_of
 from batch_scorer.storage import (
     ObjectChanged,
@@ -213,7 +213,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
         0,
     )  # fmt: skip
     marked: dict[str, int] = {}
-    pairs: dict[str, list[int]] = {}
+    pairs: dict[str, PairCounts] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -235,9 +235,11 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
         for reason, count in commit.marked.items():
             marked[reason] = marked.get(reason, 0) + count
         for source, counts in commit.pairs.items():
-            so_far = pairs.get(source, [0, 0, 0])
-            pairs[source] = [a + b for a, b in zip(so_far, counts, strict=True)]
-    return totals | {"marked": marked, "pairs": pairs}
+            pairs[source] = pairs.get(source, PairCounts()) + counts
+    return totals | {
+        "marked": marked,
+        "pairs": {source: asdict(counts) for source, counts in pairs.items()},
+    }
 
 
 def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:

@@ -4,7 +4,16 @@ Legend: R rows of a shard, S sequences (a row has one or more), T tokens, H hidd
 O outputs of the model (1 for a scalar reward).
 """
 
-from batch_scorer.records.receipts import Commit, Receipt, Reused, Spent, Status, Stored
+from batch_scorer.records.receipts import (
+    Commit,
+    PairCounts,
+    Receipt,
+    Reused,
+    Spent,
+    Spread,
+    Status,
+    Stored,
+)
 from batch_scorer.records.rows import (
     ROLES,
     SCALAR,
@@ -40,6 +49,7 @@ __all__ = [
     "Lines",
     "Message",
     "Outputs",
+    "PairCounts",
     "ParsedRows",
     "PooledTokens",
     "Receipt",
@@ -51,6 +61,7 @@ __all__ = [
     "Shard",
     "Source",
     "Spent",
+    "Spread",
     "Status",
     "Stored",
     "TextStyle",

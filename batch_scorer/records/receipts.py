@@ -18,13 +18,48 @@ _FOOTER_KEY = b"batch_scorer"
 
 
 @dataclass(frozen=True, slots=True)
+class PairCounts:
+    """Preference pairs with both scores: how many, how often chosen is strictly higher, ties."""
+
+    pairs: int = 0
+    chosen_higher: int = 0
+    ties: int = 0
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of pairs whose chosen answer is strictly higher; a tie is a miss."""
+        return self.chosen_higher / self.pairs if self.pairs else None
+
+    def __add__(self, other: "PairCounts") -> "PairCounts":
+        return PairCounts(
+            self.pairs + other.pairs,
+            self.chosen_higher + other.chosen_higher,
+            self.ties + other.ties,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How many rows and scores there are, and how the scores spread.
+
+    `mean`, `std` and `quantiles` (at `outputs.by_source.LEVELS`) are in six digits: enough for
+    statistics, and a commit is read with every listing. None and () without a score.
+    """
+
+    rows: int
+    scores: int = 0
+    mean: float | None = None
+    std: float | None = None
+    quantiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """What a scored shard says of itself, in its Parquet footer.
 
     Holds no clock, host or attempt, so the object's bytes are a function of input, model and
     plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
-    columns. `pairs` counts [pairs, chosen higher, ties] by source, `spread` describes the scores of
-    each (`outputs.by_source`).
+    columns. `pairs` and `spread` are by source (`outputs.by_source`).
     """
 
     identity: str
@@ -41,10 +76,10 @@ class Commit:
     tokens: int
     rows_digest: str
     scores_digest: str
-    pairs: dict[str, list[int]]
+    pairs: dict[str, PairCounts]
     layout: dict[str, Any]
     added_columns: list[str]
-    spread: dict[str, list[float]] = field(default_factory=dict)
+    spread: dict[str, Spread]
 
     @property
     def column_prefix(self) -> str:
@@ -65,7 +100,12 @@ class Commit:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(**value)
+        pairs = {source: PairCounts(**counts) for source, counts in value["pairs"].items()}
+        spread = {
+            source: Spread(**{**figures, "quantiles": tuple(figures["quantiles"])})
+            for source, figures in value["spread"].items()
+        }
+        return cls(**{**value, "pairs": pairs, "spread": spread})
 
 
 class Status(StrEnum):

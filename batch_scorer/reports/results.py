@@ -17,7 +17,7 @@ from batch_scorer.nightly.night import Ended
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
-from batch_scorer.records import Receipt, Status, layout_to_json
+from batch_scorer.records import PairCounts, Receipt, Status, layout_to_json
 from batch_scorer.runs.estimate import Estimate
 from batch_scorer.runs.preview import Checked, Outlook
 from batch_scorer.runs.run import Summary
@@ -189,21 +189,6 @@ def check_report(checked: Checked) -> CheckReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PairCounts:
-    """Preference pairs of one source: a pair counts if chosen scores strictly higher than rejected;
-    a tie is a miss."""
-
-    source: str
-    pairs: int
-    chosen_higher: int
-    ties: int
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.chosen_higher / self.pairs if self.pairs else None
-
-
-@dataclass(frozen=True, slots=True)
 class RunReport:
     """How a run ended. `totals` as in `_SUCCESS`; `metrics` are `Metrics.to_json`, of the shards
     that this run scored. `parity` is one worker's `ParityReport.to_json`, None without a check."""
@@ -228,15 +213,14 @@ class RunReport:
         return max(0.0, self.elapsed_s - span_s)
 
     @property
-    def pairs(self) -> list[PairCounts]:
+    def pairs(self) -> dict[str, PairCounts]:
         """By source."""
         counts = sorted(self.totals["pairs"].items())
-        return [PairCounts(source, *numbers) for source, numbers in counts]
+        return {source: PairCounts(**numbers) for source, numbers in counts}
 
     @property
     def all_pairs(self) -> PairCounts:
-        sums = [sum(column) for column in zip(*self.totals["pairs"].values(), strict=True)]
-        return PairCounts("all", *(sums or (0, 0, 0)))
+        return sum(self.pairs.values(), PairCounts())
 
     def to_json(self) -> dict[str, Any]:
         return {

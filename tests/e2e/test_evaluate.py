@@ -324,7 +324,7 @@ def test_a_shard_that_is_gone_is_no_result(disk: Place, tiny_model: Path) -> Non
         (["in", "--output", "o"], "`model` is needed"),
         (["a", "b"], "several inputs: only for scoring"),
         (["a", "--dtype", "float32"], "dtype: only for scoring"),
-        (["nowhere"], "nowhere: no scored output here"),
+        (["nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:

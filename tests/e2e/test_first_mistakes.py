@@ -76,7 +76,7 @@ def test_an_input_folder_without_data(tiny_model: Path, tmp_path: Path) -> None:
 def test_an_input_bucket_that_is_not_there(s3: S3Server, tiny_model: Path, tmp_path: Path) -> None:
     flags = [part for k, v in s3.options.items() for part in ("--store-option", f"{k}={v}")]
     ended = score(tiny_model, "s3://no-such-bucket/in", tmp_path / "out", *flags)
-    assert_one_line(ended, "s3://no-such-bucket/in")
+    assert_one_line(ended, "s3://no-such-bucket: no such bucket")
 
 
 def test_a_model_that_is_not_there(inputs: Path, tmp_path: Path) -> None:

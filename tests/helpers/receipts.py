@@ -9,10 +9,12 @@ from batch_scorer.records import (
     Effort,
     Format,
     Layout,
+    PairCounts,
     Receipt,
     Shard,
     Source,
     Spent,
+    Spread,
     Status,
     Stored,
 )
@@ -34,9 +36,10 @@ COMMIT = Commit(
     tokens=500,
     rows_digest="r",
     scores_digest="s",
-    pairs={"web": [9, 6, 1]},
+    pairs={"web": PairCounts(9, 6, 1)},
     layout={},
     added_columns=["score"],
+    spread={"web": Spread(10, 9, 0.5, 1.0, (-1.0, -0.9, 0.0, 0.5, 1.0, 1.9, 2.0))},
 )
 
 

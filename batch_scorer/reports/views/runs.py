@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 
+from batch_scorer.records import PairCounts
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
 from batch_scorer.reports.figures import duration, figure_rows, scaled
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
 from batch_scorer.reports.results import (
     CheckReport,
     FailedShard,
-    PairCounts,
     PlanReport,
     RunReport,
     VerifyReport,
@@ -210,14 +210,15 @@ def run_view(report: RunReport) -> Iterator[Block]:
         yield Table(
             "Preference pairs",
             ("source", "pairs", "chosen higher", "ties", "accuracy"),
-            [_pair_cells(each) for each in pairs],
-            total=_pair_cells(report.all_pairs) if len(pairs) > 1 else (),
+            [_pair_cells(source, counts) for source, counts in pairs.items()],
+            total=_pair_cells("all", report.all_pairs) if len(pairs) > 1 else (),
         )
 
 
-def _pair_cells(each: PairCounts) -> tuple[str, ...]:
-    accuracy = "n/a" if each.accuracy is None else f"{each.accuracy:.3f}"
-    return each.source, f"{each.pairs:,}", f"{each.chosen_higher:,}", f"{each.ties:,}", accuracy
+def _pair_cells(source: str, counts: PairCounts) -> tuple[str, ...]:
+    accuracy = "n/a" if counts.accuracy is None else f"{counts.accuracy:.3f}"
+    numbers = (counts.pairs, counts.chosen_higher, counts.ties)
+    return source, *(f"{number:,}" for number in numbers), accuracy
 
 
 def verify_view(report: VerifyReport) -> Iterator[Block]:

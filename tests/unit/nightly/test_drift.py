@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from batch_scorer.nightly.drift import (
     MOVERS,
-    Before,
     Figures,
     Origin,
     Scored,
@@ -27,12 +26,12 @@ from batch_scorer.nightly.drift import (
 )
 from batch_scorer.nightly.record import DriftReport, SeriesDrift, Shift
 from batch_scorer.outputs.by_source import LEVELS, row_sources, spread_by_source
-from batch_scorer.records import Receipt, Reused, ScoredRows, Scores, Status
+from batch_scorer.records import PairCounts, Receipt, Reused, ScoredRows, Scores, Spread, Status
 from batch_scorer.storage import Version
 from tests.helpers.receipts import COMMIT, DONE, stored
 
 
-def spread_of(values: Sequence[float], sources: Sequence[str]) -> dict[str, list[float]]:
+def spread_of(values: Sequence[float], sources: Sequence[str]) -> dict[str, Spread]:
     """As a commit of rows of one sequence each has it."""
     count = len(values)
     rows = ScoredRows(
@@ -90,13 +89,6 @@ def test_rows_are_new_reused_kept_or_gone() -> None:
     assert rows == {"a": (32, 4, 18, 10, 2), "b": (3, 0, 3, 0, 9), "c": (6, 6, 0, 0, 0)}
     all_rows = together(figures)
     assert (all_rows.rows, all_rows.new, all_rows.gone) == (41, 10, 11)
-
-
-def test_a_commit_from_before_spreads_were_kept_still_counts_its_rows() -> None:
-    old = replace(DONE, stored=stored(replace(COMMIT, spread={})))
-    assert committed_before([old]) == {"a.parquet": Before("i", {"all": 10})}
-    figures = figures_by_source([old], {})
-    assert (figures["all"].new, figures["all"].mean) == (10, None)
 
 
 # Statistics
@@ -200,8 +192,9 @@ def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
 
 
 def test_a_drift_report_is_kept_as_json() -> None:
-    now = Figures(120, 20, 10, 90, 5, 240, 1.5, 1.0, tuple(range(7)), (100, 75, 0))
-    then = replace(now, mean=1.0, quantiles=tuple(q - 0.25 for q in range(7)), pairs=(100, 70, 0))
+    now = Figures(120, 20, 10, 90, 5, 240, 1.5, 1.0, tuple(range(7)), PairCounts(100, 75, 0))
+    quantiles = tuple(q - 0.25 for q in range(7))
+    then = replace(now, mean=1.0, quantiles=quantiles, pairs=PairCounts(100, 70, 0))
     found = compare([scored("a", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])])
     moved = SeriesDrift(
         series="main",

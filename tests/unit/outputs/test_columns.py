@@ -11,7 +11,16 @@ from batch_scorer.errors import RowReason
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.outputs.by_source import pair_counts, row_sources
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
-from batch_scorer.records import SCALAR, Format, Layout, Outputs, RowError, ScoredRows, Scores
+from batch_scorer.records import (
+    SCALAR,
+    Format,
+    Layout,
+    Outputs,
+    PairCounts,
+    RowError,
+    ScoredRows,
+    Scores,
+)
 
 NAN = float("nan")
 TOO_LONG = RowError(RowReason.TOO_LONG, "")
@@ -171,9 +180,9 @@ def test_pairs_are_counted_by_source_and_a_tie_is_no_win() -> None:
     chosen = pa.array([2.0, 1.0, 0.0, None], pa.float32())
     rejected = pa.array([1.0, 1.0, 5.0, 1.0], pa.float32())
     counts = pair_counts(chosen, rejected, row_sources(table))
-    assert counts == {"a": [2, 1, 0], "b": [1, 0, 1]}
+    assert counts == {"a": PairCounts(2, 1, 0), "b": PairCounts(1, 0, 1)}
     unnamed = row_sources(pa.table({"other": [1] * 4}))
-    assert pair_counts(chosen, rejected, unnamed) == {"all": [3, 1, 1]}
+    assert pair_counts(chosen, rejected, unnamed) == {"all": PairCounts(3, 1, 1)}
 
 
 def test_the_digest_survives_parquet_and_sees_every_change() -> None:

@@ -63,7 +63,7 @@ def test_totals_account_for_every_row() -> None:
     totals = total([DONE, FAILED])
     assert totals["rows"] == totals["rows_scored"] + totals["rows_marked"] + totals["rows_failed"]
     assert (totals["rows"], totals["rows_scored"], totals["rows_failed"]) == (14, 9, 4)
-    assert totals["pairs"] == {"web": [9, 6, 1]}
+    assert totals["pairs"] == {"web": {"pairs": 9, "chosen_higher": 6, "ties": 1}}
 
 
 def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:

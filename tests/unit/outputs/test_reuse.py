@@ -36,6 +36,7 @@ from batch_scorer.records import (
     RowError,
     ScoredRows,
     Scores,
+    Spread,
     Status,
     Stored,
     TokenizedRows,
@@ -295,10 +296,10 @@ def test_the_spread_of_scores_is_told_by_source() -> None:
         {3: NULL}, "", {}, 0.0,
     )  # fmt: skip
     spread = spread_by_source(rows, row_sources(pa.table({"source": ["a", "a", "b", "c"]})))
-    assert spread["a"] == [2, 3, 2, 0.816497, 1, 1.1, 1.5, 2, 2.5, 2.9, 3]
-    assert spread["b"] == [1, 2, 10, 0, *[10] * 7]
-    assert spread["c"] == [1, 0]
+    assert spread["a"] == Spread(2, 3, 2, 0.816497, (1, 1.1, 1.5, 2, 2.5, 2.9, 3))
+    assert spread["b"] == Spread(1, 2, 10, 0, (10,) * 7)
+    assert spread["c"] == Spread(1)
     assert list(spread_by_source(rows, row_sources(pa.table({"x": [0] * 4})))) == ["all"]
     assert spread_by_source(rows, row_sources(pa.table({"x": [0] * 4})), has_scores=False) == {
-        "all": [4, 0]
+        "all": Spread(4)
     }

@@ -29,6 +29,7 @@ from batch_scorer.nightly.status import NightlyStatus
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
 from batch_scorer.parity.gate import Compared
+from batch_scorer.records import PairCounts
 from batch_scorer.reports.blocks import Line, Table, Tone
 from batch_scorer.reports.console import show
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
@@ -61,7 +62,8 @@ def printed(report: Report | Line, width: int = 80) -> str:
 
 
 def figures(mean: float = 1.5) -> Figures:
-    return Figures(120, 20, 10, 90, 5, 240, mean, 1.0, tuple(map(float, range(7))), (100, 75, 0))
+    quantiles = tuple(map(float, range(7)))
+    return Figures(120, 20, 10, 90, 5, 240, mean, 1.0, quantiles, PairCounts(100, 75, 0))
 
 
 def plan(text: str) -> PlanReport:
@@ -116,7 +118,10 @@ def run(text: str) -> RunReport:
     totals = {
         "rows": 10, "rows_scored": 8, "rows_marked": 1, "rows_failed": 1, "rows_left": 0,
         "shards": 2, "shards_failed": 1, "shards_left": 0, "sequences": 18, "tokens": 1_500,
-        "marked": {"too_long": 1}, "pairs": {text: [6, 3, 1], f"{text}2": [2, 1, 0]},
+        "marked": {"too_long": 1}, "pairs": {
+            text: {"pairs": 6, "chosen_higher": 3, "ties": 1},
+            f"{text}2": {"pairs": 2, "chosen_higher": 1, "ties": 0},
+        },
     }  # fmt: skip
     metrics = Metrics.of([ONE, OTHER]).to_json(RUN)
     parity = check(text).parity.to_json()
@@ -276,12 +281,13 @@ def test_machines_and_people_see_the_same_figures() -> None:
     report = run("web")
     value = json.loads(json.dumps(report.to_json()))
     shown = printed(report)
-    assert (value["rows"], value["pairs"]["web"], value["complete"]) == (10, [6, 3, 1], False)
+    assert (value["rows"], value["complete"]) == (10, False)
+    assert value["pairs"]["web"] == {"pairs": 6, "chosen_higher": 3, "ties": 1}
     assert value["failed"] == [
         {"input": "web", "output_key": "web", "reason": "unreadable_file", "detail": "web"}
     ]
     assert "12.0 s, 7.0 s of it start-up" in shown  # the span is 5 s
-    assert (report.pairs[0].accuracy, report.all_pairs.accuracy) == (0.5, 0.5)
+    assert (report.pairs["web"].accuracy, report.all_pairs.accuracy) == (0.5, 0.5)
     (web2,) = [line.split() for line in shown.splitlines() if "web2" in line]
     assert web2 == ["web2", "2", "1", "0", "0.500"]
 
