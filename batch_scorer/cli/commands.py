@@ -30,8 +30,10 @@ from batch_scorer.cli.terminal import err, fail, for_progress, out, program_name
 from batch_scorer.config import Config, PartialConfig, load_config
 from batch_scorer.errors import (
     ConfigError,
+    ExitCode,
     IncompleteError,
     OutputError,
+    StorageError,
 )
 from batch_scorer.evaluation import Benchmark
 from batch_scorer.version import __version__
@@ -212,6 +214,26 @@ def verify(output: Output, store_option: StoreOptions = None, as_json: AsJson = 
     verdict = check(output, mapping("store_option", store_option))
     show(VerifyReport(output, verdict), as_json=as_json)
     raise typer.Exit(verdict.exit_code)
+
+
+@app.command(cls=Command)
+def doctor(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A folder, or a bucket and prefix.")],
+    store_option: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a store keeps what the commit protocol needs of it.
+
+    Writes small objects into a scratch folder below URL, and removes it.
+    """
+    from batch_scorer.storage import examine
+
+    try:
+        found = examine(url, mapping("store_option", store_option) or {})
+    except StorageError as error:
+        raise OutputError(str(error)) from error
+    show(found, as_json=as_json)
+    raise typer.Exit(ExitCode.DONE if found.holds else ExitCode.CONFIG)
 
 
 @app.command(cls=Command)

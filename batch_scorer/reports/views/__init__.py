@@ -31,6 +31,7 @@ from batch_scorer.reports.views.nightly import (
 )
 from batch_scorer.reports.views.runs import (
     check_view,
+    conformance_view,
     failed_shard_view,
     marked_row_view,
     pace_view,
@@ -41,12 +42,14 @@ from batch_scorer.reports.views.runs import (
     verify_view,
 )
 from batch_scorer.runs.status import OutputStatus
+from batch_scorer.storage import Conformance
 
 Result: TypeAlias = (
     PlanReport
     | CheckReport
     | RunReport
     | VerifyReport
+    | Conformance
     | OutputStatus
     | Evaluation
     | NightlyPlan
@@ -69,6 +72,7 @@ VIEWS: Mapping[type[Report], Callable[[Any], Iterator[Block]]] = {
     Pace: pace_view,
     RunReport: run_view,
     VerifyReport: verify_view,
+    Conformance: conformance_view,
     OutputStatus: status_view,
     Evaluation: evaluation_view,
     NightlyPlan: nightly_plan_view,

@@ -14,6 +14,7 @@ from batch_scorer.reports.results import (
     VerifyReport,
 )
 from batch_scorer.runs.status import OutputStatus
+from batch_scorer.storage import Conformance
 
 _FILES_SHOWN = 40
 _LAYOUTS_SHOWN = 8
@@ -234,6 +235,21 @@ def verify_view(report: VerifyReport) -> Iterator[Block]:
     )
     if report.is_right:
         yield Line("", "verified", Tone.GOOD)
+
+
+def conformance_view(found: Conformance) -> Iterator[Block]:
+    for check in found.checks:
+        if check.holds:
+            yield Line(check.need, "holds", Tone.GOOD)
+        else:
+            yield Line(f"{check.need}: {check.problem}", "fails", Tone.BAD)
+    if found.keeps_old_versions:
+        yield Line(
+            "This bucket keeps old versions: what is replaced or deleted stays in it, out of "
+            "sight, until a rule of the bucket removes it."
+        )
+    verdict = "outputs may lie here" if found.holds else "no output may lie here"
+    yield Line(f"{found.url}: {verdict}")
 
 
 def status_view(status: OutputStatus) -> Iterator[Block]:

@@ -47,6 +47,7 @@ from batch_scorer.reports.views import VIEWS, Report, blocks_of
 from batch_scorer.runs.estimate import Estimate as Work
 from batch_scorer.runs.metrics import Metrics
 from batch_scorer.runs.status import OutputStatus
+from batch_scorer.storage import Check, Conformance
 from tests.helpers.receipts import ONE, OTHER, RUN
 
 MARKUP_LIKE = ("[/INST]", "[math]", "[bold]x[/bold]", "a[/]b", "[", "\\[red]", ":warning:")
@@ -132,6 +133,10 @@ def verification(text: str) -> VerifyReport:
     return VerifyReport(text, Verdict(2, 10, 9, 1, 2, [f"{text}: missing"], [f"{text}: left"]))
 
 
+def conformance(text: str) -> Conformance:
+    return Conformance(text, True, (Check("a", text), Check("b", text, f"{text} was seen")))
+
+
 def status(text: str) -> OutputStatus:
     return OutputStatus(
         output=text, state="running", holder=text, renewed_s=3.2, planned_shards=5, planned_rows=50,
@@ -200,6 +205,7 @@ EXAMPLES: dict[type, Callable[[str], Any]] = {
     Pace: lambda _: Pace(3, 10, 1234, 56_789.0, 0.85, 0.03, 754.0, 5, 1),
     RunReport: run,
     VerifyReport: verification,
+    Conformance: conformance,
     OutputStatus: status,
     Evaluation: evaluation,
     NightlyPlan: nightly_plan,
