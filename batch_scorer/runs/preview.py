@@ -18,6 +18,7 @@ from batch_scorer.runs.derive import (
     prepare,
     require_template,
 )
+from batch_scorer.runs.engine_choice import supported_engines
 from batch_scorer.runs.estimate import Estimate, estimate
 
 
@@ -73,7 +74,7 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
             model_dir=model.path,
             adapter=model.adapter,
             prompt=adapter_named(model.adapter).prompt,
-            backend=config.backend,
+            backend=supported_engines(config, model)[0],
             outputs=outputs_of(config, model),
             embedding=None,
             device=Device.CPU,
