@@ -10,6 +10,7 @@ runtime   only how fast and where; free to change when a run is resumed
 import difflib
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -39,6 +40,41 @@ class OverLength(StrEnum):
     MARK = "mark"
     ERROR = "error"
     TRUNCATE_LEFT = "truncate_left"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the rest of the program has to know about an engine.
+
+    options          settings that it takes and not every engine does; the others are refused.
+    runs_model       whether the model gives the scores. Then plain Hugging Face gives the same,
+                     the model's family decides which engines can run it, and a score costs
+                     floating-point operations. Otherwise there is one score a sequence.
+    package          what must be installed beside the requirements of this package.
+    shares_prefixes  whether it computes once a prefix that several sequences of a shard have, in
+                     packed batches. `shares_in_steps`: also where all tokens of a sequence are
+                     read.
+    """
+
+    options: frozenset[str] = frozenset()
+    runs_model: bool = True
+    package: str | None = None
+    shares_prefixes: bool = False
+    shares_in_steps: bool = False
+
+
+ENGINES = {
+    "hf": EngineFacts(
+        options=frozenset({"attention", "compile"}), shares_prefixes=True, shares_in_steps=True
+    ),
+    "vllm": EngineFacts(
+        options=frozenset({"compile", "quantization", "tensor_parallel"}),
+        package="vllm",
+        shares_prefixes=True,  # but requests for all tokens do not read its cache
+    ),
+    "fake": EngineFacts(runs_model=False),
+}
+"""The engines by name, in the order in which `auto` prefers them; each is `backends/<name>.py`."""
 
 
 def _setting(default: Any, role: Role, **limits: Any) -> Any:
@@ -216,17 +252,17 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
         """A setting that would be ignored is a mistake, not a wish."""
-        if self.backend in ("hf", "fake"):
-            if self.quantization is not None:
-                raise ValueError("quantization: only the vllm backend quantises; set backend: vllm")
-            if self.tensor_parallel > 1:
+        options = self.engine_options
+        if self.backend != "auto":
+            for name in sorted(options - ENGINES[self.backend].options):
+                takers = " or ".join(e for e, facts in ENGINES.items() if name in facts.options)
                 raise ValueError(
-                    "tensor_parallel: only the vllm backend splits a model; set backend: vllm"
+                    f"{name}: the {self.backend} backend does not take it; set backend: {takers}"
                 )
-            if self.compile and (self.backend == "fake" or self.attention != "packed"):
-                raise ValueError("compile: only for backend vllm, and for hf with packed attention")
-        if self.backend == "vllm" and self.attention != "packed":
-            raise ValueError("attention: vllm chooses its own; only the hf backend takes it")
+        elif not any(options <= facts.options for facts in ENGINES.values()):
+            raise ValueError(f"{' and '.join(sorted(options))}: no backend takes them together")
+        if self.compile and self.attention != "packed":
+            raise ValueError("compile: only packed batches are compiled; leave attention out")
         if self.task == "score":
             for name in ("embedding_pooling", "normalize"):
                 if getattr(self, name) is not None:
@@ -235,9 +271,15 @@ class Config(BaseModel):
             for name in ("adapter", "step_aggregation"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: only for scores; an embedding has no head")
-            if self.backend == "fake":
-                raise ValueError("backend: fake makes scores, not embeddings")
+            if self.backend != "auto" and not ENGINES[self.backend].runs_model:
+                raise ValueError(f"backend: {self.backend} makes scores, not embeddings")
         return self
+
+    @property
+    def engine_options(self) -> frozenset[str]:
+        """The settings with another value than their default that not every engine takes."""
+        options = frozenset[str]().union(*(facts.options for facts in ENGINES.values()))
+        return options & self.model_dump(exclude_defaults=True).keys()
 
     @classmethod
     def roles(cls) -> dict[str, Role]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batch_scorer.config import Config, Device
+from batch_scorer.config import ENGINES, Config, Device, EngineFacts
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.records import SCALAR, Embedding, Outputs
@@ -34,6 +34,11 @@ class Job:
     def backend(self) -> str:
         """The engine that scores."""
         return self.engines[0]
+
+    @property
+    def engine(self) -> EngineFacts:
+        """What is known of that engine."""
+        return ENGINES[self.backend]
 
     @property
     def model_dir(self) -> Path:
@@ -76,6 +81,6 @@ def outputs_of(config: Config, model: ModelFacts) -> Outputs:
     """What the job adds to a sequence."""
     if config.task == "embed":
         return Outputs(embedding_size=model.hidden_size)
-    if config.backend == "fake":
+    if config.backend != "auto" and not ENGINES[config.backend].runs_model:
         return SCALAR
     return Outputs(attributes=model.attributes, steps=model.has_steps)

@@ -371,8 +371,8 @@ WORKLOADS = {
 
 
 def tokenize(table: pa.Table, layout: Layout, model_dir: Path) -> TokenizedRows:
-    """Token ids by the project's own road. Raises for rows that cannot be scored: there are none
-    in this data."""
+    """Token ids as the project makes them. Raises for rows that cannot be scored: there are none in
+    this data."""
     from batch_scorer import formats
     from batch_scorer.config import OverLength
     from batch_scorer.render import Renderer

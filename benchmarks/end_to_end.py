@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.config import Config, load_config
@@ -72,7 +73,7 @@ def main() -> None:
 
 def measure(asked: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
     dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
-    backend = HFBackend(model_dir, dtype=dtype, attention="packed", device="cpu")
+    backend = HFBackend(EngineSettings(model_dir, dtype=dtype, device="cpu"))
     padded = None if asked.minutes else Padded.load(model_dir, dtype)
     rounds = 1 if asked.tiny or asked.minutes else 3
     if asked.minutes:

@@ -33,12 +33,10 @@ import numpy as np
 import torch
 import transformers
 
-from batch_scorer.backends.base import Backend
+from batch_scorer.backends.base import Backend, EngineSettings
 from batch_scorer.backends.device import CPU_ENVIRONMENT, cpu_has_bfloat16
 from batch_scorer.backends.packing import build_trie
-from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
-from batch_scorer.models.registry import choose_adapter
 from batch_scorer.records import TokenizedRows
 from benchmarks.common import (
     WORKLOADS,
@@ -256,14 +254,8 @@ def padded_sorted(setting: Setting) -> Scorer:
 def trie(setting: Setting, *, compile: bool = False) -> Scorer:
     from batch_scorer.backends.hf import HFBackend
 
-    backend = HFBackend(
-        setting.model_dir,
-        dtype=setting.dtype,
-        attention="packed",
-        device="cpu",
-        compile=compile,
-    )
-    return BackendScorer(backend)
+    settings = EngineSettings(setting.model_dir, dtype=setting.dtype, device="cpu", compile=compile)
+    return BackendScorer(HFBackend(settings))
 
 
 def trie_compiled(setting: Setting) -> Scorer:
@@ -273,14 +265,14 @@ def trie_compiled(setting: Setting) -> Scorer:
 def vllm_best(setting: Setting) -> Scorer:
     from batch_scorer.backends.vllm import VLLMBackend
 
-    backend = VLLMBackend(
+    settings = EngineSettings(
         setting.model_dir,
-        adapter=choose_adapter(read_model_files(setting.model_dir)),
         dtype=setting.dtype,
         device="cpu",
         max_tokens=setting.max_tokens,
         compile=True,
     )
+    backend = VLLMBackend(settings)
     return BackendScorer(backend, backend._engine.clear_cache)
 
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from batch_scorer.backends import packed
-from batch_scorer.backends.base import Backend
+from batch_scorer.backends.base import Backend, EngineSettings
 from batch_scorer.backends.device import matmul_peak
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.kernels import KERNELS
@@ -226,36 +226,37 @@ def padded(
     return score
 
 
+def engine_settings(setting: Setting) -> EngineSettings:
+    return EngineSettings(
+        setting.model_dir,
+        dtype=setting.dtype,
+        device=setting.device,
+        adapter=RANDOM,
+        max_tokens=setting.max_tokens,
+    )
+
+
 def trie(setting: Setting, kernel: str | None = None, *, compile: bool = False) -> Scorer:
     if kernel == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         raise MissingExtraError("flash-attn is not installed")
     # The backend chooses by itself; which kernel is no setting.
     chosen = patch.object(packed, "choose_kernel", return_value=kernel) if kernel else nullcontext()
     with chosen:
-        backend = HFBackend(
-            setting.model_dir,
-            adapter=RANDOM,
-            dtype=setting.dtype,
-            device=setting.device,
-            attention="packed",
-            compile=compile,
-        )
+        backend = HFBackend(replace(engine_settings(setting), compile=compile))
     return partial(score_with, backend)
 
 
-def vllm(setting: Setting, **options: Any) -> Scorer:
+def vllm(
+    setting: Setting, *, prefix_caching: bool = True, quantization: str | None = None
+) -> Scorer:
     from batch_scorer.backends.vllm import VLLMBackend
 
+    settings = replace(
+        engine_settings(setting), prefix_caching=prefix_caching, quantization=quantization
+    )
     # Its loader knows adapters by their names.
     with patch.object(registry, "adapters", return_value=(RANDOM,)):
-        backend = VLLMBackend(
-            setting.model_dir,
-            adapter=RANDOM,
-            dtype=setting.dtype,
-            device=setting.device,
-            max_tokens=setting.max_tokens,
-            **options,
-        )
+        backend = VLLMBackend(settings)
 
     def score(rows: TokenizedRows) -> tuple[Floats, Effort]:
         backend._engine.clear_cache()

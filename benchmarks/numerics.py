@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.kernels import KERNELS, LayerSettings
 from batch_scorer.backends.packing import build_trie
@@ -90,7 +91,7 @@ def main() -> None:
 def accuracy(
     scale: Scale, model_dir: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Errors of each road against exact scores, and its jitter over compositions of batches."""
+    """Each scoring path's errors against exact scores, and its jitter over batch compositions."""
     sequences = random_sequences(scale)
     exact, _ = one_at_a_time(model_dir, "float32", sequences)
     padded = padded_attention(AutoConfig.from_pretrained(model_dir))
@@ -131,7 +132,13 @@ def compositions(
         (3 * scale.longest, order),
     ):
         backend = HFBackend(
-            model_dir, dtype=dtype, attention=attention, device="cpu", token_budget=token_budget
+            EngineSettings(
+                model_dir,
+                dtype=dtype,
+                device="cpu",
+                attention=attention,
+                token_budget=token_budget,
+            )
         )
         values = np.empty(len(sequences), dtype=np.float32)
         values[chosen] = backend.score(tokenized([sequences[i] for i in chosen])).values[:, 0]
@@ -254,7 +261,7 @@ def body_rates(scale: Scale) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         build_model(scale, "llama", Path(folder), layers=14)
         backends = {
-            dtype: HFBackend(Path(folder), dtype=dtype, attention="packed", device="cpu")
+            dtype: HFBackend(EngineSettings(Path(folder), dtype=dtype, device="cpu"))
             for dtype in seconds
         }
         for _ in range(max(scale.rounds, 2)):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.device import cpu_has_bfloat16, matmul_peak
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.models.adapter import ModelFiles
@@ -91,7 +92,7 @@ def measure(model_dir: Path, rows: TokenizedRows, rounds: int, *, tiny: bool) ->
 
 
 def backend_of(model_dir: Path, dtype: str, *, compile: bool = False) -> HFBackend:
-    return HFBackend(model_dir, dtype=dtype, attention="packed", device="cpu", compile=compile)
+    return HFBackend(EngineSettings(model_dir, dtype=dtype, device="cpu", compile=compile))
 
 
 def left_out(files: ModelFiles) -> int:

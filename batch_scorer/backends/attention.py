@@ -1,12 +1,12 @@
-"""Attention of a packed batch inside any decoder of transformers, and what it carries on.
+"""Attention of a packed batch inside any decoder of transformers, and what the next batch needs.
 
 `packed_attention` is registered with transformers under `PACKED_ATTENTION`, so that every decoder
-whose attention goes through transformers' `AttentionInterface` runs over a token trie without a
-change. What belongs to the batch and not to the layer is a `Pass`, current while the body runs:
-the keys and values that earlier batches computed, and those that the next one carries on with.
+whose attention goes through transformers' `AttentionInterface` runs over a token trie unchanged.
+A `Pass` has what belongs to the batch and not to the layer, and is current while the body runs:
+the keys and values that earlier batches computed, and those that the next batch needs.
 
-In the last layer only the pooled tokens are read, so it computes keys and values of all tokens
-and everything else of the pooled ones (`pool_in_last_layer`).
+Only the pooled tokens are read from the last layer, so it computes keys and values of all tokens,
+and everything else for the pooled ones only (`pool_in_last_layer`).
 
 Legend: T tokens of the batch, K keys, P pooled tokens, H query heads, G key/value heads, D head
 size.
@@ -30,7 +30,7 @@ PACKED_ATTENTION = "batch_scorer_packed"
 """The name under which transformers knows `packed_attention`."""
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""What `packed_attention` can do among the values of transformers' `config.layer_types`."""
+"""The values of transformers' `config.layer_types` that `packed_attention` supports."""
 
 HARMLESS_ARGUMENTS = frozenset(
     {
@@ -46,11 +46,11 @@ HARMLESS_ARGUMENTS = frozenset(
         "use_cache",
     }
 )
-"""Arguments that decoders hand to attention and that change nothing here: inference has no
-dropout, there is no cache, positions are already in the queries and keys."""
+"""Arguments that decoders pass to attention and that have no effect here: inference has no
+dropout, there is no cache, and queries and keys already contain the positions."""
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
-"""Of one layer: [G, K, D] each."""
+"""One layer's keys and values: [G, K, D] each."""
 
 
 class _KeysTaken(Exception):
@@ -58,11 +58,11 @@ class _KeysTaken(Exception):
 
 
 class Pass:
-    """The attention of one forward over `batch`, current inside a `with`.
+    """The attention of one forward pass over `batch`, current inside a `with`.
 
-    `carried` has the keys and values of the batch's ancestors, layer after layer; `kept` holds
-    those for the next batch once the forward is done. With `pools`, the last layer gives the
-    outputs of the pooled tokens only.
+    `carried` has the ancestors' keys and values, layer after layer; after the forward pass `kept`
+    has those for the next batch. With `pools`, the last layer returns the pooled tokens' outputs
+    only.
     """
 
     _of_thread = threading.local()
@@ -78,7 +78,7 @@ class Pass:
     ) -> None:
         self.batch = batch
         self.kept: list[KeysValues] = []
-        # One token at least: no layer is made for none.
+        # At least one token: layers do not accept none.
         self._pooled = batch.pooled_index if len(batch.pooled_index) else np.zeros(1, np.int64)
         self.pooled = to_device(self._pooled, device) if pools else None
         self._kernel = kernel
@@ -97,7 +97,7 @@ class Pass:
 
     @classmethod
     def current(cls) -> "Pass":
-        """The pass of this thread's forward. Raises ModelError outside of one."""
+        """The current pass of this thread. Raises ModelError where there is none."""
         current: Pass | None = getattr(cls._of_thread, "current", None)
         if current is None:
             raise ModelError("a packed model runs over a packed batch only")
@@ -105,7 +105,7 @@ class Pass:
 
     @contextmanager
     def taking_keys(self) -> Iterator[None]:
-        """A layer's forward that ends as soon as the keys and values are there."""
+        """A layer's forward that ends once its keys and values are known."""
         self._takes_keys = True
         try:
             yield
@@ -155,10 +155,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer as transformers calls it: [1, heads, T, D] in, [1, T, H, D] out.
 
-    Raises ModelError where the layer asks for something this attention does not do, rather
-    than leave it out.
+    Raises ModelError where the layer needs something that this attention does not do.
     """
-    if not torch.compiler.is_compiling():  # what is compiled has run once as it is
+    if not torch.compiler.is_compiling():  # compiled layers have run uncompiled once
         _refuse_unsupported(module, attention_mask, sliding_window, is_causal, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return _attend(query, key, value, scale, sliding_window, softcap), None
@@ -167,7 +166,7 @@ def packed_attention(
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
-# An operator of torch, so that compiled layers call it and do not look inside.
+# An operator of torch, so that compiled layers call it and do not trace into it.
 @torch.library.custom_op("batch_scorer::attend", mutates_args=())
 def _attend(
     query: Tensor,
@@ -182,23 +181,15 @@ def _attend(
 
 
 @_attend.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *_settings: float | None) -> Tensor:
     _, heads, num_tokens, _ = query.shape
     return query.new_empty(1, num_tokens, heads, value.shape[3])
 
 
 def pool_in_last_layer(layer: nn.Module) -> None:
-    """Make `layer`, a body's last, give the outputs of the pooled tokens only.
+    """Make `layer`, a body's last, return the pooled tokens' outputs only.
 
-    No later layer attends to its outputs, so the tokens that are not read need no more than their
-    keys and values there.
+    No later layer attends to its outputs, so of the other tokens only keys and values are needed.
     """
     forward: Callable[..., Any] = layer.forward
 
@@ -219,7 +210,7 @@ def pool_in_last_layer(layer: nn.Module) -> None:
 
 
 def _narrowed(value: Any, tokens: Tensor, num_tokens: int) -> Any:
-    """`value` of the chosen tokens, where it is [1, T, …] or a tuple of such."""
+    """The chosen tokens' part of `value`, where that is [1, T, …] or a tuple of such."""
     if isinstance(value, tuple):
         return tuple(_narrowed(part, tokens, num_tokens) for part in value)
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == num_tokens:
@@ -243,7 +234,7 @@ def _refuse_unsupported(
         raise ModelError(f"{name} attends to later tokens, so {cure}")
     asked = [key for key, given in arguments.items() if given is not None]
     if unknown := sorted(set(asked) - HARMLESS_ARGUMENTS):
-        raise ModelError(f"{name} asks its attention for {', '.join(unknown)}, so {cure}")
+        raise ModelError(f"{name} passes {', '.join(unknown)} to its attention, so {cure}")
     if sliding_window is None and _layer_slides(module):
         raise ModelError(f"{name} applies its sliding window through a mask only, so {cure}")
 

@@ -3,32 +3,71 @@
 A backend is built once per worker, scores one shard at a time, and never sees text.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.errors import ModelError, RowReason
-from batch_scorer.models.adapter import Adapter
-from batch_scorer.records import RowError, Scores, TokenizedRows
+from batch_scorer.models.adapter import Adapter, StepAggregation
+from batch_scorer.records import Embedding, RowError, Scores, TokenizedRows
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
-"""Share by which a neighbour may move a hidden state: rounding stays far below it, a neighbour
-that leaks in far above."""
+"""How far another sequence of the batch may move a hidden state, relative to its size: rounding
+stays far below this, a leak between sequences lies far above."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an engine is started with. It ignores the options that it does not take (`ENGINES`).
+
+    model_dir          the model's directory.
+    dtype, device      of the body; the head is float32. The device is `cpu` or `cuda`.
+    adapter            the model's family; None finds it from the model's files.
+    max_tokens         the longest sequence, for which vLLM reserves memory; None: the longest that
+                       the model has positions for.
+    step_aggregation   how step scores become the score; None: as the family does.
+    embedding          what to read as an embedding, in place of the model's head.
+    attention          `packed`, or the name of an implementation in transformers.
+    quantization       vLLM's name of a method that quantises the body, such as fp8.
+    tensor_parallel    how many GPUs one vLLM splits the body over.
+    token_budget       most tokens of a forward pass; None: what suits the device.
+    compile            whether torch compiles the body's layers; None: the engine's default.
+    trust_remote_code  whether Python code that comes with the model is run.
+    prefix_caching     False only to measure what vLLM's prefix cache brings.
+    """
+
+    model_dir: Path
+    dtype: str
+    device: str
+    adapter: Adapter | None = None
+    max_tokens: int | None = None
+    step_aggregation: StepAggregation | None = None
+    embedding: Embedding | None = None
+    attention: str = "packed"
+    quantization: str | None = None
+    tensor_parallel: int = 1
+    token_budget: int | None = None
+    compile: bool | None = None
+    trust_remote_code: bool = False
+    prefix_caching: bool = True
 
 
 class EngineDied(Exception):
     """The engine stopped half-way and cannot be used again: its process has to end.
 
-    Not the model's fault and not the shard's, as far as anyone can tell, so it is neither a
-    `ModelError` nor a `ShardError`; whoever holds the backend counts it as a death of the worker.
+    The cause may be neither the model nor the shard, so it is neither a `ModelError` nor a
+    `ShardError`; the caller counts it as a death of the worker.
     """
 
 
 class Backend(Protocol):
     """Token ids in, raw scores out.
 
-    `num_outputs` is O, the outputs per sequence. `provenance` says what did the work
+    `num_outputs` is O, the outputs per sequence. `provenance` shows what computed the scores
     (library versions, device, dtype, attention kernel); it is recorded with the run and does
     not enter the fingerprint.
     """
@@ -41,17 +80,22 @@ class Backend(Protocol):
 
         A sequence that cannot be scored (out of memory on its own, non-finite result) is NaN
         and named in `Scores.errors`; one that arrives with an error keeps NaN. Raises
-        EngineDied where the engine cannot go on.
+        EngineDied where the engine cannot continue.
         """
 
     def close(self) -> None:
         """Free the device."""
 
 
+MakeBackend: TypeAlias = Callable[[EngineSettings], Backend]
+"""The type of `BACKEND`, with which the file of every engine ends. Raises ModelError where the
+directory cannot give true scores with these settings, and ConfigError."""
+
+
 def unscorable(
     rows: TokenizedRows, *, max_tokens: int | None, vocabulary_size: int
 ) -> dict[int, RowError]:
-    """Sequences that must not reach the model, though they arrived without an error."""
+    """Sequences that must not reach the model, though they have no error yet."""
     errors: dict[int, RowError] = {}
     for sequence in np.flatnonzero(rows.lengths == 0).tolist():
         if sequence not in rows.sequence_errors:
@@ -73,7 +117,7 @@ def unscorable(
 
 
 def mark_non_finite(scores: Scores, planned: npt.NDArray[np.int64]) -> None:
-    """NaN and an error in place of a score that is no number."""
+    """NaN and an error in place of a score that is not finite."""
     broken = np.nonzero(~np.isfinite(scores.values))[0]
     for sequence in np.intersect1d(planned, broken).tolist():
         if sequence not in scores.errors:

@@ -22,7 +22,7 @@ _PEAK_MATRICES = {"cpu": (1024, 1024, 2048), "cuda": (4096, 4096, 4096)}
 """Rows, columns and inner size. On two cores of an EPYC larger ones were no faster: float32 gave
 92 GFLOP/s from here to 16 times the size."""
 _PEAK_PRODUCTS = {"cpu": 1, "cuda": 20}
-"""Between two looks at the clock, so that a GPU does not wait for the host."""
+"""Between two readings of the clock, so that a GPU does not wait for the host."""
 
 
 def cuda_is_available() -> bool:
@@ -45,8 +45,8 @@ def keep_freed_memory() -> None:
 
 
 def has_lost_device(error: BaseException) -> bool:
-    """Whether this process can use its device no more: CUDA tells of an illegal access once, and
-    every later call fails."""
+    """Whether this process cannot use its device any more: after an illegal access, every later
+    CUDA call fails."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.AcceleratorError)
 
@@ -93,6 +93,6 @@ def matmul_peak(device: str, dtype: str) -> float:
             wait()
             fastest_s = min(fastest_s, time.perf_counter() - started)
     except RuntimeError as error:  # out of memory, by the name of torch, CUDA or cuBLAS
-        log.warning("the peak of the device is not known: %s", error)
+        log.warning("the device's peak cannot be measured: %s", error)
         return 0.0
     return 2.0 * rows * columns * inner * products / fastest_s

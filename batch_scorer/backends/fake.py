@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from batch_scorer.backends.base import EngineSettings, MakeBackend
 from batch_scorer.errors import RowReason
 from batch_scorer.records import Effort, RowError, Scores, TokenizedRows
 
@@ -16,7 +17,8 @@ class FakeBackend:
 
     num_outputs = 1
 
-    def __init__(self) -> None:
+    def __init__(self, settings: EngineSettings | None = None) -> None:
+        """No setting changes these scores."""
         self.provenance: dict[str, Any] = {"backend": "fake"}
 
     def score(self, rows: TokenizedRows) -> Scores:
@@ -35,7 +37,10 @@ class FakeBackend:
         return Scores(values, errors, effort=effort)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to free."""
+
+
+BACKEND: MakeBackend = FakeBackend
 
 
 def _hash_scores(rows: TokenizedRows, scored: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

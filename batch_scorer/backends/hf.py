@@ -1,9 +1,8 @@
 """Scores from a Hugging Face model in this process.
 
-Decoders run packed over the token trie of a shard: every distinct prefix goes through the model
-once, and only the pooled tokens meet the score head, in float32 (`packed.PackedBody`). Everything
-else (encoders, and decoders with another attention implementation) runs as length-sorted
-rectangles.
+Decoders run packed over a shard's token trie: every distinct prefix goes through the model once,
+and the score head reads only the pooled tokens, in float32 (`packed.PackedBody`). Everything else
+(encoders, and decoders with another attention implementation) runs as length-sorted rectangles.
 
 Legend: S sequences, L longest of a padded batch, H hidden, O outputs.
 """
@@ -12,7 +11,6 @@ import logging
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from batch_scorer.backends.attention import PACKED_ATTENTION
-from batch_scorer.backends.base import mark_non_finite, unscorable
+from batch_scorer.backends.base import (
+    EngineSettings,
+    MakeBackend,
+    mark_non_finite,
+    unscorable,
+)
 from batch_scorer.backends.device import keep_freed_memory
 from batch_scorer.backends.hf_loader import (
     Loader,
@@ -35,24 +38,16 @@ from batch_scorer.backends.lanes import Lanes
 from batch_scorer.backends.memory import TokenBudget
 from batch_scorer.backends.packed import PackedBody
 from batch_scorer.backends.packing import Int64Array, build_trie, longest_first, pad, rectangle_stop
-from batch_scorer.backends.readout import PooledStates, Readout, StepAggregation
+from batch_scorer.backends.readout import PooledStates, Readout
 from batch_scorer.errors import ConfigError, RowReason
-from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.registry import choose_adapter
-from batch_scorer.records import (
-    Effort,
-    Embedding,
-    PooledTokens,
-    RowError,
-    Scores,
-    TokenizedRows,
-)
+from batch_scorer.records import Effort, PooledTokens, RowError, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
 
 PADDED_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
-"""Tokens of one forward pass of a rectangle, padding included."""
+"""Most tokens of a rectangle, padding included."""
 
 _CPP_COMPILERS = ("g++", "clang++")
 _NOTHING_POOLED = PooledTokens(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
@@ -61,38 +56,29 @@ _NOTHING_POOLED = PooledTokens(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np
 class HFBackend:
     """A reward model in transformers; see `Backend` for what it does.
 
-    `adapter` None chooses the model's family from its files. `step_aggregation` None takes the
-    family's own; with `embedding` the model's head is left out. `token_budget` None takes what
-    suits the device. `compile` has torch compile the layers of a packed model, which takes a
-    minute of the first shard. Raises ModelError where the directory cannot give true scores with
-    these settings.
+    `compile` has torch compile the layers of a packed model, which takes a minute of the first
+    shard; without packing it is a ConfigError. Raises ModelError where the directory cannot give
+    true scores with these settings.
     """
 
-    def __init__(
-        self,
-        model_dir: Path,
-        *,
-        dtype: str,
-        attention: str,
-        device: str,
-        adapter: Adapter | None = None,
-        step_aggregation: StepAggregation | None = None,
-        embedding: Embedding | None = None,
-        token_budget: int | None = None,
-        compile: bool | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
+        model_dir, dtype, device = settings.model_dir, settings.dtype, settings.device
         self._device = torch.device(device)
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is cuda, but torch finds no CUDA device; set device to cpu")
-        if compile and device == "cpu" and not any(map(shutil.which, _CPP_COMPILERS)):
+        if settings.compile and device == "cpu" and not any(map(shutil.which, _CPP_COMPILERS)):
             raise ConfigError("compile: there is no C++ compiler here; leave compile out")
         if device == "cpu":
             keep_freed_memory()
 
-        adapter = adapter or choose_adapter(read_model_files(model_dir))
-        loader = Loader(model_dir, adapter, trust_remote_code, embeds=embedding is not None)
-        implementation = loader.attention_implementation(attention)
+        adapter = settings.adapter or choose_adapter(read_model_files(model_dir))
+        loader = Loader(
+            model_dir,
+            adapter,
+            settings.trust_remote_code,
+            embeds=settings.embedding is not None,
+        )
+        implementation = loader.attention_implementation(settings.attention)
         refuse_unsound(loader.skeleton, adapter, dtype, implementation)
         model, unexpected = loader.load(dtype, implementation)
         self._model: PreTrainedModel = model.to(self._device)  # type: ignore[arg-type]  # decorated
@@ -101,7 +87,7 @@ class HFBackend:
         config = self._model.config.get_text_config()
         self._vocabulary_size = len(cast(Tensor, self._model.get_input_embeddings().weight))
         self._max_length = max_sequence_length(self._model)
-        # Any id of the vocabulary will do: the mask hides it, and pooling goes by the length.
+        # Any id of the vocabulary is right: the mask hides it, and pooling goes by the length.
         self._pad_id = (
             config.pad_token_id if config.pad_token_id in range(self._vocabulary_size) else 0
         )
@@ -109,23 +95,21 @@ class HFBackend:
         self._readout: Readout | None = None
         self.num_outputs = 1
         if not loader.scores_itself:
-            self._readout = Readout(
-                model_dir,
-                adapter,
-                config,
-                step_aggregation=step_aggregation,
-                embedding=embedding,
-            ).to(self._device)
+            self._readout = Readout(settings, adapter, config).to(self._device)
             self.num_outputs = self._readout.num_outputs
         self._packed: PackedBody | None = None
         self._lanes = Lanes(self._device)
         if implementation == PACKED_ATTENTION:
-            self._packed = PackedBody(self._model, token_budget=token_budget, compile=bool(compile))
+            self._packed = PackedBody(
+                self._model,
+                token_budget=settings.token_budget,
+                compile=bool(settings.compile),
+            )
             self._budget = self._packed.budget
-        elif compile:
+        elif settings.compile:
             raise ConfigError(f"compile: {model_dir} does not run packed; leave compile out")
         else:
-            self._budget = TokenBudget(token_budget or PADDED_TOKEN_BUDGET[device])
+            self._budget = TokenBudget(settings.token_budget or PADDED_TOKEN_BUDGET[device])
         self.provenance: dict[str, Any] = {
             "backend": "hf",
             "adapter": adapter.name,
@@ -139,7 +123,7 @@ class HFBackend:
             "num_threads": torch.get_num_threads(),
             "lanes": self._lanes.count,
             "unexpected_weights": unexpected,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": settings.trust_remote_code,
         }
         if self._packed is not None:
             self.provenance |= self._packed.provenance
@@ -168,8 +152,8 @@ class HFBackend:
         broken = sequences[~np.isfinite(scores.values[sequences]).all(axis=1)]
         broken = np.setdiff1d(broken, list(scores.errors))
         if self._packed is not None and len(broken):
-            # A masked key weighs nothing, but nothing times no number is no number: what shared a
-            # batch with such a sequence is not to blame.
+            # A masked key has weight 0, but 0 times infinity is NaN: sequences that shared a batch
+            # with a broken one may be sound, so each is scored again on its own.
             alone = [self._score_part(rows, broken[i : i + 1], pooled) for i in range(len(broken))]
             counts = pooled.counts if self._gives_steps else np.ones_like(lengths)
             self._fill(scores, [*(part.without(broken, counts) for part in parts), *alone], pooled)
@@ -188,7 +172,7 @@ class HFBackend:
             torch.cuda.empty_cache()
 
     def _parts(self, rows: TokenizedRows, sequences: Int64Array) -> list[Int64Array]:
-        """The sequences in parts of like many tokens, one for each lane."""
+        """The sequences in parts with about the same number of tokens, one for each lane."""
         if self._lanes.count == 1 or len(sequences) < 2:
             return [sequences]
         parts = build_trie(rows, sequences).parts(self._lanes.count)
@@ -197,7 +181,7 @@ class HFBackend:
     def _score_part(
         self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
     ) -> "_Part":
-        """The outputs of some sequences, over a trie of their own."""
+        """The outputs of some sequences, over a separate trie."""
         assert self._packed is not None and self._readout is not None, "only bodies run packed"
         chosen = pooled.of(sequences)
         trie = build_trie(rows, sequences, chosen)
@@ -245,7 +229,7 @@ class HFBackend:
         return part
 
     def _fill(self, scores: Scores, parts: "list[_Part]", pooled: PooledTokens) -> None:
-        """Put what all parts of the shard gave into `scores`."""
+        """Put the outputs, errors and effort of all parts of the shard into `scores`."""
         for part in parts:
             scores.errors |= part.errors
             scores.effort.add(part.effort)
@@ -264,7 +248,7 @@ class HFBackend:
     def _padded_forward(
         self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
     ) -> Tensor:
-        """What `Readout.read` gives for one rectangle; [S, 1] of models that score themselves."""
+        """What `Readout.read` returns for one rectangle; [S, 1] of models with their own head."""
         batch = pad(rows, sequences, self._pad_id)
         token_ids = to_device(batch.token_ids, self._device).long()  # [S, L]
         lengths = to_device(batch.lengths, self._device)  # [S]
@@ -280,7 +264,8 @@ class HFBackend:
         return self._readout.read(hidden[index[0], index[1]], chosen)
 
     def _token_types(self, token_ids: Tensor) -> dict[str, Tensor]:
-        """Of a pair: 0 up to the first separator, 1 after it; nothing for models without types."""
+        """A pair's token types: 0 up to the first separator, 1 after it. Empty for models without
+        types."""
         if self._separator_id is None or not getattr(self._model.config, "type_vocab_size", 0) > 1:
             return {}
         is_separator = token_ids == self._separator_id
@@ -288,9 +273,12 @@ class HFBackend:
         return {"token_type_ids": (before > 0).long()}
 
 
+BACKEND: MakeBackend = HFBackend
+
+
 @dataclass(slots=True)
 class _Part:
-    """What scoring some sequences of a shard gave; `outputs` are those of `scored`, in order."""
+    """The result for some sequences of a shard; `outputs` belong to `scored`, in order."""
 
     effort: Effort = field(default_factory=Effort)
     errors: dict[int, RowError] = field(default_factory=dict)
@@ -298,8 +286,8 @@ class _Part:
     outputs: list[Tensor] = field(default_factory=list)
 
     def without(self, sequences: Int64Array, counts: Int64Array) -> "_Part":
-        """The same without these, and without the effort, which is counted already; `counts` are
-        the output rows of each sequence of the shard."""
+        """The same without these sequences, and without the effort, which is counted already.
+        `counts` are the output rows of each of the shard's sequences."""
         kept = [~np.isin(some, sequences) for some in self.scored]
         rows = [
             torch.from_numpy(np.repeat(keep, counts[some]))

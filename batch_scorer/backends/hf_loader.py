@@ -1,4 +1,4 @@
-"""A Hugging Face model from its directory: the class, the attention, the weights, the refusals."""
+"""A Hugging Face model from its directory: class, attention, weights, and what is refused."""
 
 import importlib.util
 import logging
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_causal(model: PreTrainedModel) -> bool:
-    """Whether the model is a decoder: it has attention, and none that looks ahead."""
+    """Whether the model is a decoder: it has attention, and none to later tokens."""
     causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
     return bool(causal) and all(causal)
 
 
 def max_sequence_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model has positions for, None where the config names no limit."""
+    """The number of positions the model has; None where the config names no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for module in model.modules():
         # RoBERTa counts positions from padding_idx + 1: 514 positions hold 512 tokens.
@@ -39,7 +39,7 @@ def max_sequence_length(model: PreTrainedModel) -> int | None:
 
 
 class Loader:
-    """The model of a directory: its body, or for models that score themselves the whole."""
+    """A directory's model: its body, or all of it where the model has its own scoring head."""
 
     def __init__(
         self, model_dir: Path, adapter: Adapter, trust_remote_code: bool, *, embeds: bool
@@ -61,12 +61,12 @@ class Loader:
             raise ModelError(f"{model_dir}: encoder-decoder models have no single body to pool")
 
     def attention_implementation(self, attention: str) -> str | None:
-        """The name to load the model with; None leaves the choice to transformers."""
+        """transformers' name of the attention to load; None leaves the choice to transformers."""
         if attention != "packed":
             return attention
         skeleton = self.skeleton
         if self.scores_itself or not is_causal(skeleton):
-            logger.info("%s is no decoder's body: it runs padded", type(skeleton).__name__)
+            logger.info("%s is not a decoder's body: it runs padded", type(skeleton).__name__)
             return "eager" if softcap_of(skeleton) is not None else None
         layer_types = getattr(skeleton.config.get_text_config(), "layer_types", None) or []
         foreign = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
@@ -79,8 +79,8 @@ class Loader:
         return PACKED_ATTENTION
 
     def load(self, dtype: str, implementation: str | None) -> tuple[PreTrainedModel, list[str]]:
-        """The model on the host, and the checkpoint's weights that it has no place for."""
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours runs
+        """The model on the host, and the checkpoint's weights that it does not use."""
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         state = None if self.scores_itself else converted_state(self._model_dir, self._adapter)
         # dtype must be given here: a later .to(dtype) would round the rotary frequencies too.
         settings: dict[str, Any] = {
@@ -89,7 +89,7 @@ class Loader:
             "output_loading_info": True,
         }
         try:
-            with _unexpected_weights_unsaid():
+            with _unexpected_weights_not_logged():
                 loaded: Any
                 if state is not None:
                     loaded = type(self.skeleton).from_pretrained(
@@ -109,7 +109,7 @@ class Loader:
         model, report = loaded
         missing = sorted(report["missing_keys"])
         if not self.scores_itself:
-            # A pooling layer that checkpoints of pretrained encoders lack, and that is not read.
+            # A pooling layer that pretrained encoders' checkpoints lack, and that is not read.
             missing = [name for name in missing if not name.startswith("pooler.")]
         if missing or report["mismatched_keys"]:
             wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
@@ -121,13 +121,13 @@ class Loader:
             name for name in report["unexpected_keys"] if self._adapter.is_body_tensor(name)
         )
         if unexpected:
-            logger.warning("weights without a place in the model: %s", ", ".join(unexpected))
+            logger.warning("the model does not use these weights: %s", ", ".join(unexpected))
         return model.eval(), unexpected
 
 
 @contextmanager
-def _unexpected_weights_unsaid() -> Iterator[None]:
-    """transformers reports the head's tensors as unexpected in the body; we look at them all."""
+def _unexpected_weights_not_logged() -> Iterator[None]:
+    """transformers logs the head's tensors as unexpected in the body; `load` checks them all."""
     reporter = logging.getLogger("transformers")
     level = reporter.level
     reporter.setLevel(logging.ERROR)
@@ -146,7 +146,7 @@ def softcap_of(model: PreTrainedModel) -> float | None:
 def refuse_unsound(
     skeleton: PreTrainedModel, adapter: Adapter, dtype: str, implementation: str | None
 ) -> None:
-    """Raise for settings that cannot run, or that run but give other scores."""
+    """Raise for settings that cannot run, or that give other scores."""
     if implementation == "sdpa" and softcap_of(skeleton) is not None:
         raise ModelError(
             "sdpa ignores this model's attn_logit_softcapping; set attention to packed or eager"
@@ -154,7 +154,7 @@ def refuse_unsound(
     refuse_dtype(adapter, skeleton.config.get_text_config().model_type, dtype)
     if implementation == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
-            # transformers would look for a kernel on its hub instead.
+            # transformers would search its hub for a kernel instead.
             raise MissingExtraError(
                 "attention flash_attention_2 needs the flash-attn package: "
                 "pip install 'batch-scorer[flash-attn]'"

@@ -1,6 +1,6 @@
-"""Causal attention of a packed batch, on any device: a plan once a batch, then one call a layer.
+"""Causal attention of a packed batch, on any device: one plan per batch, one call per layer.
 
-A kernel never asks which sequence a token belongs to. Its plan says which keys each query sees:
+A kernel does not know which sequence a token belongs to. Its plan lists the keys of each query:
 a token's ancestors in the trie and the token itself (`packing.PackedBatch`).
 
 Legend: T tokens of a batch, K its keys (T and those carried into it), N query tokens, H query
@@ -30,11 +30,11 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class LayerSettings:
-    """What a decoder layer asks of its attention."""
+    """The settings of a decoder layer's attention."""
 
     scale: float
     window: int | None
-    """Keys that a query sees at most, its own included."""
+    """Most keys that a query sees, its own included."""
     softcap: float | None
 
 
@@ -65,7 +65,7 @@ BLOCK_QUERIES = 64
 more scores that the mask hides."""
 
 CHUNK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Most attention scores that are held at a time. On a CPU they are to stay in its cache."""
+"""Most attention scores in memory at a time. On a CPU they should stay in its cache."""
 
 _KEYS_MULTIPLE = 32
 

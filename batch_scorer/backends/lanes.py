@@ -1,8 +1,8 @@
-"""Several threads that compute side by side, each with a share of the cores.
+"""Several threads that compute in parallel, each with a share of the cores.
 
-On a CPU, one forward pass on all cores waits at the end of every operation for the slowest of
-them, which reading and writing keep busy too. Passes of their own on each core do not wait for
-each other (docs/performance.md).
+On a CPU, a forward pass on all cores waits after every operation for the slowest core, which
+may be busy reading and writing. Separate passes on separate cores do not wait for each other
+(docs/performance.md).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MOST_LANES = 8
-"""Each lane holds a batch of its own in memory."""
+"""Each lane has a separate batch in memory."""
 
 
 class Lanes:
@@ -33,14 +33,14 @@ class Lanes:
             )
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`work` on all items, side by side; results in their order. Raises what `work` raises."""
+        """`work` on all items, in parallel; results in their order. Raises what `work` raises."""
         if self._pool is None:
             yield from map(work, items)
             return
         try:
             yield from self._pool.map(work, items)
         finally:
-            torch.set_num_threads(self._threads)  # a part of it is not the thread's but everyone's
+            torch.set_num_threads(self._threads)  # torch keeps a part of it for the process
 
     def close(self) -> None:
         """End the threads."""

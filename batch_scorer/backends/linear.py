@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie as the CPU's matrix kernels read them.
+"""Linear layers whose weights are stored in the layout of the CPU's matrix kernels.
 
 oneDNN reorders a plain weight at every call. torch does the reordering ahead of time only where
 a whole model is compiled with its weights frozen in; these are the operators it uses for that.
@@ -16,7 +16,7 @@ _layers: "weakref.WeakValueDictionary[int, ReorderedLinear]" = weakref.WeakValue
 
 
 class ReorderedLinear(nn.Module):
-    """A linear layer with a weight that was reordered once; the same numbers, bit for bit."""
+    """A linear layer whose weight is reordered once; the products are the same bit for bit."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -24,8 +24,8 @@ class ReorderedLinear(nn.Module):
         self.weight: Tensor = reorder(linear.weight.detach(), None)
         self.bias = linear.bias
         self.out_features = linear.out_features
-        # A compiled graph cannot hold such a weight. It is given the layer's number, as a tensor:
-        # as a number it would be a constant, and every layer a graph of its own.
+        # A compiled graph cannot contain such a weight, so it gets the layer's number. That is a
+        # tensor, because a Python number would be a constant, and every layer a separate graph.
         self.number = torch.tensor(next(_numbers))
         _layers[int(self.number)] = self
 
@@ -36,7 +36,7 @@ class ReorderedLinear(nn.Module):
         return self.product(states)
 
     def product(self, states: Tensor) -> Tensor:
-        """What `forward` gives, outside of any graph."""
+        """[..., out] of [..., in], outside of any graph."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             states, self.weight, self.bias, "none", [], ""
         )
@@ -54,10 +54,10 @@ def _(states: Tensor, number: Tensor, out_features: int) -> Tensor:
 
 
 def reorder_linears(model: nn.Module) -> int:
-    """Put a `ReorderedLinear` in the place of every plain linear layer; how many there were.
+    """Replace every plain linear layer by a `ReorderedLinear`; returns their number.
 
-    Only where the CPU multiplies bfloat16 itself: float32 goes to another library, which reads
-    weights as they are.
+    Only where the CPU multiplies bfloat16 in hardware: another library computes float32, and it
+    reads plain weights.
     """
     found = [
         (parent, name, child)

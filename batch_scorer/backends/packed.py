@@ -1,8 +1,8 @@
 """A decoder's body over the token trie of a shard, batch by batch.
 
 Each token of the trie goes through the body once. A batch is a slice of the trie, so all batches
-have the same size, whatever the sequences; what a later one needs of an earlier one are the keys
-and values of its ancestors, which are carried along (`attention.Pass`).
+have the same size, whatever the sequences. A later batch needs its ancestors' keys and values from
+earlier ones (`attention.Pass`).
 """
 
 import logging
@@ -36,13 +36,13 @@ MOST_TOKENS = 32768
 
 _PROBE_TOKENS = 2048
 _MEMORY_SHARE = 0.7
-"""Of the memory that is free beside the model: keys carried along and odd sizes need the rest."""
+"""Of the memory that is free beside the model: carried keys and odd sizes need the rest."""
 
 
 class PackedBody:
     """The body of `model`, whose attention is `attention.packed_attention`.
 
-    `token_budget` None takes CPU_TOKEN_BUDGET, and on a GPU what a probe says. With `compile`,
+    `token_budget` None takes CPU_TOKEN_BUDGET, and on a GPU what a probe measures. With `compile`,
     the decoder layers are compiled at their first batch. Raises ModelError for a model that lets
     sequences see each other when packed.
     """
@@ -59,14 +59,14 @@ class PackedBody:
         self._check_isolation()
         self._compiles = compile
         if compile:
-            # The last layer ends in the middle for most of its tokens, which no graph can.
+            # The last layer stops half-way for most tokens, which no graph can.
             for layer in self._layers[: len(self._layers) - self._pools]:
                 layer.compile(dynamic=True)
         self.budget = TokenBudget(token_budget or self._probe_budget())
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What does the work, for the record."""
+        """The part of the engine's provenance that is known here."""
         return {
             "attention_kernel": self._kernel_name,
             "last_layer": "pooled tokens" if self._pools else "all tokens",
@@ -76,8 +76,9 @@ class PackedBody:
 
     @torch.inference_mode()
     def states(self, trie: TokenTrie, effort: Effort) -> Iterator[tuple[int, int, Tensor | None]]:
-        """The hidden states [P, H] of the pooled tokens from one place of the trie to another, up
-        to its end; None for what does not fit the memory however it is cut."""
+        """(start, stop, hidden states [P, H] of the pooled tokens between them), up to the trie's
+        end; None in place of the states of tokens that do not fit the memory however they are cut.
+        """
         carried: list[KeysValues] = []
         start = 0
         while start < trie.num_tokens:
@@ -103,7 +104,7 @@ class PackedBody:
     def _forward(
         self, batch: PackedBatch, carried: list[KeysValues]
     ) -> tuple[Tensor, list[KeysValues]]:
-        """The states [P, H] of the batch's pooled tokens, and what the next batch carries on."""
+        """The states [P, H] of the batch's pooled tokens, and the keys for the next batch."""
         ids, positions = (
             to_device(array, self._device).long()[None]
             for array in (batch.token_ids, batch.position_ids)
@@ -138,25 +139,25 @@ class PackedBody:
         return reorder_linears(self._body) > 0
 
     def _find_layers(self) -> list[nn.Module]:
-        """The decoder layers, first to last; none where they cannot be told."""
+        """The decoder layers, first to last; none where they cannot be identified."""
         count = self._model.config.get_text_config().num_hidden_layers
         lists = (m for m in self._body.modules() if isinstance(m, nn.ModuleList))
         return list(next((layers for layers in lists if len(layers) == count), []))
 
     @torch.inference_mode()
     def _check_isolation(self) -> None:
-        """Raise ModelError where a packed neighbour or a cut changes what a sequence gives, and
-        settle whether the last layer may compute the pooled tokens only.
+        """Raise ModelError where another sequence of a batch, or a cut, changes a sequence's
+        states; decide whether the last layer may compute the pooled tokens only.
 
-        A neighbour would in a model that carries state along the row besides attention (recurrent
-        or convolutional layers), or that finds positions elsewhere than in `position_ids`.
+        Another sequence changes them in models that carry state along the row besides attention
+        (recurrent or convolutional layers), or that do not take positions from `position_ids`.
         """
         ids = (np.arange(12, dtype=np.int32) * 7 + 1) % self._vocabulary_size
         long, short = ids[:8], np.concatenate([ids[:3], ids[8:]])
         alone = self._probe([short], 16)[0]
         moved = float((self._probe([long, short], 5)[1] - alone).norm() / alone.norm())
         if not np.isfinite(moved):
-            raise ModelError(f"hidden states are no numbers in {self._dtype}")
+            raise ModelError(f"hidden states are not finite in {self._dtype}")
         if moved > PROBE_TOLERANCE[self._dtype]:
             raise ModelError(
                 f"{type(self._model).__name__} lets packed sequences see each other (a probe moved "
@@ -170,7 +171,7 @@ class PackedBody:
         try:
             moved = float((self._probe([long, short], 5)[1] - alone).norm() / alone.norm())
         except (RuntimeError, ValueError, IndexError) as error:
-            logger.info("the last layer takes all tokens or none: %s", error)
+            logger.info("the last layer computes all tokens: %s", error)
             moved = float("inf")
         if not moved <= PROBE_TOLERANCE[self._dtype]:
             self._pools = False

@@ -1,4 +1,4 @@
-"""Which tokens share a forward pass, and how a batch is laid out. Decides; runs nothing.
+"""Which tokens share a forward pass, and a batch's layout. Pure functions: no model runs here.
 
 Decoders run over the token trie of a shard: every distinct prefix of its sequences goes through
 the model once, in batches that are slices of the trie. Encoders run in padded rectangles.

@@ -1,6 +1,7 @@
-"""Plain Hugging Face, one sequence at a time: what every faster road is held to."""
+"""Plain Hugging Face, one sequence at a time: the reference for every faster scoring path."""
 
 import gc
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -10,45 +11,31 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
-from batch_scorer.backends.readout import StepAggregation
-from batch_scorer.models.adapter import Adapter, Prompt
+from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import read_model_files
-from batch_scorer.records import Embedding, Scores, SequenceInput, TokenizedRows
+from batch_scorer.models.registry import choose_adapter
+from batch_scorer.records import Scores, SequenceInput, TokenizedRows
 
 _STOCK = "sequence_classifier"
 _ROOM = 1.25
-"""Times the weights' size: what one short sequence needs beside them."""
+"""Factor on the weights' size, for what one short sequence needs beside them."""
 
 
-def plain_scores(
-    model_dir: Path,
-    rows: TokenizedRows,
-    *,
-    adapter: Adapter,
-    dtype: str,
-    device: str,
-    step_aggregation: StepAggregation | None = None,
-    embedding: Embedding | None = None,
-    trust_remote_code: bool = False,
-) -> Scores:
-    """Scores with eager attention, no packing, no padding and no neighbour.
+def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
+    """Scores with eager attention, no packing, no padding, every sequence on its own.
 
     A stock sequence classifier is scored by transformers' own forward, head and pooling
     included; other families by their plain body and the head that `models/families` describes.
+    The settings are the engine's; `attention`, `token_budget` and `compile` are ignored.
     """
-    if adapter.name == _STOCK and embedding is None:
-        return _own_forward(model_dir, rows, dtype, device)
+    adapter = settings.adapter or choose_adapter(read_model_files(settings.model_dir))
+    if adapter.name == _STOCK and settings.embedding is None:
+        return _own_forward(settings.model_dir, rows, settings.dtype, settings.device)
+    # With a budget of one token, every sequence is a batch of its own.
     backend = HFBackend(
-        model_dir,
-        adapter=adapter,
-        dtype=dtype,
-        attention="eager",
-        device=device,
-        step_aggregation=step_aggregation,
-        embedding=embedding,
-        token_budget=1,  # a batch of its own for every sequence
-        trust_remote_code=trust_remote_code,
+        replace(settings, adapter=adapter, attention="eager", token_budget=1, compile=None)
     )
     try:
         return backend.score(rows)
@@ -91,7 +78,7 @@ def reference_dtype(model_dir: Path, device: str) -> str:
 
 
 def _available_memory() -> int:
-    """Bytes of main memory that can be had; the kernel's own estimate."""
+    """Bytes of main memory that can be allocated, as the kernel estimates."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -99,7 +86,7 @@ def _available_memory() -> int:
 
 
 class PlainTokenizer:
-    """Token ids as a model card gets them: render to text, then tokenise, one row at a time."""
+    """Token ids as on a model card: render to text, then tokenise, one row at a time."""
 
     def __init__(self, model_dir: Path, prompt: Prompt, *, trust_remote_code: bool = False) -> None:
         load: Any = AutoTokenizer.from_pretrained
@@ -109,7 +96,7 @@ class PlainTokenizer:
         self._prompt = prompt
 
     def token_ids(self, sequence: SequenceInput) -> list[int] | None:
-        """None for what no tokenizer's own call gives: ids, pairs, and answers cut into steps."""
+        """None where a tokenizer has no call for it: ids, pairs, and answers cut into steps."""
         prompt = self._prompt
         if prompt.steps or prompt.suffix_id_of:
             return None

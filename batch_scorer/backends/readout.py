@@ -1,13 +1,12 @@
 """From hidden states to scores, the same for every engine: which tokens are read, and by what.
 
-The engines differ in how they compute a body's hidden states. What is read off them is decided
-here: positions by index, the head in float32, steps folded into a score.
+The engines differ in how they compute a body's hidden states. What is read from these is decided
+here: positions by index, the head in float32, step scores combined into one.
 
 Legend: S sequences, K pooled tokens, H hidden, O outputs.
 """
 
-from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from batch_scorer.models.adapter import Adapter, Ids, LastToken, ModelConfig, Pooling, Positions
+from batch_scorer.backends.base import EngineSettings
+from batch_scorer.models.adapter import (
+    Adapter,
+    Ids,
+    LastToken,
+    ModelConfig,
+    Pooling,
+    Positions,
+    StepAggregation,
+)
 from batch_scorer.models.weights import load_head
-from batch_scorer.records import Embedding, PooledTokens, RowError, Scores, TokenizedRows
-
-StepAggregation: TypeAlias = Literal["min", "last", "mean", "product"]
+from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
 
 
 class _EveryToken:
@@ -47,22 +53,17 @@ class Readout:
     """
 
     def __init__(
-        self,
-        model_dir: Path,
-        adapter: Adapter,
-        config: PretrainedConfig,
-        *,
-        step_aggregation: StepAggregation | None = None,
-        embedding: Embedding | None = None,
+        self, settings: EngineSettings, adapter: Adapter, config: PretrainedConfig
     ) -> None:
+        embedding = settings.embedding
         self._config = config.to_dict()
         self._pooling = _OF_EMBEDDING[embedding.pooling] if embedding else adapter.pooling
         self._averages = adapter.averages(self._config)
         self.embedding = embedding
-        self.step_aggregation = (
-            (step_aggregation or adapter.step_aggregation) if adapter.step_aggregation else None
+        self.step_aggregation = adapter.step_aggregation and (
+            settings.step_aggregation or adapter.step_aggregation
         )
-        self._head = None if embedding else load_head(model_dir, adapter)
+        self._head = None if embedding else load_head(settings.model_dir, adapter)
         self.num_outputs = (
             int(config.hidden_size) if embedding else 1 + len(adapter.attributes(self._config))
         )
@@ -81,7 +82,7 @@ class Readout:
         return self._averages or self.step_aggregation is not None
 
     def pooled_tokens(self, rows: TokenizedRows) -> tuple[PooledTokens, dict[int, RowError]]:
-        """The tokens to read of every sequence, and the sequences that lack one."""
+        """The tokens to read from every sequence, and the sequences that lack one."""
         at_end = self._is_at_end(rows)
         counts = at_end.astype(np.int64)
         found: dict[int, npt.NDArray[np.int64]] = {}
@@ -102,7 +103,7 @@ class Readout:
         return PooledTokens(positions, offsets), errors
 
     def _is_at_end(self, rows: TokenizedRows) -> npt.NDArray[np.bool_]:
-        """bool[S]: the sequences whose last token is all that is read, told in bulk."""
+        """bool[S]: whether only a sequence's last token is read, found for all at once."""
         at_end = np.zeros(rows.num_sequences, dtype=np.bool_)
         if isinstance(self._pooling, LastToken):
             some = np.flatnonzero(rows.lengths)
@@ -133,7 +134,7 @@ class Readout:
         outputs: npt.NDArray[np.float32],
         pooled: PooledTokens,
     ) -> None:
-        """Put the outputs of `read` for these sequences, all of a shard, into `scores`."""
+        """Put the outputs of `read` for these sequences, all of one shard, into `scores`."""
         if self.step_aggregation is None:
             scores.values[sequences] = outputs
             return
@@ -174,10 +175,10 @@ def aggregate_steps(
 
 
 class PooledStates:
-    """The hidden states of a shard's pooled tokens, as the batches of its trie bring them.
+    """The hidden states of a shard's pooled tokens, collected from the batches of its trie.
 
-    A sequence is read once the last of its own is there; what no later sequence reads is let go.
-    `places` is int64[K], where each of the `pooled` tokens lies in the trie.
+    A sequence is read once all its states are there; states that no later sequence reads are
+    dropped. `places` is int64[K], the place of each `pooled` token in the trie.
     """
 
     def __init__(self, places: npt.NDArray[np.int64], pooled: PooledTokens) -> None:
@@ -195,7 +196,7 @@ class PooledStates:
     def add(
         self, start: int, stop: int, states: Tensor
     ) -> tuple[npt.NDArray[np.int64], PooledTokens, Tensor]:
-        """Take the states [P, H] of the pooled tokens between two places of the trie; give the
+        """Take the states [P, H] of the pooled tokens between two places of the trie; return the
         sequences that are complete now, their pooled tokens and the states of these."""
         first, last = np.searchsorted(self._distinct, [start, stop])
         held = np.concatenate([self._held, self._distinct[first:last]])

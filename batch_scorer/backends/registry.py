@@ -1,9 +1,11 @@
-"""The engines by name."""
+"""An engine by its name, which is also the name of its file."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from importlib import import_module
+from typing import TypeAlias
 
-from batch_scorer.backends.base import Backend
+from batch_scorer.backends.base import Backend, EngineSettings, MakeBackend
+from batch_scorer.config import ENGINES
 from batch_scorer.job import Job
 from batch_scorer.models.registry import adapter_named
 
@@ -11,33 +13,28 @@ BackendFactory: TypeAlias = Callable[[Job], Backend]
 """What builds the engine in each worker; tests and dry runs bring their own."""
 
 
+def settings_of(job: Job) -> EngineSettings:
+    """What the engine of this run is started with."""
+    # Looking the family up loads torch, which takes seconds.
+    adapter = adapter_named(job.adapter) if ENGINES[job.backend].runs_model else None
+    return EngineSettings(
+        model_dir=job.model_dir,
+        dtype=job.dtype,
+        device=job.device,
+        adapter=adapter,
+        max_tokens=job.max_tokens,
+        step_aggregation=job.config.step_aggregation,
+        embedding=job.embedding,
+        attention=job.config.attention,
+        quantization=job.config.quantization,
+        tensor_parallel=job.config.tensor_parallel,
+        token_budget=job.config.token_budget,
+        compile=job.config.compile,
+        trust_remote_code=job.config.trust_remote_code,
+    )
+
+
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
-    if job.backend == "fake":
-        from batch_scorer.backends.fake import FakeBackend
-
-        return FakeBackend()
-    config = job.config
-    shared: dict[str, Any] = {
-        "adapter": adapter_named(job.adapter),
-        "dtype": job.dtype,
-        "device": job.device,
-        "step_aggregation": config.step_aggregation,
-        "embedding": job.embedding,
-        "token_budget": config.token_budget,
-        "compile": config.compile,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    if job.backend == "vllm":
-        from batch_scorer.backends.vllm import VLLMBackend
-
-        return VLLMBackend(
-            job.model_dir,
-            max_tokens=job.max_tokens,
-            quantization=config.quantization,
-            tensor_parallel=config.tensor_parallel,
-            **shared,
-        )
-    from batch_scorer.backends.hf import HFBackend
-
-    return HFBackend(job.model_dir, attention=config.attention, **shared)
+    make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}").BACKEND
+    return make(settings_of(job))

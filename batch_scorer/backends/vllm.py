@@ -1,14 +1,14 @@
-"""Scores by vLLM: it runs the body, our own float32 head reads its hidden states.
+"""Scores from vLLM: it runs the body, and this package's float32 head reads the hidden states.
 
-vLLM's pooling runner gives the hidden state of a sequence's last token, without activation or
+vLLM's pooling runner returns the hidden state of a sequence's last token, without activation or
 normalisation. So every family that has a body runs here, the head is the same as in the hf
-backend, and quantisation leaves the head alone (docs/decisions/0006). A hidden state in the
-middle of a sequence is that of the last token of a prefix, because decoders do not look ahead:
-the prefix is sent as a request of its own, and the prefix cache makes it cheap. Where most
-tokens are read (steps, means), all hidden states of a sequence are taken from its one forward.
+backend, and quantisation does not touch the head (docs/decisions/0006). A hidden state inside a
+sequence is that of a prefix's last token, because decoders do not attend to later tokens: the
+prefix is a separate request, and the prefix cache makes it cheap. Where most tokens are read
+(steps, means), all hidden states of a sequence come from one forward pass.
 
-`vllm_engine.py` starts vLLM and feeds it. One GPU or the CPU: the engine lives in this process.
-`tensor_parallel` > 1 adds vLLM's worker processes: tried on CPUs, not on GPUs yet.
+`vllm_engine.py` starts vLLM and sends it requests. On one GPU or a CPU the engine runs in this
+process. `tensor_parallel` > 1 adds vLLM's worker processes: tried on CPUs, not on GPUs yet.
 
 Legend: S sequences, K pooled tokens, R requests, H hidden, O outputs.
 """
@@ -16,8 +16,7 @@ Legend: S sequences, K pooled tokens, R requests, H hidden, O outputs.
 import gc
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,29 +24,34 @@ import numpy.typing as npt
 import torch
 import transformers
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from batch_scorer.backends.base import (
     PROBE_TOLERANCE,
     EngineDied,
+    EngineSettings,
+    MakeBackend,
     mark_non_finite,
     refuse_dtype,
     unscorable,
 )
 from batch_scorer.backends.device import keep_freed_memory
 from batch_scorer.backends.packing import Int64Array
-from batch_scorer.backends.readout import Readout, StepAggregation
+from batch_scorer.backends.readout import Readout
 from batch_scorer.backends.vllm_engine import Engine, require_vllm
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter
+from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.registry import choose_adapter
 from batch_scorer.models.weights import body_config
-from batch_scorer.records import Effort, Embedding, PooledTokens, Scores, TokenizedRows
+from batch_scorer.records import Effort, PooledTokens, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """R distinct prompts in prefix order, and int64[n], the request that serves each asked one.
+    """R distinct prompts in prefix order, and int64[n], the request that answers each prompt asked.
 
     A prompt is its token ids as big-endian int32: bytes that sort and compare as the ids do.
     """
@@ -57,9 +61,9 @@ class Requests:
 
 
 def plan_requests(rows: TokenizedRows, sequences: Int64Array, stops: Int64Array) -> Requests:
-    """Requests for the first `stops[i]` tokens of `sequences[i]`; equal ones are asked once.
+    """Requests for the first `stops[i]` tokens of `sequences[i]`; equal ones are sent once.
 
-    Neighbours share the longest prefixes, so that these are in the cache when they are needed.
+    Sorted, so that a prefix is still in the cache when the next request needs it.
     """
     ids = rows.token_ids.astype(">i4").tobytes()
     starts = rows.sequence_offsets[sequences]
@@ -76,66 +80,35 @@ def plan_requests(rows: TokenizedRows, sequences: Int64Array, stops: Int64Array)
 class VLLMBackend:
     """A reward model whose body runs in vLLM; see `Backend` for what it does.
 
-    `max_tokens` is the longest sequence of the job, which vLLM makes room for. `quantization` is
-    vLLM's name of a method that quantises the body on a GPU, such as fp8. `token_budget` and
-    `compile` None take what `Engine` takes on this device. Raises ModelError where the directory
-    cannot give true scores here, MissingExtraError without a vLLM that fits.
+    `token_budget` and `compile` None take what `Engine` takes on this device. Raises ModelError
+    where the directory cannot give true scores here, MissingExtraError without a vLLM that fits.
     """
 
-    def __init__(
-        self,
-        model_dir: Path,
-        *,
-        adapter: Adapter,
-        dtype: str,
-        device: str,
-        max_tokens: int,
-        step_aggregation: StepAggregation | None = None,
-        embedding: Embedding | None = None,
-        quantization: str | None = None,
-        tensor_parallel: int = 1,
-        trust_remote_code: bool = False,
-        token_budget: int | None = None,
-        compile: bool | None = None,
-        prefix_caching: bool = True,
-    ) -> None:
-        _refuse_unsupported(model_dir, adapter, device, embedding, quantization)
+    def __init__(self, settings: EngineSettings) -> None:
+        model_dir, device = settings.model_dir, settings.device
+        adapter = settings.adapter or choose_adapter(read_model_files(model_dir))
+        _refuse_unsupported(settings, adapter)
         version = require_vllm(device)
         if device == "cpu":
             keep_freed_memory()
-        config = body_config(model_dir, adapter, trust_remote_code=trust_remote_code)
+        config = body_config(model_dir, adapter, trust_remote_code=settings.trust_remote_code)
         text_config = config.get_text_config()
-        refuse_dtype(adapter, text_config.model_type, dtype)
-        self._readout = Readout(
-            model_dir,
-            adapter,
-            text_config,
-            step_aggregation=step_aggregation,
-            embedding=embedding,
-        )
+        refuse_dtype(adapter, text_config.model_type, settings.dtype)
+        self._readout = Readout(settings, adapter, text_config)
         self.num_outputs = self._readout.num_outputs
         self._vocabulary_size: int = text_config.vocab_size
-        limit = getattr(text_config, "max_position_embeddings", None) or max_tokens
-        self._max_tokens = min(max_tokens, limit)
+        self._max_tokens = _longest(settings, text_config)
         all_tokens = self._readout.reads_all_tokens
         self._engine = Engine(
-            model_dir,
-            config,
+            # Requests for all tokens do not read the cache, so it would only cost time.
+            replace(settings, prefix_caching=settings.prefix_caching and not all_tokens),
             adapter,
+            config,
             task="token_embed" if all_tokens else "embed",
-            device=device,
-            dtype=dtype,
             max_tokens=self._max_tokens,
-            token_budget=token_budget,
-            # Requests for all tokens do not read the cache, so it would only cost them.
-            prefix_caching=prefix_caching and not all_tokens,
-            quantization=quantization,
-            tensor_parallel=tensor_parallel,
-            compile=compile,
-            trust_remote_code=trust_remote_code,
         )
-        # With worker processes of its own, vLLM leaves no room on the device for this one.
-        self._head_device = torch.device(device if tensor_parallel == 1 else "cpu")
+        # vLLM's worker processes leave this process no memory on the device.
+        self._head_device = torch.device(device if settings.tensor_parallel == 1 else "cpu")
         self._readout.to(self._head_device)
         self._effort = Effort()
         self.provenance: dict[str, Any] = {
@@ -151,7 +124,7 @@ class VLLMBackend:
             self._check_engine()
         except (ModelError, EngineDied) as error:
             self.close()
-            if isinstance(error, EngineDied):  # at its first tokens: it cannot run this model
+            if isinstance(error, EngineDied):  # at the first tokens: vLLM cannot run this model
                 raise ModelError(f"{model_dir}: {error}; set backend to hf") from error
             raise
         logger.info("scoring with %s", self.provenance)
@@ -188,7 +161,7 @@ class VLLMBackend:
     def _read_last_tokens(
         self, rows: TokenizedRows, sequences: Int64Array, chosen: PooledTokens
     ) -> npt.NDArray[np.float32]:
-        """What `Readout.read` gives, from one request for each distinct prefix."""
+        """What `Readout.read` returns, from one request for each distinct prefix."""
         owners = np.repeat(sequences, chosen.counts)  # int64[K]
         requests = plan_requests(rows, owners, chosen.positions + 1)
         hidden = torch.empty(len(requests.prompts), self._engine.hidden_size)  # [R, H]
@@ -199,7 +172,7 @@ class VLLMBackend:
     def _read_all_tokens(
         self, rows: TokenizedRows, sequences: Int64Array, chosen: PooledTokens
     ) -> npt.NDArray[np.float32]:
-        """The same from one request for each distinct sequence, read as soon as it is there."""
+        """The same from one request for each distinct sequence, read as soon as it is done."""
         requests = plan_requests(rows, sequences, rows.lengths[sequences])
         served = dict(zip(requests.serving.tolist(), range(len(sequences)), strict=True))
         outputs: dict[int, npt.NDArray[np.float32]] = {}
@@ -216,10 +189,10 @@ class VLLMBackend:
     def _states(self, prompts: Sequence[bytes]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """Indices and hidden states of all prompts, in no order.
 
-        A sequence that gives no numbers leaves them in vLLM's cache. Who gets its block next
-        multiplies them by zero, not by leaving them out, and gives no numbers either: so what
-        comes out as such is computed again, alone and on a clean cache. That comes last, and
-        takes the place of what is given at first.
+        A sequence whose states are not finite leaves such numbers in vLLM's cache. The next request
+        in the same block multiplies them by zero, which gives NaN. So every prompt with states
+        that are not finite is computed again, alone and on a clean cache. These come last, and
+        replace the first ones.
         """
         suspects: list[int] = []
         for indices, states in self._engine.run(prompts, self._effort):
@@ -234,10 +207,11 @@ class VLLMBackend:
             self._engine.clear_cache()
 
     def _check_engine(self) -> None:
-        """Raise ModelError where vLLM normalises, looks ahead, or lets sequences see each other."""
+        """Raise ModelError where vLLM normalises, attends to later tokens, or lets sequences see
+        each other."""
         name = self.provenance["model_class"]
         if self._engine.looks_ahead:
-            raise ModelError(f"{name} looks ahead in vLLM, it is no decoder; set backend to hf")
+            raise ModelError(f"{name} attends to later tokens in vLLM; set backend to hf")
         ids = (np.arange(12, dtype=np.int64) * 7 + 1) % self._vocabulary_size
         probes = [ids[:8].astype(">i4").tobytes(), ids[8:].astype(">i4").tobytes()]
         beside = self._probe(probes)
@@ -248,7 +222,7 @@ class VLLMBackend:
         moved = float((beside[1] - alone).norm() / alone.norm())
         dtype = self.provenance["dtype"]
         if not np.isfinite(moved):
-            raise ModelError(f"hidden states are no numbers in {dtype}")
+            raise ModelError(f"hidden states are not finite in {dtype}")
         if bool(((norms - 1).abs() < 1e-3).all()):
             raise ModelError(f"vLLM normalises the hidden states of {name}; set backend to hf")
         if moved > PROBE_TOLERANCE[dtype]:
@@ -258,33 +232,42 @@ class VLLMBackend:
             )
 
     def _probe(self, prompts: Sequence[bytes]) -> list[Tensor]:
-        """The hidden states of these prompts, in float32."""
+        """These prompts' hidden states, in float32."""
         states: dict[int, Tensor] = {}
         for indices, done in self._engine.run(prompts, Effort()):
             states.update(zip(indices, done, strict=True))
         return [states[index].float() for index in range(len(prompts))]
 
 
+BACKEND: MakeBackend = VLLMBackend
+
+
 def _are_finite(states: list[Tensor]) -> list[bool]:
-    """Of the hidden states of one or more prompts. A look takes 5 us, however few the numbers, so
-    where each has few, [H], all get one."""
+    """Which prompts' hidden states are finite. A check takes 5 us, however few the numbers, so
+    prompts with few numbers each, [H], are checked together."""
     if states[0].dim() == 1:
         finite: list[bool] = torch.stack(states).isfinite().all(dim=1).tolist()
         return finite
     return [bool(state.isfinite().all()) for state in states]
 
 
-def _refuse_unsupported(
-    model_dir: Path,
-    adapter: Adapter,
-    device: str,
-    embedding: Embedding | None,
-    quantization: str | None,
-) -> None:
-    """Raise for what can be told without vLLM."""
-    if "vllm" not in adapter.engines or (adapter.build_head is None and embedding is None):
+def _longest(settings: EngineSettings, config: PretrainedConfig) -> int:
+    """Tokens of the longest sequence that can come."""
+    limits = (settings.max_tokens, getattr(config, "max_position_embeddings", None))
+    known = [limit for limit in limits if limit]
+    if not known:
+        raise ConfigError(f"max_tokens: {settings.model_dir} names no limit of its own; set it")
+    return min(known)
+
+
+def _refuse_unsupported(settings: EngineSettings, adapter: Adapter) -> None:
+    """Raise for what is known without vLLM."""
+    has_no_body = adapter.build_head is None and settings.embedding is None
+    if "vllm" not in adapter.engines or has_no_body:
         raise ModelError(
-            f"{model_dir}: {adapter.name} models do not run in vLLM; set backend to hf"
+            f"{settings.model_dir}: {adapter.name} models do not run in vLLM; set backend to hf"
         )
-    if quantization is not None and device == "cpu":
-        raise ConfigError(f"quantization {quantization} needs a GPU; leave it out on the CPU")
+    if settings.quantization is not None and settings.device == "cpu":
+        raise ConfigError(
+            f"quantization {settings.quantization} needs a GPU; leave it out on the CPU"
+        )

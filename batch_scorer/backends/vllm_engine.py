@@ -1,6 +1,6 @@
-"""vLLM itself: started with the body of a model, fed with prompts, cleared, and shut down.
+"""vLLM itself: started with a model's body, given prompts, cleared, and shut down.
 
-What a reward model makes of the hidden states is not known here (`vllm.py`).
+What a reward model does with the hidden states is in `vllm.py`.
 
 Legend: H hidden.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from batch_scorer.backends.base import EngineDied
+from batch_scorer.backends.base import EngineDied, EngineSettings
 from batch_scorer.backends.watchdog import sign_of_life
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError
 from batch_scorer.models.adapter import Adapter
@@ -33,15 +33,15 @@ from batch_scorer.records import Effort
 logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ((0, 32), (0, 33))
-"""From the first, below the second. An older vLLM is refused, a newer one tried with a warning:
-names and defaults of its engine core and pooling runner change from release to release."""
+"""From the first, below the second. An older vLLM is refused; a newer one runs, with a warning:
+names and defaults in vLLM's engine core and pooling runner change from release to release."""
 
 ENVIRONMENT = {
-    # The engine in this process: when it dies, the worker dies, and its shard is tried again.
+    # The engine in this process: when it dies, the worker dies, and the shard is retried.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Bound to cores, its threads would starve the readers and writers beside it.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Its worker processes come after CUDA is in use here, which forks do not survive.
+    # Its worker processes start after CUDA is in use here, which forks do not survive.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -50,75 +50,69 @@ ENVIRONMENT = {
 """Set before vLLM is imported, where they are not set already."""
 
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
-"""Tokens of one forward pass: what vLLM 0.32 itself takes on a CPU and on an H100."""
+"""Most tokens of a forward pass: vLLM 0.32's defaults on a CPU and on an H100."""
 MAX_SEQUENCES = 512
-"""Sequences of one forward pass: enough to fill a GPU's budget with rows of 32 tokens."""
+"""Most sequences of a forward pass: enough to fill a GPU's budget with rows of 32 tokens."""
 BLOCK_SIZE = {"cpu": 32, "cuda": 16}
-"""Tokens of a prefix are shared in blocks. On the CPU vLLM takes multiples of 32, and 128 where
-nothing is said, which leaves most prompts unshared."""
+"""Tokens of a prefix are shared in blocks. On the CPU vLLM takes multiples of 32; its default of
+128 leaves most prompts unshared."""
 CPU_KV_CACHE_BYTES = 4 << 30
-"""Taken from main memory at the start, unless `CPU_KV_CACHE_VARIABLE` says otherwise."""
+"""Reserved in main memory at the start, unless `CPU_KV_CACHE_VARIABLE` is set."""
 CPU_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-"""vLLM's own, in GiB."""
+"""vLLM's name for it, in GiB."""
 
 _CAUSAL = ("decoder", "hybrid", "attention_free")
 
 _REFUSALS = (ValueError, TypeError, KeyError, AssertionError, NotImplementedError)
-"""What vLLM raises at its start for a model or a setting that it cannot take."""
+"""What vLLM raises at its start for a model or a setting that it does not support."""
 
 
 class Engine:
-    """vLLM with one body. `facts` is what it was told and what it settled on, for the provenance.
+    """vLLM with one body. `facts` are its settings, given and derived, for the provenance.
 
     `task` is vLLM's: `embed` gives the hidden state of a prompt's last token, `token_embed` those
-    of all its tokens. `max_tokens` is the longest prompt, which vLLM makes room for. `compile`
-    None leaves it to the device: on a GPU vLLM compiles and captures CUDA graphs, on a CPU not,
-    where compiling takes about a minute of every start. Raises ModelError for what vLLM cannot
-    make of the model.
+    of all its tokens. vLLM reserves memory for prompts of up to `max_tokens`. Without the setting
+    `compile`, vLLM compiles and captures CUDA graphs on a GPU, and does not compile on a CPU,
+    where it takes about a minute of every start. Raises ModelError for a model that vLLM cannot
+    run.
     """
 
     def __init__(
         self,
-        model_dir: Path,
-        config: PretrainedConfig,
+        settings: EngineSettings,
         adapter: Adapter,
+        config: PretrainedConfig,
         *,
         task: str,
-        device: str,
-        dtype: str,
         max_tokens: int,
-        token_budget: int | None,
-        prefix_caching: bool,
-        quantization: str | None,
-        tensor_parallel: int,
-        compile: bool | None,
-        trust_remote_code: bool,
     ) -> None:
+        model_dir, device = settings.model_dir, settings.device
         text_config = config.get_text_config()
         architecture = _causal_architecture(model_dir, text_config)
-        budget = token_budget or TOKEN_BUDGET[device]
-        settings = {
-            "dtype": dtype,
+        budget = settings.token_budget or TOKEN_BUDGET[device]
+        compiles = device == "cuda" if settings.compile is None else settings.compile
+        arguments = {
+            "dtype": settings.dtype,
             "max_model_len": max_tokens,
             "max_num_batched_tokens": budget,
             "max_num_seqs": min(MAX_SEQUENCES, budget),
             "block_size": BLOCK_SIZE[device],
-            "enable_prefix_caching": prefix_caching,
-            "quantization": quantization,
-            "tensor_parallel_size": tensor_parallel,
-            "distributed_executor_backend": "mp" if tensor_parallel > 1 else None,
-            "enforce_eager": not (device == "cuda" if compile is None else compile),
+            "enable_prefix_caching": settings.prefix_caching,
+            "quantization": settings.quantization,
+            "tensor_parallel_size": settings.tensor_parallel,
+            "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else None,
+            "enforce_eager": not compiles,
             "kv_cache_memory_bytes": _cpu_cache_bytes() if device == "cpu" else None,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": settings.trust_remote_code,
         }
-        source = model_dir if trust_remote_code else None
+        source = model_dir if settings.trust_remote_code else None
         with _body_directory(config, architecture, source) as body_dir:
             try:
-                self._engine = _start(model_dir, body_dir, adapter, task, settings)
+                self._engine = _start(model_dir, body_dir, adapter, task, arguments)
             except _REFUSALS as error:
                 why = str(error)
                 if device == "cpu":
-                    why = _too_long_for_cache(text_config, settings) or why
+                    why = _too_long_for_cache(text_config, arguments) or why
                 raise ModelError(f"{model_dir}: vLLM cannot run it: {why}") from error
         self._request_numbers = itertools.count()
         self._new_request = _request_maker(task, self._engine.model_config)
@@ -129,14 +123,14 @@ class Engine:
             "model_class": architecture,
             "task": task,
             "activation": None,
-            "dtype": dtype,
-            "quantization": quantization,
-            "enforce_eager": settings["enforce_eager"],
-            "trust_remote_code": trust_remote_code,
-            "prefix_caching": prefix_caching,
+            "dtype": settings.dtype,
+            "quantization": settings.quantization,
+            "enforce_eager": not compiles,
+            "trust_remote_code": settings.trust_remote_code,
+            "prefix_caching": settings.prefix_caching,
             "max_tokens": max_tokens,
             "token_budget": budget,
-            "tensor_parallel": tensor_parallel,
+            "tensor_parallel": settings.tensor_parallel,
             **_settled(self._engine),
         }
 
@@ -146,12 +140,12 @@ class Engine:
         """Indices and hidden states of the prompts that a step finished, until all are done.
 
         A prompt is its token ids as big-endian int32; its states are [H], or [tokens, H] of all
-        its tokens. What it took is added to `effort`. Prompts that share a prefix should be
-        neighbours: a block of it is in the cache as soon as the first of them is scheduled, for
-        those in the same step too. The queue holds enough for any step to be full, and not
-        everything, because what vLLM holds is Python lists.
+        its tokens. The work is added to `effort`. Prompts that share a prefix should be next to
+        each other: a block of it is in the cache as soon as the first of them is scheduled, for
+        those in the same step too. The queue is long enough to fill any step, and no longer,
+        because vLLM keeps prompts as Python lists.
 
-        Raises EngineDied for whatever vLLM raises: after that it may hold half a batch.
+        Raises EngineDied for any exception of vLLM, which may be left with half a batch.
         """
         core = self._engine.engine_core
         waiting = enumerate(prompts)
@@ -182,7 +176,7 @@ class Engine:
             raise EngineDied(f"vLLM stopped: {type(error).__name__}: {error}") from error
 
     def clear_cache(self) -> None:
-        """Forget all keys and values, and put zeros in their place."""
+        """Replace all cached keys and values by zeros."""
         self._engine.reset_prefix_cache()
         self._engine.collective_rpc("clear_kv_cache")
 
@@ -202,7 +196,7 @@ class Engine:
 
 
 def _count(effort: Effort, lengths: list[int], cached: list[int]) -> None:
-    """Add prompts of `lengths` tokens, of which `cached` were not computed."""
+    """Add prompts of `lengths` tokens, `cached` of which were not computed."""
     length, shared = np.array(lengths, np.int64), np.array(cached, np.int64)
     effort.shared_tokens += int(shared.sum())
     effort.computed_tokens += int((length - shared).sum())
@@ -232,8 +226,8 @@ def require_vllm(device: str) -> str:
 
 
 def check_version(version: str) -> None:
-    """Raise MissingExtraError for a vLLM that is too old, warn of one that is untried."""
-    oldest, untried = (".".join(map(str, bound)) for bound in TESTED_VERSIONS)
+    """Raise MissingExtraError for a vLLM that is too old, warn about one that is untested."""
+    oldest, untested = (".".join(map(str, bound)) for bound in TESTED_VERSIONS)
     found = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if found < TESTED_VERSIONS[0]:
         raise MissingExtraError(
@@ -241,16 +235,16 @@ def check_version(version: str) -> None:
             "pip install 'batch-scorer[vllm]'"
         )
     if found >= TESTED_VERSIONS[1]:
-        logger.warning("vLLM %s is untried here; tested below %s", version, untried)
+        logger.warning("vLLM %s is untested here; tested below %s", version, untested)
 
 
 def _causal_architecture(model_dir: Path, config: PretrainedConfig) -> str:
-    """vLLM's name of the body with a language model's head, the form in which it knows bodies."""
+    """vLLM's name of the body with a language model's head: vLLM has bodies in this form only."""
     from vllm import ModelRegistry
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if name not in ModelRegistry.get_supported_archs():
-        # It would fall back to transformers' code, which the hf backend runs better.
+        # vLLM would fall back to transformers' code, which the hf backend runs better.
         raise ModelError(
             f"{model_dir}: vLLM has no decoder for {config.model_type} models; set backend to hf"
         )
@@ -261,9 +255,9 @@ def _causal_architecture(model_dir: Path, config: PretrainedConfig) -> str:
 def _body_directory(
     config: PretrainedConfig, architecture: str, code: Path | None
 ) -> Iterator[Path]:
-    """A directory with the body's config alone, so that nothing else decides what vLLM does: no
-    head, no pooling or normalisation of sentence-transformers, no tokenizer. With `code`, also
-    the Python files of that directory."""
+    """A directory with the body's config only, so that nothing else changes what vLLM does: no
+    head, no sentence-transformers pooling or normalisation, no tokenizer. With `code`, also that
+    directory's Python files."""
     config.architectures = [architecture]
     with tempfile.TemporaryDirectory() as name:
         config.save_pretrained(name)
@@ -273,7 +267,7 @@ def _body_directory(
 
 
 def _start(
-    model_dir: Path, body_dir: Path, adapter: Adapter, task: str, settings: dict[str, Any]
+    model_dir: Path, body_dir: Path, adapter: Adapter, task: str, arguments: dict[str, Any]
 ) -> Any:
     """A running engine."""
     from vllm import EngineArgs, LLMEngine
@@ -285,7 +279,7 @@ def _start(
     pooler = {"seq_pooling_type": "LAST", "tok_pooling_type": "ALL", "use_activation": False}
     set_num_threads = torch.set_num_threads
     try:
-        arguments = EngineArgs(
+        engine_arguments = EngineArgs(
             model=str(body_dir),
             runner="pooling",
             convert="embed",
@@ -296,22 +290,22 @@ def _start(
             skip_tokenizer_init=True,
             disable_log_stats=True,
             seed=0,
-            **settings,
+            **arguments,
         )
-        return LLMEngine.from_engine_args(arguments)
+        return LLMEngine.from_engine_args(engine_arguments)
     except _REFUSALS:
         cleanup_dist_env_and_memory()
         raise
     finally:
-        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a blank in its place
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
 
 
 def _request_maker(task: str, model_config: Any) -> Callable[..., Any]:
-    """Takes `request_id` and `prompt_token_ids`, gives what an engine core takes.
+    """A function of `request_id` and `prompt_token_ids` that returns an engine core's request.
 
-    `LLMEngine.add_request` gives it the same, but looks at the parameters and copies them anew for
-    every prompt, and keeps a state of its own for each: a third of the time that Python takes for
-    a short prompt (docs/performance.md).
+    `LLMEngine.add_request` makes the same, but checks and copies the parameters again for every
+    prompt, and keeps a state for each: a third of the time that Python takes for a short prompt
+    (docs/performance.md).
     """
     from vllm import PoolingParams
     from vllm.v1.engine import EngineCoreRequest
@@ -321,7 +315,7 @@ def _request_maker(task: str, model_config: Any) -> Callable[..., Any]:
     return partial(
         EngineCoreRequest,
         pooling_params=parameters,
-        arrival_time=0.0,  # first come, first served: nothing reads it
+        arrival_time=0.0,  # requests are served in order: nothing reads it
         sampling_params=None,
         mm_features=None,
         lora_request=None,
@@ -331,27 +325,27 @@ def _request_maker(task: str, model_config: Any) -> Callable[..., Any]:
 
 
 def _cpu_cache_bytes() -> int:
-    """As vLLM reads it. Raises ConfigError."""
+    """`CPU_KV_CACHE_VARIABLE` as vLLM reads it. Raises ConfigError."""
     gib = os.environ.get(CPU_KV_CACHE_VARIABLE)
     try:
         return int(gib) << 30 if gib else CPU_KV_CACHE_BYTES
     except ValueError:
-        raise ConfigError(f"{CPU_KV_CACHE_VARIABLE} is {gib}; it is a number of GiB") from None
+        raise ConfigError(f"{CPU_KV_CACHE_VARIABLE} is {gib}; set a whole number of GiB") from None
 
 
-def _too_long_for_cache(config: PretrainedConfig, settings: dict[str, Any]) -> str | None:
-    """Why a CPU's cache cannot hold the longest prompt; None where it can.
+def _too_long_for_cache(config: PretrainedConfig, arguments: dict[str, Any]) -> str | None:
+    """Why a CPU's cache is too small for the longest prompt; None where it is not.
 
-    For engines that did not start: it may say so of one that could, because vLLM needs less for
-    layers with a sliding window.
+    For engines that did not start: for one that could, the answer may be wrong, because vLLM needs
+    less for layers with a sliding window.
     """
     if not getattr(config, "num_attention_heads", None):
         return None
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype: torch.dtype = getattr(torch, settings["dtype"])
-    layer_bytes = 2 * heads * size * dtype.itemsize // settings["tensor_parallel_size"]
-    tokens, cache_bytes = settings["max_model_len"], settings["kv_cache_memory_bytes"]
+    dtype: torch.dtype = getattr(torch, arguments["dtype"])
+    layer_bytes = 2 * heads * size * dtype.itemsize // arguments["tensor_parallel_size"]
+    tokens, cache_bytes = arguments["max_model_len"], arguments["kv_cache_memory_bytes"]
     needed_bytes = tokens * config.num_hidden_layers * layer_bytes
     if needed_bytes <= cache_bytes:
         return None
@@ -363,7 +357,7 @@ def _too_long_for_cache(config: PretrainedConfig, settings: dict[str, Any]) -> s
 
 
 def _settled(engine: Any) -> dict[str, Any]:
-    """What the engine settled on by itself."""
+    """The settings that vLLM derived."""
     from vllm.platforms import current_platform
 
     cache, layers = engine.vllm_config.cache_config, _attention_layers(engine)
@@ -377,6 +371,6 @@ def _settled(engine: Any) -> dict[str, Any]:
 
 
 def _attention_layers(engine: Any) -> list[Any]:
-    """Those of this process; none where vLLM has worker processes."""
+    """This process's attention layers; none where vLLM has worker processes."""
     modules = engine.vllm_config.compilation_config.static_forward_context.values()
     return [module for module in modules if hasattr(module, "get_attn_backend")]

@@ -1,7 +1,7 @@
-"""What runs in vLLM's workers: the loader of a body's weights, and the clearing of their cache.
+"""What runs in vLLM's workers: the loader of a body's weights, and the clearing of the cache.
 
-Beside `vllm.py` and not in it, because there vLLM is imported only once it is known to be
-installed, while its workers, in whatever process, import this by name (`worker_extension_cls`).
+Not part of `vllm.py`, which imports vLLM only once it is known to be installed, while vLLM's
+workers, in any process, import this file by name (`worker_extension_cls`).
 """
 
 import logging
@@ -28,12 +28,12 @@ _LANGUAGE_HEAD = "lm_head"
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class, which also brings the loader below into its process."""
+    """Mixed into vLLM's worker class, which also imports the loader below in its process."""
 
     model_runner: Any
 
     def clear_kv_cache(self) -> None:
-        """Zero in place of all keys and values."""
+        """Replace all keys and values by zeros."""
         for caches in self.model_runner.kv_caches:
             for cache in caches if isinstance(caches, list | tuple) else [caches]:
                 cache.zero_()
@@ -41,7 +41,7 @@ class WorkerExtension:
 
 @register_model_loader(LOAD_FORMAT)
 class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
-    """Loads what `models.weights.body_tensors` gives.
+    """Loads what `models.weights.body_tensors` returns.
 
     `model_loader_extra_config` names the `model_dir` and the `adapter`.
     """
@@ -56,15 +56,15 @@ class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Raises ModelError for weights that the model has and the checkpoint lacks.
 
-        vLLM 0.32 looks for these itself, but not in linear layers, nor for a part of what it
-        fuses. So all weights are no numbers until they are loaded.
+        vLLM 0.32 checks for these itself, but not in linear layers, nor for a part of what it
+        fuses. So all weights are NaN until they are loaded.
         """
         for _, weight in _plain_weights(model):
             weight.fill_(math.nan)
         super().load_weights(model, model_config)
         if missing := [name for name, weight in _plain_weights(model) if weight.isnan().any()]:
             raise ModelError(
-                f"{self._model_dir} lacks weights, or holds some that are no numbers: "
+                f"{self._model_dir} lacks weights, or has some that are NaN: "
                 f"{', '.join(missing)} (under vLLM's names)"
             )
 
@@ -81,11 +81,11 @@ class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
             elif not name.startswith(_LANGUAGE_HEAD):
                 unused.append(name)
         if unused:
-            logger.warning("weights without a place in the model: %s", ", ".join(sorted(unused)))
+            logger.warning("the model does not use these weights: %s", ", ".join(sorted(unused)))
 
 
 def _plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that are in memory as ordinary numbers: while it quantises, vLLM has others too."""
+    """The weights that are ordinary numbers in memory: while it quantises, vLLM has others too."""
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.is_meta:
             yield name, weight

@@ -1,4 +1,4 @@
-"""Ends a process whose engine hangs, so that a hang is a death like any other."""
+"""Ends a process whose engine hangs, so that a hang counts as a death of the worker."""
 
 import faulthandler
 import time
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 _STDERR = 2
 _REARM_SHARE = 0.1
-"""Of the limit; what an engine says more often is not worth the 50 us that it takes to listen."""
+"""Share of the limit within which the timer is not set again: setting it takes 50 us."""
 
 _limit_s: float | None = None
 _armed_at = 0.0
@@ -15,10 +15,10 @@ _armed_at = 0.0
 
 @contextmanager
 def watch(hang_s: float) -> Iterator[None]:
-    """End this process, with a trace of all its threads on stderr, once no `sign_of_life` has come
-    for `hang_s`.
+    """End this process, with a trace of all its threads on stderr, after `hang_s` without a
+    `sign_of_life`.
 
-    A thread without Python does it: native code that hangs may hold the interpreter.
+    A native thread does it, because native code that hangs may hold the interpreter's lock.
     """
     global _limit_s
     _limit_s = hang_s

@@ -1,7 +1,7 @@
-"""Rows as users hold them, and what of a row is scored.
+"""Rows as users store them, and which part of a row is scored.
 
-`detect` finds a file's `Layout` once, from its schema and a few rows; `parse` cuts its rows
-into conversations by it. `docs/formats.md` shows every layout. A new one is an entry in the
+`detect` finds a file's `Layout` once, from its schema and a few rows; with it, `parse` cuts the
+rows into conversations. `docs/formats.md` shows every layout. A new one is an entry in the
 tables of `kinds.py`, or a new text style beside `hh.py`.
 """
 

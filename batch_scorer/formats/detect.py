@@ -46,7 +46,7 @@ def detect(
     """The layout of a file with `schema`; `sample` is its first rows, or none.
 
     `format`, `columns` (field → column name; an empty name: the field is not used) and
-    `text_style` say what is known; the rest is found as follows.
+    `text_style` are what is known; the rest is found as follows.
 
     1. Columns go to fields by known names, and only where their Arrow type fits.
     2. chosen and rejected, or responses, or a prompt and a response come before messages
@@ -76,7 +76,8 @@ def detect(
 
 
 def describe(layout: Layout, schema: pa.Schema | None = None) -> str:
-    """What was detected, in a line; `schema` tells messages from token ids in a pair or group."""
+    """What was detected, in a line; `schema` distinguishes messages from token ids in a pair or
+    group."""
     kind = KINDS[layout.format]
     names = [layout.columns[field] for field in kind.responses]
     if layout.text_style is not None:

@@ -1,4 +1,4 @@
-"""Dialogue text as Anthropic HH-RLHF writes it: turns behind `Human:` and `Assistant:`."""
+"""Dialogue text as in Anthropic HH-RLHF: turns after `Human:` and `Assistant:`."""
 
 import re
 from itertools import pairwise
@@ -19,8 +19,8 @@ def is_dialogue(text: str) -> bool:
 def cut(text: str, name: str) -> Conversation | RowError:
     """A whole dialogue as messages; blanks at both ends of a turn are removed.
 
-    Marks inside a message cannot be told from turns, so turns that are empty or do not
-    alternate make the row an error. `name` is what the error calls the text.
+    Marks inside a message look the same as turns, so turns that are empty or do not alternate make
+    the row an error. `name` is the text's name in the error.
     """
     turns = _turns(text, name)
     if not isinstance(turns, RowError) and any(not turn["content"] for turn in turns):

@@ -37,10 +37,10 @@ _READ_BYTES = 1 << 22
 def scan_lines(
     file: BinaryIO, name: str, *, max_rows: int, max_bytes: int
 ) -> tuple[Lines, pa.Table] | None:
-    """Cut a file into runs of at most so many rows and bytes; a longer line is a run of its own.
+    """Cut a file into runs of at most `max_rows` and `max_bytes`; a longer line is a run by itself.
 
-    Gives the rows of the first run, too. Every line is parsed, so that types are those of all
-    rows. A file without rows has no runs. None for what seems to be an array. Raises ShardError as
+    Also returns the rows of the first run. Every line is parsed, so that types fit all rows. A file
+    without rows has no runs. None for what seems to be an array. Raises ShardError as
     `read_json_table` does.
     """
     is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
@@ -68,7 +68,7 @@ def scan_lines(
 
 
 def read_lines(data: bytes, name: str, lines: Lines) -> tuple[pa.Table, dict[int, RowError]]:
-    """The rows of these runs, whose bytes are `data`, in the columns of the whole file.
+    """The rows of these runs, whose bytes are `data`, with the columns of the whole file.
 
     Bad lines are rows of nulls and errors, as in `read_json_table`.
     """
@@ -77,7 +77,7 @@ def read_lines(data: bytes, name: str, lines: Lines) -> tuple[pa.Table, dict[int
 
 
 def unpack_lines(file: BinaryIO, name: str, lines: Lines) -> bytes:
-    """The bytes of these runs of a gzipped file: all before them has to be unpacked, too."""
+    """The bytes of these runs in a gzipped file: everything before them is unpacked, too."""
     parts: list[bytes] = []
     position = 0
     for block in _blocks(file, name, is_gzip=True):
@@ -89,9 +89,9 @@ def unpack_lines(file: BinaryIO, name: str, lines: Lines) -> bytes:
 
 
 def read_json_table(data: bytes, name: str) -> tuple[pa.Table, dict[int, RowError]]:
-    """The rows of a JSONL file (gzipped or not) or of one JSON array; blank lines are no rows.
+    """The rows of a JSONL file (gzipped or not) or of one JSON array; blank lines are not rows.
 
-    A line that is no JSON object becomes a row of nulls, and an error under its row number.
+    A line that is not a JSON object becomes a row of nulls, and an error under its row number.
     A file without rows gives a table without columns. Strings stay strings, dates too.
     Raises ShardError(UNREADABLE_FILE), naming the file, where the bytes cannot be unpacked,
     no line is a JSON object, or the rows disagree about a type.
@@ -149,8 +149,8 @@ def _runs(
 
 
 def _line_ends(data: bytes, *, at_end: bool) -> tuple[IntArray, IntArray]:
-    """Of each line the place after its end, and the rows up to there; without a line that may go
-    on."""
+    """For each line, the place after its end and the rows up to there; without an unfinished last
+    line."""
     letters = np.frombuffer(data, dtype=np.uint8)
     ends = np.flatnonzero(letters == _NEWLINE) + 1
     if at_end and len(data) > (ends[-1] if len(ends) else 0):
@@ -182,7 +182,8 @@ def _array_to_lines(data: bytes, name: str) -> bytes:
 def _parse(
     data: bytes, name: str, first_line: int, num_rows: int, schema: pa.Schema | None = None
 ) -> tuple[pa.Table, dict[int, RowError]]:
-    """Lines with so many rows, under `schema` or their own types; no columns if none is good."""
+    """The `num_rows` rows of these lines, with `schema` or their own types; no columns if none is
+    good."""
     try:
         data.decode()  # Arrow takes bytes that are no UTF-8, and fails when they are used
         table = None if _NULL_FIRST.match(data) else _read(data, schema)
@@ -210,7 +211,7 @@ def _read(data: bytes, schema: pa.Schema | None) -> pa.Table:
 
 
 def _without_times(dtype: pa.DataType) -> pa.DataType:
-    """`dtype` with strings where Arrow took strings that look like dates for timestamps."""
+    """`dtype` with strings in place of timestamps, which Arrow makes of strings like dates."""
     if pa.types.is_timestamp(dtype):
         return pa.string()
     if pa.types.is_list(dtype):
@@ -221,7 +222,7 @@ def _without_times(dtype: pa.DataType) -> pa.DataType:
 
 
 def _joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:
-    """The type of values that are `a` in some lines and `b` in others, as Arrow would find it.
+    """Arrow's type for values that are `a` in some lines and `b` in others.
 
     Raises ArrowInvalid where there is none.
     """
@@ -244,7 +245,7 @@ def _joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:
 def _parse_carefully(
     data: bytes, name: str, first_line: int, num_rows: int, schema: pa.Schema | None
 ) -> tuple[pa.Table, dict[int, RowError]]:
-    """As `_parse`, with null rows in place of the lines that are to blame."""
+    """As `_parse`, with null rows in place of the bad lines."""
     lines: list[bytes] = []
     line_numbers: list[int] = []
     errors: dict[int, RowError] = {}

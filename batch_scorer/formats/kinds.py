@@ -1,4 +1,4 @@
-"""The row kinds and the column names they go by: one table, read by detection and parsing."""
+"""The row kinds and their usual column names: one table, read by detection and parsing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from batch_scorer.records import ROLES, Format
 
 
 class Part(StrEnum):
-    """What one value of a column holds, by its Arrow type."""
+    """What one value of a column is, by its Arrow type."""
 
     TEXT = "text"
     MESSAGE = "one message"
@@ -20,7 +20,7 @@ class Part(StrEnum):
 
 
 class Prompt(Enum):
-    """Whether a row kind keeps its prompt in a column of its own."""
+    """Whether a row kind has its prompt in a separate column."""
 
     NEVER = 0
     OPTIONAL = 1
@@ -32,8 +32,8 @@ class Kind:
     """How one row kind is laid out.
 
     `responses` are the fields whose values are scored, in the order of the sequences.
-    `is_group` says that each holds a list of values. Of several kinds that fit a file the
-    lowest `rank` wins; kinds of equal rank are ambiguous.
+    `is_group`: each value is a list. Of several kinds that fit a file the lowest `rank` wins; kinds
+    of equal rank are ambiguous.
     """
 
     noun: str
@@ -103,10 +103,10 @@ KNOWN_NAMES: Mapping[str, tuple[Tier, ...]] = {
 """Field → names in tiers: an earlier tier wins, two names of one tier are ambiguous."""
 
 CONTEXT_NAMES = ("system", "system_prompt", "history", "tools", "input")
-"""Columns that belong to the conversation in some layouts; none of ours reads them."""
+"""Columns that belong to the conversation in some layouts; no row kind here reads them."""
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
-"""Spellings of a message's two fields: everybody's, and ShareGPT's."""
+"""Names of a message's two fields: the usual ones, and ShareGPT's."""
 
 _ROLE_ALIASES = {
     "human": "user",
@@ -121,14 +121,14 @@ _ROLE_ALIASES = {
 
 
 def role_of(raw: str | None) -> str:
-    """One of ROLES, in whatever case and under whatever alias; "" for none of them."""
+    """One of ROLES, in any case and by any alias; "" for other names."""
     name = (raw or "").strip().lower()
     name = _ROLE_ALIASES.get(name, name)
     return name if name in ROLES else ""
 
 
 def message_keys(dtype: pa.DataType) -> tuple[str, str] | None:
-    """The names of role and content in a struct, or None where it is no message."""
+    """The names of role and content in a struct, or None where it is not a message."""
     if not pa.types.is_struct(dtype):
         return None
     for keys in MESSAGE_KEYS:
@@ -150,13 +150,13 @@ def is_text(dtype: pa.DataType) -> bool:
 
 
 def item_type(dtype: pa.DataType) -> pa.DataType | None:
-    """The type of a list's items, or None where it is no list."""
+    """The type of a list's items, or None where it is not a list."""
     is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return dtype.value_type if any(check(dtype) for check in is_list) else None
 
 
 def part_of(dtype: pa.DataType) -> Part | None:
-    """What a value of this type is to us, or None where it can be no part of a sequence."""
+    """What a value of this type is, or None where it cannot be part of a sequence."""
     if is_text(dtype):
         return Part.TEXT
     if message_keys(dtype):
@@ -170,7 +170,7 @@ def part_of(dtype: pa.DataType) -> Part | None:
 
 
 def response_part(kind: Kind, dtype: pa.DataType) -> Part | None:
-    """`part_of` for a response column of `kind`: of a group, what the list holds."""
+    """`part_of` for a response column of `kind`; for a group, of the list's items."""
     if not kind.is_group:
         return part_of(dtype)
     item = item_type(dtype)

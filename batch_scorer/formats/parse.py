@@ -40,7 +40,7 @@ _MAX_TOKEN_ID = np.iinfo(np.int32).max
 class _Responses:
     """A response column: row r has values[offsets[r]:offsets[r + 1]], or an error.
 
-    `label` is what errors call one of its values.
+    `label` is the name of one value in errors.
     """
 
     label: str
@@ -50,11 +50,11 @@ class _Responses:
 
 
 def parse(table: pa.Table, layout: Layout) -> ParsedRows:
-    """Cut the rows of `table` into sequences, as `layout` says.
+    """Cut the rows of `table` into sequences by `layout`.
 
     A pair gives chosen, then rejected; a best-of-n row all chosen, then all rejected. One
     value that cannot be read is an error in its place. A row is an error as a whole where its
-    prompt cannot be read, it holds no response, or none of its responses can be read.
+    prompt cannot be read, it has no response, or none of its responses can be read.
 
     Sequences of a row share the message objects of its prompt: copy before changing one.
     Raises ShardError if a column is missing or of another type than its field can have.
@@ -137,7 +137,7 @@ def _join(prompt: Value, response: Value, label: str) -> Value:
 
 
 def _judged(conversation: Conversation, label: str) -> Conversation | RowError:
-    """The conversation, if it is a prompt and an assistant's answer to judge."""
+    """The conversation, if it is a prompt and an assistant's answer to score."""
     last = conversation[-1]
     if last["role"] != "assistant":
         return _bad(f"{label} does not end with the assistant's message")
@@ -218,7 +218,7 @@ def _slices(
 
 
 def _messages(array: pa.Array, label: str) -> tuple[list[Message], dict[int, RowError]]:
-    """All messages of a struct array; those in the second result are not to be used."""
+    """A struct array's messages; those in the second result must not be used."""
     keys = message_keys(array.type)
     assert keys is not None  # the caller chose by type
     roles, contents = (pc.struct_field(array, key).to_pylist() for key in keys)
@@ -239,7 +239,7 @@ def _messages(array: pa.Array, label: str) -> tuple[list[Message], dict[int, Row
 
 
 def _with_tool_calls(array: pa.Array) -> Iterable[int]:
-    """Messages that hold calls: rendering their text alone would score something else."""
+    """Messages with tool calls: their text alone would get a score for something else."""
     if array.type.get_field_index("tool_calls") < 0:
         return []
     calls = pc.struct_field(array, "tool_calls").to_pylist()

@@ -1,9 +1,9 @@
 """What is known about a family of reward models, as data: the vocabulary of `families/`.
 
-An adapter says how a checkpoint of its family becomes scores: which text the model was trained
-on, which tokens are pooled, where the head lies and what its outputs mean. Body and head are
-apart: the body is a transformers model that either engine runs, the head is small, ours, and
-always float32. No family needs remote code.
+An adapter describes how a checkpoint of its family gives scores: which text the model was trained
+on, which tokens are pooled, where the head is and what its outputs mean. Body and head are
+separate: the body is a transformers model that either engine runs; the head is small, computed by
+this package, and always float32. No family needs remote code.
 
 Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from batch_scorer.config import ENGINES
 from batch_scorer.errors import ModelError, RowReason
 from batch_scorer.records import RowError
 
@@ -27,15 +28,16 @@ Ids: TypeAlias = npt.NDArray[np.int32]
 Positions: TypeAlias = npt.NDArray[np.int64]
 ModelConfig: TypeAlias = Mapping[str, Any]
 """A model's config.json."""
-Engine: TypeAlias = Literal["hf", "vllm"]
+StepAggregation: TypeAlias = Literal["min", "last", "mean", "product"]
+"""How the scores of an answer's steps become its score."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """A model directory as far as it is known without loading it.
 
-    `name` is what the user called it, a hub id or the last parts of a path. `shapes` are those
-    of all tensors in its safetensors files.
+    `name` is the user's name for it, a hub id or the last parts of a path. `shapes` has the shape
+    of every tensor in its safetensors files.
     """
 
     path: Path
@@ -66,9 +68,9 @@ class LastToken:
     must_be: str | None = None
 
     def is_at_end(self, last_ids: Ids, config: ModelConfig) -> npt.NDArray[np.bool_]:
-        """bool[S]: of sequences that end in these ids, which pool their last token.
+        """bool[S]: whether sequences that end in these ids pool their last token.
 
-        The others, which are rare, have to ask `positions`.
+        For the others, which are rare, `positions` has the answer.
         """
         pad = config.get("pad_token_id")
         at_end = np.ones(len(last_ids), dtype=np.bool_)
@@ -92,7 +94,7 @@ class LastToken:
 
 @dataclass(frozen=True, slots=True)
 class LastOrAll:
-    """What the config entry `pooling` says: `last`, the last token, or `mean`, all of them.
+    """By the config entry `pooling`: the last token (`last`), or all of them (`mean`).
 
     Belongs with `Adapter.averages`.
     """
@@ -155,9 +157,9 @@ class StepTokens:
 class Steps:
     """How an answer is cut into steps for a process reward model.
 
-    The answer is split at `separator`, unless it holds `tag` already. `tagged`: every step is
+    The answer is split at `separator`, unless it contains `tag` already. `tagged`: every step is
     followed by the tag. `turns`: every step becomes a user turn, answered by the tag; the
-    prompt and the first step share a turn, joined by a space. `joint` stands between tagged steps.
+    prompt and the first step share a turn, joined by a space. `joint` is put between tagged steps.
     """
 
     layout: Literal["tagged", "turns"]
@@ -168,7 +170,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """How a conversation becomes text, where that is not the tokenizer's own template.
+    """How a conversation becomes text, where the tokenizer's template does not do it.
 
     template      Jinja chat template in place of the tokenizer's.
     system        put first where a conversation has no system message.
@@ -186,11 +188,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """How the checkpoint's body becomes a transformers model, where that is not as it lies.
+    """How the checkpoint's body becomes a transformers model, where it is not one already.
 
-    model_type  transformers' name of the architecture, where the config has another.
+    model_type  transformers' name for the architecture, where the config has another.
     config      config.json → the entries that model type expects.
-    tensors     one checkpoint tensor → the transformers tensors it holds, named as in the
+    tensors     one checkpoint tensor → the transformers tensors in it, named as in the
                 causal language model (`model.layers.0.…`).
     """
 
@@ -201,7 +203,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A published score: who published what for which model and input."""
+    """A published score: the model, the input, the score, and who published it."""
 
     model: str
     case: str
@@ -215,16 +217,16 @@ class Adapter:
 
     name           also the value of the setting `adapter`.
     architectures  fnmatch patterns for the first of config.architectures.
-    head           tensors that make the head and their shapes, None for any size; all must be
-                   there. Empty: the model is scored by its own forward (encoders).
-    head_extra     fnmatch patterns of tensors that belong to the head where they are there.
+    head           the head's tensors and their shapes, None for any size; all must be there.
+                   Empty: the model's own forward gives the score (encoders).
+    head_extra     fnmatch patterns for tensors that belong to the head if they are there.
     head_rows      rows of the head's tensors that are read, where a tensor has one row for every
                    token of the vocabulary; () reads all.
-    head_files     files beside the safetensors that hold head tensors (`torch.save`), and what
-                   stands before the tensors' names there.
-    tied           head tensor → the body's tensor that stands for it where a checkpoint, to save
-                   space, leaves it out (tied embeddings).
-    unused         fnmatch patterns of tensors that neither body nor head reads.
+    head_files     files beside the safetensors that contain head tensors (`torch.save`), and the
+                   prefix to put before the tensors' names.
+    tied           head tensor → the body's tensor with the same values, where a checkpoint leaves
+                   the head's out to save space (tied embeddings).
+    unused         fnmatch patterns for tensors that neither body nor head reads.
     build_head     head tensors (float32) and config → module. It takes float32[S, k, H] and gives
                    float32[S, 1 + A], the score and then the attributes; with `step_aggregation`
                    it takes [K, H] and gives [K, 1].
@@ -233,11 +235,12 @@ class Adapter:
     tokens         by the config's model_type: token ids that pooling or head rely on, under their
                    spelling in tokenizer.json. Another id there is an error.
     model_ids      fnmatch patterns for the model's name (lower case), where architecture and
-                   tensors cannot tell; () fits all. `fits_config` asks the config for the same
-                   reason. `asked_only`: chosen by the setting or by the model's name only.
-    engines        that can run it; `hf` can run all.
-    step_aggregation  how step scores become the score, unless the setting says otherwise; None:
-                   not a process reward model.
+                   tensors do not identify the family; () fits all. `fits_config` checks the config
+                   for the same reason. `asked_only`: chosen by the setting or by the model's name
+                   only.
+    engines        engines that can run it: all that run models, unless the family names its own.
+    step_aggregation  how step scores become the score, unless the setting changes it; None: not a
+                   process reward model.
     forbidden_dtypes  dtypes in which it is known to fail.
     refused        why models of this family cannot be scored here at all; None: they can.
     summary, models, reads, references, traps   for docs/models.md; `reads` are the pooled tokens.
@@ -262,8 +265,8 @@ class Adapter:
     model_ids: tuple[str, ...] = ()
     asked_only: bool = False
     fits_config: Callable[[ModelConfig], bool] = field(default=lambda config: True)
-    engines: tuple[Engine, ...] = ("hf", "vllm")
-    step_aggregation: Literal["min", "last", "mean", "product"] | None = None
+    engines: tuple[str, ...] = tuple(name for name, facts in ENGINES.items() if facts.runs_model)
+    step_aggregation: StepAggregation | None = None
     forbidden_dtypes: tuple[str, ...] = ()
     refused: str | None = None
     models: tuple[str, ...] = ()
@@ -272,7 +275,7 @@ class Adapter:
     traps: tuple[str, ...] = ()
 
     def fits(self, files: ModelFiles) -> bool:
-        """Whether the model is of this family; its head may still be missing."""
+        """Whether the model belongs to this family; its head may still be missing."""
         name = files.name.lower()
         return (
             any(fnmatchcase(files.architecture, pattern) for pattern in self.architectures)

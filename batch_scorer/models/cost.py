@@ -16,7 +16,7 @@ from math import prod
 from batch_scorer.models.adapter import Adapter, ModelConfig, ModelFiles
 
 HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
-"""What configs call the width of the body."""
+"""Config entries for the body's width."""
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 _ROUTED_EXPERT = ".experts."
@@ -28,23 +28,23 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """Floating-point operations of one token in the linear layers, and of one pair of a query and
-    a key in the attention of all layers."""
+    """Floating-point operations per token in the linear layers, and per pair of a query and a key
+    in all layers' attention."""
 
     flops_per_token: float
     flops_per_pair: float
 
     def flops(self, tokens: float, pairs: float) -> float:
-        """Operations for so many tokens that attend to so many pairs."""
+        """Operations for `tokens` tokens that attend to `pairs` pairs."""
         return tokens * self.flops_per_token + pairs * self.flops_per_pair
 
 
 def model_cost(files: ModelFiles, adapter: Adapter) -> ModelCost | None:
-    """The cost of the body; None where config or weights do not tell.
+    """The body's cost; None where config or weights do not determine it.
 
-    What lies in a numbered layer counts, so embedding tables and heads do not. Of routed experts
+    Matrices in numbered layers count, so embedding tables and heads do not. Of routed experts
     only the share counts that a token is sent to. Sliding windows are not considered, nor the
-    position products of DeBERTa's attention; a layer that is applied several times (ALBERT)
+    position products in DeBERTa's attention; a layer that is applied several times (ALBERT)
     counts once.
     """
     config = files.config

@@ -1,6 +1,6 @@
-"""Digests of a model's files; those of large ones are remembered in the user's cache.
+"""Digests of a model's files; large files' digests are kept in the user's cache.
 
-A nightly that finds nothing to do must not read tens of gigabytes to find that out.
+A nightly run with nothing to do must not read tens of gigabytes to find that out.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 REMEMBERED_BYTES = 1 << 24
-"""Smaller files are digested again in less time than it takes to think about it."""
+"""Smaller files are digested again each time: it takes milliseconds."""
 _SETTLED_S = 10.0
-"""A file that has changed more recently may change again without its times showing it."""
+"""A file that changed more recently may change again without a change in its times."""
 _CHUNK_BYTES = 1 << 22
 
 
 def file_digest(file: Path) -> str:
     """sha256 of the file's bytes.
 
-    A remembered digest counts only for the same file of the same size that neither its
-    modification nor its change time says was touched since: the latter cannot be set back.
+    A kept digest is used only for the same file with the same size, modification time and change
+    time: programs cannot set the latter back.
     """
     before = file.stat()
     if before.st_size < REMEMBERED_BYTES:
@@ -47,7 +47,7 @@ def file_digest(file: Path) -> str:
 def user_cache() -> Path:
     """This program's folder in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says to ignore relative paths.
+    # By the XDG specification relative paths are ignored.
     root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
     return root / "batch-scorer"
 
@@ -74,7 +74,7 @@ def _settled(stat: os.stat_result, now: float) -> bool:
 
 
 def _remember(record: Path, value: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written saves no time, that is all
+    with contextlib.suppress(OSError):  # without a cache the digest only takes longer
         record.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=record.parent)
         with os.fdopen(descriptor, "w") as stream:

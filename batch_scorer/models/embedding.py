@@ -1,4 +1,4 @@
-"""How a model's embeddings are read, as its own sentence-transformers files say."""
+"""How a model's embeddings are read, by its sentence-transformers files."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,11 @@ def embedding_of(
     pooling: Literal["last", "mean", "cls"] | None = None,
     normalize: bool | None = None,
 ) -> Embedding:
-    """What is not given is taken from `modules.json` and the pooling module's `config.json`.
+    """How to read embeddings; what is None comes from `modules.json` and the pooling module's
+    `config.json`.
 
     Without these files, decoders are read at their last token and encoders as the mean of all,
-    neither normalised. Raises ModelError for files that are no JSON.
+    neither normalised. Raises ModelError for files that are not JSON.
     """
     modules = _read(model_dir / "modules.json") or []
     types = {str(module.get("type", "")).rsplit(".", 1)[-1]: module for module in modules}

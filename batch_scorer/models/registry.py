@@ -1,7 +1,7 @@
 """Which adapter a model has.
 
-The families bring torch along, which takes seconds to import and not every process needs: so they
-are imported when the first adapter is asked for.
+The families import torch, which takes seconds and not every process needs; so they are imported
+with the first look-up of an adapter.
 """
 
 import json
@@ -14,7 +14,7 @@ from batch_scorer.models.adapter import Adapter, ModelFiles
 
 EMBEDDING = Adapter(
     name="embedding",
-    summary="any body of transformers, without a head: `--task embed`",
+    summary="any transformers body, without a head: `--task embed`",
     architectures=("*",),
 )
 
@@ -32,19 +32,19 @@ _HEADLESS = ("ForCausalLM", "LMHeadModel", "Model")
 
 @cache
 def adapters() -> tuple[Adapter, ...]:
-    """All families; the special ones stand before the general."""
+    """All families; special ones come before general ones."""
     from batch_scorer.models.families import ADAPTERS
 
     return ADAPTERS
 
 
 def head_files() -> tuple[str, ...]:
-    """Files beside the safetensors that some family's head lies in."""
+    """Files beside the safetensors that may contain a head."""
     return tuple(sorted({file for adapter in adapters() for file in adapter.head_files}))
 
 
 def adapter_named(name: str) -> Adapter:
-    """Raises ConfigError for a name that is none."""
+    """Raises ConfigError for an unknown name."""
     for adapter in (*adapters(), EMBEDDING, REMOTE_CODE):
         if adapter.name == name:
             return adapter
@@ -56,19 +56,18 @@ def adapter_named(name: str) -> Adapter:
 def choose_adapter(
     files: ModelFiles, asked: str | None = None, *, trust_remote_code: bool = False
 ) -> Adapter:
-    """The first family that fits and whose head is in the weights, or the one asked for.
+    """The first family that fits and whose head is in the weights, or the one asked for. Where none
+    does, and only with `trust_remote_code`, the model's own code.
 
-    Where there is none, and only with `trust_remote_code`, the model's own code.
-
-    Raises ModelError where there is none: what is missing, and what could be meant.
+    Raises ModelError where there is none, with what is missing and what could be meant.
     """
     fitting = [adapter_named(asked)] if asked else [a for a in adapters() if a.fits(files)]
     if refused := next((a for a in fitting if a.refused), None):
         raise ModelError(f"{files.path}: {refused.refused}")
     complete = [a for a in fitting if a.head and not a.missing_tensors(files)]
     if complete:
-        # Two families may have tensors of the same names: their shapes tell them apart. Where
-        # none fits, what is wrong with the most general one says most.
+        # Two families may have tensors with the same names and different shapes. Where no shape
+        # fits, the error is about the most general family.
         adapter = next((a for a in complete if _has_shapes(a, files)), complete[-1])
         _check_shapes(adapter, files)
         _check_tokens(adapter, files)
@@ -86,14 +85,14 @@ def choose_adapter(
         )
     if not asked and (not fitting or _is_headless(files.architecture)):
         raise ModelError(
-            f"{files.path}: no score head: the config says {files.architecture}, and neither name "
+            f"{files.path}: no score head: the config names {files.architecture}, and neither name "
             "nor weights are those of a known reward model (docs/models.md). If the reward is the "
-            "logit of a token, as in Nemotron-Reward, say so: --adapter token_logit"
+            "logit of a token, as in Nemotron-Reward, add --adapter token_logit"
         )
     general = [a for a in fitting if a.head] or fitting
     missing = general[-1].missing_tensors(files)
     raise ModelError(
-        f"{files.path}: the weights hold no score head "
+        f"{files.path}: the weights contain no score head "
         f"(no tensor {' or '.join(missing[:2]) or 'classifier.*'}); it would be random"
     )
 
@@ -119,7 +118,7 @@ def _is_shape(shape: list[int], wanted: tuple[int | None, ...]) -> bool:
 def _check_shapes(adapter: Adapter, files: ModelFiles) -> None:
     for name, wanted in adapter.head.items():
         if name not in files.shapes:
-            continue  # it lies in a file of its own, or is tied to the body's
+            continue  # in a separate file, or tied to the body's
         shape = files.shapes[name]
         if wanted and wanted[0] == 1 != shape[0]:
             _check_single_output(shape[0], files)
@@ -133,7 +132,7 @@ def _check_shapes(adapter: Adapter, files: ModelFiles) -> None:
 def _check_tokens(adapter: Adapter, files: ModelFiles) -> None:
     """Raise if the tokenizer gives other ids to the tokens that the adapter relies on.
 
-    Tokenizers without a tokenizer.json are not looked at.
+    Tokenizers without a tokenizer.json are not checked.
     """
     model_type = adapter.body.model_type or str(files.config.get("model_type"))
     relied_on = adapter.tokens.get(model_type, {})
@@ -150,7 +149,7 @@ def _check_tokens(adapter: Adapter, files: ModelFiles) -> None:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """Tokens and their ids, of a tokenizer.json. Raises ModelError if it is damaged."""
+    """The tokens in a tokenizer.json and their ids. Raises ModelError if it is damaged."""
     try:
         stored = json.loads(path.read_text())
         tokens = stored["model"]["vocab"]

@@ -1,4 +1,4 @@
-"""Body and head of a checkpoint, each read on its own.
+"""A checkpoint's body and head, read separately.
 
 The body may be rounded and quantised by the engine that runs it; the head is read from the
 checkpoint in the dtype it was stored in, and computes in float32.
@@ -24,7 +24,7 @@ _BODY_PREFIX = "model."
 def body_config(
     model_dir: Path, adapter: Adapter, *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The transformers config of the body. Raises ModelError if there is none."""
+    """The body's transformers config. Raises ModelError if there is none."""
     try:
         if adapter.body.model_type is None:
             config = AutoConfig.from_pretrained(
@@ -37,7 +37,7 @@ def body_config(
             config = AutoConfig.for_model(adapter.body.model_type, **entries)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{model_dir} holds no config that transformers can read: {error}"
+            f"{model_dir} has no config that transformers can read: {error}"
         ) from error
     return cast(PretrainedConfig, config)
 
@@ -92,9 +92,9 @@ def converted_state(model_dir: Path, adapter: Adapter) -> dict[str, Tensor] | No
 def checkpoint_tensors(
     model_dir: Path, wanted: Callable[[str], bool], rows: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of those that `wanted(name)` says yes to, on the host.
+    """Names and tensors for which `wanted(name)` is true, on the host.
 
-    With `rows`, only these of every tensor are read.
+    With `rows`, only these rows of every tensor are read.
     """
     for file in sorted(model_dir.glob("*.safetensors")):
         try:

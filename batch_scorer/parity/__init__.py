@@ -1,9 +1,9 @@
-"""The gate: are the engine's scores those of plain Hugging Face, on this job's own rows?
+"""The gate: are the engine's scores plain Hugging Face's, on some of this job's rows?
 
-`sample` renders some of the rows once more, by the tokenizer's plain call; token ids have to be
-the same. `gate` scores them once more, by plain Hugging Face: eager, one sequence at a time,
-float32 where it fits; scores may differ by rounding. How much rounding is usual, plain Hugging
-Face shows itself: it is run in the engine's dtype too.
+`sample` renders some of the rows again, with the tokenizer's plain call; token ids have to be the
+same. `gate` scores them again, with plain Hugging Face: eager, one sequence at a time, float32
+where it fits; scores may differ by rounding. How much rounding is usual is measured: plain Hugging
+Face runs in the engine's dtype too.
 
     sample = choose_sample(job, shards)           on the driver; raises for a wrong rendering
     reference = reference_of(job, sample)         on a worker, before its engine takes the memory

@@ -1,4 +1,4 @@
-"""Both sides' scores of the sample, and the verdict on them.
+"""The engine's and plain Hugging Face's scores of the sample, and the comparison.
 
 Legend: S sampled sequences, O outputs, E errors as a share of the scores' spread.
 """
@@ -6,17 +6,16 @@ Legend: S sampled sequences, O outputs, E errors as a share of the scores' sprea
 import json
 import logging
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.backends.base import Backend
-from batch_scorer.backends.registry import BackendFactory, make_backend
+from batch_scorer.backends.registry import BackendFactory, make_backend, settings_of
 from batch_scorer.errors import ParityError
 from batch_scorer.job import Job
-from batch_scorer.models.registry import adapter_named
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.parity.sample import Sample
 from batch_scorer.records import Scores
@@ -29,21 +28,21 @@ FloatArray = npt.NDArray[np.float32]
 EXACT_ALLOWANCE = 1e-3
 """Error that float32 may have, as a share of the spread. Seen: 1e-5 (docs/numerics.md)."""
 WORST_FACTOR, RMS_FACTOR = 3.0, 2.0
-"""Times plain Hugging Face's own rounding in the engine's dtype that one sequence, and all
-together, may be off. Packed bfloat16 is seen at 0.6 to 1.1 times (docs/numerics.md)."""
+"""How far one sequence, and all together, may be off: factors on plain Hugging Face's rounding in
+the engine's dtype. Packed bfloat16 is seen at 0.6 to 1.1 (docs/numerics.md)."""
 HALF_ALLOWANCE = (0.15, 0.06)
 """Worst and rms that a half-precision engine may be off even where plain Hugging Face happens to
-be closer: with a few sequences its own rounding is a matter of luck. Plain bfloat16 is seen at
+be closer: with a few sequences the size of its rounding is chance. Plain bfloat16 is seen at
 (0.11, 0.03) on random models of 8 layers (docs/numerics.md)."""
 MOST_ALLOWED = (0.3, 0.1)
-"""Worst and rms that are never exceeded, however much plain Hugging Face itself loses in the
-engine's dtype, and what is allowed where that is not measured (the model fits the memory in half
-precision only, or is quantised)."""
+"""Upper bounds of worst and rms, however much plain Hugging Face loses in the engine's dtype; also
+the limits where that loss is not measured (the model fits the memory in half precision only, or is
+quantised)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What plain Hugging Face gives: float32[S, O], and its own rounding, float32[S] (E).
+    """Plain Hugging Face's scores, float32[S, O], and their rounding, float32[S] (E).
 
     `rounding` is None where it could not be measured. Steps as in `Scores`.
     """
@@ -76,7 +75,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One sequence: its first output from both, and the error over all outputs (E)."""
+    """One sequence: its first output from each side, and the error over all outputs (E)."""
 
     name: str
     tokens: int
@@ -87,7 +86,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """What was compared. `problems` is empty exactly if the engine agrees."""
+    """The result of a comparison. `problems` is empty exactly if the engine agrees."""
 
     backend: str
     dtype: str
@@ -114,11 +113,11 @@ class ParityReport:
             raise ParityError(
                 f"the {self.backend} backend does not give the model's scores: "
                 + "; ".join(self.problems)
-                + " (look closer with `batch-scorer check`; --parity-check warn goes on regardless)"
+                + " (details: `batch-scorer check`; `--parity-check warn` continues anyway)"
             )
 
 
-# Both sides
+# The scores
 
 
 def reference_of(job: Job, sample: Sample) -> Reference:
@@ -134,20 +133,11 @@ def reference_of(job: Job, sample: Sample) -> Reference:
 
 
 def compute_reference(job: Job, sample: Sample) -> Reference:
-    """Plain Hugging Face in float32 if it fits, and in the engine's dtype, for its rounding."""
+    """Plain Hugging Face in float32 if it fits, and in the engine's dtype, for the rounding."""
     from batch_scorer.backends.plain import plain_scores, reference_dtype
 
     def scored(dtype: str) -> Scores:
-        return plain_scores(
-            job.model_dir,
-            sample.rows,
-            adapter=adapter_named(job.adapter),
-            dtype=dtype,
-            device=job.device,
-            step_aggregation=job.config.step_aggregation,
-            embedding=job.embedding,
-            trust_remote_code=job.config.trust_remote_code,
-        )
+        return plain_scores(replace(settings_of(job), dtype=dtype), sample.rows)
 
     dtype = reference_dtype(job.model_dir, job.device)
     exact = scored(dtype)
@@ -161,7 +151,7 @@ def compute_reference(job: Job, sample: Sample) -> Reference:
 
 
 def check_engine(job: Job, sample: Sample) -> ParityReport:
-    """Hold the engine against plain Hugging Face on the sample, and nothing else."""
+    """Compare the engine's scores with plain Hugging Face on the sample; nothing is stored."""
     reference = compute_reference(job, sample)
     backend = make_backend(job)
     try:
@@ -173,7 +163,8 @@ def check_engine(job: Job, sample: Sample) -> ParityReport:
 def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None = None) -> Backend:
     """The job's engine, after it has agreed with plain Hugging Face on the sample.
 
-    `make` builds another engine in its place. The report is in its provenance as `parity`. Raises
+    `make` builds another engine in its place. The report is in its provenance as `parity`; without
+    a sample nothing is compared. Raises
     ParityError under `parity_check: stop`.
     """
     make = make or make_backend
@@ -190,15 +181,15 @@ def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None 
     return backend
 
 
-# The verdict
+# The comparison
 
 
 def errors_of(exact: Scores | Reference, scores: Scores, is_embedding: bool) -> FloatArray:
     """float32[S]: the largest error of a sequence over its outputs, as a share of their spread.
 
     Spread is the standard deviation over the sample, or a tenth of the scores' size where they
-    hardly differ; for embeddings it is the vector's own length. Infinite where one side has no
-    number and the other has.
+    hardly differ; for embeddings it is the vector's length. Infinite where only one side has a
+    number.
     """
     with np.errstate(invalid="ignore"):
         if is_embedding:
@@ -230,7 +221,7 @@ def _scaled(exact: FloatArray, values: FloatArray) -> FloatArray:
 
 
 def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> ParityReport:
-    """Hold the engine's scores of the sample against plain Hugging Face's."""
+    """Compare the engine's scores of the sample with plain Hugging Face's."""
     is_embedding = job.embedding is not None
     errors = errors_of(reference, scores, is_embedding)
     allowed_worst, allowed_rms = MOST_ALLOWED
@@ -238,7 +229,7 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> P
         least = (EXACT_ALLOWANCE,) * 2 if job.dtype == "float32" else HALF_ALLOWANCE
         worst_rounding = WORST_FACTOR * float(reference.rounding.max())
         allowed_worst = min(allowed_worst, max(least[0], worst_rounding))
-        # Of a few sequences one alone may be off as far as it may.
+        # With few sequences, a single one at its limit already makes this rms.
         least_rms = max(least[1], least[0] / len(errors) ** 0.5)
         allowed_rms = min(allowed_rms, max(least_rms, RMS_FACTOR * _rms(reference.rounding)))
     worst, rms = float(errors.max()), _rms(errors)
@@ -286,7 +277,7 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> P
 def _pairs_in_order(
     sample: Sample, reference: Reference, scores: Scores, allowed: float
 ) -> tuple[int, int]:
-    """Pairs whose margin is beyond rounding, and how many of them rank alike."""
+    """The number of pairs whose margin exceeds rounding, and how many have the same order."""
     scale = max(float(np.nanstd(reference.values[:, 0])), 1e-6)
     compared = agree = 0
     for one, other in sample.pairs:
@@ -304,7 +295,7 @@ def _rms(errors: FloatArray) -> float:
 
 
 def _number(value: float) -> float:
-    """Rounded, so that workers alike leave one record; 1e9 stands for infinity in JSON."""
+    """Rounded, so that equal workers write one record; 1e9 means infinity in JSON."""
     return float(f"{min(value, 1e9):.3g}")
 
 

@@ -1,4 +1,4 @@
-"""Which rows the gate looks at, and whether they are rendered as the tokenizer's own call does.
+"""Which rows the gate compares, and whether their token ids are those of the tokenizer's call.
 
 Legend: R rows.
 """
@@ -25,19 +25,19 @@ log = logging.getLogger("batch_scorer")
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = {"cpu": 6_000, "cuda": 100_000}
-"""Beyond shortest, median and longest row, only so many: plain Hugging Face takes its time."""
+"""Most tokens beside the shortest, median and longest row: plain Hugging Face is slow."""
 _SEQUENCES_PER_ROW = 4
 _ROWS_READ = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """S sequences of the job's own: their places, token ids, and which are pairs.
+    """S of the job's sequences: their places, token ids, and which are pairs.
 
     `shown` is the first sequence's text with special tokens visible, `pooled` those of its
     tokens that the head reads (() where the model pools by itself), `leading_bos` how many BOS
-    ids it starts with, None for a tokenizer without one. `marked` counts the sequences, among
-    those looked at, that have no score, by reason.
+    ids it starts with, None for a tokenizer without one. `marked` counts the sequences that were
+    read and have no score, by reason.
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
     """Short, median and long rows of a few shards; None if no row there can be scored.
 
     Raises ModelError if the chat template refuses every row, and ParityError if token ids are
-    not those of the tokenizer's own call.
+    not those of the tokenizer's call.
     """
     ordered = sorted(shards, key=lambda shard: shard.output_key)
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
@@ -155,7 +155,7 @@ def choose_rows(parts: Sequence[TokenizedRows], max_tokens: int) -> list[tuple[i
 def _take(
     sequences: Sequence[SequenceInput | RowError], rows: TokenizedRows, row: int
 ) -> tuple[list[SequenceInput], TokenizedRows]:
-    """The first few sequences of one row, as they came and as token ids."""
+    """The first few sequences of one row, as parsed and as token ids."""
     start = int(rows.row_offsets[row])
     stop = min(int(rows.row_offsets[row + 1]), start + _SEQUENCES_PER_ROW)
     bounds = rows.sequence_offsets[start : stop + 1]
@@ -171,7 +171,7 @@ def _take(
 
 
 def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
-    """Rows of several parts as one; parts without errors."""
+    """Several parts' rows as one; the parts have no errors."""
 
     def joined(offsets: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for o in offsets]))])

@@ -1,7 +1,7 @@
-"""Which engine: by support, and for a long job that both can run by a short race.
+"""Which engine: by support, and for a long job by a short trial of all engines that can run it.
 
-Engines give the same scores within rounding (`parity`), but not the same bits, so an output
-keeps the engine it was begun with.
+Engines give the same scores within rounding (`parity`), but not the same bits, so an output keeps
+the engine of its first run.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.registry import make_backend
-from batch_scorer.config import Config, Device
+from batch_scorer.config import ENGINES, Config, Device
 from batch_scorer.errors import BatchScorerError, ModelError, ShardError
 from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
@@ -24,42 +24,49 @@ from batch_scorer.shard import read_shard
 log = logging.getLogger("batch_scorer")
 
 TRIAL_ROWS = {Device.CPU: 64, Device.CUDA: 1024}
-"""The first half warms an engine up, the second is timed."""
+"""The first half warms an engine up, the second half is timed."""
 
 WORTH_A_RACE = {Device.CPU: 2_000_000, Device.CUDA: 20_000_000}
-"""Tokens of the smallest job that is raced: minutes of scoring, against the half minute or minute
-that starting both engines takes."""
+"""Tokens of the smallest job that gets a trial: minutes of scoring, against the half minute or
+minute that it takes to start both engines."""
 
 
 def supported_engines(config: Config, model: ModelFacts) -> list[str]:
     """Engines that can run this job, our own first. Raises ModelError if the one asked for cannot.
 
-    What is not installed counts as not supported under `auto`.
+    Under `auto` an engine also has to be installed, and to take all settings that are given.
     """
     adapter = adapter_named(model.adapter)
     if config.backend != "auto":
-        if config.backend != "fake" and config.backend not in adapter.engines:
+        if ENGINES[config.backend].runs_model and config.backend not in adapter.engines:
             raise ModelError(
                 f"{model.path}: {adapter.name} models do not run on {config.backend}; "
                 f"set backend to {' or '.join(adapter.engines)}"
             )
         return [config.backend]
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    engines: list[str] = [e for e in adapter.engines if e == "hf" or has_vllm]
-    if config.quantization is not None:
-        engines.remove("hf")
+    asked = config.engine_options
+    engines = [e for e in adapter.engines if asked <= ENGINES[e].options and _is_installed(e)]
     if not engines:
-        raise ModelError("quantization needs the vllm backend, which is not installed")
+        takers = " or ".join(e for e, facts in ENGINES.items() if asked <= facts.options)
+        raise ModelError(
+            f"{model.path}: only the {takers} backend takes {' and '.join(sorted(asked))}, and it "
+            f"is not installed or does not run {adapter.name} models"
+        )
     return engines
 
 
+def _is_installed(engine: str) -> bool:
+    package = ENGINES[engine].package
+    return package is None or importlib.util.find_spec(package) is not None
+
+
 def is_raced(engines: Sequence[str], device: Device, num_tokens: int) -> bool:
-    """Whether the choice for a job of so many tokens is made by measuring."""
+    """Whether a job of `num_tokens` tokens gets a trial to choose its engine."""
     return len(engines) > 1 and num_tokens >= WORTH_A_RACE[device]
 
 
 def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
-    """Some of the job's own rows, from its first readable shard."""
+    """Some of the job's rows, from its first readable shard."""
     for shard in shards:
         part = replace(shard, num_rows=min(TRIAL_ROWS[job.device], shard.num_rows))
         try:
@@ -72,13 +79,13 @@ def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
 def tokens_per_second(job: Job, rows: TokenizedRows) -> float:
     """Real tokens per second of this job's engine on the second half of the rows.
 
-    The first half warms it up: with the same rows, a cache of prefixes would do the work. 0 for an
-    engine that does not come up or does not last: it loses the race, and the log says why.
+    The first half warms it up: with the same rows, a prefix cache would do the work. 0 for an
+    engine that does not start, or dies; the log shows why.
     """
     try:
         backend = make_backend(job)
     except (BatchScorerError, RuntimeError) as error:
-        log.warning("%s does not come up: %s", job.backend, error)
+        log.warning("%s does not start: %s", job.backend, error)
         return 0.0
     try:
         half = -(-rows.num_rows // 2)

@@ -1,4 +1,4 @@
-"""What a run would take, told from a tokenised sample of its rows before it starts."""
+"""A run's work, estimated before it starts from a tokenised sample of its rows."""
 
 import logging
 from collections.abc import Sequence
@@ -7,27 +7,28 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from batch_scorer.backends.packing import build_trie
-from batch_scorer.config import Config
+from batch_scorer.config import ENGINES, Config
 from batch_scorer.errors import ShardError
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.embedding import is_decoder
 from batch_scorer.models.registry import EMBEDDING, adapter_named
 from batch_scorer.records import Shard, TokenizedRows
 from batch_scorer.render import renderer_of
+from batch_scorer.runs.engine_choice import supported_engines
 from batch_scorer.shard import read_shard
 
 log = logging.getLogger("batch_scorer")
 
 SAMPLE_ROWS = 2_000
 SAMPLE_TOKENS = 1_000_000
-"""At most, by the plan's estimate: a few seconds of tokenising."""
+"""Most tokens by the plan's estimate: a few seconds of tokenising."""
 SAMPLE_SHARDS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class RowWork:
-    """What some rows take: their tokens as if each sequence were alone, those that go through the
-    model, and the pairs that these attend to."""
+    """The work of some rows: their tokens as if each sequence were alone, those that go through
+    the model, and the pairs that these attend to."""
 
     row_tokens: float
     computed_tokens: float
@@ -38,8 +39,8 @@ class RowWork:
 class Estimate:
     """The work of all rows of a plan, from `sampled_rows` of them.
 
-    `flop` are its floating-point operations, None where the model's cost is not known. Rows that
-    share a prefix without being close to each other are not found to share it.
+    `flop` are its floating-point operations, None where the model's cost is not known. A prefix
+    that is shared by rows far from each other counts once for each.
     """
 
     sampled_rows: int
@@ -51,8 +52,8 @@ class Estimate:
 def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
     """Tokenise rows of evenly chosen shards; None if none of them has a token.
 
-    The shards are cut into groups of neighbours, and the first rows of the middle shard stand for
-    the rows of its group.
+    The shards are cut into groups of consecutive ones; the first rows of the middle shard
+    represent the group.
     """
     shards = [shard for shard in shards if shard.num_rows]
     num_groups = min(SAMPLE_SHARDS, len(shards))
@@ -77,7 +78,7 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
     row_tokens, computed_tokens, pairs = (
         sums * sum(shard.num_rows for shard in shards) / covered_rows
     ).tolist()
-    cost = None if config.backend == "fake" else model.cost
+    cost = model.cost if ENGINES[supported_engines(config, model)[0]].runs_model else None
     return Estimate(
         sampled_rows=sampled_rows,
         row_tokens=round(row_tokens),
@@ -87,14 +88,14 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
 
 
 def _first_rows(shard: Shard, parts: int) -> Shard:
-    """As many rows as one of so many parts of the sample may have."""
+    """The shard's first rows, at most as many as one of `parts` parts of the sample may have."""
     tokens_per_row = max(1.0, shard.estimated_tokens / shard.num_rows)
     most = min(SAMPLE_ROWS, SAMPLE_TOKENS / tokens_per_row) / parts
     return replace(shard, num_rows=min(shard.num_rows, max(1, int(most))))
 
 
 def work_of(rows: TokenizedRows, *, shares: bool, is_causal: bool) -> RowWork:
-    """The work of a shard's rows, whose common prefixes are computed once if it `shares` them."""
+    """The work of a shard's rows; with `shares`, common prefixes are computed once."""
     if shares:
         trie = build_trie(rows)
         return RowWork(rows.num_tokens, trie.num_tokens, trie.attended_pairs)
@@ -104,7 +105,7 @@ def work_of(rows: TokenizedRows, *, shares: bool, is_causal: bool) -> RowWork:
 
 
 def is_causal(model: ModelFacts) -> bool:
-    """Whether a token attends to those before it only; told without loading the model."""
+    """Whether a token attends only to those before it; decided without loading the model."""
     if model.adapter == EMBEDDING.name:
         return is_decoder(model.path)
     return adapter_named(model.adapter).build_head is not None
@@ -112,8 +113,6 @@ def is_causal(model: ModelFacts) -> bool:
 
 def shares_prefixes(config: Config, model: ModelFacts) -> bool:
     """Whether the engine computes a prefix once that several sequences of a shard have."""
-    if config.backend == "fake" or not is_causal(model):
-        return False
-    if config.backend == "vllm":
-        return not model.has_steps  # requests for all tokens do not read its cache
-    return config.attention == "packed"
+    engine = ENGINES[supported_engines(config, model)[0]]
+    shares = engine.shares_in_steps if model.has_steps else engine.shares_prefixes
+    return shares and is_causal(model) and config.attention == "packed"

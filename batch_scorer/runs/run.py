@@ -163,7 +163,7 @@ def _set_out(job: Job, epoch: int, work: Work) -> Run:
         estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
         workers=workers,
         devices=workers * job.config.tensor_parallel,
-        cost=None if job.backend == "fake" else job.model.cost,
+        cost=job.model.cost if job.engine.runs_model else None,
     )
 
 
@@ -216,7 +216,7 @@ def _run(
 
 def _sample(job: Job, todo: list[Shard]) -> Sample | None:
     """The rows on which every worker has to agree with plain Hugging Face."""
-    if job.config.parity_check == "off" or job.backend == "fake" or not todo:
+    if job.config.parity_check == "off" or not job.engine.runs_model or not todo:
         return None
     sample = choose_sample(job, todo)
     if sample is None:

@@ -44,8 +44,12 @@ def test_only_engines_that_can_run_the_family_are_candidates(
     with pytest.raises(ModelError, match="encoder models do not run on vllm; set backend to hf"):
         trial.supported_engines(config_for(tiny_model, tmp_path, backend="vllm"), encoder)
     quantised = config_for(tiny_model, tmp_path, quantization="fp8")
+    split = config_for(tiny_model, tmp_path, tensor_parallel=2)
+    padded = config_for(tiny_model, tmp_path, attention="eager")
     assert trial.supported_engines(quantised, stock) == ["vllm"]
-    with pytest.raises(ModelError, match="quantization needs the vllm backend"):
+    assert trial.supported_engines(split, stock) == ["vllm"]
+    assert trial.supported_engines(padded, stock) == ["hf"]
+    with pytest.raises(ModelError, match="only the vllm backend takes quantization, and it is not"):
         trial.supported_engines(quantised, encoder)
     monkeypatch.setattr(trial.importlib.util, "find_spec", lambda name: None)
     assert trial.supported_engines(auto, stock) == ["hf"]

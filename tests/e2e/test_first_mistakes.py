@@ -99,7 +99,7 @@ def test_a_model_whose_head_is_not_in_the_weights(
     config = model / "config.json"
     config.write_text(config.read_text().replace("ForCausalLM", "ForSequenceClassification"))
     ended = score(model, inputs, tmp_path / "out")
-    assert_one_line(ended, model, "the weights hold no score head")
+    assert_one_line(ended, model, "the weights contain no score head")
 
 
 def test_an_incomplete_model(tiny_model: Path, inputs: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_what_gemma_2_cannot_bear(
     ("flags", "cause"),
     [
         (("--quantization", "fp8"), "set backend: vllm"),
-        (("--backend", "vllm", "--attention", "eager"), "vllm chooses its own"),
+        (("--backend", "vllm", "--attention", "eager"), "set backend: hf"),
         (("--normalize",), "set task: embed"),
         (("--step-aggregation", "mean"), "give no step scores"),
         (("--task", "embed", "--adapter", "armorm"), "an embedding has no head"),

@@ -92,7 +92,7 @@ class Family:
     variant: str = ""
     directory: str = "model"
     has_steps: bool = False
-    roads: tuple[str, ...] = ("packed", "padded", "vllm")
+    paths: tuple[str, ...] = ("packed", "padded", "vllm")
 
     @property
     def id(self) -> str:
@@ -101,7 +101,7 @@ class Family:
     @property
     def has_head(self) -> bool:
         """Whether body and head are apart, and the body can be packed."""
-        return "packed" in self.roads
+        return "packed" in self.paths
 
 
 @torch.inference_mode()
@@ -1024,8 +1024,8 @@ FAMILIES = (
     Family("internlm2_reward", internlm2),
     Family("beaver_reward", beaver("reward")),
     Family("beaver_cost", beaver("cost")),
-    Family("oasst_pythia", oasst("mean"), "mean", roads=HF_ONLY),
-    Family("oasst_pythia", oasst("last"), "last", roads=HF_ONLY),
+    Family("oasst_pythia", oasst("mean"), "mean", paths=HF_ONLY),
+    Family("oasst_pythia", oasst("last"), "last", paths=HF_ONLY),
     Family("armorm", armorm("llama")),
     Family("armorm", armorm("gemma2"), "gemma2"),
     Family("qrm", qrm),
@@ -1038,7 +1038,7 @@ FAMILIES = (
         attributes("steerlm", STEERLM_ORDER),
         directory="llama3-70b-steerlm-rm",
     ),
-    Family("encoder", encoder("bert"), "bert", roads=PADDED_ONLY),
-    Family("encoder", encoder("modernbert"), "modernbert", roads=PADDED_ONLY),
-    Family("encoder", encoder("deberta-v2"), "deberta", roads=PADDED_ONLY),
+    Family("encoder", encoder("bert"), "bert", paths=PADDED_ONLY),
+    Family("encoder", encoder("modernbert"), "modernbert", paths=PADDED_ONLY),
+    Family("encoder", encoder("deberta-v2"), "deberta", paths=PADDED_ONLY),
 )

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from batch_scorer import formats
+from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.config import OverLength
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
@@ -61,7 +62,7 @@ def plain(model_dir: Path, rows: TokenizedRows, dtype: torch.dtype) -> npt.NDArr
 
 
 def packed(model_dir: Path, rows: TokenizedRows, dtype: str) -> npt.NDArray[np.float32]:
-    backend = HFBackend(model_dir, dtype=dtype, attention="packed", device="cpu")
+    backend = HFBackend(EngineSettings(model_dir, dtype=dtype, device="cpu"))
     return backend.score(rows).values[:, 0]
 
 

@@ -199,7 +199,7 @@ def test_bos_doubled_or_lost(
 def overflowing(folder: Path) -> Path:
     """A model whose hidden states pass 65504 on the way, which float16 cannot hold.
 
-    The packed road's own probe refuses it at load; the padded road leaves it to the gate.
+    The packed path's own probe refuses it at load; the padded path leaves it to the gate.
     """
     model = tiny_reward_model(folder / "overflows")
     weights = load_file(model / "model.safetensors")

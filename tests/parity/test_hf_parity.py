@@ -1,4 +1,4 @@
-"""Every road of the hf backend gives the scores of plain Hugging Face, one row at a time."""
+"""Every scoring path of the hf backend gives plain Hugging Face's scores, one row at a time."""
 
 import importlib.util
 import json
@@ -30,18 +30,22 @@ from tests.parity.tiny_models import (
     GQA,
     PAD,
     SHAPE,
+    TOLERANCE,
     VOCABULARY,
+    ModelDir,
     build_model,
+    change_config,
+    change_weights,
+    engine_settings,
     load_reference,
     random_sequences,
     reference_scores,
+    rms,
     tokenized,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ModelDir = Callable[[str], Path]
-TOLERANCE = 1e-4  # fp32; seen: 1.4e-5 at a score std of 2
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_flash_attn = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="needs the flash-attn package"
@@ -51,12 +55,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
 
 
 def make_backend(model_dir: Path, **settings: Any) -> HFBackend:
-    defaults: dict[str, Any] = {"dtype": "float32", "attention": "packed", "device": "cpu"}
-    return HFBackend(model_dir, **(defaults | {"token_budget": 256} | settings))
-
-
-def rms(errors: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(errors**2)))
+    return HFBackend(engine_settings(model_dir, **({"token_budget": 256} | settings)))
 
 
 # Parity
@@ -150,8 +149,7 @@ def test_flash_attention_2_is_as_close_as_packed(name: str, model_dir: ModelDir)
 
 def test_a_head_with_bias(tmp_path: Path) -> None:
     build_model("llama", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {"score.bias": torch.tensor([0.75])}, tmp_path / "model.safetensors")
+    change_weights(tmp_path, lambda weights: weights | {"score.bias": torch.tensor([0.75])})
     values = make_backend(tmp_path).score(tokenized(SEQUENCES)).values
     reference = reference_scores(load_reference(tmp_path), SEQUENCES)  # which has no bias
     np.testing.assert_allclose(values, reference + 0.75, rtol=0, atol=TOLERANCE)
@@ -167,7 +165,7 @@ def test_gemma_2_looks_beyond_its_window_in_every_other_layer(
     alternating = make_backend(model_dir("gemma2")).score(tokenized([sequence, changed])).values
     assert abs(alternating[0, 0] - alternating[1, 0]) > 1e-2
     shutil.copytree(model_dir("gemma2"), tmp_path, dirs_exist_ok=True)
-    edit_config(tmp_path, layer_types=["sliding_attention"] * 4, sliding_window=8)
+    change_config(tmp_path, layer_types=["sliding_attention"] * 4, sliding_window=8)
     local = make_backend(tmp_path).score(tokenized([sequence, changed])).values
     # Four layers of windows of 8 reach 4 x 7 tokens back.
     assert abs(local[0, 0] - local[1, 0]) < 1e-5
@@ -179,7 +177,7 @@ def test_a_pair_has_token_types(tmp_path: Path) -> None:
     """T-ENC: 0 for the question and its separator, 1 for the answer."""
     build_model("bert", tmp_path)
     separator = 4
-    edit_config(tmp_path, sep_token_id=separator)
+    change_config(tmp_path, sep_token_id=separator)
     question, answer = [3, 9, 8, 7, separator], [11, 12, 13, separator]
     longer = [3, 5, separator, *range(20, 60), separator]
     values = make_backend(tmp_path).score(tokenized([question + answer, longer])).values
@@ -213,7 +211,7 @@ def test_a_useless_pad_id_does_not_matter(
     pad_token_id: int | None, model_dir: ModelDir, tmp_path: Path
 ) -> None:
     shutil.copytree(model_dir("qwen2"), tmp_path, dirs_exist_ok=True)
-    edit_config(tmp_path, pad_token_id=pad_token_id)
+    change_config(tmp_path, pad_token_id=pad_token_id)
     reference = make_backend(model_dir("qwen2")).score(tokenized(SEQUENCES)).values
     values = make_backend(tmp_path, attention="eager").score(tokenized(SEQUENCES)).values
     np.testing.assert_allclose(values, reference, rtol=0, atol=TOLERANCE)
@@ -490,22 +488,15 @@ def test_a_score_that_is_no_number_is_marked(model_dir: ModelDir) -> None:
 # Models and settings that cannot give true scores
 
 
-def edit_config(model_dir: Path, **changes: Any) -> None:
-    path = model_dir / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_a_causal_lm_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(AutoConfig.for_model("llama", **(SHAPE | GQA))).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="the config says LlamaForCausalLM"):
+    with pytest.raises(ModelError, match="the config names LlamaForCausalLM"):
         make_backend(tmp_path)
 
 
 def test_a_missing_head_is_refused_by_name(model_dir: ModelDir, tmp_path: Path) -> None:
     shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["score.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path, lambda old: {n: t for n, t in old.items() if n != "score.weight"})
     with pytest.raises(ModelError, match=r"score\.weight"):
         make_backend(tmp_path)
 
@@ -515,7 +506,7 @@ def test_the_head_in_the_weights_counts_and_not_the_labels_in_the_config(
 ) -> None:
     """T-HEAD-2: a config without num_labels means 2 to transformers; Skywork's leave it out."""
     shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
-    edit_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    change_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
     values = make_backend(tmp_path).score(tokenized(SEQUENCES)).values
     reference = reference_scores(load_reference(model_dir("llama")), SEQUENCES)
     np.testing.assert_allclose(values, reference, rtol=0, atol=TOLERANCE)
@@ -533,8 +524,7 @@ def test_weights_without_a_place_are_recorded(
     model_dir: ModelDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors") | {"gate.weight": torch.ones(2)}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path, lambda weights: weights | {"gate.weight": torch.ones(2)})
     with caplog.at_level(logging.WARNING, logger="batch_scorer"):
         backend = make_backend(tmp_path)
     assert backend.provenance["unexpected_weights"] == ["gate.weight"]
@@ -636,7 +626,7 @@ def test_a_head_stored_in_float32_is_not_rounded_with_the_body(tmp_path: Path) -
     stored = weights.pop("score.weight").float() + 1e-4
     body = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     save_file({**body, "score.weight": stored}, tmp_path / "model.safetensors", {"format": "pt"})
-    backend = HFBackend(tmp_path, dtype="bfloat16", attention="packed", device="cpu")
+    backend = make_backend(tmp_path, dtype="bfloat16")
     assert backend._readout is not None and backend._readout._head is not None
     assert torch.equal(backend._readout._head.score.weight, stored)
     assert not torch.equal(stored.to(torch.bfloat16).float(), stored)

@@ -1,6 +1,6 @@
-"""Every family of reward models, on every road, against a plain model and its formula.
+"""Every family of reward models, on every scoring path, against a plain model and its formula.
 
-A road is a way to run a model. The truth is in `families.py`: plain transformers, eager, one
+The truth is in `families.py`: plain transformers, eager, one
 sequence at a time, and the head written out from what is published.
 """
 
@@ -36,7 +36,7 @@ from tests.parity.families import (
     replies,
     run,
 )
-from tests.parity.tiny_models import tokenized
+from tests.parity.tiny_models import engine_settings, rms, tokenized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,35 +51,34 @@ BFLOAT16_IN_VLLM = {"sequence_classifier-gemma2", "token_logit", "value_head_mlp
 """One for each kind of head; an engine takes seconds to start, and float32 has them all."""
 
 
-def vllm(model_dir: Path, dtype: str) -> VLLMBackend:
+def vllm(model_dir: Path, **settings: Any) -> VLLMBackend:
     # vLLM collects garbage eight times at every start; among what the tests hold that is seconds.
     gc.freeze()
-    adapter = choose_adapter(read_model_files(model_dir))
-    return VLLMBackend(model_dir, adapter=adapter, dtype=dtype, device="cpu", max_tokens=512)
+    return VLLMBackend(engine_settings(model_dir, max_tokens=512, **settings))
 
 
-ROADS: dict[str, Callable[..., Any]] = {
+def packed(model_dir: Path, **settings: Any) -> HFBackend:
     # A budget that cuts every sequence: what is carried from batch to batch counts as well.
-    "packed": lambda model_dir, dtype: HFBackend(
-        model_dir, dtype=dtype, attention="packed", device="cpu", token_budget=24
-    ),
-    "padded": lambda model_dir, dtype: HFBackend(
-        model_dir, dtype=dtype, attention="eager", device="cpu", token_budget=512
-    ),
-    "vllm": vllm,
-}
-"""Families name those that they take (`Family.roads`)."""
+    return HFBackend(engine_settings(model_dir, **({"token_budget": 24} | settings)))
 
 
-def make_backend(road: str, model_dir: Path, dtype: str = "float32") -> Any:
-    return ROADS[road](model_dir, dtype)
+def padded(model_dir: Path, **settings: Any) -> HFBackend:
+    return HFBackend(engine_settings(model_dir, attention="eager", token_budget=512, **settings))
+
+
+PATHS: dict[str, Callable[..., Any]] = {"packed": packed, "padded": padded, "vllm": vllm}
+"""Families name those that they take (`Family.paths`)."""
+
+
+def make_backend(path: str, model_dir: Path, dtype: str = "float32") -> Any:
+    return PATHS[path](model_dir, dtype=dtype)
 
 
 MATRIX = [
-    pytest.param(family, road, id=f"{family.id}-{road}")
+    pytest.param(family, path, id=f"{family.id}-{path}")
     for family in FAMILIES
-    for road in ROADS
-    if road in family.roads
+    for path in PATHS
+    if path in family.paths
 ]
 EACH = [pytest.param(family, id=family.id) for family in FAMILIES]
 
@@ -116,19 +115,15 @@ def given(scores: Scores, family: Family) -> np.ndarray:
     return scores.values
 
 
-def rms(errors: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(errors**2)))
+# Every family on every scoring path
 
 
-# Every family on every road
-
-
-@pytest.mark.parametrize(("family", "road"), MATRIX)
-def test_scores_are_those_of_the_plain_model(family: Family, road: str, built: Built) -> None:
+@pytest.mark.parametrize(("family", "path"), MATRIX)
+def test_scores_are_those_of_the_plain_model(family: Family, path: str, built: Built) -> None:
     """T-MLP, T-NEMO, T-ARMO-1 and all their kind: score and attributes of every sequence."""
     checkpoint = built(family)
     expected = table(checkpoint.reference, family)
-    with closing(make_backend(road, checkpoint.model_dir)) as backend:
+    with closing(make_backend(path, checkpoint.model_dir)) as backend:
         scores = backend.score(tokenized(checkpoint.sequences))
     scale = np.abs(expected).max(axis=0)
     assert expected[:, 0].std() > 0.1 * scale[0], "nothing to tell apart"
@@ -138,16 +133,16 @@ def test_scores_are_those_of_the_plain_model(family: Family, road: str, built: B
 
 
 @pytest.mark.parametrize(
-    ("family", "road"),
+    ("family", "path"),
     [case for case in MATRIX if case.values[1] != "vllm" or case.values[0].id in BFLOAT16_IN_VLLM],
 )
 def test_bfloat16_is_no_further_from_float32_than_plain_hugging_face(
-    family: Family, road: str, built: Built
+    family: Family, path: str, built: Built
 ) -> None:
     checkpoint = built(family)
     exact = table(checkpoint.reference, family)[:, 0]
     plain = table(checkpoint.bfloat16_reference, family)[:, 0]
-    with closing(make_backend(road, checkpoint.model_dir, "bfloat16")) as backend:
+    with closing(make_backend(path, checkpoint.model_dir, "bfloat16")) as backend:
         scores = given(backend.score(tokenized(checkpoint.sequences)), family)[:, 0]
     assert 0 < rms(scores - exact) <= BFLOAT16_FACTOR * rms(plain - exact)
 
@@ -186,13 +181,7 @@ def test_a_sequence_goes_through_the_model_once_however_much_is_read_of_it(
 ) -> None:
     checkpoint = built(row(name))
     rows = tokenized(checkpoint.sequences)
-    backend = HFBackend(
-        checkpoint.model_dir,
-        dtype="float32",
-        attention="packed",
-        device="cpu",
-        token_budget=rows.num_tokens,
-    )
+    backend = packed(checkpoint.model_dir, token_budget=rows.num_tokens)
     tokens: list[int] = []
     backend._model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -210,11 +199,11 @@ def test_a_sequence_goes_through_the_model_once_however_much_is_read_of_it(
 @pytest.mark.parametrize(
     ("name", "tag"), [("qwen2_math_prm", EXTRA_0), ("math_shepherd", SHEPHERD_TAG)]
 )
-@pytest.mark.parametrize("road", ["packed", "padded"])
-def test_as_many_step_scores_as_tags(name: str, tag: int, road: str, built: Built) -> None:
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_as_many_step_scores_as_tags(name: str, tag: int, path: str, built: Built) -> None:
     """T-PRM-1: also where a step itself holds the tag, and where an answer has none at all."""
     sequences = [[7, tag], [7, 8, tag, tag, 9, tag], [7, 8, 9], [5, tag, 4, tag]]
-    backend = make_backend(road, built(row(name)).model_dir)
+    backend = make_backend(path, built(row(name)).model_dir)
     scores = backend.score(tokenized(sequences))
     assert scores.step_values is not None and scores.step_offsets is not None
     assert np.diff(scores.step_offsets).tolist() == [1, 3, 0, 2]
@@ -264,14 +253,14 @@ def test_the_gate_reads_the_end_of_the_prompt_and_so_the_same_for_all_its_answer
 
 
 @pytest.mark.parametrize("name", ["armorm", "armorm-gemma2", "qrm"])
-@pytest.mark.parametrize("road", ["packed", "padded"])
+@pytest.mark.parametrize("path", ["packed", "padded"])
 def test_a_prompt_without_its_end_is_marked_and_the_others_scored(
-    name: str, road: str, built: Built
+    name: str, path: str, built: Built
 ) -> None:
     """T-ARMO-3: cut off on the left, or a text that never had an assistant."""
     checkpoint = built(row(name))
     sequences = [*checkpoint.sequences[:2], [5, 6, 7], *checkpoint.sequences[2:4]]
-    scores = make_backend(road, checkpoint.model_dir).score(tokenized(sequences))
+    scores = make_backend(path, checkpoint.model_dir).score(tokenized(sequences))
     assert {index: error.reason for index, error in scores.errors.items()} == {2: RowReason.NO_MARK}
     assert np.isnan(scores.values[2]).all()
     expected = table(checkpoint.reference[:4], row(name))
@@ -312,14 +301,14 @@ def test_an_adapter_that_needs_an_end_token_puts_it_there() -> None:
             assert adapter.prompt.suffix_id_of == adapter.pooling.must_be
 
 
-@pytest.mark.parametrize("road", ["packed", "padded"])
+@pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize(
     "name", ["sequence_classifier", "armorm", "oasst_pythia-mean", "qwen2_math_prm", "qrm"]
 )
-def test_neighbours_do_not_move_a_score(name: str, road: str, built: Built) -> None:
+def test_neighbours_do_not_move_a_score(name: str, path: str, built: Built) -> None:
     """T-POOL-2, T-BN: alone, beside longer sequences, and in another order."""
     family, checkpoint = row(name), built(row(name))
-    backend = make_backend(road, checkpoint.model_dir)
+    backend = make_backend(path, checkpoint.model_dir)
     sequences = checkpoint.sequences[:6]
     together = given(backend.score(tokenized(sequences)), family)
     alone = [given(backend.score(tokenized([ids])), family) for ids in sequences]

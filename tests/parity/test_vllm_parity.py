@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from batch_scorer.backends import vllm_engine
@@ -29,20 +28,24 @@ from tests.parity.tiny_models import (
     GQA,
     PAD,
     SHAPE,
+    TOLERANCE,
     VOCABULARY,
+    ModelDir,
     Sequences,
+    change_config,
+    change_weights,
+    engine_settings,
     load_reference,
     random_sequences,
     reference_scores,
+    rms,
     tokenized,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ModelDir = Callable[[str], Path]
 Start = Callable[..., VLLMBackend]
 
-TOLERANCE = 1e-4  # fp32; seen: 3e-5 at a score std of 2
 MAX_TOKENS = 160
 SHARED = list(range(50, 150))  # three whole blocks of the prefix cache
 SEQUENCES: Sequences = [
@@ -70,9 +73,9 @@ def start() -> Iterator[Start]:
         asked = (model_dir, adapter.name, settings)
         if running.get("asked") != asked:
             end()
-            defaults = {"dtype": "float32", "device": "cpu", "max_tokens": MAX_TOKENS}
+            settings = {"adapter": adapter, "max_tokens": MAX_TOKENS, **settings}
             gc.freeze()  # vLLM collects garbage eight times at every start
-            engine = VLLMBackend(model_dir, adapter=adapter, **(defaults | settings))
+            engine = VLLMBackend(engine_settings(model_dir, **settings))
             running.update(asked=asked, backend=engine)
         return running["backend"]
 
@@ -97,21 +100,9 @@ def limit_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def plain(model_dir: Path, sequences: Sequences, adapter: Adapter = STOCK, **settings: Any) -> Any:
     """Plain Hugging Face: eager, one sequence at a time."""
-    defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
-    rows = tokenized(sequences)
-    return plain_scores(model_dir, rows, adapter=adapter, **(defaults | settings))
-
-
-def change_weights(
-    model_dir: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-) -> None:
-    file = model_dir / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-
-def change_config(model_dir: Path, **changes: Any) -> None:
-    file = model_dir / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return plain_scores(
+        engine_settings(model_dir, adapter=adapter, **settings), tokenized(sequences)
+    )
 
 
 # Parity
@@ -313,10 +304,6 @@ def test_bfloat16_is_about_as_far_from_float32_as_plain_hugging_face(
     rounded = plain(model_dir("llama"), sequences, dtype="bfloat16").values
     values = start(model_dir("llama"), dtype="bfloat16").score(tokenized(sequences)).values
     assert rms(values - exact) <= 1.5 * rms(rounded - exact)
-
-
-def rms(errors: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(errors**2)))
 
 
 # Heads and bodies that vLLM does not know
@@ -581,7 +568,7 @@ def test_an_old_vllm_is_refused_and_a_new_one_tried(caplog: pytest.LogCaptureFix
     check_version("0.32.0+cpu")
     assert not caplog.records
     check_version("0.33.0rc1")
-    assert "untried" in caplog.text
+    assert "untested" in caplog.text
 
 
 # Which requests

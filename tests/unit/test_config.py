@@ -46,8 +46,12 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
         ({"shard_rows": 0}, "shard_rows: .*greater than 0.*got 0"),
         ({"over_length": "cut"}, "over_length: .*'mark', 'error' or 'truncate_left'"),
         ({"store_options": {"aws_secret_access_key": "x"}}, "credentials are not settings"),
-        ({"backend": "fake", "compile": True}, "compile: only for"),
-        ({"attention": "sdpa", "compile": True}, "compile: only for"),
+        ({"backend": "fake", "compile": True}, "compile: the fake .* set backend: hf or vllm"),
+        (
+            {"backend": "auto", "attention": "sdpa", "quantization": "fp8"},
+            "attention and quantization: no backend takes them together",
+        ),
+        ({"attention": "sdpa", "compile": True}, "compile: only packed batches"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:

@@ -1,7 +1,7 @@
-"""The families of reward models that are known here, close relatives in one file.
+"""The known families of reward models, similar ones in one file.
 
-The order decides: the first adapter that fits a model and finds its head in the weights has it,
-so the special ones stand above the general.
+The order decides: a model gets the first adapter that fits and whose head is in the weights, so
+special ones come before general ones.
 """
 
 from batch_scorer.models.adapter import Adapter

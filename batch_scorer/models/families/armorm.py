@@ -118,7 +118,7 @@ ADAPTERS = (
         ),
         traps=(
             "the rewards column is the untransformed vector, as in the original's `rewards`",
-            "the original pools before the first pad id, which may lie mid-text; the last token "
+            "the original pools before the first pad id, which may be mid-text; the last token "
             "is pooled here",
         ),
     ),

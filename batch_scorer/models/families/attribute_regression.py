@@ -108,8 +108,6 @@ ADAPTERS = (
         reads="the last token that is not the config's pad id",
         attributes=labels,
         models=("ports of nvidia/Llama3-70B-SteerLM-RM whose id2label names its attributes",),
-        traps=(
-            "weights belong to a model: another model's attributes need `--adapter` to be said",
-        ),
+        traps=("weights belong to one model: another model's attributes need `--adapter`",),
     ),
 )

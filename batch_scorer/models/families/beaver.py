@@ -83,7 +83,7 @@ ADAPTERS = tuple(
     for kind, summary, fits, attributes, models, references, traps in (
         (
             "reward",
-            "linear `score_head`, normalised where the config says so",
+            "linear `score_head`, normalised if the config sets it",
             lambda config: config.get("score_type", "reward") == "reward",
             lambda config: (),
             ("PKU-Alignment/beaver-7b-v1.0-reward, -v2.0-, -v3.0-, -unified-reward",),
@@ -95,7 +95,7 @@ ADAPTERS = tuple(
                     "model card",
                 ),
             ),
-            ("trained with the end token behind the answer; the card's example leaves it out",),
+            ("trained with the end token after the answer; the card's example leaves it out",),
         ),
         (
             "cost",
@@ -107,7 +107,7 @@ ADAPTERS = tuple(
             (
                 "the model's own sign is kept in the attribute `cost`: above 0 is unsafe",
                 "normalising scales a cost and does not shift it: its zero has a meaning",
-                "trained with the end token behind the answer; the card's example leaves it out",
+                "trained with the end token after the answer; the card's example leaves it out",
             ),
         ),
     )

@@ -1,4 +1,4 @@
-"""Parts that heads are made of. All compute in float32.
+"""Parts of heads. All compute in float32.
 
 Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
 """
@@ -13,7 +13,7 @@ from batch_scorer.models.adapter import ModelConfig
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer that holds these float32 tensors."""
+    """A linear layer with these float32 tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
@@ -25,8 +25,8 @@ def mlp(tensors: Mapping[str, Tensor], prefix: str, activation: type[nn.Module])
     """The linear layers `<prefix><index>.weight` (and `.bias`) in the order of their indices, with
     an activation between any two.
 
-    The indices are those of the checkpoint's own `nn.Sequential`; what stands between the layers
-    there besides the activation holds no tensors and does nothing in evaluation (dropout).
+    The indices are those of the checkpoint's `nn.Sequential`; other modules between its layers than
+    the activation have no tensors and do nothing in evaluation (dropout).
     """
     indices = sorted(
         int(name.removeprefix(prefix).removesuffix(".weight"))
@@ -56,7 +56,7 @@ class LastTokenHead(nn.Module):
 
 
 def linear_head(name: str) -> Callable[[Mapping[str, Tensor], ModelConfig], nn.Module]:
-    """What builds a head of one linear layer, `<name>.weight` (and `.bias`), on the last token."""
+    """Builds heads with one linear layer, `<name>.weight` (and `.bias`), on the last token."""
 
     def build(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
         return LastTokenHead(linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
@@ -65,7 +65,7 @@ def linear_head(name: str) -> Callable[[Mapping[str, Tensor], ModelConfig], nn.M
 
 
 class ClassProbability(nn.Module):
-    """Share of one class among all, of every pooled token: [K, H] → [K, 1]."""
+    """One class's share among all, for every pooled token: [K, H] → [K, 1]."""
 
     def __init__(self, logits: nn.Module, wanted: int) -> None:
         super().__init__()

@@ -45,13 +45,13 @@ def _tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterable[tuple[s
 ADAPTERS = (
     Adapter(
         name="internlm2_reward",
-        summary="InternLM2 with `v_head`, read at a reward token behind the conversation",
+        summary="InternLM2 with `v_head`, read at a reward token after the conversation",
         architectures=("InternLM2ForRewardModel",),
         head={"v_head.weight": (1, None)},
         unused=("output.*",),
         build_head=linear_head("v_head"),
         pooling=LastToken(must_be="reward_token_id"),
-        reads="the reward token (the config's reward_token_id), put behind the conversation",
+        reads="the reward token (the config's reward_token_id), added after the conversation",
         body=Body(model_type="llama", config=_config, tensors=_tensors),
         prompt=Prompt(suffix_id_of="reward_token_id"),
         models=("internlm/internlm2-1_8b-reward, -7b-reward, -20b-reward",),
@@ -65,7 +65,7 @@ ADAPTERS = (
         ),
         traps=(
             "without the reward token the score is read at another token, and looks plausible",
-            "queries, keys and values lie fused, one group of rows for each KV head",
+            "queries, keys and values are fused, one group of rows for each KV head",
         ),
     ),
 )

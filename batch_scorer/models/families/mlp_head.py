@@ -1,6 +1,7 @@
 """`score.0` and `score.2`, ReLU between: Qwen2.5-Math-RM, WorldPM, INF-ORM."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -20,16 +21,29 @@ def _head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
     return LastTokenHead(mlp(tensors, "score.", nn.ReLU))
 
 
+_INF_ORM = Adapter(
+    name="inf_orm",
+    summary="two-layer head on Llama",
+    architectures=("INFORMForSequenceClassification", "LlamaForSequenceClassification"),
+    head=HEAD,
+    unused=("lm_head.*",),
+    build_head=_head,
+    models=("infly/INF-ORM-Llama3.1-70B",),
+    traps=(
+        "the original reads the token before the first pad id, which may be mid-text; the last "
+        "token is read here",
+    ),
+)
+
+# Qwen2's have the same head and differ in the text that they were trained on.
 ADAPTERS = (
-    Adapter(
+    replace(
+        _INF_ORM,
         name="worldpm",
-        summary="two-layer head, read at an end token that is put behind the conversation",
+        summary="two-layer head, read at an end token that is added after the conversation",
         architectures=("Qwen2ForRewardModel",),
-        head=HEAD,
-        unused=("lm_head.*",),
-        build_head=_head,
         pooling=LastToken(must_be="pad_token_id"),
-        reads="`<|endoftext|>`, the config's pad id, put behind the conversation",
+        reads="`<|endoftext|>`, the config's pad id, added after the conversation",
         prompt=Prompt(system="", suffix_id_of="pad_token_id"),
         model_ids=("*worldpm*",),
         models=("Qwen/WorldPM-72B and its fine-tunes",),
@@ -43,13 +57,11 @@ ADAPTERS = (
             "pad id. Compare the demo's scores before a job",
         ),
     ),
-    Adapter(
+    replace(
+        _INF_ORM,
         name="qwen2_math_rm",
         summary="two-layer head on Qwen2",
         architectures=("Qwen2ForRewardModel",),
-        head=HEAD,
-        unused=("lm_head.*",),
-        build_head=_head,
         prompt=Prompt(system=MATH_SYSTEM),
         models=("Qwen/Qwen2.5-Math-RM-72B",),
         references=(
@@ -57,17 +69,5 @@ ADAPTERS = (
         ),
         traps=("without its system prompt the model sees text it was not trained on",),
     ),
-    Adapter(
-        name="inf_orm",
-        summary="two-layer head on Llama",
-        architectures=("INFORMForSequenceClassification", "LlamaForSequenceClassification"),
-        head=HEAD,
-        unused=("lm_head.*",),
-        build_head=_head,
-        models=("infly/INF-ORM-Llama3.1-70B",),
-        traps=(
-            "the original reads the token before the first pad id, which may lie mid-text; the "
-            "last token is read here",
-        ),
-    ),
+    _INF_ORM,
 )

@@ -37,7 +37,7 @@ def _plus_or_minus(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Mod
 ADAPTERS = (
     Adapter(
         name="qwen2_math_prm",
-        summary="two classes at a tag behind every step; the step's score is the share of class 1",
+        summary="two classes at a tag after every step; the step's score is the share of class 1",
         architectures=("Qwen2ForProcessRewardModel",),
         head={
             "score.0.weight": (None, None),
@@ -74,7 +74,7 @@ ADAPTERS = (
         model_ids=("*rlhflow*prm*", "*llama3.1-8b-prm*"),
         models=("RLHFlow/Llama3.1-8B-PRM-Mistral-Data, -Deepseek-Data",),
         traps=(
-            "the sign is predicted one token before it stands",
+            "the sign is predicted one token before its own place",
             "one forward gives what the original takes one forward a step for, since every "
             "earlier reply is `+` there too",
             "the Mistral-Data model was trained on answers cut at `ки`, not at blank lines",
@@ -82,7 +82,7 @@ ADAPTERS = (
     ),
     Adapter(
         name="math_shepherd",
-        summary="+ or - at a tag behind every step; the step's score is the share of +",
+        summary="+ or - at a tag after every step; the step's score is the share of +",
         architectures=("MistralForCausalLM",),
         head={"lm_head.weight": (None, None)},
         head_rows=(_MISTRAL_PLUS, _MISTRAL_MINUS),
@@ -98,6 +98,6 @@ ADAPTERS = (
         step_aggregation="min",
         model_ids=("*math-shepherd*prm*",),
         models=("peiyi9979/math-shepherd-mistral-7b-prm",),
-        traps=("+ and - are the ids of the signs behind a blank, 648 and 387",),
+        traps=("+ and - are the ids of the signs after a blank, 648 and 387",),
     ),
 )

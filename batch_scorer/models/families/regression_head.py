@@ -88,7 +88,7 @@ ADAPTERS = (
                 "the 34B's LlamaForSequenceClassification is another class than transformers' "
                 "of that name",
                 "weights published as a pickle must be converted to safetensors first",
-                "the original reads the token before the first id 0, which may lie mid-text; the "
+                "the original reads the token before the first id 0, which may be mid-text; the "
                 "last token is read here",
             ),
         )

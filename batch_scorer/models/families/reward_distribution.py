@@ -173,8 +173,8 @@ ADAPTERS = (
         body=Body(tensors=_ldl_body),
         models=("ShikaiChen/LDL-Reward-Gemma-2-27B-v0.1",),
         traps=(
-            "the heads lie in .pt files beside the weights, read as tensors only",
-            "the gate reads the last token, not the prompt; softmax only where the config says so",
+            "the heads are in .pt files beside the weights, read as tensors only",
+            "the gate reads the last token, not the prompt; softmax only if the config sets it",
             "Gemma-2: attention softcapping must not be dropped",
         ),
     ),

@@ -32,8 +32,8 @@ ADAPTERS = (
             "the raw logit, before any softcap; a log probability is another number",
             "the conversation ends without a generation prompt",
             "scores are comparable within one prompt only",
-            "a language model says nothing of its use: the family is taken from the model's name, "
-            "or from `--adapter token_logit`",
+            "nothing in a language model's files shows this use: the family comes from the model's "
+            "name, or from `--adapter token_logit`",
         ),
     ),
 )

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.readout import Readout
 from batch_scorer.models.adapter import LastToken
 from batch_scorer.models.registry import adapter_named
@@ -32,6 +33,12 @@ def _rows(sequences: list[list[int]]) -> TokenizedRows:
     return TokenizedRows(ids, offsets, places, np.zeros(len(sequences), np.int32), {}, {})
 
 
+def _readout(embedding: Embedding) -> Readout:
+    """Without a head, which would be loaded."""
+    settings = EngineSettings(Path(), dtype="float32", device="cpu", embedding=embedding)
+    return Readout(settings, adapter_named("sequence_classifier"), CONFIG)
+
+
 def _lists(pooled: PooledTokens) -> list[list[int]]:
     return [part.tolist() for part in np.split(pooled.positions, pooled.offsets[1:-1])]
 
@@ -45,9 +52,7 @@ def _lists(pooled: PooledTokens) -> list[list[int]]:
 def test_last_tokens_in_bulk_are_those_found_one_by_one(
     pooling: LastToken, sequences: list[list[int]]
 ) -> None:
-    readout = Readout(
-        Path(), adapter_named("sequence_classifier"), CONFIG, embedding=Embedding("last", False)
-    )
+    readout = _readout(Embedding("last", False))
     readout._pooling = pooling
     pooled, errors = readout.pooled_tokens(_rows(sequences))
     expected = [
@@ -64,11 +69,6 @@ def test_last_tokens_in_bulk_are_those_found_one_by_one(
     [("last", [[2], [], [0]]), ("mean", [[0, 1, 2], [], [0]]), ("cls", [[0], [], [0]])],
 )
 def test_an_embedding_reads_what_it_pools(pooling: str, expected: list[list[int]]) -> None:
-    readout = Readout(
-        Path(),
-        adapter_named("sequence_classifier"),
-        CONFIG,
-        embedding=Embedding(pooling, False),  # type: ignore[arg-type]
-    )
+    readout = _readout(Embedding(pooling, False))  # type: ignore[arg-type]
     pooled, errors = readout.pooled_tokens(_rows([[WORD, END, PAD], [], [PAD]]))
     assert (_lists(pooled), errors) == (expected, {})

@@ -159,18 +159,18 @@ def test_a_family_that_is_asked_for_is_taken() -> None:
     [
         (
             files("LlamaForCausalLM", LM_HEAD),
-            "no score head: the config says LlamaForCausalLM.*--adapter token_logit",
+            "no score head: the config names LlamaForCausalLM.*--adapter token_logit",
         ),
-        (files("LlamaModel", {}), "no score head: the config says LlamaModel"),
-        (files("SomethingElse", {}), "no score head: the config says SomethingElse"),
-        (files(CLASSIFIER, {}), r"hold no score head \(no tensor score\.weight\)"),
+        (files("LlamaModel", {}), "no score head: the config names LlamaModel"),
+        (files("SomethingElse", {}), "no score head: the config names SomethingElse"),
+        (files(CLASSIFIER, {}), r"contain no score head \(no tensor score\.weight\)"),
         (
             files("EurusRewardModel", LM_HEAD),
-            r"hold no score head \(no tensor regression_head\.weight\)",
+            r"contain no score head \(no tensor regression_head\.weight\)",
         ),
         (
             files("InternLM2ForRewardModel", {}),
-            r"hold no score head \(no tensor v_head\.weight\)",
+            r"contain no score head \(no tensor v_head\.weight\)",
         ),
         (
             files(CLASSIFIER, {"score.weight": [5, H]}),

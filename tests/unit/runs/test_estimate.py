@@ -61,7 +61,9 @@ def test_a_part_of_the_rows_stands_for_all(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"attention": "eager"}, {"backend": "fake"}], ids=["padded", "fake"]
+    "settings",
+    [{"attention": "eager"}, {"backend": "auto", "attention": "eager"}, {"backend": "fake"}],
+    ids=["padded", "auto padded", "fake"],
 )
 def test_without_packing_nothing_is_shared(
     files: Path, tiny_model: Path, settings: dict[str, str]

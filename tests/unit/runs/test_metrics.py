@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from batch_scorer.backends.fake import FakeBackend
+from batch_scorer.config import ENGINES
 from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.outputs.claim import claim_output
@@ -178,7 +179,7 @@ def test_waits_and_scores_of_a_worker_add_up_to_its_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(worker, "time", timer)
     monkeypatch.setattr(worker, "score_shard", score_shard)
     config = SimpleNamespace(hang_s=60.0)
-    job: Any = SimpleNamespace(backend="fake", outputs=None, config=config)
+    job: Any = SimpleNamespace(engine=ENGINES["fake"], config=config)
     scorer = worker.Scorer(job, None, lambda job: FakeBackend())
     nothing = np.zeros(2, np.int64)
     rows = TokenizedRows(
