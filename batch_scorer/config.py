@@ -1,6 +1,6 @@
 """Every setting, on one page: the CLI's flags, the YAML file's keys and the Python API's arguments.
 
-Each field says what it may change:
+Each field has a role, what it may change:
 
 scores    the score of a row; enters the fingerprint, so a run never mixes two values of it
 layout    how shards and columns are cut; fixed for an output once it has been written to
@@ -9,10 +9,11 @@ runtime   only how fast and where; free to change when a run is resumed
 
 import difflib
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,7 +24,7 @@ from batch_scorer.records import Format, TextStyle
 Role = Literal["scores", "layout", "runtime"]
 
 _PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
-"""It is the name of a folder too."""
+"""A prefix is a folder's name too."""
 
 
 class Device(StrEnum):
@@ -85,58 +86,62 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    model: str = _setting(..., "runtime")
-    """Model directory, or a hub id where a hub can be reached. The fingerprint takes the bytes
-    found there, not this name."""
+    model: str = _setting(..., "runtime", min_length=1)
+    """Model directory, or a hub id where a hub can be reached. The fingerprint is computed from the
+    files found there, not from this name."""
 
     inputs: tuple[str, ...] = _setting(..., "runtime", min_length=1)
-    """Files, directories, globs or s3://, gs://, az:// URLs. Paths below the longest common
-    folder are kept in the output. More inputs may join an output later."""
+    """Files, directories, globs or s3://, gs://, az:// URLs. The output keeps their paths below
+    the longest common folder. An output may get more inputs later."""
 
-    output: str = _setting(..., "runtime")
-    """Folder or URL that receives the scored shards. One output holds one fingerprint."""
+    output: str = _setting(..., "runtime", min_length=1)
+    """Folder or URL that receives the scored shards. An output holds one fingerprint's scores."""
 
     also: dict[str, str] = _setting({}, "runtime")
-    """More models for `nightly`, by the prefix of their columns: {"safety_": "/models/safety"}.
-    They score the same rows one after the other, and all columns stand side by side. `adapter` and
-    `step_aggregation` are of `model` alone; every other setting is of all."""
+    """More models for `nightly`, each with the prefix of its columns: `--also
+    safety_=/models/safety` on the command line, `also: {safety_: /models/safety}` in YAML. They
+    score the same rows one after the other, and all columns stand side by side. `adapter` and
+    `step_aggregation` apply to `model` only; all other settings apply to every model."""
 
     # What is scored, and how.
 
     task: Literal["score", "embed"] = _setting("score", "scores")
-    """`score`: rewards. `embed`: the model's hidden states as embeddings, for clustering and
+    """`score`: rewards. `embed`: the model's hidden states as embeddings, for clustering and for
     finding near-duplicates in the same shards; needs no score head."""
 
     adapter: str | None = _setting(None, "scores")
-    """Family of the reward model (docs/models.md). None: told from architecture and weights."""
+    """The reward model's family (docs/models.md). Default: detected from the model's architecture
+    and weights."""
 
     format: Format | None = _setting(None, "scores")
-    """What a row is. None: detected from each file's schema, and said."""
+    """What a row is. Default: detected from each file's schema; the run prints what it found."""
 
     columns: dict[str, str] = _setting({}, "scores")
-    """Field of the format to column of the file, where the usual names are not used:
-    {"chosen": "better_answer"}."""
+    """The file's column for a field of the format, where it is not named as usual: `--column
+    chosen=better_answer` on the command line, `columns: {chosen: better_answer}` in YAML."""
 
     text_style: TextStyle | None = _setting(None, "scores")
-    """How strings that hold dialogue are read. None: detected."""
+    """How strings that hold a dialogue are read. `plain`: a string is one message. `hh`: a whole
+    dialogue with turn marks, as in Anthropic's HH-RLHF. `rendered`: text that went through a chat
+    template already; it is tokenised as it is. Default: detected."""
 
     max_tokens: int | None = _setting(None, "scores", gt=0)
-    """Longest sequence that is scored whole. None: the model's own limit."""
+    """Tokens of the longest sequence that is scored whole. Default: the model's own limit."""
 
     over_length: OverLength = _setting(OverLength.MARK, "scores")
-    """What happens to a longer one. `mark`: its row keeps its place, with a reason and no score.
-    `error`: its shard is not committed. `truncate_left`: the oldest tokens are cut, BOS and the
-    judged answer stay, and `num_truncated_tokens` says how many."""
+    """What happens to a longer sequence. `mark`: its row keeps its place, with a reason and no
+    score. `error`: its shard is not committed. `truncate_left`: the oldest tokens are cut, BOS and
+    the judged answer stay, and `num_truncated_tokens` counts the tokens cut."""
 
     backend: Literal["auto", "hf", "vllm", "fake"] = _setting("hf", "scores")
-    """Engine. `hf`: Hugging Face model, packed without padding. `vllm`: vLLM's pooling runner.
-    `auto`: whichever supports the model; if both do and the job is long enough to repay it, the
-    faster of the two on some of the job's own rows. `fake`: no model, scores are a hash of the
+    """The engine. `hf`: Hugging Face model, packed without padding. `vllm`: vLLM's pooling runner.
+    `auto`: the one that supports the model; if both do and the job is long enough to repay a trial,
+    the one that is faster on some of the job's own rows. `fake`: no model, scores are a hash of the
     tokens; for dry runs."""
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = _setting(None, "scores")
-    """Of the model's body; the head is always float32. None: bfloat16 where the device has it,
-    float32 elsewhere."""
+    """Number format of the model's body; the head is always float32. Default: bfloat16 where the
+    device has it, otherwise float32."""
 
     attention: Literal["packed", "flash_attention_2", "sdpa", "eager"] = _setting(
         "packed", "scores"
@@ -145,18 +150,19 @@ class Config(BaseModel):
     transformers' own, run on padded batches."""
 
     quantization: str | None = _setting(None, "scores")
-    """Of the body under vLLM, e.g. fp8; the head stays float32. None: as the weights are."""
+    """How vLLM quantises the model's body, e.g. fp8; the head stays float32. Default: as the
+    weights are stored."""
 
     step_aggregation: Literal["min", "last", "mean", "product"] | None = _setting(None, "scores")
-    """How a process reward model's step scores become the score. None: as the model's authors
-    do. The step scores are kept either way."""
+    """How a process reward model's step scores become the score. Default: as the model's authors do
+    it. The step scores are kept either way."""
 
     embedding_pooling: Literal["last", "mean", "cls"] | None = _setting(None, "scores")
-    """Token or tokens that an embedding is read from. None: what the model's sentence-transformers
-    files say, otherwise `last` for decoders and `mean` for encoders."""
+    """Which tokens an embedding is read from. Default: as set in the model's sentence-transformers
+    files; without such files `last` for decoders and `mean` for encoders."""
 
     normalize: bool | None = _setting(None, "scores")
-    """Scale embeddings to length 1. None: what the model's sentence-transformers files say."""
+    """Scale embeddings to length 1. Default: as set in the model's sentence-transformers files."""
 
     trust_remote_code: bool = _setting(False, "scores")
     """Run Python code that comes with the model. Recorded with the run."""
@@ -164,58 +170,64 @@ class Config(BaseModel):
     # What the output looks like.
 
     column_prefix: str = _setting("", "layout")
-    """Put before every added column, for inputs that already hold a `score`."""
+    """Put before every added column's name, for inputs that already hold a `score`."""
 
     shard_rows: int = _setting(8192, "layout", gt=0)
-    """Most rows of one shard. Smaller shards lose less to a crash and show progress sooner;
-    larger ones cost the store fewer requests."""
+    """Most rows in a shard. A crash loses less of smaller shards, and their progress shows sooner;
+    larger ones need fewer requests to the store."""
 
     shard_tokens: int = _setting(1_000_000, "layout", gt=0)
-    """Most (estimated) tokens of one shard; about half a minute of an 8B model on one H100."""
+    """Most (estimated) tokens in a shard. The default keeps an 8B model busy for about half a
+    minute on one H100."""
 
     # How fast, and where.
 
     device: Device | None = _setting(None, "runtime")
-    """None: CUDA where the cluster has GPUs, otherwise CPU. Part of the provenance."""
+    """Where workers compute. Default: cuda where the cluster has GPUs, otherwise cpu. Recorded with
+    the run."""
 
     workers: int | None = _setting(None, "runtime", gt=0)
-    """Scoring workers, one model each. None: one per GPU, or one per machine on CPU."""
+    """Scoring workers, each with its own copy of the model. Default: one per GPU, or one per
+    machine on CPU."""
 
     tensor_parallel: int = _setting(1, "runtime", gt=0)
-    """GPUs that one vLLM worker splits the model over."""
+    """GPUs over which one vLLM worker splits the model."""
 
     parity_check: Literal["stop", "warn", "off"] = _setting("stop", "runtime")
-    """Before its first shard every worker scores a sample of the job's rows, which plain Hugging
-    Face scores too, one by one. `stop`: the job ends where they disagree. `warn`: it goes on."""
+    """Before its first shard, every worker scores a sample of the job's rows, and plain Hugging
+    Face scores it too, one sequence at a time. `stop`: the job ends where they disagree. `warn`: it
+    continues with a warning. `off`: no comparison."""
 
     token_budget: int | None = _setting(None, "runtime", gt=0)
-    """Most tokens of one forward pass. None: what suits the device and fits its memory."""
+    """Most tokens in one forward pass. Default: what suits the device and fits its memory."""
 
     compile: bool | None = _setting(None, "runtime")
     """Have torch compile the model's layers: some percent faster, after a minute of compiling in
-    every worker; on a CPU it takes a C++ compiler. None: the engine's own habit, which is to
-    compile only in vLLM on a GPU."""
+    every worker; on a CPU it needs a C++ compiler. Default: only under vLLM on a GPU."""
 
     attempts: int = _setting(3, "runtime", gt=0)
-    """Worker deaths that one shard is allowed before it is searched for the rows that cause them
-    (docs/survival.md), and failed tries before it is recorded as failed."""
+    """How often a shard may kill its worker before the program bisects it for the row at fault
+    (docs/survival.md), and how often it may fail before it is recorded as failed."""
 
     hang_s: float = _setting(600.0, "runtime", gt=0)
-    """A forward pass that takes longer has hung: its worker is ended, which counts as a death. A
-    pass is a few thousand tokens, whatever the shard's size."""
+    """Seconds after which a forward pass counts as hung; its worker is killed and the shard
+    retried. A pass is a few thousand tokens, whatever the shard's size."""
 
     use_ray: bool = _setting(True, "runtime")
-    """False: one shard after the other in this process."""
+    """Whether workers run on Ray. `--no-ray` on the command line, `use_ray: false` in YAML: one
+    shard after the other in this process."""
 
     ray_address: str | None = _setting(None, "runtime")
-    """Cluster to join. None: RAY_ADDRESS if set, otherwise a private Ray on this machine."""
+    """Cluster to join. Default: RAY_ADDRESS if set, otherwise a private Ray on this machine."""
 
     lease_s: float = _setting(30.0, "runtime", gt=0)
-    """A run that has not renewed its hold on the output for so long counts as dead."""
+    """Seconds without a renewal after which a run is considered dead, and another may take over its
+    output."""
 
     store_options: dict[str, str] = _setting({}, "runtime")
-    """Passed to the object store: endpoint, region, allow_http, …. Keys and secrets are read
-    from the environment and do not belong here."""
+    """For the object store: `--store-option region=eu-central-1` on the command line,
+    `store_options: {region: eu-central-1}` in YAML; also endpoint, allow_http, …. Keys and secrets
+    are read from the environment and do not belong here."""
 
     @model_validator(mode="after")
     def _no_secrets_in_options(self) -> Self:
@@ -232,8 +244,8 @@ class Config(BaseModel):
         for prefix in self.also:
             if not _PREFIX.fullmatch(prefix) or prefix in ("main", self.column_prefix):
                 raise ValueError(
-                    f"also: {prefix!r} is no prefix for columns beside the others: letters, digits "
-                    "and underscores, neither `main` nor column_prefix"
+                    f"also: {prefix!r} cannot be a column prefix; use letters, digits and "
+                    "underscores, but neither `main` nor column_prefix itself"
                 )
         return self
 
@@ -286,18 +298,47 @@ class Config(BaseModel):
         return {name: value for name, value in values.items() if roles[name] == role}
 
 
+C = TypeVar("C", bound=Config)
+
+
+class PartialConfig(Config):
+    """Settings of a command that needs no model, inputs or output: those not given are empty.
+
+    For functions that do not use what is absent, as `make_plan` uses no model.
+    """
+
+    model: str = _setting("", "runtime")
+    inputs: tuple[str, ...] = _setting((), "runtime")
+    output: str = _setting("", "runtime")
+
+    def complete(self) -> Config:
+        """The same with all that scoring needs; raises ConfigError naming what is missing."""
+        return _load(Config, self.model_dump(exclude_unset=True), ())
+
+
 def load_config(path: Path | None = None, **settings: Any) -> Config:
     """A config from a YAML file, with `settings` on top; `None` settings count as not given.
 
     Raises ConfigError with one line per wrong field; an unknown key gets a suggestion.
     """
+    return _load(Config, _settings(path, settings), ())
+
+
+def load_partial_config(
+    path: Path | None = None, *, needs: Collection[str] = (), **settings: Any
+) -> PartialConfig:
+    """The same, where only `needs` have to be given of model, inputs and output."""
+    return _load(PartialConfig, _settings(path, settings), needs)
+
+
+def _settings(path: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text())
         except FileNotFoundError:
             raise ConfigError(f"no config file at {path}") from None
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: not readable as YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(
@@ -307,13 +348,25 @@ def load_config(path: Path | None = None, **settings: Any) -> Config:
     values.update({name: value for name, value in settings.items() if value is not None})
     if isinstance(values.get("inputs"), str):
         values["inputs"] = (values["inputs"],)
+    return values
+
+
+def _load(kind: type[C], values: dict[str, Any], needs: Collection[str]) -> C:
+    lines = [_missing(name) for name in needs if not values.get(name)]
     try:
-        return Config.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError("\n".join(lines + _explain(error))) from None
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return config
 
 
-def _explain(error: ValidationError) -> str:
+def _missing(name: str) -> str:
+    return f"`{name}` is needed"
+
+
+def _explain(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"])
@@ -322,8 +375,8 @@ def _explain(error: ValidationError) -> str:
             hint = f"; did you mean `{close[0]}`?" if close else ""
             lines.append(f"unknown setting `{name}`{hint}")
         elif problem["type"] == "missing":
-            lines.append(f"`{name}` is needed")
+            lines.append(_missing(name))
         else:
             given = f" (got {problem['input']!r})" if name else ""
             lines.append(f"{name + ': ' if name else ''}{problem['msg']}{given}")
-    return "\n".join(lines)
+    return lines

@@ -2,8 +2,9 @@
 
     BATCH_SCORER_FAILPOINT=commit.after_put:kill:3     when the third shard gets there
 
-`kill`: SIGKILL. `raise`: an exception that nobody foresees. `pause`: the whole process stops, its
-threads too, as on a machine that is suspended, until it gets SIGCONT.
+`kill`: SIGKILL. `raise`: an exception that nobody foresees. `lose`: the connection breaks, as when
+the store's answer is lost. `pause`: the whole process stops, its threads too, as on a machine that
+is suspended, until it gets SIGCONT.
 """
 
 import os
@@ -16,6 +17,7 @@ from batch_scorer.errors import ConfigError
 VARIABLE = "BATCH_SCORER_FAILPOINT"
 
 FAILPOINTS = {
+    "put.applied": "a conditional PUT of whatever is applied, and its answer has not come",
     "claim.before_put": "nothing is written",
     "lease.before_take": "run.json is there, the lease is free",
     "lease.after_take": "the lease is ours, and nothing is done with it",
@@ -41,7 +43,7 @@ FAILPOINTS = {
 }
 """What a crash leaves behind at each of them."""
 
-Action: TypeAlias = Literal["kill", "raise", "pause"]
+Action: TypeAlias = Literal["kill", "raise", "lose", "pause"]
 
 
 class FailpointReached(Exception):
@@ -60,6 +62,8 @@ class _Armed:
             return
         if self._action == "raise":
             raise FailpointReached(name)
+        if self._action == "lose":
+            raise ConnectionResetError(f"the failpoint {name} lost the answer")
         # To this thread, which so does not get a step further; the whole process ends or stops.
         ends = signal.SIGKILL if self._action == "kill" else signal.SIGSTOP
         signal.pthread_kill(threading.get_ident(), ends)

@@ -1,26 +1,81 @@
-"""A run's settings with everything derived filled in."""
+"""A run's settings with everything derived filled in: made once, the same on every worker."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from batch_scorer.config import Config, Device
-from batch_scorer.models.adapter import Prompt
-from batch_scorer.records import Embedding, Outputs
+from batch_scorer.fingerprint import Fingerprint
+from batch_scorer.models.directory import ModelFacts
+from batch_scorer.records import SCALAR, Embedding, Outputs
+from batch_scorer.render import Probe, max_tokens_of
+from batch_scorer.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run's settings with everything derived filled in; the same on every worker."""
+    """A model and settings that have been checked, before any row is read.
+
+    `engines` are those that can run the job, the first one does; `trial` holds their tokens per
+    second where that decided. `probe` is None where nothing can be rendered.
+    """
 
     config: Config
-    model_dir: Path
-    adapter: str
-    prompt: Prompt
-    backend: str
-    outputs: Outputs
+    model: ModelFacts
+    engines: tuple[str, ...]
     embedding: Embedding | None
     device: Device
     dtype: str
-    max_tokens: int
-    fingerprint: str
-    epoch: int
+    probe: Probe | None
+    fingerprint: Fingerprint
+    trial: dict[str, float] | None = None
+
+    @property
+    def backend(self) -> str:
+        """The engine that scores."""
+        return self.engines[0]
+
+    @property
+    def model_dir(self) -> Path:
+        return self.model.path
+
+    @property
+    def adapter(self) -> str:
+        return self.model.adapter
+
+    @property
+    def max_tokens(self) -> int:
+        return max_tokens_of(self.config, self.model)
+
+    @property
+    def outputs(self) -> Outputs:
+        return outputs_of(self.config, self.model)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What does the work, for the record; none of it enters the fingerprint."""
+        return {
+            "batch_scorer": __version__,
+            "model": self.config.model,
+            "architecture": self.model.architecture,
+            "adapter": self.model.adapter,
+            "backend": self.backend,
+            "trial_tokens_per_s": self.trial,
+            "trust_remote_code": self.config.trust_remote_code,
+            "device": self.device,
+            "rendered_probe": list(self.probe.texts) if self.probe else None,
+        }
+
+    def on_engine(self, engine: str) -> "Job":
+        """The same job on this engine alone."""
+        parts = {**self.fingerprint.parts, "backend": engine}
+        return replace(self, engines=(engine,), fingerprint=Fingerprint(parts))
+
+
+def outputs_of(config: Config, model: ModelFacts) -> Outputs:
+    """What the job adds to a sequence."""
+    if config.task == "embed":
+        return Outputs(embedding_size=model.hidden_size)
+    if config.backend == "fake":
+        return SCALAR
+    return Outputs(attributes=model.attributes, steps=model.has_steps)

@@ -17,11 +17,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from batch_scorer.config import OverLength
+from batch_scorer.config import Config, OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
-from batch_scorer.job import Job
 from batch_scorer.models.adapter import Prompt, Steps
-from batch_scorer.models.directory import read_json
+from batch_scorer.models.directory import ModelFacts, read_json
 from batch_scorer.records import Conversation, Message, ParsedRows, RowError, TokenizedRows
 
 OWN_TEMPLATE = Prompt()
@@ -304,14 +303,27 @@ def _suffix_id(model_dir: Path, prompt: Prompt) -> int | None:
 
 @lru_cache(maxsize=4)
 def _cached_renderer(
-    model_dir: Path, max_tokens: int, over_length: Any, prompt: Prompt, trust_remote_code: bool
+    model_dir: Path,
+    max_tokens: int,
+    over_length: OverLength,
+    prompt: Prompt,
+    trust_remote_code: bool,
 ) -> Renderer:
     """One renderer per process: loading a tokenizer takes seconds."""
     return Renderer(model_dir, max_tokens, over_length, prompt, trust_remote_code=trust_remote_code)
 
 
-def renderer_of(job: Job) -> Renderer:
-    config = job.config
+def renderer_of(config: Config, model: ModelFacts) -> Renderer:
+    """The renderer that these settings ask for. Raises ModelError for an unusable tokenizer."""
     return _cached_renderer(
-        job.model_dir, job.max_tokens, config.over_length, job.prompt, config.trust_remote_code
+        model.path,
+        max_tokens_of(config, model),
+        config.over_length,
+        model.prompt,
+        config.trust_remote_code,
     )
+
+
+def max_tokens_of(config: Config, model: ModelFacts) -> int:
+    """The longest sequence, in tokens, that is scored."""
+    return min(config.max_tokens or model.max_tokens, model.max_tokens)

@@ -1,8 +1,8 @@
 """The path of a shard: read_shard → score_shard → commit_shard. Start reading here.
 
-    rows = read_shard(job, shard, renderer)      input columns → token ids
-    scored = score_shard(rows, backend)          token ids → float32 scores
-    receipt = commit_shard(job, shard, scored)   scores + untouched columns → one Parquet object
+    rows = read_shard(shard, store_options, renderer)    input columns → token ids
+    scored = score_shard(rows, backend)                  token ids → float32 scores
+    receipt = commit_shard(job, epoch, shard, scored)    scores + untouched columns → one object
 
 The same three run as Ray Data stages and in a plain loop (`pipeline`). What goes wrong with the
 shard as a whole is a ShardError; what goes wrong with a row stays with the row.
@@ -11,6 +11,7 @@ shard as a whole is a ShardError; what goes wrong with a row stays with the row.
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -24,8 +25,6 @@ from batch_scorer.inputs.files import rows_of_shard
 from batch_scorer.job import Job
 from batch_scorer.outputs.reuse import find_known, read_earlier, score_unknown
 from batch_scorer.records import (
-    SCALAR,
-    Outputs,
     ParsedRows,
     RowError,
     ScoredRows,
@@ -39,18 +38,18 @@ from batch_scorer.storage import open_store
 FloatArray = npt.NDArray[np.float32]
 
 
-def read_shard(job: Job, shard: Shard, renderer: Renderer) -> TokenizedRows:
+def read_shard(shard: Shard, store_options: Mapping[str, str], renderer: Renderer) -> TokenizedRows:
     """Read the columns that are scored, and turn them into token ids.
 
     Raises ShardError: the file is unreadable, gone, changed since it was planned, or holds an
     over-long row under the `error` policy.
     """
-    return renderer.tokenize(parse_shard(job, shard))
+    return renderer.tokenize(parse_shard(shard, store_options))
 
 
-def parse_shard(job: Job, shard: Shard) -> ParsedRows:
+def parse_shard(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
     """The shard's rows cut into sequences, before rendering. Raises as `read_shard`."""
-    table, malformed = rows_of_shard(job, shard, formats.columns_needed(shard.layout))
+    table, malformed = rows_of_shard(shard, store_options, formats.columns_needed(shard.layout))
     parsed = formats.parse(table, shard.layout)
     parsed.row_errors.update(malformed)
     return parsed
@@ -63,7 +62,7 @@ def read_known(job: Job, shard: Shard, rows: TokenizedRows, renderer: Renderer) 
             open_store(root, job.config.store_options),
             key,
             shard.layout,
-            job.fingerprint,
+            job.fingerprint.digest,
             job.outputs,
             renderer,
         )
@@ -72,7 +71,7 @@ def read_known(job: Job, shard: Shard, rows: TokenizedRows, renderer: Renderer) 
     return replace(rows, known=find_known(rows, (part for part in found if part is not None)))
 
 
-def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR) -> ScoredRows:
+def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
     """Score all sequences of the shard whose score is not known yet.
 
     Raises ShardError if the backend loses any.
@@ -81,22 +80,16 @@ def score_shard(rows: TokenizedRows, backend: Backend, outputs: Outputs = SCALAR
     started = time.perf_counter()
     scores = ask(rows) if rows.known is None else score_unknown(rows, ask)
     score_s = time.perf_counter() - started
-    values, errors = _checked(scores, rows)
     return ScoredRows(
-        values=values,
+        scores=_checked(scores, rows),
         lengths=rows.lengths.astype(np.int32),
         truncated_tokens=rows.truncated_tokens,
         row_offsets=rows.row_offsets,
-        sequence_errors=errors,
         row_errors=rows.row_errors,
         rows_digest=_rows_digest(rows),
         # Plain values: torch's version is an object that would load torch wherever it arrives.
         engine=json.loads(json.dumps(backend.provenance)),
-        effort=scores.effort,
         score_s=score_s,
-        outputs=outputs,
-        step_values=scores.step_values if outputs.steps else None,
-        step_offsets=scores.step_offsets if outputs.steps else None,
         was_known=None if rows.known is None else rows.known.is_there & (rows.lengths > 0),
     )
 
@@ -121,11 +114,11 @@ def _rows_digest(rows: TokenizedRows) -> str:
     return digest.hexdigest()
 
 
-def _checked(scores: Scores, rows: TokenizedRows) -> tuple[FloatArray, dict[int, RowError]]:
-    """float32[S, O] and the errors of all sequences without a finite score."""
+def _checked(scores: Scores, rows: TokenizedRows) -> Scores:
+    """The same as float32, all sequences without a finite score NaN and named in the errors."""
     values = scores.values.astype(np.float32)
     errors = {**scores.errors, **rows.sequence_errors}
     for index in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
         errors.setdefault(index, RowError(RowReason.NON_FINITE_SCORE, "the model gave no number"))
     values[list(errors)] = np.nan
-    return values, errors
+    return replace(scores, values=values, errors=errors)

@@ -1,4 +1,4 @@
-"""What the schemas of Kubernetes, KubeRay and Kueue let through and we do not.
+"""Rules for manifests beyond the schemas of Kubernetes, KubeRay and Kueue.
 
     python cluster/lint.py FILE...
 

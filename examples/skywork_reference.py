@@ -83,7 +83,7 @@ def score_example(model: str, backend: str) -> dict[str, float]:
 
 
 def main() -> int:
-    """Print one line per model and answer; how many differ is the exit code's business."""
+    """Print one line per model and answer; returns 1 if a score differs from the published one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("models", nargs="*", help="hub ids, directories, or ID=DIRECTORY")
     parser.add_argument("--backend", default="hf", choices=["hf", "vllm", "auto"])

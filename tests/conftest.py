@@ -1,5 +1,5 @@
-"""What all tests share: one S3 server, one tiny model, a Ray cluster of several nodes, and a
-temporary folder for each other Ray."""
+"""What all tests share: servers of each kind of store, one tiny model, a Ray cluster of several
+nodes, and a temporary folder for each other Ray."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from cluster.local.azurite import AzureServer, azure_server
 from cluster.local.local_cluster import Cluster, local_cluster
 from cluster.local.seaweed import S3Server, s3_server
+from tests.helpers.gcs import GcsServer, gcs_server
+from tests.helpers.places import Place
 from tests.helpers.program import Program, temporary_ray_home
+from tests.helpers.stores import STORES, AnyStore, local_store, remote_store
 
 # A test that a busy machine slows down has not failed.
 settings.register_profile("without a clock", deadline=None)
@@ -29,6 +33,45 @@ def s3() -> Iterator[S3Server]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def s3_versioned(s3: S3Server) -> S3Server:
+    """A bucket of the same server that keeps old versions."""
+    return s3.versioned("kept")
+
+
+@pytest.fixture(scope="session")
+def azure() -> Iterator[AzureServer]:
+    """A real server of Azure's blobs, its key in this process's environment."""
+    with azure_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[GcsServer]:
+    """A stand-in for Google's store, its token in this process's environment."""
+    with gcs_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(params=STORES)
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> AnyStore:
+    """Each kind of store in turn, with a folder of the test's own."""
+    if request.param == "local":
+        return local_store(tmp_path / "store")
+    server = request.getfixturevalue(request.param.replace("-", "_"))
+    return remote_store(request.param, server, f"{tmp_path.parent.name}/{tmp_path.name}")
+
+
+@pytest.fixture
+def store_place(any_store: AnyStore) -> Place:
+    """A folder in each kind of store in turn."""
+    return any_store.place
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,16 @@
 """An engine by its name, which is also the name of its file."""
 
+from collections.abc import Callable
 from importlib import import_module
+from typing import TypeAlias
 
 from batch_scorer.backends.base import Backend, EngineSettings, MakeBackend
 from batch_scorer.config import ENGINES
 from batch_scorer.job import Job
 from batch_scorer.models.registry import adapter_named
+
+BackendFactory: TypeAlias = Callable[[Job], Backend]
+"""What builds the engine in each worker; tests and dry runs bring their own."""
 
 
 def settings_of(job: Job) -> EngineSettings:

@@ -1,5 +1,5 @@
 """`python -m batch_scorer.cli`: how a job starts this program on a cluster."""
 
-from batch_scorer.cli.commands import main
+from batch_scorer.cli import main
 
 main()

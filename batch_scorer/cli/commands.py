@@ -1,39 +1,35 @@
-"""The command line. Every setting of `Config` is a flag of the same name; nothing else is.
+"""The commands. Every setting of `Config` is a flag with the same name; nothing else is.
 
 Heavy imports (torch, ray, transformers) happen inside the commands, so that `--help` answers at
 once.
 """
 
-import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
-from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from batch_scorer import logs
-from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.cli.flags import (
+    NEEDED,
     AsJson,
     ConfigFile,
     Output,
     StoreOptions,
+    load_settings,
     mapping,
     with_settings,
 )
-from batch_scorer.config import Config, load_config
+from batch_scorer.cli.help import Command
+from batch_scorer.cli.terminal import err, fail, for_progress, out, program_name, say, show
+from batch_scorer.config import Config, PartialConfig, load_config
 from batch_scorer.errors import (
-    BatchScorerError,
     ConfigError,
-    ExitCode,
     IncompleteError,
     OutputError,
 )
@@ -41,7 +37,7 @@ from batch_scorer.evaluation import Benchmark
 from batch_scorer.version import __version__
 
 if TYPE_CHECKING:
-    from batch_scorer.nightly.night import Night
+    pass
 
 app = typer.Typer(
     name="batch-scorer",
@@ -50,105 +46,73 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_INTERRUPTED = 130
-"""What Typer makes of a KeyboardInterrupt, which SIGTERM raises here too."""
+_DATA = Path(__file__).parents[1] / "data"
+"""Real pairs and rollouts, which come with the package."""
 
-_out = Console()
-_err = Console(stderr=True)
-
-
-def main() -> NoReturn:
-    """Entry point: errors of ours become one clear message and an exit code."""
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    logs.set_up()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        # A command that raises typer.Exit has its code returned here.
-        code = app(standalone_mode=False)
-    except BatchScorerError as error:
-        _fail(str(error), error.exit_code)
-    except typer.Abort:
-        sys.exit(ExitCode.INCOMPLETE)
-    except Exception as error:
-        # Typer's own usage errors know how to print themselves.
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        sys.exit(ExitCode.CONFIG)
-    if code == _INTERRUPTED:
-        _fail("stopped; run the same command again to go on from here", ExitCode.INCOMPLETE)
-    sys.exit(code or ExitCode.DONE)
+_DEMO_SHARD_ROWS = 50
+"""Small, so that a laptop shows progress every few seconds."""
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    if logs.is_json():
-        logs.log.error(message)
-    else:
-        shown = _escape(logs.mask(message))
-        _err.print(f"[red]error:[/] {shown}", highlight=False, soft_wrap=True)
-    sys.exit(code)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-_NOT_GIVEN = "(not given)"
-_NOT_READ = "(not read)"
-
-
-@app.command()
-@with_settings
+@app.command(cls=Command)
+@with_settings(*NEEDED)
 def score(config: Config, as_json: AsJson = False) -> None:
-    """Score all inputs into the output. Run it again to finish what was interrupted."""
+    """Score all inputs into the output. Run it again to resume what was interrupted."""
     _score(config, as_json=as_json)
 
 
-@app.command()
-@partial(with_settings, model=_NOT_READ, output="(not written)")
-def plan(config: Config, as_json: AsJson = False) -> None:
-    """Say what a run would do: files, what their rows are, shards; with --model also how many
-    tokens it would compute, and the FLOPs. Writes nothing."""
-    from batch_scorer.reports.summary import plan_json, print_plan
+def _score(config: Config, *, as_json: bool) -> None:
+    from batch_scorer.reports.progress import progress_listener
+    from batch_scorer.reports.results import run_report
+    from batch_scorer.runs.run import score as run
+
+    with progress_listener(for_progress(as_json=as_json)) as progress:
+        summary = run(config, progress)
+    show(run_report(summary), as_json=as_json)
+    if not as_json:
+        say(out(), f"The scored shards are in {summary.output}")
+        say(out(), f"Check them against their inputs:  {program_name()} verify {summary.output}")
+    if not summary.is_complete:
+        raise IncompleteError(
+            f"{summary.totals['shards_failed']} of {summary.totals['shards']} shards are not "
+            "scored (reasons above); fix the inputs and run the same command again"
+        )
+
+
+@app.command(cls=Command)
+@with_settings("inputs")
+def plan(config: PartialConfig, as_json: AsJson = False) -> None:
+    """Show what a run would do: files, what their rows are, shards. Writes nothing.
+
+    With --model also how many tokens it would compute, and the FLOPs.
+    """
+    from batch_scorer.reports.results import plan_report
     from batch_scorer.runs.preview import look_ahead
 
-    ahead = look_ahead(config, with_model=config.model != _NOT_READ)
-    if as_json:
-        print(json.dumps(plan_json(ahead)))
-    else:
-        print_plan(_out, ahead)
+    show(plan_report(look_ahead(config, with_model=bool(config.model))), as_json=as_json)
 
 
-@app.command()
-@partial(with_settings, model=_NOT_GIVEN, output="(not written)")
-def check(config: Config, as_json: AsJson = False) -> None:
-    """Hold the engine against plain Hugging Face: `check MODEL [INPUT...]`. Writes nothing.
-
-    Without INPUT, on the sample of real pairs that comes with this program.
-    """
-    from batch_scorer.reports.check import check_json, print_check
+@app.command(cls=Command)
+@with_settings(
+    arguments="MODEL INPUT",
+    explained="The model, unless --model or the config file has it; then inputs as for `score`. "
+    "Without inputs, the sample of real pairs that comes with this program.",
+)
+def check(config: PartialConfig, as_json: AsJson = False) -> None:
+    """Compare the engine's scores with plain Hugging Face on a sample of rows. Writes nothing."""
+    from batch_scorer.reports.results import check_report
     from batch_scorer.runs.preview import check as run
 
-    if config.model == _NOT_GIVEN:
-        model, *inputs = config.inputs
-        sample = str(Path(__file__).parents[1] / "data" / "pairs")
-        config = config.model_copy(update={"model": model, "inputs": tuple(inputs or [sample])})
-    checked = run(config)
-    if as_json:
-        print(json.dumps(check_json(checked)))
-    else:
-        print_check(_out, checked)
+    model, *inputs = (config.model, *config.inputs) if config.model else config.inputs or ("",)
+    if not model:
+        raise ConfigError("`model` is needed")
+    sample = [str(_DATA / "pairs")]
+    checked = run(config.model_copy(update={"model": model, "inputs": tuple(inputs or sample)}))
+    show(check_report(checked), as_json=as_json)
     checked.report.require()
 
 
-@app.command()
-@with_settings
+@app.command(cls=Command)
+@with_settings(*NEEDED)
 def nightly(
     config: Config,
     since: Annotated[
@@ -158,150 +122,119 @@ def nightly(
         str | None, typer.Option(metavar="DATE", help="Leave out files of later days.")
     ] = None,
     rescore: Annotated[
-        bool, typer.Option("--rescore", help="Score all again, into a new generation.")
+        bool, typer.Option("--rescore", help="Score everything again, into a new generation.")
     ] = False,
     max_shards: Annotated[
-        int | None, typer.Option(help="Score at most so many shards with each model.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Score at most N shards per model; the rest waits for the next run.",
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done. Writes nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be done. Writes nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score what is new since the last time; OUTPUT holds all generations of scores. Run it as
-    often as you like."""
-    from dataclasses import asdict
+    """Score what is new since the last nightly run. OUTPUT holds all generations of scores.
 
+    Run it as often as you like.
+    """
     from batch_scorer.nightly.foresee import foresee_night
-    from batch_scorer.nightly.night import Night
-    from batch_scorer.reports.night import print_prospects
+    from batch_scorer.nightly.night import Night, run_night
+    from batch_scorer.reports.progress import progress_listener
+    from batch_scorer.reports.results import NightlyPlan, nightly_report
+    from batch_scorer.runs.run import Listener
 
     night = Night(_day("since", since), _day("until", until), rescore, max_shards)
-    if not dry_run:
-        _nightly(config, night, as_json=as_json)
+    if dry_run:
+        show(NightlyPlan(foresee_night(config, night)), as_json=as_json)
         return
-    prospects = [asdict(prospect) for prospect in foresee_night(config, night)]
-    if as_json:
-        print(json.dumps(prospects))
-    else:
-        print_prospects(_out, prospects)
+    console = for_progress(as_json=as_json)
+
+    @contextmanager
+    def listen(path: str) -> Iterator[Listener]:
+        if not logs.is_json():
+            say(console, path)
+        with progress_listener(console) as listener:
+            yield listener
+
+    ended = run_night(config, night, listen)
+    show(nightly_report(ended), as_json=as_json)
+    if not ended.is_complete:
+        failed = sum(summary.totals["shards_failed"] for summary in ended.summaries)
+        raise IncompleteError(
+            f"{failed} shards are not scored (reasons above); fix the inputs, and the next nightly "
+            "run tries them again"
+        )
 
 
 def _day(name: str, text: str | None) -> date | None:
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError:
-        raise ConfigError(f"{name}: {text!r} is no date; write 2026-11-21") from None
+        raise ConfigError(f"{name}: expected a date like 2026-11-21, got {text!r}") from None
 
 
-def _nightly(config: Config, night: "Night", *, as_json: bool) -> None:
-    from batch_scorer.nightly.night import run_night
-    from batch_scorer.reports.drift import print_drift
-    from batch_scorer.reports.night import print_night
-    from batch_scorer.reports.progress import progress_listener
-    from batch_scorer.reports.summary import summary_json
-    from batch_scorer.runs.run import Listener
-
-    say = _err if as_json else _out
-
-    @contextmanager
-    def listen(path: str) -> Iterator[Listener]:
-        if not logs.is_json():
-            say.print(path, highlight=False, soft_wrap=True)
-        with progress_listener(say) as listener:
-            yield listener
-
-    ended = run_night(config, night, listen)
-    if as_json:
-        models = [summary_json(summary) for summary in ended.summaries]
-        found = {"held": ended.held_by, "night": ended.record, "drift": ended.report}
-        print(json.dumps({**found, "complete": ended.is_complete, "models": models}))
-    elif ended.held_by:
-        _out.print(
-            f"nothing done: another night is at work. {ended.held_by}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    elif ended.record is None or ended.report is None:
-        _out.print(f"{ended.root}: nothing to do", highlight=False, soft_wrap=True)
-    else:
-        print_night(_out, ended.record)
-        print_drift(_out, ended.report)
-    if not ended.is_complete:
-        failed = sum(summary.totals["shards_failed"] for summary in ended.summaries)
-        raise IncompleteError(
-            f"{failed} shards are not scored (reasons above); mend their inputs, and the next "
-            "night tries them again"
-        )
-
-
-@app.command()
+@app.command(cls=Command)
 def drift(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
-    """Say how scores have moved in the newest night of a nightly OUTPUT."""
+    """Show how scores have moved in a nightly OUTPUT's newest run."""
     from batch_scorer.nightly.history import newest_drift
-    from batch_scorer.reports.drift import print_drift
     from batch_scorer.storage import ObjectMissing, open_store
 
     try:
         root = open_store(output, mapping("store_option", store_option) or {})
     except ObjectMissing as error:
         raise OutputError(str(error)) from error
-    report = newest_drift(root)
-    if as_json:
-        print(json.dumps(report))
-    else:
-        print_drift(_out, report)
+    show(newest_drift(root), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
-    """Say how far an output is, or a nightly OUTPUT: its newest generations and last night."""
+    """Show an output's progress, or a nightly OUTPUT's newest generations and last run."""
     from batch_scorer.nightly.history import newest_record
     from batch_scorer.nightly.status import nightly_root, read_nightly_status
-    from batch_scorer.reports.summary import print_nightly_status, print_status
     from batch_scorer.runs.status import read_status
 
     options = mapping("store_option", store_option)
-    if (root := nightly_root(output, options)) is not None:
-        nightly = read_nightly_status(root, options, newest_record(root))
-        if as_json:
-            print(json.dumps(nightly.to_json()))
-        else:
-            print_nightly_status(_out, nightly)
-        return
-    found = read_status(output, options)
-    if as_json:
-        print(json.dumps(found.to_json()))
+    if (root := nightly_root(output, options)) is None:
+        show(read_status(output, options), as_json=as_json)
     else:
-        print_status(_out, found)
+        show(read_nightly_status(root, options, newest_record(root)), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
-    """Recount and re-hash a scored output from its data."""
+    """Recount a scored output from its data, and compare every digest with what was committed."""
     from batch_scorer.outputs.verify import verify as check
-    from batch_scorer.reports.summary import print_verdict, verdict_json
+    from batch_scorer.reports.results import VerifyReport
 
     verdict = check(output, mapping("store_option", store_option))
-    if as_json:
-        print(json.dumps(verdict_json(verdict)))
-    else:
-        print_verdict(_out, output, verdict)
+    show(VerifyReport(output, verdict), as_json=as_json)
     raise typer.Exit(verdict.exit_code)
 
 
-@app.command()
-@partial(with_settings, model=_NOT_GIVEN, output=_NOT_GIVEN)
+@app.command(cls=Command)
+@with_settings(
+    "inputs",
+    arguments="OUTPUT|INPUT",
+    explained="One scored output; or, with --model and --output, inputs to score first.",
+)
 def evaluate(
-    config: Config,
+    config: PartialConfig,
     benchmark: Annotated[
         Benchmark | None,
-        typer.Option(help="What the rows are. Default: found from their columns and subsets."),
+        typer.Option(
+            metavar="NAME",
+            help=f"What the rows are: {', '.join(Benchmark)}. Default: detected from their columns "
+            "and subsets.",
+        ),
     ] = None,
     legacy_xstest_weights: Annotated[
         bool,
         typer.Option(
             "--legacy-xstest-weights",
-            help="RewardBench with its two xstest weights as before 2024-09-10.",
+            help="Weigh RewardBench's two xstest subsets as before 2024-09-10.",
         ),
     ] = False,
     report: Annotated[
@@ -311,83 +244,60 @@ def evaluate(
 ) -> None:
     """Compute RewardBench 1 or 2, RM-Bench or JudgeBench from scores.
 
-    `evaluate OUTPUT` takes an output that is scored; `evaluate INPUT... --model M --output OUT`
-    scores it first, as `score` does.
+    `evaluate OUTPUT` takes a scored output; `evaluate INPUT... --model M --output OUT` scores the
+    inputs first, as `score` does.
     """
-    from batch_scorer.evaluation.evaluate import (
-        JUDGEBENCH_COLUMNS,
-        evaluate,
-        files_of_plan,
-        find_benchmark,
-    )
-    from batch_scorer.inputs.plan import make_plan
-    from batch_scorer.reports.leaderboard import print_evaluation
+    from batch_scorer.evaluation.evaluate import evaluate
+    from batch_scorer.reports.progress import progress_listener
 
-    absent = [name for name in ("model", "output") if getattr(config, name) == _NOT_GIVEN]
-    if len(absent) == 1:
-        raise ConfigError(f"`{absent[0]}` is needed to score first; or name a scored output alone")
-    if absent:
-        ignored = config.model_fields_set - {"model", "inputs", "output", "store_options"}
-        if len(config.inputs) > 1 or ignored:
-            raise ConfigError(
-                f"{', '.join(sorted(ignored)) or 'several inputs'}: only for scoring, which needs "
-                "--model and --output; otherwise name one scored output"
-            )
-        output = config.inputs[0]
-    else:
-        if benchmark is Benchmark.JUDGEBENCH:
-            columns = {**JUDGEBENCH_COLUMNS, **config.columns}
-            config = config.model_copy(update={"columns": columns})
-        # Before hours of scoring rather than after.
-        find_benchmark(files_of_plan(make_plan(config)), benchmark)
-        _score(config, as_json=as_json, is_last=False)
-        output = config.output
-    result = evaluate(
-        output,
-        config.store_options,
-        benchmark=benchmark,
-        legacy_xstest_weights=legacy_xstest_weights,
-    )
-    text = json.dumps(result.to_json())
+    scores_first = bool(config.model or config.output)
+    with progress_listener(for_progress(as_json=as_json)) as progress:
+        result = evaluate(
+            config.complete() if scores_first else _scored_output(config),
+            None if scores_first else config.store_options,
+            benchmark=benchmark,
+            legacy_xstest_weights=legacy_xstest_weights,
+            listeners=[progress],
+        )
     if report is not None:
-        try:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(text + "\n")
-        except OSError as error:
-            raise OutputError(f"{report}: the report cannot be written: {error}") from error
-    if as_json:
-        print(text)
-    else:
-        print_evaluation(_out, result)
+        result.save(report)
+    show(result, as_json=as_json)
 
 
-@app.command()
+def _scored_output(config: PartialConfig) -> str:
+    """The one argument of `evaluate`, where nothing is scored; refuses settings of scoring."""
+    ignored = config.model_fields_set - {*NEEDED, "store_options"}
+    if len(config.inputs) > 1 or ignored:
+        raise ConfigError(
+            f"{', '.join(sorted(ignored)) or 'several inputs'}: only for scoring first, which "
+            "needs --model and --output; otherwise name one scored output"
+        )
+    return config.inputs[0]
+
+
+@app.command(cls=Command)
 def demo(
-    output: Annotated[str, typer.Option(help="Where the scored sample goes.")] = "demo-output",
+    output: Annotated[
+        str,
+        typer.Option(metavar="OUTPUT", help="Where the scored sample goes. Default: demo-output."),
+    ] = "demo-output",
     as_json: AsJson = False,
 ) -> None:
     """Score a sample of real preference pairs and rollouts with the embedded reward model."""
     from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 
-    say = _err if as_json else _out
-    model = build_embedded_model(
-        default_embedded_directory(), lambda line: say.print(line, highlight=False)
-    )
-    sample = Path(__file__).parents[1] / "data"
+    console = for_progress(as_json=as_json)
+    model = build_embedded_model(default_embedded_directory(), lambda line: say(console, line))
     config = load_config(
         model=str(model),
-        inputs=(str(sample / "pairs"), str(sample / "rollouts")),
+        inputs=(str(_DATA / "pairs"), str(_DATA / "rollouts")),
         output=output,
         shard_rows=_DEMO_SHARD_ROWS,
     )
     _score(config, as_json=as_json)
 
 
-_DEMO_SHARD_ROWS = 50
-"""Small, so that a laptop shows progress every few seconds."""
-
-
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command(cls=Command, context_settings={"allow_interspersed_args": False})
 def submit(
     command: Annotated[
         list[str],
@@ -399,27 +309,30 @@ def submit(
         str | None,
         typer.Option(
             metavar="URL",
-            help="The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, http://127.0.0.1:8265.",
+            help="The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS if set, otherwise "
+            "http://127.0.0.1:8265.",
         ),
     ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Holds the cluster's token. Default: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, "
-            "~/.ray/auth_token.",
+            help="Holds the cluster's token. Default: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
+            "~/.ray/auth_token, the first there is.",
         ),
     ] = None,
     tag: Annotated[
         str | None,
-        typer.Option(help="Once a job with this tag has succeeded, it is not run again."),
+        typer.Option(
+            metavar="TEXT", help="Once a job with this tag has succeeded, it is not run again."
+        ),
     ] = None,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Leave the job to itself once it is submitted.")
+        bool, typer.Option("--no-wait", help="Submit the job and return; do not follow it.")
     ] = False,
     config: ConfigFile = None,
 ) -> None:
-    """Run a command on a Ray cluster: `submit -- score …`. Follows it; Ctrl-C stops it.
+    """Run a command on a Ray cluster: `submit -- score …`. Follows the job; Ctrl-C stops it.
 
     The settings are checked here first. The config file is read here and travels with the job, as
     does this program.
@@ -433,12 +346,12 @@ def submit(
         submission,
         address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS,
         find_token(token_file),
-        say=lambda line: _err.print(_escape(line), highlight=False, soft_wrap=True),
+        say=lambda line: say(err(), line),
         out=sys.stdout,
         wait=not no_wait,
     )
     if code:
-        _fail(f"the job ended with exit code {code}; its own words are above", code)
+        fail(f"the job ended with exit code {code}; see its output above", code)
 
 
 def _checked_here(words: list[str]) -> Path | None:
@@ -447,45 +360,13 @@ def _checked_here(words: list[str]) -> Path | None:
     root = group.context_class(group, info_name=app.info.name)
     command = group.get_command(root, words[0])
     if command is None or command.name == submit.__name__:
-        raise ConfigError(f"{words[0]}: no command that a cluster can run; see batch-scorer --help")
-    settings = command.make_context(words[0], words[1:], parent=root).params
-    load = getattr(command.callback, "load", None)
-    if load is None:
-        return None
-    file = Path(settings["config_file"]) if settings["config_file"] else None
-    load(**{**settings, "config_file": file})
-    return file
-
-
-def _score(config: Config, *, as_json: bool, is_last: bool = True) -> None:
-    """Run and print; with `as_json`, stdout belongs to the last thing that the command does."""
-    from batch_scorer.reports.progress import progress_listener
-    from batch_scorer.reports.summary import print_summary, summary_json
-    from batch_scorer.runs.run import score as run
-
-    with progress_listener(_err if as_json else _out) as progress:
-        summary = run(config, progress)
-    if as_json and is_last:
-        print(json.dumps(summary_json(summary)))
-    elif not as_json:
-        print_summary(_out, summary)
-        for line in (
-            f"The scored shards are in {summary.output}",
-            f"Recount them from the data:  {_program()} verify {summary.output}",
-        ):
-            _out.print(line, highlight=False, soft_wrap=True)
-    if not summary.is_complete:
-        failed = summary.totals["shards_failed"]
-        raise IncompleteError(
-            f"{failed} of {summary.totals['shards']} shards are not scored (reasons above); "
-            "mend their inputs and run the same command again"
+        raise ConfigError(
+            f"{words[0]}: not a command that a cluster can run; see batch-scorer --help"
         )
-
-
-def _program() -> str:
-    """How this program was called, so that the next command can be copied."""
-    called = sys.argv[0]
-    return os.path.relpath(called) if os.access(called, os.X_OK) else "batch-scorer"
+    values = command.make_context(words[0], words[1:], parent=root).params
+    settings = load_settings(words[0], values)
+    file = None if settings is None else values["config_file"]
+    return Path(file) if file else None
 
 
 @app.callback(invoke_without_command=True)
@@ -495,7 +376,3 @@ def _root(
     if version:
         print(__version__)
         raise typer.Exit
-
-
-if __name__ == "__main__":
-    main()

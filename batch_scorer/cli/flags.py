@@ -1,125 +1,170 @@
 """Command-line flags, made from the settings: one for every field of `Config`."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import suppress
-from itertools import chain, combinations
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from batch_scorer.config import Config, load_config
+from batch_scorer.config import Config, load_config, load_partial_config
 from batch_scorer.errors import ConfigError
 
+NEEDED = ("model", "inputs", "output")
+"""What scoring needs; all other settings have defaults."""
+
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of settings; flags go on top of it.")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="YAML file of settings; flags go on top of it."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
-Output = Annotated[str, typer.Argument(help="Folder or URL of a scored output.")]
+Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL of a scored output.")]
 StoreOptions = Annotated[
     list[str] | None,
-    typer.Option("--store-option", metavar="KEY=VALUE", help="Of the object store; repeatable."),
+    typer.Option(
+        "--store-option",
+        metavar="KEY=VALUE",
+        help="For the object store, e.g. region=eu-central-1; repeatable.",
+    ),
 ]
 
-
-def with_settings(command: Callable[..., None], **assumed: str) -> Callable[..., None]:
-    """Give `command(config, **its own)` one flag for every field of Config.
-
-    `assumed` are values of needed settings that the command can do without; they count only where
-    neither a flag nor the file has them.
-    """
-    own = [
-        parameter
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-        if name != "config"
-    ]
-    flags = [_flag(name) for name in Config.model_fields]
-
-    def load(config_file: Path | None = None, **values: Any) -> Config:
-        settings = {name: values[name] for name in Config.model_fields}
-        for name in _MAPPINGS:
-            settings[name] = mapping(name, settings[name])
-        settings["inputs"] = tuple(settings["inputs"] or ()) or None
-        return _load_assuming(assumed, config_file, settings)
-
-    def run(**values: Any) -> None:
-        command(load(**values), **{parameter.name: values[parameter.name] for parameter in own})
-
-    file = inspect.Parameter(
-        "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
-    )
-    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    run.__signature__ = inspect.Signature([*flags, file, *keyword_only])  # type: ignore[attr-defined]
-    run.__doc__ = command.__doc__
-    run.__name__ = command.__name__
-    run.load = load  # type: ignore[attr-defined]  # `submit` checks settings without running
-    return run
-
-
-def _load_assuming(assumed: dict[str, str], file: Path | None, values: dict[str, Any]) -> Config:
-    """The config, with as few of the assumed values as it takes; raises for what else is wrong."""
-    given = {name: value for name, value in values.items() if value is not None}
-    sizes = range(len(assumed))
-    for names in chain.from_iterable(combinations(assumed, size) for size in sizes):
-        with suppress(ConfigError):
-            return load_config(file, **{name: assumed[name] for name in names} | given)
-    return load_config(file, **assumed | given)
-
-
-def _flag(name: str) -> inspect.Parameter:
-    field = Config.model_fields[name]
-    text = " ".join((field.description or "").split())
-    kind: Any = field.annotation
-    if name == "inputs":
-        annotation: Any = Annotated[
-            list[str] | None, typer.Argument(metavar="INPUT...", help=text, show_default=False)
-        ]
-    elif name in _MAPPINGS:
-        flag, metavar = _MAPPINGS[name]
-        annotation = Annotated[list[str] | None, typer.Option(flag, metavar=metavar, help=text)]
-    elif bool in (kind, _without_none(kind)):
-        on = name.removeprefix("use_")
-        annotation = Annotated[
-            bool | None,
-            typer.Option(f"--{on.replace('_', '-')}/--no-{on.replace('_', '-')}", help=text),
-        ]
-    else:
-        default = "" if field.is_required() or field.default in (None, "") else field.default
-        shown = f"{text} [dim]\\[default: {default}][/]" if default else text
-        metavar_of = {"metavar": "|".join(_choices(kind))} if _choices(kind) else {}
-        plain = str if _choices(kind) else _without_none(kind)
-        option = typer.Option(f"--{name.replace('_', '-')}", help=shown, **metavar_of)  # type: ignore[arg-type]
-        annotation = Annotated[plain | None, option]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
-
-
+_MAIN_PANEL = "Main settings, as flags or in the config file"
+_PANELS = {
+    "scores": "Scores: what changes a score; other values cannot reuse earlier scores",
+    "layout": "Layout: how shards and columns are cut; fixed once an output is begun",
+    "runtime": "Runtime: how fast, and where; free to change when a run is resumed",
+}
 _MAPPINGS = {
     "also": ("--also", "PREFIX=MODEL"),
     "columns": ("--column", "FIELD=COLUMN"),
     "store_options": ("--store-option", "KEY=VALUE"),
 }
-"""Flag and what it takes, of settings that are given one entry at a time."""
+"""Flag and metavar of settings that are given one entry at a time."""
+
+_needs: dict[str, tuple[str, ...]] = {}
+"""The needed settings of every command `with_settings`, by its name."""
 
 
-def _without_none(kind: Any) -> Any:
-    inner = [part for part in get_args(kind) if part is not type(None)]
-    return inner[0] if inner else kind
+def with_settings(
+    *needs: str, arguments: str = "INPUT", explained: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give `command(config, **its own)` a flag for every setting, made from `Config`.
+
+    With all of `NEEDED` as `needs` the command gets a Config, otherwise a PartialConfig. The
+    arguments are the setting `inputs`; a command that takes others too has them `explained`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        name = command.__name__
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        _needs[name] = needs
+
+        def run(**values: Any) -> None:
+            config = load_settings(name, values)
+            command(config, **{parameter.name: values[parameter.name] for parameter in own})
+
+        texts = {field: _help(field, is_required=field in needs) for field in Config.model_fields}
+        shown = texts["inputs"] if explained is None else explained
+        inputs = typer.Argument(
+            metavar=arguments, help=shown, show_default=False, rich_help_panel=_MAIN_PANEL
+        )
+        parameters = [
+            _parameter("inputs", Annotated[list[str] | None, inputs]),
+            *(_flag(field, texts[field]) for field in ("model", "output")),
+            _parameter("config_file", ConfigFile),
+            *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
+            *(_flag(field, texts[field]) for field in _by_role()),
+        ]
+        run.__name__, run.__doc__ = name, command.__doc__
+        vars(run)["__signature__"] = inspect.Signature(parameters)  # Typer makes flags of it
+        return run
+
+    return decorate
 
 
-def _choices(kind: Any) -> list[str]:
-    kind = _without_none(kind) if get_origin(kind) is not Literal else kind
-    if get_origin(kind) is Literal:
-        return [str(choice) for choice in get_args(kind)]
-    return [member.value for member in kind] if hasattr(kind, "__members__") else []
+def load_settings(command: str, values: Mapping[str, Any]) -> Config | None:
+    """The settings that a command was called with; None for one that takes none.
+
+    Raises ConfigError where they are wrong or a needed one is missing.
+    """
+    if command not in _needs:
+        return None
+    settings = {name: values[name] for name in Config.model_fields}
+    for name in _MAPPINGS:
+        settings[name] = mapping(name, settings[name])
+    settings["inputs"] = tuple(settings["inputs"] or ()) or None
+    file = Path(values["config_file"]) if values["config_file"] else None
+    needs = _needs[command]
+    if set(needs) == set(NEEDED):
+        return load_config(file, **settings)
+    return load_partial_config(file, needs=needs, **settings)
 
 
 def mapping(name: str, pairs: list[str] | None) -> dict[str, str] | None:
+    """The entries of a flag that was given KEY=VALUE, perhaps often; None without any."""
     if not pairs:
         return None
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
         raise ConfigError(f"{name}: expected KEY=VALUE, got {wrong[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _by_role() -> list[str]:
+    """The settings that have defaults, in the order of their panels."""
+    roles = Config.roles()
+    return [
+        name for role in _PANELS for name in roles if roles[name] == role and name not in NEEDED
+    ]
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=annotation)
+
+
+def _flag(name: str, text: str) -> inspect.Parameter:
+    field = Config.model_fields[name]
+    kind = _without_none(field.annotation)
+    flag, metavar = f"--{name.replace('_', '-')}", _metavar(name, kind)
+    if name in _MAPPINGS:
+        (flag, metavar), kind = _MAPPINGS[name], list[str]
+    elif kind is bool:
+        on = flag.replace("--use-", "--")
+        flag = f"{on}/{on.replace('--', '--no-')}"
+    elif _choices(kind):
+        kind = str  # the config refuses other values, wherever they come from
+    panel = _MAIN_PANEL if name in NEEDED else _PANELS[Config.roles()[name]]
+    option = typer.Option(flag, metavar=metavar, help=text, rich_help_panel=panel)
+    return _parameter(name, Annotated[kind | None, option])
+
+
+def _metavar(name: str, kind: Any) -> str | None:
+    if _choices(kind):
+        return "NAME"
+    return {"int": "N", "float": "SECONDS", "str": "TEXT"}.get(kind.__name__)
+
+
+def _help(name: str, *, is_required: bool) -> str:
+    field = Config.model_fields[name]
+    notes = []
+    if choices := _choices(_without_none(field.annotation)):
+        notes.append(f"one of {', '.join(choices)}")
+    default = None if field.is_required() or isinstance(field.default, bool) else field.default
+    if default:
+        notes.append(f"default: {default}")
+    if is_required:
+        notes.append("required")
+    text = " ".join((field.description or "").split())
+    return f"{text} [{'; '.join(notes)}]" if notes else text
+
+
+def _without_none(kind: Any) -> Any:
+    inner = [part for part in get_args(kind) if part is not type(None)]
+    return inner[0] if type(None) in get_args(kind) else kind
+
+
+def _choices(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return [str(choice) for choice in get_args(kind)]
+    return [member.value for member in kind] if hasattr(kind, "__members__") else []

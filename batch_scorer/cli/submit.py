@@ -1,7 +1,7 @@
 """A command of this program as a job on a Ray cluster, over Ray's Jobs API.
 
 The job runs this very package, which travels with it, so an image needs only its dependencies. Its
-name tells what it does: the same command with the same config file has the same name, so two
+name is made from what it does: the same command with the same config file has the same name, so two
 triggers do not start it twice. The token goes into a header and nowhere else.
 """
 
@@ -26,10 +26,10 @@ from batch_scorer.errors import ConfigError, IncompleteError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 CONFIG_NAME = "config.yaml"
-"""Of the shipped config file, in the folder that the job runs in."""
+"""The shipped config file's name, in the folder that the job runs in."""
 
 _STOP_GRACE_S = 60
-"""For a job that is stopped to write down what it has; Ray's default are three seconds."""
+"""How long a stopped job may take to record what it has; Ray's default is three seconds."""
 _LOST_AFTER_S = 60
 _POLL_S = 1.0
 _TALKATIVE = (
@@ -37,7 +37,7 @@ _TALKATIVE = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-"""Loggers of Ray that tell of every upload and every closed connection."""
+"""Ray's loggers that report every upload and every closed connection."""
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 _LIKE_AN_ATTEMPT = re.compile(r"(.*-)?r\d+")
 
@@ -55,8 +55,8 @@ class Submission:
             not _TAG.fullmatch(self.tag) or _LIKE_AN_ATTEMPT.fullmatch(self.tag)
         ):
             raise ConfigError(
-                f"tag: {self.tag!r} cannot stand in a job's name; up to 40 letters, digits, dots, "
-                "hyphens and underscores, not ending like an attempt (r2)"
+                f"tag: {self.tag!r} cannot be part of a job's name; use up to 40 letters, digits, "
+                "dots, hyphens and underscores, not ending like an attempt (r2)"
             )
 
     @property
@@ -76,10 +76,10 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """Submission id of the first attempt: what it does, and the tag."""
+        """The first attempt's submission id: a digest of what it does, and the tag."""
         config = self.config.read_bytes() if self.config else b""
-        told = json.dumps([self.shipped_words, hashlib.sha256(config).hexdigest()])
-        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        what = json.dumps([self.shipped_words, hashlib.sha256(config).hexdigest()])
+        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
         return f"bs-{digest}-{self.tag}" if self.tag else f"bs-{digest}"
 
     def attempts(self) -> Iterator[str]:
@@ -117,7 +117,7 @@ def find_token(file: Path | None) -> str | None:
     except OSError as error:
         raise ConfigError(f"the token cannot be read: {error}") from error
     if not token:
-        raise ConfigError(f"{file}: there is no token in it")
+        raise ConfigError(f"{file} holds no token")
     return token
 
 
@@ -135,7 +135,7 @@ def submit(
     Where the same submission runs already, that job is followed. Where one with a tag has
     succeeded, nothing is done and 0 returned. Otherwise it is the next attempt. With `wait` the
     job's output is written to `out`; without, 0 is returned at once. A KeyboardInterrupt stops
-    the job. What happens is said to `say`.
+    the job. `say` gets a line for everything that happens.
 
     Raises ConfigError where no such cluster is or it refuses the token, and IncompleteError for
     a job that was stopped, that never ran, or that the cluster lost.
@@ -145,14 +145,14 @@ def submit(
     if job is None:
         return 0
     if not wait:
-        say("left to itself; the same command without --no-wait follows it")
+        say("not followed; the same command without --no-wait follows it")
         return 0
     say("following it; Ctrl-C stops the job")
     log = _Log(out)
     try:
         ended = log.follow(jobs, job)
     except KeyboardInterrupt:
-        say(f"stopping {job}; it has {_STOP_GRACE_S} s to let go of its output")
+        say(f"stopping {job}; it has {_STOP_GRACE_S} s to release its output")
         jobs.stop(job)
         ended = log.follow(jobs, job)
     return _exit_code(job, ended)
@@ -167,10 +167,10 @@ def _start(jobs: "_Jobs", submission: Submission, say: Callable[[str], None]) ->
             if before is None:
                 break
             if not before.status.is_terminal():
-                say(f"{job} runs already")
+                say(f"{job} is already running")
                 return job
             if before.status == "SUCCEEDED" and submission.tag:
-                say(f"{job} has succeeded already; nothing to do")
+                say(f"{job} has already succeeded; nothing to do")
                 return None
         if jobs.submit(job, submission):
             say(f"submitted {job} to {jobs.address}")
@@ -182,12 +182,12 @@ def _exit_code(job: str, ended: Any) -> int:
     if ended.status == "SUCCEEDED":
         return 0
     if ended.status == "STOPPED":
-        raise IncompleteError(f"{job} was stopped; run the same command again to go on from here")
+        raise IncompleteError(f"{job} was stopped; run the same command again to resume")
     code: int | None = ended.driver_exit_code
     if code is None:
         why = (ended.message or "no reason given").strip().splitlines()[-1]
-        raise IncompleteError(f"{job} was not run to its end: {why}; run the same command again")
-    return code if code > 0 else 128 - code  # as a shell tells of a signal
+        raise IncompleteError(f"{job} did not finish: {why}; run the same command again")
+    return code if code > 0 else 128 - code  # as a shell shows a signal
 
 
 class _Jobs:
@@ -214,12 +214,13 @@ class _Jobs:
             raise ConfigError(
                 f"{address} refuses the token"
                 if token
-                else f"{address} wants a token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or --token-file"
+                else f"{address} asks for a token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or "
+                "give --token-file"
             ) from None
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"no Ray Jobs API answers at {address}; is the cluster up, and the port of its "
-                f"dashboard forwarded to here? ({error})"
+                f"no Ray Jobs API answers at {address}; is the cluster up, and its dashboard's "
+                f"port forwarded to this machine? ({error})"
             ) from error
 
     def list(self) -> dict[str, Any]:
@@ -247,12 +248,12 @@ class _Jobs:
         return self._client.get_job_info(job)
 
     def output(self, job: str) -> AsyncIterator[str]:
-        """What the job says, from its beginning, as it comes. Raises aiohttp's errors as well."""
+        """The job's output, from its beginning, as it comes. Raises aiohttp's errors as well."""
         lines: AsyncIterator[str] = self._client.tail_job_logs(job)
         return lines
 
     def stop(self, job: str) -> None:
-        """Ask the job to stop; a job that is still being started only hears it afterwards."""
+        """Ask the job to stop; one that is still being started stops only afterwards."""
         try:
             while not self._client.stop_job(job) and not self.details(job).status.is_terminal():
                 time.sleep(_POLL_S)
@@ -261,7 +262,7 @@ class _Jobs:
 
 
 class _Log:
-    """What a job has said so far, written to `out`; the cluster tells it from the start again."""
+    """A job's output, written to `out` once; the cluster sends it from the start every time."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -283,8 +284,8 @@ class _Log:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > _LOST_AFTER_S:
                     raise IncompleteError(
-                        f"{jobs.address} does not answer any more ({_last_line(error)}); {job} may "
-                        "go on without us: run the same command again to follow it"
+                        f"{jobs.address} no longer answers ({_last_line(error)}); {job} may still "
+                        "be running: run the same command again to follow it"
                     ) from error
             time.sleep(_POLL_S)
 

@@ -1,6 +1,6 @@
 """Benchmarks computed from scores: RewardBench 1 and 2, RM-Bench, JudgeBench.
 
-One file per benchmark says what it counts; `evaluate` finds the benchmark of a scored output and
+One file per benchmark defines what it counts; `evaluate` finds the benchmark of a scored output and
 reads what it needs.
 """
 

@@ -14,21 +14,15 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, IncompleteError, IntegrityError, OutputError
 from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbench2, rm_bench
 from batch_scorer.evaluation.result import Evaluation
-from batch_scorer.inputs.plan import Plan
+from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.outputs.claim import open_scored
-from batch_scorer.outputs.lease import holder_of
-from batch_scorer.outputs.manifest import (
-    committed,
-    current_manifest,
-    is_record,
-    known_receipts,
-    read_plan,
-    read_success,
-)
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Format, Receipt, Status
+from batch_scorer.runs.run import Listener, score
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store
 
 _READERS = 8
@@ -53,7 +47,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """A benchmark: how its files are told, what is read of them, who computes.
+    """A benchmark: how its files are recognised, what is read from them, what computes it.
 
     `texts` are columns of the input (null where a file has none), `scores` added ones under the
     names that `evaluate` takes. `known` says whether a value of the first of `texts` is one of the
@@ -70,23 +64,53 @@ class _Rules:
 
 
 def evaluate(
-    output: str,
+    scored: str | Config,
     store_options: Mapping[str, str] | None = None,
     *,
     benchmark: str | None = None,
     legacy_xstest_weights: bool = False,
+    listeners: Sequence[Listener] = (),
 ) -> Evaluation:
-    """The benchmark result of a complete scored output, local or in an object store.
+    """A benchmark's result, from a complete scored output, local or in an object store.
 
-    `benchmark` is one of `Benchmark`; None: found from the columns and the names of the subsets.
-    Raises ConfigError for an unknown one, OutputError if there is no scored output or it is no
-    benchmark, InputError if a row cannot be of the benchmark, IncompleteError if shards are
-    missing, IntegrityError if one is not the object that was committed.
+    `scored` is that output, in a store with `store_options`; or the Config of a run, which then is
+    scored first, as by `score`, with `listeners` to its progress. `benchmark` is one of
+    `Benchmark`; None: found from the columns and the names of the subsets. With
+    `legacy_xstest_weights`, RewardBench weighs its two xstest subsets as before 2024-09-10.
+
+    Raises ConfigError for an unknown benchmark or settings that do not go together, OutputError if
+    there is no scored output or its rows are no benchmark's, InputError if a row cannot be of the
+    benchmark, IncompleteError if shards are missing, IntegrityError if one is not the object that
+    was committed; and for a Config what `score` raises. Rows that are no benchmark's are refused
+    before they are scored.
     """
     if benchmark is not None and benchmark not in list(Benchmark):
-        raise ConfigError(f"no benchmark {benchmark!r}; there are {', '.join(Benchmark)}")
+        raise ConfigError(f"unknown benchmark {benchmark!r}; known are {', '.join(Benchmark)}")
     wanted = Benchmark(benchmark) if benchmark else None
-    store, run = open_scored(output, dict(store_options or {}))
+    if isinstance(scored, str):
+        return _evaluate(scored, dict(store_options or {}), wanted, legacy_xstest_weights)
+    if store_options is not None:
+        raise ConfigError("store_options: a Config has its own")
+    _score(scored, wanted, listeners)
+    return _evaluate(scored.output, scored.store_options, wanted, legacy_xstest_weights)
+
+
+def _score(config: Config, wanted: Benchmark | None, listeners: Sequence[Listener]) -> None:
+    """Score a benchmark's rows; JudgeBench's need not have their columns named."""
+    if wanted is Benchmark.JUDGEBENCH:
+        columns = {**JUDGEBENCH_COLUMNS, **config.columns}
+        config = config.model_copy(update={"columns": columns})
+    find_benchmark(files_of_plan(make_plan(config)), wanted)  # before hours of scoring, not after
+    score(config, *listeners)
+
+
+def _evaluate(
+    output: str,
+    store_options: dict[str, str],
+    wanted: Benchmark | None,
+    legacy_xstest_weights: bool,
+) -> Evaluation:
+    store, run = open_scored(output, store_options)
     receipts, gone = _complete(store, output)
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         files = list(pool.map(partial(_file, store), receipts))
@@ -97,17 +121,17 @@ def evaluate(
     names = set(table[rules.texts[0]].to_pylist())
     if wanted is None and not any(rules.known(name or "") for name in names):
         raise OutputError(
-            f"{output}: its rows look like {found}, but no {rules.texts[0]} is one of that "
-            f"benchmark; pass --benchmark {found} to compute what there is"
+            f"{output}: its rows look like {found}, but that benchmark knows no {rules.texts[0]} "
+            f"of them; pass --benchmark {found} to evaluate them all the same"
         )
     if not legacy_xstest_weights:
         result = rules.evaluate(table)
     elif found is Benchmark.REWARDBENCH:
         result = rewardbench.evaluate(table, legacy_xstest_weights=True)
     else:
-        raise ConfigError(f"the legacy xstest weights are RewardBench's, and this is {found}")
+        raise ConfigError(f"only RewardBench has legacy xstest weights, and this is {found}")
     if gone:
-        note = f"{gone} shards of inputs that the last run did not name are not counted"
+        note = f"{gone} shards are not counted: the last run did not name their inputs"
         result = replace(result, notes=[*result.notes, note])
     return replace(
         result, model=run["provenance"]["model"], output=output, scored_with=run["fingerprint"]
@@ -115,7 +139,7 @@ def evaluate(
 
 
 def find_benchmark(files: Sequence[File], wanted: Benchmark | None = None) -> Benchmark:
-    """The benchmark that all files are of, `wanted` or any; raises OutputError for none."""
+    """The benchmark that all files belong to, `wanted` or any; raises OutputError for none."""
     candidates = [wanted] if wanted else list(_RULES)
     if not files:
         raise OutputError("there are no rows to evaluate")
@@ -127,12 +151,12 @@ def find_benchmark(files: Sequence[File], wanted: Benchmark | None = None) -> Be
     needs = "".join(f"\n  {one}: {_RULES[one].needs}" for one in candidates)
     raise OutputError(
         f"not the rows of one benchmark: {file.name} holds {file.format} rows with columns "
-        f"{', '.join(sorted(file.columns))}. Known are{needs}"
+        f"{', '.join(sorted(file.columns))}. These would do:{needs}"
     )
 
 
 def files_of_plan(plan: Plan) -> list[File]:
-    """The inputs of a run that is still to be made; those without rows tell nothing."""
+    """The inputs of a run that is still to be made; those without rows show nothing."""
     return [
         File(
             name=file.source.key,
@@ -149,7 +173,7 @@ def files_of_plan(plan: Plan) -> list[File]:
 
 
 def _prior_set(file: File) -> str | None:
-    """The prior set that a file is: their data set has one split each, so the file name tells."""
+    """The prior set that a file is: their data set has one split each, so its name shows it."""
     split = PurePosixPath(file.name).name.split(".")[0].split("-")[0]
     return split if split in rewardbench.PRIOR_SETS else None
 
@@ -230,14 +254,15 @@ _RULES: Mapping[Benchmark, _Rules] = {
 @contextmanager
 def _opened(store: Store, receipt: Receipt) -> Iterator[pq.ParquetFile]:
     """A committed shard, for reading; raises IntegrityError if it is not as it was committed."""
-    assert receipt.version is not None  # it is committed
+    stored = receipt.stored
+    assert stored is not None  # it is committed
     try:
-        file = store.open(receipt.output_key, receipt.size_bytes, receipt.version)
+        file = store.open(receipt.output_key, stored.size_bytes, stored.version)
         yield pq.ParquetFile(file, pre_buffer=False)
     except (ObjectMissing, ObjectChanged, pa.ArrowException, OSError) as error:
         raise IntegrityError(
             f"{store.url(receipt.output_key)} is not the shard that was committed "
-            f"({error}); `batch-scorer verify` says more"
+            f"({error}); for details run `batch-scorer verify`"
         ) from error
 
 
@@ -275,35 +300,35 @@ def _read(
         columns |= {name: table[name].cast(pa.string()) for name in texts if not constants[name]}
         columns |= {name: table[column].cast(rules.score_type) for name, column in scores.items()}
     except pa.ArrowException as error:
-        raise OutputError(f"{url}: a column is not of the type it should be: {error}") from error
+        raise OutputError(f"{url}: a column has the wrong type: {error}") from error
     return pa.table(columns)
 
 
 def _complete(store: Store, output: str) -> tuple[list[Receipt], int]:
     """The committed shards that hold rows, and how many belong to inputs no longer named.
 
-    Raises IncompleteError that says what is missing.
+    Raises IncompleteError, which lists what is missing.
     """
-    if read_success(store) is None:
-        raise IncompleteError("\n  ".join(_what_is_missing(store, output)))
-    receipts = current_manifest(store)
+    state = OutputState(store)
+    if state.success is None:
+        raise IncompleteError("\n  ".join(_what_is_missing(state, output)))
+    receipts = state.manifest
     there = [r for r in receipts if r.status is Status.COMMITTED and r.num_rows]
     return there, sum(r.status is Status.INPUT_GONE for r in receipts)
 
 
-def _what_is_missing(store: Store, output: str) -> list[str]:
-    """Lines for people: how much is there, which shards failed, which rows were not reached."""
-    known = known_receipts(store)
-    objects = [info for info in store.list() if not is_record(info.key)]
-    there = [r for _, r in committed(store, objects, known) if r and r.status is Status.COMMITTED]
+def _what_is_missing(state: OutputState, output: str) -> list[str]:
+    """Lines for people: how much is scored, which shards failed, which rows were not reached."""
+    there = [r for _, r in state.shards() if r and r.status is Status.COMMITTED]
     keys = {receipt.output_key for receipt in there}
-    failed = [r for r in known.values() if r.commit is None and r.output_key not in keys]
-    try:
-        plan = read_plan(store)
-    except ObjectMissing:
-        return [f"{output} is not scored: its run has planned nothing yet"]
-    holder = holder_of(store)
-    advice = f"{holder} works on it" if holder else "run the same `score` command again"
+    failed = [r for r in state.receipts.values() if r.commit is None and r.output_key not in keys]
+    if (plan := state.plan) is None:
+        return [f"{output} is not scored: its run has not planned anything yet"]
+    advice = (
+        f"{state.holder.holder} is working on it"
+        if state.holder
+        else "run the same `score` command again"
+    )
     lines = [f"{r.output_key} failed ({r.num_rows:,} rows): {r.reason}: {r.detail}" for r in failed]
     named = {receipt.input for receipt in failed}
     lines += [
@@ -314,7 +339,7 @@ def _what_is_missing(store: Store, output: str) -> list[str]:
     if len(lines) > _LINES_SHOWN:
         lines = [*lines[:_LINES_SHOWN], f"and {len(lines) - _LINES_SHOWN} more"]
     return [
-        f"{output} is not complete: of the plan's {plan['shards']:,} shards {len(there):,} are "
+        f"{output} is not complete: {len(there):,} of {plan['shards']:,} planned shards are "
         f"scored, {sum(r.num_rows for r in there):,} of {plan['rows']:,} rows; {advice}",
         *lines,
     ]

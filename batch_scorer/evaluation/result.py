@@ -1,13 +1,15 @@
-"""What an evaluation says, and how sure it is: estimates, subsets, intervals. Pure functions.
+"""An evaluation's result, and how sure it is: estimates, subsets, intervals. Pure functions.
 
 Legend: P prompts or pairs of a benchmark. A credit is what one of them earns, in [0, 1].
 All intervals are for 95 % and two-sided; all values are fractions (RewardBench 2's Ties runs from
 -0.01 to 1.01).
 """
 
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batch_scorer.errors import OutputError
 from batch_scorer.evaluation import Benchmark
 
 FloatArray = npt.NDArray[np.float64]
@@ -106,7 +109,7 @@ class Evaluation:
     `columns` are the leaderboard's, in its order; None for a column that cannot be computed because
     a part is missing. `subsets` are those found, `missing` the benchmark's own that were not.
     `details` are the benchmark's further numbers, as JSON. `model`, `output` and `scored_with`
-    (the parts of the score fingerprint) say whose result this is.
+    (the parts of the score fingerprint) show whose result this is.
     """
 
     benchmark: Benchmark
@@ -129,6 +132,14 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": self.rows, "unscored": self.unscored}
+
+    def save(self, file: Path) -> None:
+        """Write it as JSON, into a folder made if need be. Raises OutputError."""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(self.to_json()) + "\n")
+        except OSError as error:
+            raise OutputError(f"{file}: the report cannot be written: {error}") from error
 
 
 def subsets_of(

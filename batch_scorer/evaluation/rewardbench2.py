@@ -196,6 +196,6 @@ def _ties_forms(rows: list[tuple[str, Prompt]]) -> tuple[dict[str, Prompt], dict
         if form not in forms or not number:
             raise InputError(f"id {row_id!r} of subset Ties is neither ref:<n> nor tied:<n>")
         if number in forms[form]:
-            raise InputError(f"id {row_id!r} of subset Ties is there twice")
+            raise InputError(f"id {row_id!r} of subset Ties appears twice")
         forms[form][number] = prompt
     return forms["ref"], forms["tied"]

@@ -1,13 +1,13 @@
 """Rows of a stored file, pinned to the version that was planned."""
 
 import io
+from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.errors import ShardError, ShardReason, StorageError
-from batch_scorer.job import Job
 from batch_scorer.records import RowError, Shard, Source
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, open_store
 
@@ -104,11 +104,14 @@ def read_rows(
 
 
 def rows_of_shard(
-    job: Job, shard: Shard, columns: list[str] | None
+    shard: Shard, store_options: Mapping[str, str], columns: list[str] | None
 ) -> tuple[pa.Table, dict[int, RowError]]:
-    """The shard's rows, and the rows that were no JSON; `columns=None` reads all columns."""
+    """The shard's rows, in all columns or in some, and the errors of rows that were no JSON.
+
+    Raises ShardError: the file is unreadable, gone, or changed since it was planned.
+    """
     source = shard.source
-    store = open_store(source.root, job.config.store_options)
+    store = open_store(source.root, store_options)
     try:
         if shard.row_groups is None:
             if shard.lines is not None:

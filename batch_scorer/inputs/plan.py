@@ -15,7 +15,7 @@ import pyarrow as pa
 from batch_scorer import formats
 from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ShardError, ShardReason, StorageError
-from batch_scorer.formats.added import added_columns
+from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.files import BYTES_PER_TOKEN, open_parquet, scan_json
 from batch_scorer.inputs.sources import PARQUET, list_inputs
 from batch_scorer.records import SCALAR, Layout, Outputs, Receipt, Shard, Source, Status
@@ -245,10 +245,8 @@ def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Output
         columns=config.columns,
         text_style=config.text_style,
     )
-    taken = sorted(
-        set(added_columns(layout.format, config.column_prefix, config.over_length, outputs))
-        & set(schema.names)
-    )
+    added = shape_of(layout.format).added_columns(config.column_prefix, config.over_length, outputs)
+    taken = sorted(set(added) & set(schema.names))
     if taken:
         raise ShardError(
             ShardReason.COLUMN_COLLISION,

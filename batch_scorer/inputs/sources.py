@@ -13,6 +13,7 @@ from batch_scorer.storage import (
     AccessDenied,
     ObjectInfo,
     ObjectMissing,
+    PlaceMissing,
     glob_pattern,
     is_remote,
     open_store,
@@ -29,7 +30,7 @@ def list_inputs(config: Config) -> list[tuple[Source, datetime]]:
     or holds no files that can be scored, ConfigError for an output that is an input's folder.
     """
     found = [(root, info) for spec in config.inputs for root, info in _expand(spec, config)]
-    output = _absolute(config.output)
+    output = _absolute(config.output) if config.output else None
     roots = {root for root, _ in found}
     if output in roots:
         raise ConfigError(f"output {config.output} is the input folder; name another one")
@@ -37,7 +38,7 @@ def list_inputs(config: Config) -> list[tuple[Source, datetime]]:
     urls = {f"{root.rstrip('/')}/{info.key}": (root, info) for root, info in found}
     sources = []
     for url, (root, info) in sorted(urls.items()):
-        if url.startswith(f"{output}/"):
+        if output and url.startswith(f"{output}/"):
             continue
         key_root = base or root
         key = url.removeprefix(key_root.rstrip("/") + "/")
@@ -77,10 +78,9 @@ def _expand(spec: str, config: Config) -> Iterator[tuple[str, ObjectInfo]]:
 def _list(root: str, config: Config) -> Iterable[ObjectInfo]:
     try:
         return list(open_store(root, config.store_options).list())
-    except ObjectMissing as error:
-        what = "bucket" if is_remote(root) else "file or folder"
-        raise InputError(f"{root}: no such {what}") from error
-    except AccessDenied as error:
+    except (AccessDenied, PlaceMissing) as error:
+        if isinstance(error, PlaceMissing) and not is_remote(root):
+            raise InputError(f"{root}: no such file or folder") from error
         raise InputError(str(error)) from error
 
 

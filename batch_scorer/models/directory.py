@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_scorer.errors import ModelError
-from batch_scorer.models.adapter import Adapter, ModelFiles
+from batch_scorer.models.adapter import Adapter, ModelFiles, Prompt
 from batch_scorer.models.cost import HIDDEN_SIZES, ModelCost, model_cost
 from batch_scorer.models.digests import file_digest
 from batch_scorer.models.registry import EMBEDDING, choose_adapter, head_files
@@ -40,6 +40,8 @@ class ModelFacts:
     """What a model's files show.
 
     `adapter` names the family (`models/families`), `attributes` its outputs beside the score;
+    `prompt` is how it needs conversations rendered (kept here, because processes that read have
+    no torch, which the families need);
     `has_steps`: it is a process reward model. `hidden_size` is None where the config does not name
     it, `cost` where config and weights do not determine it.
     `max_tokens` is the longest sequence that the positions allow. `digest` covers config, weights
@@ -50,6 +52,7 @@ class ModelFacts:
     architecture: str
     adapter: str
     attributes: tuple[str, ...]
+    prompt: Prompt
     has_steps: bool
     hidden_size: int | None
     max_tokens: int
@@ -124,6 +127,7 @@ def inspect_model(
         architecture=files.architecture,
         adapter=chosen.name,
         attributes=chosen.attributes(files.config),
+        prompt=chosen.prompt,
         has_steps=chosen.step_aggregation is not None,
         hidden_size=next((files.config[n] for n in HIDDEN_SIZES if n in files.config), None),
         max_tokens=min((limit for limit in limits if limit), default=_UNLIMITED_TOKENS),

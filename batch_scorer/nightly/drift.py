@@ -1,4 +1,4 @@
-"""What has changed since the night before: rows that came and went, and how scores have moved.
+"""What has changed since an earlier nightly run: rows that came and went, scores that moved.
 
 By source, from the figures that every commit carries, so nothing is read back. Where the model has
 changed, a sample of the rows that both generations hold is read, and their ranks are compared:
@@ -38,12 +38,12 @@ _GRID = 1000
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The rows of one source, or of all, and their scores.
+    """The rows of one source, or of all sources, and their scores.
 
-    Of the `rows`, the `new` met the model since the night before, the `reused` are in rewritten
-    files but have the scores they had, and the `kept` are in files that nobody touched; `gone` are
-    not among them, but were there. `quantiles` are at `by_source.LEVELS`; `pairs` is [pairs, chosen
-    higher, ties]. Without a score `mean`, `std` and `quantiles` are empty.
+    Of the `rows`, the `new` were scored since the record before, the `reused` are in rewritten
+    files and have their earlier scores, and the `kept` are in unchanged shards; `gone` rows were
+    there before and are not counted in `rows`. `quantiles` are at `by_source.LEVELS`; `pairs` is
+    [pairs, chosen higher, ties]. Without a score `mean` and `std` are None, `quantiles` ().
     """
 
     rows: int = 0
@@ -72,13 +72,13 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """A shard as it stood the night before: its identity, and its rows by source."""
+    """A shard as an earlier nightly run left it: its identity, and its rows by source."""
 
     identity: str
     rows: Mapping[str, int]
 
 
-def standing(receipts: Iterable[Receipt]) -> dict[str, Before]:
+def committed_before(receipts: Iterable[Receipt]) -> dict[str, Before]:
     """The committed shards by their key."""
     return {
         receipt.output_key: Before(receipt.commit.identity, rows_by_source(receipt.commit))
@@ -97,7 +97,7 @@ def rows_by_source(commit: Commit) -> dict[str, int]:
 def figures_by_source(
     receipts: Sequence[Receipt], before: Mapping[str, Before]
 ) -> dict[str, Figures]:
-    """The figures of each source, of the committed shards after a night and those before it."""
+    """The figures of each source, from the committed shards after a nightly run and before it."""
     committed = [
         (receipt, receipt.commit)
         for receipt in receipts
@@ -116,7 +116,7 @@ def figures_by_source(
         is_kept = there is not None and there.identity == commit.identity
         for source, number in rows_by_source(commit).items():
             count(source, "rows", number)
-            reused = receipt.reused_rows.get(source, 0)
+            reused = receipt.reused.rows.get(source, 0)
             count(source, "kept" if is_kept else "reused", number if is_kept else reused)
         for source, spread in commit.spread.items():
             parts.setdefault(source, []).append(spread)
@@ -209,6 +209,13 @@ class Ranks:
     won: int
     lost: int
     movers: tuple[Mover, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Ranks":
+        return cls(**{**value, "movers": tuple(Mover(**mover) for mover in value["movers"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,9 +319,10 @@ def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
     for receipts in chain:
         known, ours = {}, {}
         for receipt in receipts:
-            commit = receipt.commit
-            if commit is None or receipt.version is None or receipt.status is not Status.COMMITTED:
+            stored = receipt.stored
+            if stored is None or receipt.status is not Status.COMMITTED:
                 continue
+            commit = stored.commit
             if found is None:
                 origin = Origin(commit.input, commit.input_etag, commit.first_row)
             elif (above := found.get((commit.input, commit.input_etag))) is not None:
@@ -322,7 +330,7 @@ def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
             else:
                 continue
             known[receipt.output_key] = origin
-            ours[receipt.output_key, receipt.version.etag] = origin
+            ours[receipt.output_key, stored.version.etag] = origin
         found = ours
     return known
 
@@ -381,11 +389,13 @@ def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored 
     for store, receipt, start in zip(
         (before, after), overlap.receipts, overlap.starts, strict=True
     ):
-        assert receipt.commit is not None and receipt.version is not None
-        prefix, format = receipt.commit.column_prefix, Format(receipt.commit.layout["format"])
-        source = Source(store.root, receipt.output_key, receipt.size_bytes, receipt.version)
-        names = [n for n in receipt.commit.added_columns if n.startswith(f"{prefix}score")]
-        names.remove(receipt.commit.error_column)
+        stored = receipt.stored
+        assert stored is not None  # `origins` takes committed shards only
+        commit = stored.commit
+        prefix, format = commit.column_prefix, Format(commit.layout["format"])
+        source = Source(store.root, receipt.output_key, stored.size_bytes, stored.version)
+        names = [n for n in commit.added_columns if n.startswith(f"{prefix}score")]
+        names.remove(commit.error_column)
         if not names:
             return None
         try:

@@ -1,6 +1,7 @@
-"""What a night would do, without doing it: `nightly --dry-run`."""
+"""What a nightly run would do, without doing it: `nightly --dry-run`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from batch_scorer.config import Config
 from batch_scorer.inputs.plan import Plan
@@ -17,15 +18,13 @@ from batch_scorer.records import Status
 from batch_scorer.runs.remaining import remaining
 from batch_scorer.storage import ObjectMissing, open_store
 
-# Without doing it
-
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What a night would do for one model. `path` is its generation, None for one that is not begun
-    yet; `follows` that its work is known only once the model before it is done."""
+    """What a nightly run would do for one model. `path` is its generation, None for one that is not
+    begun yet; `follows`: its work is known only once the model before it is done."""
 
-    line: str
+    series: str
     model: str
     path: str | None
     follows: bool = False
@@ -39,30 +38,33 @@ class Prospect:
     rows_to_do: int = 0
     rows_left: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {"line": fields.pop("series"), **fields}
+
 
 def foresee_night(config: Config, night: Night) -> list[Prospect]:
-    """Say what `run_night` would do. Writes nothing, takes no lease, starts no Ray."""
-    lines = series_of(config)
-    first = lines[0]
+    """Show what `run_night` would do. Writes nothing, takes no lease, starts no Ray."""
+    first, *others = series_of(config)
     plan = plan_night(first, night)
     try:
         root = open_store(config.output, config.store_options)
     except ObjectMissing:
-        known, prepared, latest = [], None, None
+        known, job, latest = [], None, None
     else:
         known, latest = read_generations(root), read_latest(root)
-        prepared = as_any_begun(first.name, first.config, first.model, known, root)
+        job = as_any_begun(first.name, first.config, first.model, known, root)
     chosen: Generation | None = None
-    if prepared is not None:
-        chosen = choose(known, wanted_generation(first.name, prepared, None, night.rescore), latest)
+    if job is not None:
+        chosen = choose(known, wanted_generation(first.name, job, None, night.rescore), latest)
     if chosen is None or chosen not in known:
         prospect = _of_new(first, plan, night)
     else:
-        assert prepared is not None
-        work = remaining(plan, prepared.job(epoch=0), root.below(chosen.path), night.max_shards)
+        assert job is not None
+        work = remaining(plan, job, root.below(chosen.path), max_shards=night.max_shards)
         done = [receipt for receipt in work.done if receipt.status is Status.COMMITTED]
         prospect = Prospect(
-            line=first.name,
+            series=first.name,
             model=first.config.model,
             path=chosen.path,
             files=len(plan.files),
@@ -77,18 +79,17 @@ def foresee_night(config: Config, night: Night) -> list[Prospect]:
         )
     return [
         prospect,
-        *(Prospect(line.name, line.config.model, None, follows=True) for line in lines[1:]),
+        *(Prospect(each.name, each.config.model, None, follows=True) for each in others),
     ]
 
 
-def _of_new(line: Series, plan: Plan, night: Night) -> Prospect:
-    """All of the plan, in a generation of its own."""
-    now, later = plan.shards[: night.max_shards], plan.shards[len(plan.shards) :]
-    if night.max_shards is not None:
-        later = plan.shards[night.max_shards :]
+def _of_new(series: Series, plan: Plan, night: Night) -> Prospect:
+    """The whole plan, in a new generation."""
+    most = len(plan.shards) if night.max_shards is None else night.max_shards
+    now, later = plan.shards[:most], plan.shards[most:]
     return Prospect(
-        line=line.name,
-        model=line.config.model,
+        series=series.name,
+        model=series.config.model,
         path=None,
         files=len(plan.files),
         files_aside=len(plan.aside),

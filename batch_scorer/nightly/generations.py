@@ -1,18 +1,18 @@
-"""The generations of a nightly: outputs side by side, and a pointer to those that readers take.
+"""The generations of a nightly output: outputs side by side, and a pointer to those to read.
 
-    ROOT/generations/<line>/<12 hex of the fingerprint>-<n>/   an output, as `score` writes it
-    ROOT/latest.json                                           which of them to read
-    ROOT/_batch_scorer/generations.json                        all of them, and what each is
+    ROOT/generations/<series>/<12 hex of the fingerprint>-<n>/   an output, as `score` writes it
+    ROOT/latest.json                                             which of them to read
+    ROOT/_batch_scorer/generations.json                          the list of all of them
 
-A *line* is the generations of one model: `main`, or the column prefix of a further one. The lines
-of a night are a chain: the second takes the scored shards of the first as its inputs, so the last
-has all columns.
+A *series* holds the generations of one model: `main`, or the column prefix of a further model. The
+series of a nightly run form a chain: the second takes the scored shards of the first as its inputs,
+so the last has all columns. In JSON a series is a `line`.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, TypeAlias
 
 from batch_scorer.errors import LeaseLostError
@@ -27,14 +27,14 @@ LATEST_KEY = "latest.json"
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """All scores of one line under one fingerprint, number `number` of its line.
+    """All scores of one series under one fingerprint, number `number` of its series.
 
     `layout` are the settings of that role. `follows` is the path of the generation whose shards it
-    takes as inputs, None for the first line. `is_rescore`: it was begun to compute again what
+    takes as inputs, None for the first series. `is_rescore`: it was begun to compute again what
     another of the same fingerprint has.
     """
 
-    line: str
+    series: str
     number: int
     fingerprint: str
     layout: dict[str, Any]
@@ -43,14 +43,16 @@ class Generation:
 
     @property
     def path(self) -> str:
-        return f"generations/{self.line}/{self.fingerprint[:12]}-{self.number}"
+        return f"generations/{self.series}/{self.fingerprint[:12]}-{self.number}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, **asdict(self)}
+        fields = asdict(self)
+        return {"path": self.path, "line": fields.pop("series"), **fields}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(**{name: part for name, part in value.items() if name != "path"})
+        fields = {name: part for name, part in value.items() if name not in ("path", "line")}
+        return cls(series=value["line"], **fields)
 
 
 def read_generations(root: Store) -> list[Generation]:
@@ -63,14 +65,14 @@ def read_generations(root: Store) -> list[Generation]:
 
 
 def record_generations(root: Store, generations: Sequence[Generation]) -> None:
-    """Keep the list; only the holder of the root's lease does so."""
+    """Keep the list; only the holder of the root's lease may."""
     body = {"generations": [generation.to_json() for generation in generations]}
     put(root, GENERATIONS_KEY, json.dumps(body, indent=1).encode())
 
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """What `latest.json` says: the path of each line's generation, in the order of the chain."""
+    """What `latest.json` holds: the path of each series' generation, in the order of the chain."""
 
     paths: Mapping[str, str]
     version: Version
@@ -87,7 +89,7 @@ def read_latest(root: Store) -> Latest | None:
 
 
 def move_latest(root: Store, chain: Sequence[Generation], night: int, found: Latest | None) -> None:
-    """Point at these generations, the last of which readers take.
+    """Point at these generations; the last one is what readers take.
 
     Raises LeaseLostError if the pointer is not as it was `found`.
     """
@@ -95,57 +97,51 @@ def move_latest(root: Store, chain: Sequence[Generation], night: int, found: Lat
     body = {
         "generation": last.rsplit("/", 1)[-1],
         "path": last,
-        "lines": [{"line": generation.line, "path": generation.path} for generation in chain],
+        "lines": [{"line": generation.series, "path": generation.path} for generation in chain],
         "night": night,
     }
     data = json.dumps(body, indent=1).encode()
     try:
-        if found is None:
-            root.create(LATEST_KEY, data)
-        else:
-            root.replace(LATEST_KEY, data, found.version)
-    except (ObjectChanged, ObjectMissing):
-        if root.read(LATEST_KEY) != data:  # otherwise this very PUT, whose answer was lost
-            raise LeaseLostError(f"{root.root}: another night has moved {LATEST_KEY}") from None
+        root.put(LATEST_KEY, data, instead_of=None if found is None else found.version)
+    except ObjectChanged:
+        raise LeaseLostError(f"{root.root}: another run has moved {LATEST_KEY}") from None
 
 
 def choose(known: Iterable[Generation], wanted: Generation, latest: Latest | None) -> Generation:
     """The generation to work on: the newest that is as `wanted`, but for its number, or a new one.
 
-    A `wanted.is_rescore` goes on only with one that was begun after that which `latest` names, and
-    so is not complete; without it any will do, begun as a rescore or not.
+    A `wanted.is_rescore` resumes only one that was begun after that which `latest` names, and so is
+    not complete; without it any will do, begun as a rescore or not.
     """
-    line = [generation for generation in known if generation.line == wanted.line]
-    named = latest.paths.get(wanted.line) if latest else None
-    newest_complete = max((g.number for g in line if g.path == named), default=0)
+    series = [generation for generation in known if generation.series == wanted.series]
+    named = latest.paths.get(wanted.series) if latest else None
+    newest_complete = max((g.number for g in series if g.path == named), default=0)
     alike = [
         generation
-        for generation in line
+        for generation in series
         if (generation.fingerprint, generation.layout, generation.follows)
         == (wanted.fingerprint, wanted.layout, wanted.follows)
         and (not wanted.is_rescore or generation.number > newest_complete)
     ]
     if alike:
         return max(alike, key=lambda generation: generation.number)
-    number = 1 + max((generation.number for generation in line), default=0)
-    return Generation(
-        wanted.line, number, wanted.fingerprint, wanted.layout, wanted.follows, wanted.is_rescore
-    )
+    number = 1 + max((generation.number for generation in series), default=0)
+    return replace(wanted, number=number)
 
 
 def donor_of(
     known: Iterable[Generation], chosen: Generation, latest: Latest | None
 ) -> Generation | None:
-    """The generation whose scores the chosen one may take over: of the same fingerprint, cut or
-    chained in another way. None where the chosen one is to compute all by itself, or is complete.
+    """The generation whose scores the chosen one may reuse: of the same fingerprint, cut or chained
+    in another way. None where the chosen one has to compute everything, or is complete.
     """
-    named = latest.paths.get(chosen.line) if latest else None
+    named = latest.paths.get(chosen.series) if latest else None
     if chosen.is_rescore or chosen.path == named:
         return None
     donors = [
         generation
         for generation in known
-        if generation.line == chosen.line
+        if generation.series == chosen.series
         and generation.fingerprint == chosen.fingerprint
         and generation.path != chosen.path
     ]
@@ -153,10 +149,10 @@ def donor_of(
 
 
 def held(chain: Sequence[Sequence[Receipt]]) -> dict[str, str]:
-    """The inputs of which every row is committed in all generations of a chain, with the entity tag
-    of the version that is.
+    """The inputs whose every row is committed in all generations of a chain, each with the entity
+    tag of its committed version.
 
-    By their receipts; a generation's shards are the inputs of the next.
+    Found from the receipts; a generation's shards are the next one's inputs.
     """
     if not chain:
         return {}
@@ -183,9 +179,9 @@ _Version: TypeAlias = tuple[str, str]
 def _committed(receipts: Iterable[Receipt]) -> Iterator[tuple[_Version, _Version]]:
     """The shards that are stored, and the files that were read for them."""
     for receipt in receipts:
-        if receipt.status is Status.COMMITTED and receipt.commit and receipt.version:
-            stored = receipt.output_key, receipt.version.etag
-            yield stored, (receipt.input, receipt.commit.input_etag)
+        if receipt.status is Status.COMMITTED and (stored := receipt.stored):
+            scored = receipt.output_key, stored.version.etag
+            yield scored, (receipt.input, stored.commit.input_etag)
 
 
 def _unfinished(receipts: Iterable[Receipt]) -> set[str]:

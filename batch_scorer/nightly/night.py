@@ -1,10 +1,10 @@
-"""A night: find out what is missing and score it, into the generation that is right for it.
+"""A nightly run: find out what is missing and score it, into the right generation.
 
-Safe to be triggered at any time, as often as one likes: what is missing is told from what is
-committed, never from a clock, and a lease on the root keeps two nights apart.
+Safe to trigger at any time, any number of times: what is missing is computed from what is
+committed, never from a clock, and a lease on the root keeps two runs apart.
 
     ROOT/generations/…, latest.json    outputs, and which of them to read (`generations`)
-    ROOT/nights/…                      what each night has changed (`nights`)
+    ROOT/nights/…                      what each nightly run changed (`history`)
 """
 
 import logging
@@ -20,8 +20,10 @@ from batch_scorer import logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
 from batch_scorer.inputs.plan import Plan, make_plan
+from batch_scorer.job import Job, outputs_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.nightly.generations import (
+    LATEST_KEY,
     MAIN,
     Generation,
     choose,
@@ -41,20 +43,14 @@ from batch_scorer.nightly.history import (
     numbers,
     write,
 )
+from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.claim import claimed
 from batch_scorer.outputs.lease import Lease, lease_of
 from batch_scorer.outputs.manifest import current_manifest
 from batch_scorer.outputs.reuse import Earlier
 from batch_scorer.pipeline.session import RaySession
 from batch_scorer.records import Source, Status
-from batch_scorer.runs.derive import (
-    Prepared,
-    as_begun,
-    look_at_model,
-    open_output,
-    outputs_of,
-    settle,
-)
+from batch_scorer.runs.derive import as_begun, look_at_model, open_output, settle
 from batch_scorer.runs.run import Listener, Summary, score_plan
 from batch_scorer.storage import ObjectMissing, Store
 
@@ -64,16 +60,16 @@ _DATE = re.compile(r"(?<!\d)\d{4}-\d{2}-\d{2}(?!\d)")
 _POLLS = 10
 
 Listen = Callable[[str], AbstractContextManager[Listener | None]]
-"""Gives whoever is told how the scoring of a generation goes, by its path."""
+"""The listener for the scoring of a generation, given the generation's path."""
 
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """What a night is asked to do.
+    """The flags of a nightly run.
 
-    Only files of the days from `since` to `until` are looked at, both included; None: of all days.
+    Only files of the days from `since` to `until` are read, both included; None: no bound.
     `rescore` computes again what is scored already, into a new generation. At most `max_shards`
-    are scored for each model.
+    are scored with each model.
     """
 
     since: date | None = None
@@ -88,7 +84,7 @@ class Night:
             raise ConfigError("max_shards: at least one")
 
     def holds(self, source: Source, changed: datetime) -> bool:
-        """Whether a file is to be looked at; `changed` is when it was last."""
+        """Whether a file's day is within the bounds; `changed` is the time of its last change."""
         day = day_of(source.key, changed)
         return (self.since or day) <= day <= (self.until or day)
 
@@ -102,39 +98,38 @@ class Night:
 
 
 def day_of(key: str, changed: datetime) -> date:
-    """The day that a file is of: the first ISO date in its key, else that of its last change in
-    UTC."""
+    """A file's day: the first ISO date in its key, else the date of its last change in UTC."""
     for found in _DATE.findall(key):
         try:
             return date.fromisoformat(found)
         except ValueError:
-            continue  # no day of any calendar
+            continue  # digits like a date, but no day of the calendar
     return changed.astimezone(UTC).date()
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a night ended.
+    """How a nightly run ended.
 
-    `record` and `report` are what it wrote, None where nothing was to do. `held_by` says who else
-    is at work: then this night did nothing at all.
+    `record` and `report` are what it wrote, None if there was nothing to do. `held_by` describes
+    another nightly run that holds the output: then this one did nothing.
     """
 
     root: str
     summaries: tuple[Summary, ...] = ()
-    record: dict[str, Any] | None = None
-    report: dict[str, Any] | None = None
+    record: NightlyRecord | None = None
+    report: DriftReport | None = None
     held_by: str | None = None
 
     @property
     def is_complete(self) -> bool:
-        """Whether all was done that the night was to do."""
+        """Whether no shard failed; shards left by `max_shards` do not count."""
         return all(summary.is_complete for summary in self.summaries)
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One model of a night: its name, the settings that are its own, and what its files say."""
+    """One model of a nightly run: its series' name, its settings, and the facts of its files."""
 
     name: str
     config: Config
@@ -144,9 +139,9 @@ class Series:
 def run_night(config: Config, night: Night, listen: Listen | None = None) -> Ended:
     """Score what is missing; `config.output` is the root of all generations.
 
-    Raises what `score` raises. Another night at work is no error: see `Ended.held_by`.
+    Raises what `score` raises. Another nightly run that holds it is no error: see `Ended.held_by`.
     """
-    lines = series_of(config)
+    series = series_of(config)
     root = _open_root(config)
     with ExitStack() as stack:
         try:
@@ -156,9 +151,9 @@ def run_night(config: Config, night: Night, listen: Listen | None = None) -> End
         session = stack.enter_context(RaySession(config))
         number = max(numbers(root), default=0) + 1
         stack.enter_context(logs.fields(night=number))
-        plan = plan_night(lines[0], night)
-        at_work = _AtWork(root, number, night, session, listen or _to_nobody, lines, plan)
-        return at_work.to_the_end(lease)
+        plan = plan_night(series[0], night)
+        run = _NightlyRun(root, number, night, session, listen or _to_nobody, series, plan)
+        return run.score_all(lease)
 
 
 def _to_nobody(path: str) -> AbstractContextManager[Listener | None]:
@@ -178,8 +173,8 @@ def _open_root(config: Config) -> Store:
     root = open_output(config)
     if claimed(root):
         raise OutputError(
-            f"{root.root} is an output of `score`; name another folder, which is to hold the "
-            "generations of all nights"
+            f"{root.root} is an output of `score`; name another folder for the generations of "
+            "`nightly`"
         )
     return root
 
@@ -190,10 +185,10 @@ def plan_night(first: Series, night: Night) -> Plan:
 
 @contextmanager
 def _hold(root: Store, lease_s: float) -> Iterator[Lease]:
-    """The lease on the root. Raises OutputHeldError if another night is alive.
+    """The lease on the root. Raises OutputHeldError if another nightly run is alive.
 
-    One on another machine that does not renew its lease has died with it, and a scheduler may well
-    have started this one for that reason: it waits until that is certain.
+    A run on another machine that does not renew its lease may have died with that machine, and a
+    scheduler may have started this one for that reason: wait until that is certain.
     """
     before = lease_of(root)
     for _ in range(_POLLS):
@@ -205,10 +200,10 @@ def _hold(root: Store, lease_s: float) -> Iterator[Lease]:
         yield lease
 
 
-class _AtWork:
-    """Night `number` under its lease: the chain of generations that it works on, link by link.
+class _NightlyRun:
+    """Nightly run `number` under its lease: the chain of generations it scores, one after another.
 
-    `plan` is that of the first line; the others plan the shards of the one above them.
+    `plan` is that of the first series; each other one plans the shards of the series above it.
     """
 
     def __init__(
@@ -218,7 +213,7 @@ class _AtWork:
         night: Night,
         session: RaySession,
         listen: Listen,
-        lines: Sequence[Series],
+        series: Sequence[Series],
         plan: Plan,
     ) -> None:
         self._root = root
@@ -226,29 +221,29 @@ class _AtWork:
         self._night = night
         self._session = session
         self._listen = listen
-        self.series_of = lines
+        self._series = series
         self._plan = plan
         self._latest = read_latest(root)
         self._steps: list[Step] = []
         self._origins: dict[str, str] = {}  # input file by output key of the last step
 
-    def to_the_end(self, lease: Lease) -> Ended:
-        """Score all lines, record what has changed, and move the pointer once that is right."""
+    def score_all(self, lease: Lease) -> Ended:
+        """Score all series, record what has changed, and move the pointer if nothing is lacking."""
         started_at = datetime.now(UTC)
-        for line in self.series_of:
+        for series in self._series:
             above = self._steps[-1] if self._steps else None
-            plan = self._plan if above is None else self._plan_below(line, above)
+            plan = self._plan if above is None else self._plan_below(series, above)
             if not plan.shards and not plan.failed:
-                break  # no files of these days, or nothing above that could be taken
-            self._score(line, plan, above)
+                break  # no files of these days, or no scored shard above
+            self._score(series, plan, above)
             lease.check()
         if not self._steps:
             return Ended(self._root.root)
         return self._record(started_at, lease)
 
-    def _plan_below(self, line: Series, above: Step) -> Plan:
-        """The shards of the generation above, as far as they are of the night's files. Those whose
-        input is gone are passed over."""
+    def _plan_below(self, series: Series, above: Step) -> Plan:
+        """The shards of the generation above that come from this run's files. Those whose input is
+        gone are passed over."""
         if not self._origins:
             return Plan([], [], [])
         selected = {file.source.key for file in self._plan.files}
@@ -258,36 +253,36 @@ class _AtWork:
         def choice(source: Source, changed: datetime) -> bool | None:
             return None if source.key in gone else self._origins.get(source.key) in selected
 
-        config = self._placed(line, above)
-        return make_plan(config, outputs_of(config, line.model), choice)
+        config = self._placed(series, above)
+        return make_plan(config, outputs_of(config, series.model), choice)
 
-    def _placed(self, line: Series, above: Step | None) -> Config:
-        """The line's settings, with inputs and output as far as they are known before its
+    def _placed(self, series: Series, above: Step | None) -> Config:
+        """The series' settings, with inputs and output as far as they are known before its
         generation is chosen."""
         if above is None:
-            return line.config
-        folder = self._root.url(f"generations/{line.name}")
-        return line.config.model_copy(update={"inputs": (above.store.root,), "output": folder})
+            return series.config
+        folder = self._root.url(f"generations/{series.name}")
+        return series.config.model_copy(update={"inputs": (above.store.root,), "output": folder})
 
-    def _score(self, line: Series, plan: Plan, above: Step | None) -> None:
-        """Choose the line's generation, and score what it lacks."""
-        config = self._placed(line, above)
+    def _score(self, series: Series, plan: Plan, above: Step | None) -> None:
+        """Choose the series' generation, and score what it lacks."""
+        config = self._placed(series, above)
         known = read_generations(self._root)
-        prepared = as_any_begun(line.name, config, line.model, known, self._root)
-        prepared = prepared or settle(config, line.model, plan, self._session)
+        job = as_any_begun(series.name, config, series.model, known, self._root)
+        job = job or settle(config, series.model, plan, self._session)
         wanted = wanted_generation(
-            line.name, prepared, above.generation if above else None, self._night.rescore
+            series.name, job, above.generation if above else None, self._night.rescore
         )
         generation = choose(known, wanted, self._latest)
         if generation not in known:
             record_generations(self._root, [*known, generation])
-        # What was left open stays as the generation was begun with.
-        pins = {"dtype": prepared.dtype, "backend": prepared.engines[0]}
+        # Settings that were left open stay as they were when the generation was begun.
+        pins = {"dtype": job.dtype, "backend": job.engines[0]}
         output = self._root.url(generation.path)
         config = config.model_copy(update={"output": output, **pins})
         donors = _scored_by(donor_of(known, generation, self._latest), self._root)
-        summary = self._patiently(config, line.model, plan, generation, donors)
-        self._steps.append(Step(generation, line.config.model, summary, open_output(config)))
+        summary = self._score_once_free(config, series.model, plan, generation, donors)
+        self._steps.append(Step(generation, series.config.model, summary, open_output(config)))
         self._origins = {
             receipt.output_key: receipt.input if above is None else self._origins[receipt.input]
             for receipt in summary.receipts
@@ -295,7 +290,7 @@ class _AtWork:
             and (above is None or receipt.input in self._origins)
         }
 
-    def _patiently(
+    def _score_once_free(
         self,
         config: Config,
         model: ModelFacts,
@@ -303,9 +298,9 @@ class _AtWork:
         generation: Generation,
         donors: Sequence[Earlier],
     ) -> Summary:
-        """Score; if the generation is held, once more when that hold must have ended.
+        """Score; if the generation is held, retry once its lease must have expired.
 
-        A night that died with its machine renewed it a moment after that on the root.
+        A nightly run that died with its machine renewed that lease a moment after the root's.
         """
 
         def score() -> Summary:
@@ -325,26 +320,26 @@ class _AtWork:
 
     def _record(self, started_at: datetime, lease: Lease) -> Ended:
         root, number, latest = self._root, self._number, self._latest
-        lines = [describe(root, step) for step in self._steps]
-        paths = {step.generation.line: step.generation.path for step in self._steps}
+        described = [describe(root, step) for step in self._steps]
+        paths = {step.generation.series: step.generation.path for step in self._steps}
         is_latest = latest is not None and [*latest.paths.items()] == [*paths.items()]
         lacking = None if is_latest else self._lacking()
         has_moved = lacking is not None and not lacking
         summaries = tuple(step.summary for step in self._steps)
-        if not has_moved and not any(has_changed(root, line) for line in lines):
+        if not has_moved and not any(has_changed(root, each) for each in described):
             return Ended(root.root, summaries)
-        record = {
-            "night": number,
-            "started_at": started_at.isoformat(timespec="seconds"),
-            "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": self._night.to_json(),
-            "files_aside": len(self._plan.aside),
-            "lines": lines,
-            "latest": paths if has_moved else dict(latest.paths) if latest else None,
-            "has_moved": has_moved,
-            "lacking": lacking,
-        }
-        report = drift_report(root, number, self._steps, lines, latest)
+        record = NightlyRecord(
+            night=number,
+            started_at=started_at.isoformat(timespec="seconds"),
+            ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            settings=self._night.to_json(),
+            files_aside=len(self._plan.aside),
+            series=tuple(described),
+            latest=paths if has_moved else latest.paths if latest else None,
+            has_moved=has_moved,
+            lacking=None if lacking is None else tuple(lacking),
+        )
+        report = drift_report(root, number, self._steps, described, latest)
         lease.confirm()
         write(root, record, report)
         if has_moved:
@@ -352,10 +347,10 @@ class _AtWork:
         return Ended(root.root, summaries, record, report)
 
     def _lacking(self) -> list[str]:
-        """Why readers are not to be pointed at the night's generations yet; [] if they are."""
+        """Why `latest.json` may not name this run's generations yet; [] if it may."""
         reasons = []
-        if len(self._steps) < len(self.series_of):
-            reasons.append(f"{self.series_of[len(self._steps)].name}: not begun")
+        if len(self._steps) < len(self._series):
+            reasons.append(f"{self._series[len(self._steps)].name}: not begun")
         for step in self._steps:
             if left := step.summary.totals["shards_left"]:
                 reasons.append(f"{step.generation.path}: {left} shards are left")
@@ -371,40 +366,40 @@ class _AtWork:
             ]
             if absent:
                 more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-                reasons.append(f"{absent[0]}{more}: not scored, and in what readers have now")
+                reasons.append(f"{absent[0]}{more}: not scored, but {LATEST_KEY}'s rows include it")
         return reasons
 
 
 def as_any_begun(
-    line: str, config: Config, model: ModelFacts, known: Sequence[Generation], root: Store
-) -> Prepared | None:
-    """The job as a generation of this line was begun, the newest first; None if none was."""
-    for generation in reversed([g for g in known if g.line == line]):
+    series: str, config: Config, model: ModelFacts, known: Sequence[Generation], root: Store
+) -> Job | None:
+    """The job as the newest generation of this series was begun; None if none was."""
+    for generation in reversed([g for g in known if g.series == series]):
         try:
-            prepared = as_begun(config, model, root.below(generation.path))
+            job = as_begun(config, model, root.below(generation.path))
         except ObjectMissing:
             continue
-        if prepared is not None:
-            return prepared
+        if job is not None:
+            return job
     return None
 
 
 def wanted_generation(
-    line: str, prepared: Prepared, above: Generation | None, is_rescore: bool
+    series: str, job: Job, above: Generation | None, is_rescore: bool
 ) -> Generation:
-    """What tonight's generation of a line has to be; its number is open."""
+    """What this run's generation of a series has to be; its number is open."""
     return Generation(
-        line=line,
+        series=series,
         number=0,
-        fingerprint=prepared.fingerprint.digest,
-        layout=prepared.config.with_role("layout"),
+        fingerprint=job.fingerprint.digest,
+        layout=job.config.with_role("layout"),
         follows=above.path if above else None,
         is_rescore=above.is_rescore if above else is_rescore,
     )
 
 
 def _scored_by(generation: Generation | None, root: Store) -> list[Earlier]:
-    """All that a generation has committed."""
+    """All shards that a generation has committed."""
     if generation is None:
         return []
     try:

@@ -1,11 +1,13 @@
-"""How far a nightly output is: its newest generations, and the last night."""
+"""The progress of a nightly output: its newest generations, and the last nightly run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from batch_scorer.errors import OutputError
 from batch_scorer.nightly.generations import read_generations, read_latest
+from batch_scorer.nightly.record import NightlyRecord
 from batch_scorer.outputs.lease import lease_of
 from batch_scorer.runs.status import OutputStatus, read_status, silent_s
 from batch_scorer.storage import AccessDenied, ObjectMissing, Store, open_store
@@ -13,11 +15,12 @@ from batch_scorer.storage import AccessDenied, ObjectMissing, Store, open_store
 
 @dataclass(frozen=True, slots=True)
 class NightlyStatus:
-    """Where `nightly` stands. `holder` and `renewed_s` are of the night at work, if one is.
+    """The state of an output of `nightly`. `holder` runs now, and renewed its lease `renewed_s`
+    ago; None if no nightly run is running.
 
-    `latest` are the paths that `latest.json` names, by line; `generations` has the newest of each
-    line by path, None for one that is only just being begun; `night` is the record of the last
-    night that changed anything.
+    `latest` are the paths that `latest.json` names, by series; `generations` has the newest of each
+    series by path, None for one without any score yet; `night` is the record of the last nightly
+    run that changed anything.
     """
 
     root: str
@@ -25,10 +28,20 @@ class NightlyStatus:
     renewed_s: float | None
     latest: dict[str, str] | None
     generations: dict[str, OutputStatus | None]
-    night: dict[str, Any] | None
+    night: NightlyRecord | None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "root": self.root,
+            "holder": self.holder,
+            "renewed_s": self.renewed_s,
+            "latest": self.latest,
+            "generations": {
+                path: status.to_json() if status else None
+                for path, status in self.generations.items()
+            },
+            "night": self.night.to_json() if self.night else None,
+        }
 
 
 def nightly_root(output: str, store_options: Mapping[str, str] | None = None) -> Store | None:
@@ -41,17 +54,17 @@ def nightly_root(output: str, store_options: Mapping[str, str] | None = None) ->
 
 
 def read_nightly_status(
-    root: Store, store_options: Mapping[str, str] | None, night: dict[str, Any] | None
+    root: Store, store_options: Mapping[str, str] | None, night: NightlyRecord | None
 ) -> NightlyStatus:
-    """The state of a `nightly_root`; `night` is the record of its last night."""
-    standing = lease_of(root)
-    holder = standing if standing and standing.is_held else None
+    """The state of a `nightly_root`; `night` is the newest record there."""
+    lease = lease_of(root)
+    holder = lease if lease and lease.is_held else None
     latest = read_latest(root)
-    newest = {generation.line: generation.path for generation in read_generations(root)}
+    newest = {generation.series: generation.path for generation in read_generations(root)}
     return NightlyStatus(
         root=root.root,
         holder=holder.holder if holder else None,
-        renewed_s=silent_s(holder) if holder else None,
+        renewed_s=silent_s(holder, datetime.now(UTC)) if holder else None,
         latest=dict(latest.paths) if latest else None,
         generations={path: _begun(root.url(path), store_options) for path in newest.values()},
         night=night,

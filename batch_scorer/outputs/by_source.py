@@ -1,51 +1,46 @@
-"""Counts and score statistics by the input's text column `source`. Pure functions."""
+"""Counts and score statistics by the input's text column `source`. Pure functions.
+
+Legend: R rows, S sequences.
+"""
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batch_scorer.outputs.columns import numbers, pick
 from batch_scorer.records import ScoredRows
 
-ALL_SOURCES = "all"
-"""The source of rows that tell none."""
+FloatArray = npt.NDArray[np.float32]
+Sources = npt.NDArray[np.object_]
 
+ALL_SOURCES = "all"
+"""The source of rows that have none."""
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MAX_SOURCES = 100
 
 
-# Counts by source
-
-
-def pair_counts(scored: ScoredRows, table: pa.Table) -> dict[str, list[int]]:
-    """Of preference pairs: [pairs with both scores, chosen higher, ties] by source
-    (`row_sources`)."""
-    scores = numbers(scored.values[:, 0])
-    chosen, rejected = (
-        pick(scores, scored.row_offsets, place, of=2).to_numpy(zero_copy_only=False)
-        for place in (0, 1)
-    )
-    both = ~(np.isnan(chosen) | np.isnan(rejected))
-    sources = row_sources(table)
+def pair_counts(chosen: pa.Array, rejected: pa.Array, sources: Sources) -> dict[str, list[int]]:
+    """[pairs with both scores, chosen higher, ties] by source, from R scores of each side."""
+    right, wrong = (side.to_numpy(zero_copy_only=False) for side in (chosen, rejected))
+    both = ~(np.isnan(right) | np.isnan(wrong))
     counts = {}
     for source in sorted(set(sources[both])):
         here = both & (sources == source)
-        wins, ties = chosen[here] > rejected[here], chosen[here] == rejected[here]
+        wins, ties = right[here] > wrong[here], right[here] == wrong[here]
         counts[str(source)] = [int(here.sum()), int(wins.sum()), int(ties.sum())]
     return counts
 
 
-def spread_by_source(scored: ScoredRows, table: pa.Table) -> dict[str, list[float]]:
-    """By source (`row_sources`): [rows, scores, their mean, their standard deviation, and their
-    quantiles at `LEVELS`]; without a score only the first two.
+def spread_by_source(
+    scored: ScoredRows, sources: Sources, *, has_scores: bool = True
+) -> dict[str, list[float]]:
+    """[rows, scores, their mean, their standard deviation, and their quantiles at `LEVELS`] by
+    source; without a score only the first two. An embedding model's rows have no scores.
 
     In six digits: enough for statistics, and a commit is read with every listing.
     """
-    sources = row_sources(table)
     owners = np.repeat(np.arange(scored.num_rows), np.diff(scored.row_offsets))
-    scores = scored.values[:, 0].astype(np.float64)
-    has_score = ~np.isnan(scores)
-    if scored.outputs.embedding_size is not None:
-        has_score[:] = False
+    scores = scored.scores.values[:, 0].astype(np.float64)
+    has_score = ~np.isnan(scores) & has_scores
     spread = {}
     for source in sorted(set(sources)):
         here = sources == source
@@ -57,13 +52,10 @@ def spread_by_source(scored: ScoredRows, table: pa.Table) -> dict[str, list[floa
     return spread
 
 
-LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-
-
-def row_sources(table: pa.Table) -> npt.NDArray[np.object_]:
+def row_sources(table: pa.Table) -> Sources:
     """str[R]: the text column `source` of the rows.
 
-    Without such a column, or with more than a hundred values in it, all rows are of "all".
+    Without such a column, or with more than a hundred values in it, every row's source is "all".
     """
     found = _source_column(table)
     if found is None or len(set(found)) > _MAX_SOURCES:

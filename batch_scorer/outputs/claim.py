@@ -8,11 +8,21 @@ from batch_scorer.errors import OutputError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.outputs.lease import RECORDS
-from batch_scorer.storage import AccessDenied, ObjectChanged, ObjectMissing, Store, open_store
+from batch_scorer.storage import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectMissing,
+    PlaceMissing,
+    Store,
+    open_store,
+    require_conditional_writes,
+)
 
 GENERATIONS_KEY = f"{RECORDS}/generations.json"
 """Where `nightly` remembers its generations, in the folder above them."""
 _RUN_KEY = f"{RECORDS}/run.json"
+_FORMAT = 2
+"""How the records beside the shards, and the commits in their footers, are written."""
 
 
 def claim_output(
@@ -20,17 +30,26 @@ def claim_output(
 ) -> None:
     """Make sure this output is for this work: `run.json` is created, or agrees.
 
-    Raises OutputError that names what differs.
+    Before the first write, the store has to show that it refuses a conditional write. Raises
+    OutputError that names what differs, or a store that does not.
     """
-    body = {"fingerprint": fingerprint.parts, "layout": layout, "provenance": provenance}
-    failpoint("claim.before_put")
-    try:
-        store.create(_RUN_KEY, json.dumps(body, indent=1, sort_keys=True).encode())
-        return
-    except (AccessDenied, ObjectMissing) as error:
-        raise OutputError(str(error)) from error
-    except ObjectChanged:
-        there = store.read_json(_RUN_KEY)
+    body = {
+        "format": _FORMAT,
+        "fingerprint": fingerprint.parts,
+        "layout": layout,
+        "provenance": provenance,
+    }
+    if not (there := claimed(store)):
+        try:
+            require_conditional_writes(store, RECORDS)
+            failpoint("claim.before_put")
+            data = json.dumps(body, indent=1, sort_keys=True).encode()
+            store.put(_RUN_KEY, data, instead_of=None)
+            return
+        except (AccessDenied, PlaceMissing) as error:
+            raise OutputError(str(error)) from error
+        except ObjectChanged:  # another run has begun this output at the same moment
+            there = claimed(store)
     differences = fingerprint.differences(Fingerprint(there["fingerprint"]))
     differences += Fingerprint(layout).differences(Fingerprint(there["layout"]))
     if differences:
@@ -41,17 +60,26 @@ def claim_output(
 
 
 def claimed(store: Store) -> dict[str, Any]:
-    """What `claim_output` wrote when this output was begun; {} before. Raises OutputError."""
-    return _read_claim(store, _RUN_KEY)
+    """What `claim_output` wrote when this output was begun; {} before.
+
+    Raises OutputError, also for an output whose records are written in another way.
+    """
+    claim = _read_claim(store, _RUN_KEY)
+    if claim and claim.get("format") != _FORMAT:
+        raise OutputError(
+            f"{store.root} was written by another version of this program, whose records this one "
+            "does not read; use that version, or score into another output"
+        )
+    return claim
 
 
 def _read_claim(store: Store, key: str) -> dict[str, Any]:
     try:
         claim: dict[str, Any] = store.read_json(key)
+    except (AccessDenied, PlaceMissing) as error:
+        raise OutputError(str(error)) from error
     except ObjectMissing:
         return {}
-    except AccessDenied as error:
-        raise OutputError(str(error)) from error
     return claim
 
 
@@ -65,9 +93,7 @@ def open_scored(output: str, store_options: Mapping[str, str]) -> tuple[Store, d
     """An output of ours and its `run.json`; raises OutputError if there is none at `output`."""
     try:
         store = open_store(output, store_options)
-    except ObjectMissing:
-        raise OutputError(f"{output}: no scored output here (there is no such place)") from None
-    except AccessDenied as error:
+    except (AccessDenied, PlaceMissing) as error:
         raise OutputError(str(error)) from error
     if not (claim := claimed(store)):
         refuse_nights(store)

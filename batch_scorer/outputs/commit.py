@@ -2,11 +2,10 @@
 
 import hashlib
 import io
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -15,20 +14,22 @@ import pyarrow.parquet as pq
 
 from batch_scorer.errors import ShardError, ShardReason, StorageError
 from batch_scorer.failpoints import failpoint
+from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.files import rows_of_shard
 from batch_scorer.job import Job
-from batch_scorer.outputs.by_source import pair_counts, row_sources, spread_by_source
+from batch_scorer.outputs.by_source import Sources, pair_counts, row_sources, spread_by_source
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
 from batch_scorer.outputs.lease import current_epoch, lease_of
 from batch_scorer.outputs.manifest import is_in_manifest, read_commit, record_engine
 from batch_scorer.records import (
+    SCALAR,
     Commit,
-    Format,
     Receipt,
-    RowError,
+    Reused,
     ScoredRows,
     Shard,
     Status,
+    Stored,
     layout_to_json,
 )
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version, open_store
@@ -37,108 +38,102 @@ _EXAMPLES_PER_SHARD = 3
 _COMMIT_TRIES = 5
 
 
-def commit_shard(job: Job, shard: Shard, scored: ScoredRows) -> Receipt:
+def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Receipt:
     """Join the scores to the untouched input columns and publish the shard with one PUT.
 
     The file is encoded whole before anything is sent, so a reader never sees a part of it.
     Raises ShardError: SUPERSEDED when a newer run holds the output, INPUT_CHANGED when the
     file is no longer the one that was scored.
     """
-    started = time.perf_counter()
-    table, _ = rows_of_shard(job, shard, None)
+    config = job.config
+    table, _ = rows_of_shard(shard, config.store_options, None)
     if table.num_rows != scored.num_rows:
         raise ShardError(
             ShardReason.INTERNAL, f"{scored.num_rows} rows scored, {table.num_rows} rows read back"
         )
-    errors = scored.errors_by_row()
     columns = score_columns(
-        scored, table, shard.layout, job.config.column_prefix, job.config.over_length
+        scored, job.outputs, table, shard.layout, config.column_prefix, config.over_length
     )
-    commit = _describe(job, shard, scored, table, columns, errors)
-    fields = column_metadata(scored.outputs, job.config.column_prefix)
-    data = _encode(table, columns, fields, commit)
-    version, standing = _publish(job, shard, commit, data)
+    sources = row_sources(table)
+    commit = _describe(job, epoch, shard, scored, columns, sources)
+    data = _encode(table, columns, column_metadata(job.outputs, config.column_prefix), commit)
+    try:
+        store = open_store(config.output, config.store_options, create=True)
+        stands = publish_shard(store, shard.output_key, data, commit, shard.replaces)
+    except StorageError as error:
+        raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
     return Receipt(
         output_key=shard.output_key,
         input=shard.source.key,
         input_root=shard.source.root,
         num_rows=shard.num_rows,
         status=Status.COMMITTED,
-        commit=standing.commit,
-        version=version,
-        size_bytes=standing.size_bytes,
-        sha256=standing.sha256,
-        engine=record_engine(job.config.output, job.config.store_options, scored.engine),
-        detail=standing.note,
+        stored=stands.stored,
+        detail=stands.note,
+        engine=record_engine(config.output, config.store_options, scored.engine),
         examples=[
             (shard.first_row + row, error.reason.value, error.detail)
-            for row, error in list(errors.items())[:_EXAMPLES_PER_SHARD]
+            for row, error in islice(scored.errors_by_row().items(), _EXAMPLES_PER_SHARD)
         ],
-        epoch=job.epoch,
+        epoch=epoch,
         estimated_tokens=shard.estimated_tokens,
-        **_reused(scored, table),
-        effort=scored.effort,
-        committed_at=time.time(),
-        score_s=scored.score_s,
-        write_s=time.perf_counter() - started,
+        reused=_reused(scored, sources),
     )
 
 
-def _reused(scored: ScoredRows, table: pa.Table) -> dict[str, Any]:
-    """The fields of a receipt that tell what did not meet the model, being known before."""
+def _reused(scored: ScoredRows, sources: Sources) -> Reused:
+    """What was not scored by the model, because its scores were known before."""
     known = scored.was_known
     if known is None:
-        return {}
-    asked = ~known & (scored.lengths > 0)  # what has no tokens meets no model either
+        return Reused()
+    asked = ~known & (scored.lengths > 0)  # the model is not asked for what has no tokens either
 
     def per_row(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         return np.diff(np.concatenate([[0], np.cumsum(mask)])[scored.row_offsets])
 
     rows = (per_row(known) > 0) & (per_row(asked) == 0)  # bool[R]
-    return {
-        "reused_sequences": int(known.sum()),
-        "reused_tokens": int(scored.lengths[known].sum()),
-        "reused_rows": dict(Counter(row_sources(table)[rows].tolist())),
-    }
-
-
-# Committing
+    return Reused(
+        sequences=int(known.sum()),
+        tokens=int(scored.lengths[known].sum()),
+        rows=dict(Counter(sources[rows].tolist())),
+    )
 
 
 def _describe(
     job: Job,
+    epoch: int,
     shard: Shard,
     scored: ScoredRows,
-    table: pa.Table,
     columns: Mapping[str, pa.Array],
-    errors: Mapping[int, RowError],
+    sources: Sources,
 ) -> Commit:
-    marked: dict[str, int] = {}
-    for error in errors.values():
-        marked[error.reason.value] = marked.get(error.reason.value, 0) + 1
-    is_pair = (
-        shard.layout.format is Format.PREFERENCE_PAIR and scored.outputs.embedding_size is None
-    )
-    finite = np.isfinite(scored.values[:, 0])
+    errors = scored.errors_by_row()
+    finite = np.isfinite(scored.scores.values[:, 0])
+    prefix, shape = job.config.column_prefix, shape_of(shard.layout.format)
+    pairs = {}
+    if shape.has_margin(job.outputs):
+        (names,) = shape.value_columns(SCALAR)
+        chosen, rejected = (columns[prefix + name] for name in names)
+        pairs = pair_counts(chosen, rejected, sources)
     return Commit(
-        identity=shard.identity(job.fingerprint, job.config.column_prefix),
-        fingerprint=job.fingerprint,
-        epoch=job.epoch,
+        identity=shard.identity(job.fingerprint.digest, prefix),
+        fingerprint=job.fingerprint.digest,
+        epoch=epoch,
         input=shard.source.key,
         input_etag=shard.source.version.etag,
         first_row=shard.first_row,
         num_rows=shard.num_rows,
         rows_scored=shard.num_rows - len(errors),
         rows_marked=len(errors),
-        marked=marked,
+        marked=dict(Counter(error.reason.value for error in errors.values())),
         sequences=int(finite.sum()),
         tokens=int(scored.lengths[finite].sum()),
         rows_digest=scored.rows_digest,
         scores_digest=digest_columns(columns),
-        pairs=pair_counts(scored, table) if is_pair else {},
+        pairs=pairs,
         layout=layout_to_json(shard.layout),
         added_columns=list(columns),
-        spread=spread_by_source(scored, table),
+        spread=spread_by_source(scored, sources, has_scores=job.outputs.embedding_size is None),
     )
 
 
@@ -164,47 +159,54 @@ def _encode(
     return sink.getvalue()
 
 
+# Publishing
+
+
 @dataclass(frozen=True, slots=True)
-class _Standing:
+class Stands:
     """The commit that stands under the key now, ours or an equal one."""
 
-    commit: Commit
-    size_bytes: int
-    sha256: str
+    stored: Stored
     note: str = ""
 
 
-def _publish(job: Job, shard: Shard, commit: Commit, data: bytes) -> tuple[Version, _Standing]:
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """Another commit is stored there, which may be replaced."""
+
+    version: Version
+
+
+def publish_shard(
+    store: Store, key: str, data: bytes, commit: Commit, expected: Version | None
+) -> Stands:
     """One conditional PUT between two looks at the epoch; docs/commit-protocol.md has the table of
-    what can happen."""
-    store = open_store(job.config.output, job.config.store_options, create=True)
-    ours = _Standing(commit, len(data), hashlib.sha256(data).hexdigest())
-    expected = shard.replaces
-    try:
-        for _ in range(_COMMIT_TRIES):
-            failpoint("commit.before_epoch_check")
-            if current_epoch(store) > job.epoch:
-                raise _superseded()
-            failpoint("commit.before_put")
-            standing: _Standing | None = ours
-            try:
+    what can happen.
+
+    `expected` is the stale object to be replaced, None where there should be none. Raises
+    ShardError and StorageError.
+    """
+    ours = hashlib.sha256(data).hexdigest()
+    for _ in range(_COMMIT_TRIES):
+        failpoint("commit.before_epoch_check")
+        if current_epoch(store) > commit.epoch:
+            raise _superseded()
+        failpoint("commit.before_put")
+        there: Stands | Stale | None
+        try:
+            version = store.put(key, data, instead_of=expected)
+            failpoint("commit.after_put")
+            there = Stands(Stored(commit, version, len(data), ours))
+        except ObjectChanged:
+            failpoint("commit.after_refusal")
+            there = _look(store, key, commit)
+        if isinstance(there, Stands):
+            if current_epoch(store) > commit.epoch:
                 if expected is None:
-                    version: Version | None = store.create(shard.output_key, data)
-                else:
-                    version = store.replace(shard.output_key, data, expected)
-                failpoint("commit.after_put")
-            except (ObjectChanged, ObjectMissing):
-                failpoint("commit.after_refusal")
-                version, standing = _look(store, shard, commit)
-            if version is not None and standing is not None:
-                if current_epoch(store) > job.epoch:
-                    if expected is None:
-                        _withdraw(store, shard.output_key, version)
-                    raise _superseded()
-                return version, standing
-            expected = version
-    except StorageError as error:
-        raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
+                    _withdraw(store, key, there.stored.version)
+                raise _superseded()
+            return there
+        expected = None if there is None else there.version
     raise ShardError(ShardReason.STORE_FAILED, "the object keeps changing under the commit")
 
 
@@ -220,24 +222,23 @@ def _withdraw(store: Store, key: str, version: Version) -> None:
         store.delete_version(key, version)
 
 
-def _look(store: Store, shard: Shard, ours: Commit) -> tuple[Version | None, _Standing | None]:
-    """What is stored where our PUT was refused: its version, and the commit if it may stand."""
+def _look(store: Store, key: str, ours: Commit) -> Stands | Stale | None:
+    """What is stored where our PUT was refused; None where nothing is there any more."""
     try:
-        info = store.head(shard.output_key)
+        info = store.head(key)
         there, sha256 = read_commit(store, info)
     except (ObjectMissing, ObjectChanged):
-        return None, None
+        return None
     if there is None:
         raise ShardError(
-            ShardReason.OBJECT_IN_THE_WAY,
-            f"{store.url(shard.output_key)} was not written by this program",
+            ShardReason.OBJECT_IN_THE_WAY, f"{store.url(key)} was not written by this program"
         )
     if there.epoch > ours.epoch:
         raise _superseded()
     if there.identity != ours.identity:
-        return info.version, None
+        return Stale(info.version)
     note = "" if there.scores_digest == ours.scores_digest else "scores differ from an equal commit"
-    return info.version, _Standing(there, info.size_bytes, sha256, note)
+    return Stands(Stored(there, info.version, info.size_bytes, sha256), note)
 
 
 def _superseded() -> ShardError:

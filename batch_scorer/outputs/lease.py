@@ -139,8 +139,7 @@ class Lease:
 
     def _age_s(self, info: ObjectInfo) -> float:
         key = f"{RECORDS}/clock-{self.holder_id}"
-        with suppress(ObjectChanged):  # ours, applied although its answer was lost
-            self._store.create(key, b"")
+        self._store.put(key, b"", instead_of=None)
         now = self._store.head(key).last_modified
         self._store.delete(key)
         return (now - info.last_modified).total_seconds()
@@ -157,10 +156,7 @@ class Lease:
             "released": released,
         }
         data = json.dumps(body, indent=1).encode()
-        if self._version is None:
-            self._version = self._store.create(_LEASE_KEY, data)
-        else:
-            self._version = self._store.replace(_LEASE_KEY, data, self._version)
+        self._version = self._store.put(_LEASE_KEY, data, instead_of=self._version)
 
     def _write_ours(self, *, released: bool) -> None:
         """Raises LeaseLostError if another run holds the lease now, and StorageError."""
@@ -168,8 +164,8 @@ class Lease:
             while True:
                 try:
                     return self._write(released=released)
-                except (ObjectChanged, ObjectMissing):
-                    # Perhaps changed by ourselves, in a write whose answer was lost.
+                except ObjectChanged:
+                    # Perhaps changed by ourselves: an earlier write whose answer was lost.
                     if not self._is_ours():
                         self._lost.set()
                         raise self._lost_error() from None

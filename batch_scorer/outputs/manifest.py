@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 from batch_scorer.errors import IntegrityError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.outputs.lease import RECORDS
-from batch_scorer.outputs.ledger import READERS, read_ledger
+from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
-from batch_scorer.records import Commit, Receipt, Status
+from batch_scorer.records import Commit, Receipt, Status, Stored
 from batch_scorer.records.digest import digest_of
 from batch_scorer.storage import (
     ObjectChanged,
@@ -92,14 +92,6 @@ def read_commit(store: Store, info: ObjectInfo) -> tuple[Commit | None, str]:
     return Commit.from_footer(schema.metadata), sha256
 
 
-def known_receipts(store: Store) -> dict[str, Receipt]:
-    """Newest receipt per output key, from the current manifest and the ledger after it."""
-    receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
-    for segment in read_ledger(store):
-        receipts.update((receipt.output_key, receipt) for receipt in segment.receipts)
-    return receipts
-
-
 def committed(
     store: Store, objects: Iterable[ObjectInfo], known: dict[str, Receipt]
 ) -> Iterator[tuple[ObjectInfo, Receipt | None]]:
@@ -118,18 +110,16 @@ def committed(
             input_root="",  # the caller knows it from the plan
             num_rows=commit.num_rows,
             status=Status.COMMITTED,
-            commit=commit,
-            version=info.version,
-            size_bytes=info.size_bytes,
-            sha256=sha256,
-            reused=True,
+            stored=Stored(commit, info.version, info.size_bytes, sha256),
+            is_earlier=True,
         )
 
     unknown: list[ObjectInfo] = []
     for info in objects:
         receipt = known.get(info.key)
-        if receipt is not None and receipt.version == info.version:
-            yield info, replace(receipt, reused=True)
+        stored = None if receipt is None else receipt.stored
+        if receipt is not None and stored is not None and stored.version == info.version:
+            yield info, replace(receipt, is_earlier=True)
         else:
             unknown.append(info)
     yield from in_threads(read_back, unknown, READERS)
@@ -324,8 +314,8 @@ def _manifest_rows(receipts: list[Receipt]) -> pa.Table:
             "rows": [r.num_rows for r in receipts],
             "rows_scored": [c and c.rows_scored for c in commits],
             "rows_marked": [c and c.rows_marked for c in commits],
-            "size_bytes": [r.size_bytes for r in receipts],
-            "sha256": [r.sha256 for r in receipts],
+            "size_bytes": [r.stored.size_bytes if r.stored else 0 for r in receipts],
+            "sha256": [r.stored.sha256 if r.stored else "" for r in receipts],
             "receipt": [json.dumps(r.to_json()) for r in receipts],
         },
         schema=_MANIFEST,

@@ -20,17 +20,10 @@ from batch_scorer.inputs.files import open_parquet, read_json, read_rows, scan_j
 from batch_scorer.inputs.sources import PARQUET
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.columns import digest_columns
-from batch_scorer.outputs.manifest import (
-    SUCCESS_KEY,
-    current_manifest,
-    is_record,
-    known_receipts,
-    read_commit,
-    read_parquet,
-    read_success,
-)
+from batch_scorer.outputs.manifest import SUCCESS_KEY, read_commit, read_parquet
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Commit, Receipt, Source, Status
-from batch_scorer.storage import ObjectInfo, ObjectMissing, Store, in_threads, open_store
+from batch_scorer.storage import ObjectMissing, Store, Version, in_threads, open_store
 
 _READERS = 8
 
@@ -70,8 +63,9 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
     """Check a scored output. Raises OutputError if there is none at `output`."""
     options = dict(store_options or {})
     store, record = open_scored(output, options)
-    success = read_success(store)
-    receipts = list(known_receipts(store).values()) if success is None else current_manifest(store)
+    state = OutputState(store)
+    success = state.success
+    receipts = list(state.receipts.values()) if success is None else state.manifest
     groups = _read_together([receipt for receipt in receipts if receipt.commit])
     committed = [receipt for group in groups for receipt in group]
 
@@ -82,7 +76,11 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
     checks = [check for group in in_threads(check_group, groups, _READERS) for check in group]
     problems = [problem for check in checks for problem in check.problems]
     known = {receipt.output_key for receipt in committed}
-    strangers = [info for info in store.list() if _is_stranger(info, known)]
+    strangers = [
+        info
+        for info in state.objects()
+        if info.key.endswith(".parquet") and info.key not in known  # a plain glob reads it
+    ]
     unfinished = [
         f"{receipt.output_key}: left for a later run"
         if receipt.status is Status.LEFT
@@ -138,7 +136,7 @@ class _Inputs:
         try:
             store = open_store(receipt.input_root, self._options)
             info = store.head(receipt.input)
-            if info.version.etag != commit.input_etag:
+            if info.version != Version(commit.input_etag):
                 return None
             source = Source(receipt.input_root, info.key, info.size_bytes, info.version)
             read = self._of_parquet if _is_parquet(receipt) else self._of_json
@@ -195,7 +193,8 @@ def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
     if commit is None or commit != receipt.commit:
         return _Checked(problems=(f"{key}: its footer is not the one that was committed",))
     problems = []
-    if receipt.sha256 and hashlib.sha256(data).hexdigest() != receipt.sha256:
+    stored = receipt.stored
+    if stored is not None and hashlib.sha256(data).hexdigest() != stored.sha256:
         problems.append(f"{key}: its bytes are not those that were committed")
     problems += [f"{key}: {problem}" for problem in _row_problems(table, commit)]
     expected = inputs.rows(receipt, commit)
@@ -249,8 +248,3 @@ def _compare_input(table: pa.Table, commit: Commit, expected: pa.Table) -> str:
         if not kept[name].equals(expected[name]):
             return f"column {name} is not as it was in the input"
     return ""
-
-
-def _is_stranger(info: ObjectInfo, known: set[str]) -> bool:
-    """A Parquet object that a plain glob would read although no record names it."""
-    return info.key.endswith(".parquet") and info.key not in known and not is_record(info.key)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.backends.base import Backend
-from batch_scorer.backends.registry import make_backend, settings_of
+from batch_scorer.backends.registry import BackendFactory, make_backend, settings_of
 from batch_scorer.errors import ParityError
 from batch_scorer.job import Job
 from batch_scorer.outputs.lease import RECORDS
@@ -122,7 +122,7 @@ class ParityReport:
 
 def reference_of(job: Job, sample: Sample) -> Reference:
     """Plain Hugging Face's scores of the sample; computed once for an output and kept there."""
-    key = f"{RECORDS}/parity/{job.fingerprint[:12]}-{sample.digest[:12]}.json"
+    key = f"{RECORDS}/parity/{job.fingerprint.digest[:12]}-{sample.digest[:12]}.json"
     store = open_store(job.config.output, job.config.store_options, create=True)
     with suppress(ObjectMissing):
         return Reference.from_json(store.read_json(key))
@@ -160,16 +160,18 @@ def check_engine(job: Job, sample: Sample) -> ParityReport:
         backend.close()
 
 
-def proven_backend(job: Job, sample: Sample | None) -> Backend:
+def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None = None) -> Backend:
     """This job's engine, after it has agreed with plain Hugging Face on the sample.
 
-    The report is in its provenance as `parity`; without a sample nothing is compared. Raises
+    `make` builds another engine in its place. The report is in its provenance as `parity`;
+    without a sample nothing is compared. Raises
     ParityError under `parity_check: stop`.
     """
+    make = make or make_backend
     if sample is None:
-        return make_backend(job)
+        return make(job)
     reference = reference_of(job, sample)
-    backend = make_backend(job)
+    backend = make(job)
     report = compare(sample, reference, backend.score(sample.rows), job)
     backend.provenance["parity"] = report.to_json()
     if job.config.parity_check == "stop":

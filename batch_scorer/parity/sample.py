@@ -68,10 +68,11 @@ def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
     read: list[tuple[Shard, ParsedRows, TokenizedRows]] = []
     refused: list[RowError] = []
-    renderer, adapter = renderer_of(job), adapter_named(job.adapter)
+    renderer, adapter = renderer_of(job.config, job.model), adapter_named(job.adapter)
     for shard in [ordered[place] for place in places]:
+        part = replace(shard, num_rows=min(_ROWS_READ, shard.num_rows))
         try:
-            parsed = parse_shard(job, replace(shard, num_rows=min(_ROWS_READ, shard.num_rows)))
+            parsed = parse_shard(part, job.config.store_options)
             rows = renderer.tokenize(parsed)
         except ShardError as error:
             log.warning("%s: not sampled: %s", shard.source.key, error)
@@ -117,7 +118,8 @@ def _pooled(job: Job, adapter: Adapter, ids: npt.NDArray[np.int32]) -> tuple[str
     places = adapter.pooling.positions(ids, read_json(job.model_dir / "config.json"))
     if isinstance(places, RowError):
         return (places.detail,)
-    return tuple(renderer_of(job).visible(ids[place : place + 1]) for place in places)
+    renderer = renderer_of(job.config, job.model)
+    return tuple(renderer.visible(ids[place : place + 1]) for place in places)
 
 
 def choose_rows(parts: Sequence[TokenizedRows], max_tokens: int) -> list[tuple[int, int]]:
@@ -187,7 +189,7 @@ def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
 def _check_rendering(job: Job, inputs: Sequence[SequenceInput], rows: TokenizedRows) -> None:
     from batch_scorer.backends.plain import PlainTokenizer
 
-    renderer = renderer_of(job)
+    renderer = renderer_of(job.config, job.model)
     plain = PlainTokenizer(
         job.model_dir,
         adapter_named(job.adapter).prompt,

@@ -1,33 +1,39 @@
 """One shard after the other, in this process: the reference for the Ray pipeline."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
+from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.errors import IncompleteError
 from batch_scorer.job import Job
 from batch_scorer.parity import Sample
-from batch_scorer.pipeline.worker import Scorer, commit_scored, prepare_shard
+from batch_scorer.pipeline.worker import Scorer, commit_item, prepare_item
 from batch_scorer.records import Receipt, Shard
 
 
 def run_here(
-    job: Job, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
+    job: Job,
+    epoch: int,
+    todo: list[Shard],
+    sample: Sample | None = None,
+    attempt: int = 1,
+    make: BackendFactory | None = None,
 ) -> Iterator[Receipt]:
-    """Score the shards one after the other: the reference for the other road.
+    """Score the shards one after the other: the reference for `run_on_ray`.
 
-    With a `sample` the engine has to agree with plain Hugging Face first (`parity`). `attempt`
-    says for the which time these shards are tried.
+    With a `sample` the engine has to agree with plain Hugging Face first (`parity`). `attempt` is
+    the number of this try, from 1. `make` builds another engine in place of the job's.
     """
     if not todo:
         return
-    scorer = Scorer(job, sample)
+    scorer = Scorer(job, sample, make)
     try:
         for shard in todo:
             with logs.fields(attempt=attempt):
-                receipt = commit_scored(job, scorer.score(prepare_shard(job, shard)))
-            yield replace(receipt, retries=attempt - 1)
+                item = scorer.score(prepare_item(job, shard))
+                item.spent.retries = attempt - 1
+                yield commit_item(job, epoch, item)
     except EngineDied as error:
         raise IncompleteError(f"the engine died: {error}; run the same command again") from error
     finally:

@@ -15,33 +15,23 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
+from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.errors import BatchScorerError, IncompleteError, ShardError, ShardReason
 from batch_scorer.job import Job
 from batch_scorer.parity import Sample
 from batch_scorer.pipeline.isolation import Attempts, Try
 from batch_scorer.pipeline.session import num_workers, worker_resources
-from batch_scorer.pipeline.worker import (
-    Read,
-    Scored,
-    Scorer,
-    commit_scored,
-    failed_receipt,
-    in_short,
-    prepare_shard,
-)
-from batch_scorer.records import Receipt, Shard
+from batch_scorer.pipeline.worker import Item, Scorer, commit_item, in_short, prepare_item
+from batch_scorer.records import Receipt, ScoredRows, Shard, TokenizedRows
 
 log = logging.getLogger("batch_scorer")
-
-T = TypeVar("T")
 
 _CELL = pa.large_binary()
 _NO_PROGRESS_S = 1800.0
@@ -50,19 +40,23 @@ _NO_PROGRESS_HANGS = 20
 _BUNDLE_TOKENS = 20_000
 _BUNDLE_SHARDS = 32
 _BUNDLE_FROM = 256
-_Item = TypeVar("_Item", Read, Scored)
 
 
 # On Ray Data
 
 
 def run_on_ray(
-    job: Job, todo: list[Shard], sample: Sample | None = None, attempt: int = 1
+    job: Job,
+    epoch: int,
+    todo: list[Shard],
+    sample: Sample | None = None,
+    attempt: int = 1,
+    make: BackendFactory | None = None,
 ) -> Iterator[Receipt]:
     """Score the shards on the cluster; receipts come as shards are committed, in no order.
 
     With a `sample` every worker has to agree with plain Hugging Face first (`parity`). `attempt`
-    as for `run_here`; deaths of processes come on top of it.
+    and `make` are as for `run_here`; deaths of processes are retries on top of it.
 
     Raises what stops every shard alike: a model that does not load, a cluster that is lost.
     """
@@ -93,11 +87,20 @@ def run_on_ray(
                 batch_size=1,
                 batch_format="pyarrow",
                 fn_constructor_kwargs=stage
-                | {"max_loads": job.config.attempts * workers, "sample": sample},
+                | {
+                    "max_loads": job.config.attempts * workers,
+                    "sample": sample,
+                    "make": make,
+                },
                 compute=ActorPoolStrategy(size=workers),
                 **worker_resources(job, workers),
             )
-            .map_batches(_commit_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
+            .map_batches(
+                _commit_stage,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs=stage | {"epoch": epoch},
+            )
         )
         try:
             for row in dataset.iter_rows():
@@ -105,7 +108,8 @@ def run_on_ray(
                 if isinstance(receipts, BatchScorerError):
                     raise receipts
                 for receipt in receipts:
-                    yield replace(receipt, retries=receipt.retries + attempt - 1)
+                    receipt.spent.retries += attempt - 1
+                    yield receipt
         except ray.exceptions.RayError as error:
             raise IncompleteError(f"the cluster failed: {str(error).splitlines()[0]}") from error
 
@@ -153,19 +157,18 @@ def _begin(
     )
 
 
-def _again(item: _Item, retries: int) -> _Item:
-    """The item, its retries of one more stage counted."""
-    return replace(item, spent=replace(item.spent, retries=item.spent.retries + retries))
-
-
 def _prepare_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
     shards: list[Shard] = _unpack(batch)
     if not job.config.trust_remote_code:
         _leave_out_torch()
     retries, refused = _begin("prepare", shards[0], job, attempts, carried)
-    reads = [Read(shard, refused) if refused else prepare_shard(job, shard) for shard in shards]
+    items = [
+        Item(shard, error=refused) if refused else prepare_item(job, shard) for shard in shards
+    ]
+    for item in items:
+        item.spent.retries += retries
     attempts.forget.remote(f"prepare {shards[0].output_key}")
-    return _pack([_again(read, retries) for read in reads])
+    return _pack(items)
 
 
 def _leave_out_torch() -> None:
@@ -192,6 +195,7 @@ class _ScoreStage:
         carried: logs.Carried,
         max_loads: int,
         sample: Sample | None,
+        make: BackendFactory | None,
     ) -> None:
         import ray
 
@@ -206,7 +210,7 @@ class _ScoreStage:
             )
             return
         try:
-            self._scorer = Scorer(job, sample)
+            self._scorer = Scorer(job, sample, make)
         except BatchScorerError as error:
             self._failure = error
         except Exception as error:  # a defect of a library must reach the user by its own words
@@ -224,13 +228,12 @@ class _ScoreStage:
             log.exception("the engine died, and this worker with it")
             os._exit(1)
 
-    def _score(self, reads: list[Read]) -> list[Scored]:
-        """The shards of an item. What ends this process is searched for by those after it."""
+    def _score(self, items: list[Item[TokenizedRows]]) -> list[Item[ScoredRows]]:
+        """The shards of a work item. What ends this process is searched for by those after it."""
         import ray
 
-        key = f"score {reads[0].shard.output_key}"
-        sizes = [0 if isinstance(read.rows, ShardError) else read.rows.num_rows for read in reads]
-        starts = [0, *accumulate(sizes)]  # of each shard's rows among those of the item
+        key = f"score {items[0].shard.output_key}"
+        starts = [0, *accumulate(item.num_rows for item in items)]  # of each shard's rows
         tried: Try | None = None
         while True:
             asked = self._attempts.next_try.remote(key, starts[-1], tried)
@@ -238,16 +241,17 @@ class _ScoreStage:
             logs.resume(self._carried, num_failed)
             if tried is None or not tried.is_probe:
                 break
-            for read, start in zip(reads, starts, strict=False):
-                self._scorer.probe(read, tried.start - start, tried.stop - start)
+            for item, start in zip(items, starts, strict=False):
+                self._scorer.probe(item, tried.start - start, tried.stop - start)
         scored = []
-        for read, start, size in zip(reads, starts, sizes, strict=False):
-            read = _again(read, num_failed)
+        for item, start in zip(items, starts, strict=False):
+            item.spent.retries += num_failed
+            crashed: list[int] = []
             if tried is None:
-                scored.append(Scored(read.shard, _gives_up(num_failed), read.spent))
+                item.rows, item.error = None, _gives_up(num_failed)
             else:
-                crashed = [row - start for row in tried.without if 0 <= row - start < size]
-                scored.append(self._scorer.score(read, crashed))
+                crashed = [r - start for r in tried.without if start <= r < start + item.num_rows]
+            scored.append(self._scorer.score(item, crashed))
         self._attempts.forget.remote(key)
         return scored
 
@@ -259,18 +263,20 @@ def _gives_up(num_failed: int) -> ShardError:
     )
 
 
-def _commit_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
-    scored: list[Scored] | BatchScorerError = _unpack(batch)
-    if isinstance(scored, BatchScorerError):
+def _commit_stage(
+    batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried, epoch: int
+) -> pa.Table:
+    items: list[Item[ScoredRows]] | BatchScorerError = _unpack(batch)
+    if isinstance(items, BatchScorerError):
         return batch
-    retries, refused = _begin("commit", scored[0].shard, job, attempts, carried)
-    key = f"commit {scored[0].shard.output_key}"
-    scored = [_again(item, retries) for item in scored]
-    ended = [
-        failed_receipt(item, refused) if refused else commit_scored(job, item) for item in scored
-    ]
-    attempts.forget.remote(key)
-    return _pack(ended)
+    retries, refused = _begin("commit", items[0].shard, job, attempts, carried)
+    for item in items:
+        item.spent.retries += retries
+        if refused:
+            item.rows, item.error = None, item.error or refused
+    receipts = [commit_item(job, epoch, item) for item in items]
+    attempts.forget.remote(f"commit {items[0].shard.output_key}")
+    return _pack(receipts)
 
 
 def _unpack(batch: pa.Table) -> Any:

@@ -2,111 +2,154 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.device import has_lost_device, matmul_peak
+from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.backends.watchdog import watch
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.job import Job
 from batch_scorer.outputs.commit import commit_shard
 from batch_scorer.parity import Sample, proven_backend
 from batch_scorer.pipeline.isolation import Search, without
-from batch_scorer.records import Receipt, RowError, ScoredRows, Shard, Status, TokenizedRows
+from batch_scorer.records import (
+    Receipt,
+    RowError,
+    ScoredRows,
+    Shard,
+    Spent,
+    Status,
+    TokenizedRows,
+)
 from batch_scorer.render import renderer_of
 from batch_scorer.shard import parse_shard, read_known, score_shard
 
 log = logging.getLogger("batch_scorer")
 
-T = TypeVar("T")
+Rows = TypeVar("Rows", TokenizedRows, ScoredRows)
+
+_CRASHED = "a process that scored this row alone died, or hung"
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What is known of a shard's cost before it is committed; as in `Receipt`."""
+@dataclass(slots=True)
+class Item(Generic[Rows]):
+    """A shard on its way through the stages: its rows as the last stage left them, or the error
+    that ends its way; then the stages after it pass it on as it is."""
 
-    read_s: float = 0.0
-    tokenize_s: float = 0.0
-    wait_s: float = 0.0
-    started_at: float = 0.0
-    peak_flops: float = 0.0
-    retries: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
     shard: Shard
-    rows: TokenizedRows | ShardError
-    spent: Spent = Spent()
+    rows: Rows | None = None
+    error: ShardError | None = None
+    spent: Spent = field(default_factory=Spent)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to be scored."""
+        return 0 if self.rows is None else self.rows.num_rows
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """In here, what goes wrong becomes the item's error, so that no row is lost."""
+        with logs.fields(shard=self.shard.output_key):
+            try:
+                yield
+            except ShardError as error:
+                self.error = error
+            except EngineDied:
+                raise
+            except Exception as error:  # the one place that turns a defect into a record
+                log.exception("unforeseen failure")
+                self.error = ShardError(ShardReason.INTERNAL, in_short(error))
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    shard: Shard
-    rows: ScoredRows | ShardError
-    spent: Spent = Spent()
+def prepare_item(job: Job, shard: Shard) -> Item[TokenizedRows]:
+    """Read, render and tokenise a shard, and find the scores that are known (`read_known`).
+
+    Reading and tokenising are timed; loading the tokenizer belongs to neither.
+    """
+    item: Item[TokenizedRows] = Item(shard)
+    with item.caught():
+        log.info("load the tokenizer")
+        renderer = renderer_of(job.config, job.model)
+        started = time.perf_counter()
+        log.info("read")
+        parsed = parse_shard(shard, job.config.store_options)
+        item.spent.read_s = time.perf_counter() - started
+        log.info("tokenise")
+        rows = renderer.tokenize(parsed)
+        if shard.earlier:
+            log.info("reuse")
+            rows = read_known(job, shard, rows, renderer)
+        item.spent.tokenize_s = time.perf_counter() - started - item.spent.read_s
+        item.rows = rows
+    return item
 
 
-def prepare_shard(job: Job, shard: Shard) -> Read:
-    """`read_shard` and `read_known`, reading and tokenising timed; loading the tokenizer belongs
-    to neither."""
-    renderer = _caught("load the tokenizer", shard, partial(renderer_of, job))
-    if isinstance(renderer, ShardError):
-        return Read(shard, renderer)
-    started = time.perf_counter()
-    parsed = _caught("read", shard, partial(parse_shard, job, shard))
-    read_s = time.perf_counter() - started
-    if isinstance(parsed, ShardError):
-        return Read(shard, parsed)
-    rows = _caught("tokenise", shard, partial(renderer.tokenize, parsed))
-    if shard.earlier and not isinstance(rows, ShardError):
-        rows = _caught("reuse", shard, partial(read_known, job, shard, rows, renderer))
-    return Read(shard, rows, Spent(read_s, time.perf_counter() - started - read_s))
+class _Peak:
+    """What this worker's devices do together in large matrix products: the best of several looks,
+    because on a CPU other stages may be busy during any one of them (one look gave 149 %
+    utilisation)."""
+
+    _FIRST_PAUSE_S = 5.0
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.flops = 0.0
+        """FLOP/s; 0 where nothing is computed."""
+        self._pause_s = self._FIRST_PAUSE_S
+        self._next = time.perf_counter()
+        self.look()
+
+    def look(self) -> None:
+        """Measure again if it is time: after 5 s, 10 s, 20 s, …, as one look takes 0.2 s."""
+        if self._job.backend == "fake" or time.perf_counter() < self._next:
+            return
+        peak = matmul_peak(self._job.device, self._job.dtype)
+        self.flops = max(self.flops, peak * self._job.config.tensor_parallel)
+        self._next = time.perf_counter() + self._pause_s
+        self._pause_s *= 2
 
 
 class Scorer:
     """An engine at work, and the time for which it had nothing to do."""
 
-    def __init__(self, job: Job, sample: Sample | None) -> None:
+    def __init__(self, job: Job, sample: Sample | None, make: BackendFactory | None = None) -> None:
         self._job = job
-        self._backend = proven_backend(job, sample)
-        self._peak_flops = 0.0
-        if job.backend != "fake":
-            # After loading: an engine may set the number of threads.
-            peak = matmul_peak(job.device, job.dtype)
-            self._peak_flops = peak * job.config.tensor_parallel
+        self._backend = proven_backend(job, sample, make)
+        self._peak = _Peak(job)  # after loading: an engine may set the number of threads
         self._ended: float | None = None
 
-    def score(self, read: Read, crashed: Sequence[int] = ()) -> Scored:
+    def score(self, item: Item[TokenizedRows], crashed: Sequence[int] = ()) -> Item[ScoredRows]:
         """Score a shard; the rows that ended other processes are only marked."""
-        rows = read.rows
-        if isinstance(rows, ShardError):
-            return Scored(read.shard, rows, read.spent)
-        started, started_at = time.perf_counter(), time.time()
+        spent = replace(item.spent)
+        scored: Item[ScoredRows] = Item(item.shard, error=item.error, spent=spent)
+        if item.rows is None:
+            return scored
+        started, spent.started_at = time.perf_counter(), time.time()
         marks = {row: RowError(RowReason.WORKER_CRASH, _CRASHED) for row in crashed}
-        scored = _caught("score", read.shard, partial(self._score_rows, without(rows, marks)))
+        with scored.caught():
+            log.info("score")
+            scored.rows = self._score_rows(without(item.rows, marks))
         ended = time.perf_counter()
-        wait_s = 0.0
-        if isinstance(scored, ScoredRows):
+        if scored.rows is not None:
+            spent.effort, spent.score_s = scored.rows.scores.effort, scored.rows.score_s
             # Waits and scores of a worker add up to its time since its first shard.
             since = started if self._ended is None else self._ended
-            wait_s = ended - since - scored.score_s
+            spent.wait_s = ended - since - spent.score_s
         self._ended = ended
-        spent = replace(
-            read.spent, wait_s=wait_s, started_at=started_at, peak_flops=self._peak_flops
-        )
-        return Scored(read.shard, scored, spent)
+        self._peak.look()
+        spent.peak_flops = self._peak.flops
+        return scored
 
-    def probe(self, read: Read, start: int, stop: int) -> None:
+    def probe(self, item: Item[TokenizedRows], start: int, stop: int) -> None:
         """Score rows [start, stop), as far as the shard has them, to see whether the process
         outlives it."""
-        rows = read.rows
-        if isinstance(rows, ShardError) or start >= rows.num_rows or stop <= 0:
+        rows = item.rows
+        if rows is None or start >= rows.num_rows or stop <= 0:
             return
         part = rows.part(max(start, 0), min(stop, rows.num_rows))
         try:
@@ -130,7 +173,7 @@ class Scorer:
                     if tried.is_probe:
                         self._backend.score(rows.part(tried.start, tried.stop))
                     else:
-                        return score_shard(without(rows, marks), self._backend, self._job.outputs)
+                        return score_shard(without(rows, marks), self._backend)
                 search.passed(tried)
             except (ShardError, EngineDied):
                 raise
@@ -157,41 +200,24 @@ class Scorer:
         self._backend.close()
 
 
-_CRASHED = "a process that scored this row alone died, or hung"
-
-
 def _reason_of(error: Exception) -> RowReason:
     return RowReason.OUT_OF_MEMORY if isinstance(error, MemoryError) else RowReason.ENGINE_ERROR
 
 
-def commit_scored(job: Job, scored: Scored) -> Receipt:
-    rows = scored.rows
-    if isinstance(rows, ShardError):
-        return failed_receipt(scored, rows)
-    receipt = _caught("commit", scored.shard, partial(commit_shard, job, scored.shard, rows))
-    if isinstance(receipt, ShardError):
-        return failed_receipt(scored, receipt)
-    return replace(receipt, **asdict(scored.spent))
-
-
-def failed_receipt(scored: Scored, error: ShardError) -> Receipt:
-    receipt = Receipt.of_shard(scored.shard, Status.FAILED, error.reason, error.detail)
-    return replace(receipt, retries=scored.spent.retries)
-
-
-def _caught(step: str, shard: Shard, work: Callable[[], T]) -> T | ShardError:
-    """The result, or the ShardError; anything unforeseen becomes one, so that no row is lost."""
-    with logs.fields(shard=shard.output_key):
-        log.info(step)
-        try:
-            return work()
-        except ShardError as error:
-            return error
-        except EngineDied:
-            raise
-        except Exception as error:  # the one place that turns a defect into a record
-            log.exception("unforeseen failure")
-            return ShardError(ShardReason.INTERNAL, in_short(error))
+def commit_item(job: Job, epoch: int, item: Item[ScoredRows]) -> Receipt:
+    """Commit a scored shard; the receipt of a failed one where there is nothing to commit."""
+    if item.rows is not None:
+        started = time.perf_counter()
+        with item.caught():
+            log.info("commit")
+            receipt = commit_shard(job, epoch, item.shard, item.rows)
+            item.spent.write_s = time.perf_counter() - started
+            item.spent.committed_at = time.time()
+            return replace(receipt, spent=item.spent)
+    assert item.error is not None
+    return Receipt.of_shard(
+        item.shard, Status.FAILED, item.error.reason, item.error.detail, spent=item.spent
+    )
 
 
 def in_short(error: Exception) -> str:

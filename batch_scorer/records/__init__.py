@@ -4,7 +4,7 @@ Legend: R rows of a shard, S sequences (a row has one or more), T tokens, H hidd
 O outputs of the model (1 for a scalar reward).
 """
 
-from batch_scorer.records.receipts import Commit, Receipt, Status
+from batch_scorer.records.receipts import Commit, Receipt, Reused, Spent, Status, Stored
 from batch_scorer.records.rows import (
     ROLES,
     SCALAR,
@@ -43,13 +43,16 @@ __all__ = [
     "ParsedRows",
     "PooledTokens",
     "Receipt",
+    "Reused",
     "RowError",
     "ScoredRows",
     "Scores",
     "SequenceInput",
     "Shard",
     "Source",
+    "Spent",
     "Status",
+    "Stored",
     "TextStyle",
     "TokenizedRows",
     "gather",

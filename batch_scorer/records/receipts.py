@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from sys import intern
 from typing import Any, Self, TypeVar
 
@@ -60,7 +61,11 @@ class Commit:
     def from_footer(cls, metadata: dict[bytes, bytes] | None) -> Self | None:
         """The commit in a schema's metadata; None if the file is not one of ours."""
         raw = (metadata or {}).get(_FOOTER_KEY)
-        return None if raw is None else cls(**json.loads(raw))
+        return None if raw is None else cls.from_json(json.loads(raw))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(**value)
 
 
 class Status(StrEnum):
@@ -74,47 +79,18 @@ class Status(StrEnum):
     INPUT_GONE = "input_gone"
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """How one shard ended. A committed one carries its commit and what the store holds.
+@dataclass(slots=True)
+class Spent:
+    """What one shard took; seconds unless the name says otherwise.
 
-    `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
-    record of what scored the shard (device, versions, attention kernel). `reused` tells a
-    shard that was committed before this run. `examples` names up to a few marked rows as [row of
-    the file, reason, detail]. `reused_sequences`, with so many tokens, have the scores that equal
-    sequences got before; `reused_rows` counts, by source, the rows of which nothing met the model
-    for that reason.
-
-    The rest says what it took. `epoch` is of the run that did the work, 0 if no record tells.
-    `estimated_tokens` are those of the plan. `retries` counts the tries after the first: processes
-    that died with the shard, refusals of the store. `started_at` and `committed_at` are clock
-    times, in seconds since 1970, of the worker that scored and of the one that wrote. `peak_flops`
-    is what the scoring worker's devices do together in large matrix products, FLOP/s, 0 where it
-    was not measured. Seconds: `read_s` of reading, `tokenize_s` of rendering and tokenising,
-    `wait_s` for which the worker had nothing to score between its shard before and this one,
-    `score_s` inside the backend, `write_s` of joining, encoding and publishing.
+    `started_at` and `committed_at` are clock times, in seconds since 1970, of the worker that
+    scored and of the one that wrote. `peak_flops` is what the scoring worker's devices do together
+    in large matrix products, FLOP/s, 0 where it was not measured. `wait_s` is how long the worker
+    had nothing to score between the shard before and this one, `score_s` the time inside the
+    backend, `write_s` that of joining, encoding and publishing. `retries` counts the tries after
+    the first: processes that died with the shard, refusals of the store.
     """
 
-    output_key: str
-    input: str
-    input_root: str
-    num_rows: int
-    status: Status
-    commit: Commit | None = None
-    version: Version | None = None
-    size_bytes: int = 0
-    sha256: str = ""
-    engine: str = ""
-    reason: ShardReason | None = None
-    detail: str = ""
-    reused: bool = False
-    examples: list[tuple[int, str, str]] = field(default_factory=list)
-    epoch: int = 0
-    estimated_tokens: int = 0
-    retries: int = 0
-    reused_sequences: int = 0
-    reused_tokens: int = 0
-    reused_rows: dict[str, int] = field(default_factory=dict)
     effort: Effort = field(default_factory=Effort)
     started_at: float = 0.0
     committed_at: float = 0.0
@@ -124,12 +100,70 @@ class Receipt:
     wait_s: float = 0.0
     score_s: float = 0.0
     write_s: float = 0.0
+    retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A committed shard as the store holds it. `sha256` is over its bytes, in hex."""
+
+    commit: Commit
+    version: Version
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reused:
+    """What took the scores that equal sequences had got before: sequences, their tokens, and whole
+    rows by source."""
+
+    sequences: int = 0
+    tokens: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How one shard ended; `stored` is None where it is not committed.
+
+    `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
+    record of what scored the shard (device, versions, attention kernel). `is_earlier`: committed
+    before this run. `examples` names up to a few marked rows as [row of the file, reason, detail].
+    `epoch` is that of the run that did the work, 0 where no record shows it. `estimated_tokens` are
+    those of the plan.
+    """
+
+    output_key: str
+    input: str
+    input_root: str
+    num_rows: int
+    status: Status
+    stored: Stored | None = None
+    reason: ShardReason | None = None
+    detail: str = ""
+    engine: str = ""
+    is_earlier: bool = False
+    examples: list[tuple[int, str, str]] = field(default_factory=list)
+    epoch: int = 0
+    estimated_tokens: int = 0
+    reused: Reused = field(default_factory=Reused)
+    spent: Spent = field(default_factory=Spent)
+
+    @property
+    def commit(self) -> Commit | None:
+        return None if self.stored is None else self.stored.commit
 
     @classmethod
     def of_shard(
-        cls, shard: Shard, status: Status, reason: ShardReason | None = None, detail: str = ""
+        cls,
+        shard: Shard,
+        status: Status,
+        reason: ShardReason | None = None,
+        detail: str = "",
+        spent: Spent | None = None,
     ) -> Self:
-        """Of a shard that is not committed."""
+        """The receipt of a shard that is not committed."""
         return cls(
             output_key=shard.output_key,
             input=shard.source.key,
@@ -139,13 +173,14 @@ class Receipt:
             reason=reason,
             detail=detail,
             estimated_tokens=shard.estimated_tokens,
+            spent=spent or Spent(),
         )
 
     @classmethod
     def of_file(
         cls, source: Source, status: Status, reason: ShardReason | None = None, detail: str = ""
     ) -> Self:
-        """Of a file that was not cut into shards: nobody knows its rows."""
+        """The receipt of a file that was not cut into shards: nobody knows its rows."""
         return cls(
             output_key=source.key,
             input=source.key,
@@ -163,11 +198,14 @@ class Receipt:
     def from_json(cls, value: dict[str, Any]) -> Self:
         value = dict(value)
         value["status"] = Status(value["status"])
-        value["commit"] = Commit(**value["commit"]) if value["commit"] else None
-        value["version"] = Version(**value["version"]) if value["version"] else None
         value["reason"] = ShardReason(value["reason"]) if value["reason"] else None
-        value["effort"] = Effort(**value["effort"])
+        if (stored := value["stored"]) is not None:
+            version, commit = Version(**stored["version"]), Commit.from_json(stored["commit"])
+            value["stored"] = Stored(**{**stored, "version": version, "commit": commit})
         value["examples"] = [tuple(example) for example in value["examples"]]
+        value["reused"] = Reused(**value["reused"])
+        spent = value["spent"]
+        value["spent"] = Spent(**{**spent, "effort": Effort(**spent["effort"])})
         return cls(**value).compact()
 
     def compact(self) -> Self:
@@ -175,24 +213,27 @@ class Receipt:
 
         A run keeps a receipt of every shard: 2.1 kB each instead of 3.7.
         """
-        commit = self.commit
-        if commit is not None:
+        stored = self.stored
+        if stored is not None:
             commit = replace(
-                commit,
-                fingerprint=intern(commit.fingerprint),
+                stored.commit,
+                fingerprint=intern(stored.commit.fingerprint),
                 input=self.input,
-                layout=_shared(commit.layout),
-                added_columns=_shared(commit.added_columns),
+                layout=_shared(stored.commit.layout),
+                added_columns=_shared(stored.commit.added_columns),
             )
+            stored = replace(stored, commit=commit)
         return replace(
-            self, commit=commit, input_root=intern(self.input_root), engine=intern(self.engine)
+            self, stored=stored, input_root=intern(self.input_root), engine=intern(self.engine)
         )
 
 
-_alike: dict[str, Any] = {}
-
-
 def _shared(value: T) -> T:
-    """A value equal to this one, of which there are few; nobody changes them."""
-    shared: T = _alike.setdefault(repr(value), value)
+    """A value equal to this one, which nobody changes: the outputs of a run have few of them."""
+    shared: T = _parsed(json.dumps(value))
     return shared
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    return json.loads(text)

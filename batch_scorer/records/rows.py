@@ -272,28 +272,23 @@ SCALAR = Outputs()
 
 @dataclass(slots=True)
 class ScoredRows:
-    """Scores of R rows and S sequences; the token ids stay behind.
+    """R rows and the scores of their S sequences; the token ids stay behind.
 
-    `values` float32[S, O], NaN where there is no score; `step_values` float32[K] and
-    `step_offsets` int64[S+1] of a process reward model; `lengths` and `truncated_tokens`
-    int32[S]; `row_offsets` int64[R+1]; errors by sequence and by row. `rows_digest` is over what
-    was scored, `engine` says what scored it, `effort` and `score_s` what it took. `was_known` is
-    bool[S], the sequences whose scores are those of equal sequences scored before; None: of none.
+    Every sequence without a finite score is NaN and named in `scores.errors`. `lengths` and
+    `truncated_tokens` are int32[S], `row_offsets` int64[R+1], `row_errors` as in `ParsedRows`.
+    `rows_digest` is over what was scored, `engine` describes what scored it, `score_s` is the time
+    inside the backend. `was_known` is bool[S], the sequences whose scores are those of equal
+    sequences scored before; None: of none.
     """
 
-    values: FloatArray
+    scores: Scores
     lengths: npt.NDArray[np.int32]
     truncated_tokens: npt.NDArray[np.int32]
     row_offsets: IntArray
-    sequence_errors: dict[int, RowError]
     row_errors: dict[int, RowError]
     rows_digest: str
     engine: dict[str, Any]
-    effort: Effort
     score_s: float
-    outputs: Outputs = SCALAR
-    step_values: FloatArray | None = None
-    step_offsets: IntArray | None = None
     was_known: npt.NDArray[np.bool_] | None = None
 
     @property
@@ -303,8 +298,8 @@ class ScoredRows:
     def errors_by_row(self) -> dict[int, RowError]:
         """The first error of each row that has one, in row order."""
         errors = dict(self.row_errors)
-        sequences = sorted(self.sequence_errors)
+        sequences = sorted(self.scores.errors)
         rows = np.searchsorted(self.row_offsets, sequences, side="right") - 1
         for row, sequence in zip(rows.tolist(), sequences, strict=True):
-            errors.setdefault(row, self.sequence_errors[sequence])
+            errors.setdefault(row, self.scores.errors[sequence])
         return dict(sorted(errors.items()))

@@ -70,7 +70,7 @@ def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
     for shard in shards:
         part = replace(shard, num_rows=min(TRIAL_ROWS[job.device], shard.num_rows))
         try:
-            return read_shard(job, part, renderer_of(job))
+            return read_shard(part, job.config.store_options, renderer_of(job.config, job.model))
         except ShardError:
             continue
     return None

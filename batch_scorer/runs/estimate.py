@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from batch_scorer.backends.packing import build_trie
-from batch_scorer.config import ENGINES
+from batch_scorer.config import ENGINES, Config, EngineFacts
 from batch_scorer.errors import ShardError
-from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.embedding import is_decoder
 from batch_scorer.models.registry import EMBEDDING, adapter_named
 from batch_scorer.records import Shard, TokenizedRows
 from batch_scorer.render import renderer_of
+from batch_scorer.runs.engine_choice import supported_engines
 from batch_scorer.shard import read_shard
 
 log = logging.getLogger("batch_scorer")
@@ -49,12 +49,14 @@ class Estimate:
     flop: float | None
 
 
-def estimate(job: Job, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
+def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
     """Tokenise rows of evenly chosen shards; None if none of them has a token.
 
     The shards are cut into groups of consecutive ones; the first rows of the middle shard
-    represent the group.
+    represent the group. Raises ModelError if no engine runs the job.
     """
+    engine = ENGINES[supported_engines(config, model)[0]]
+    shares = shares_prefixes(config, model, engine)
     shards = [shard for shard in shards if shard.num_rows]
     num_groups = min(SAMPLE_SHARDS, len(shards))
     sampled_rows = covered_rows = 0
@@ -63,12 +65,12 @@ def estimate(job: Job, model: ModelFacts, shards: Sequence[Shard]) -> Estimate |
         group = [shards[place] for place in places]
         part = _first_rows(group[len(group) // 2], num_groups)
         try:
-            rows = read_shard(job, part, renderer_of(job))
+            rows = read_shard(part, config.store_options, renderer_of(config, model))
         except ShardError as error:
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue
         group_rows = sum(shard.num_rows for shard in group)
-        work = work_of(rows, shares=shares_prefixes(job, model), is_causal=is_causal(model))
+        work = work_of(rows, shares=shares, is_causal=is_causal(model))
         scale = group_rows / part.num_rows
         sums += scale * np.array([work.row_tokens, work.computed_tokens, work.attended_pairs])
         sampled_rows += part.num_rows
@@ -78,7 +80,7 @@ def estimate(job: Job, model: ModelFacts, shards: Sequence[Shard]) -> Estimate |
     row_tokens, computed_tokens, pairs = (
         sums * sum(shard.num_rows for shard in shards) / covered_rows
     ).tolist()
-    cost = model.cost if ENGINES[job.backend].runs_model else None
+    cost = model.cost if engine.runs_model else None
     return Estimate(
         sampled_rows=sampled_rows,
         row_tokens=round(row_tokens),
@@ -111,8 +113,7 @@ def is_causal(model: ModelFacts) -> bool:
     return adapter_named(model.adapter).build_head is not None
 
 
-def shares_prefixes(job: Job, model: ModelFacts) -> bool:
+def shares_prefixes(config: Config, model: ModelFacts, engine: EngineFacts) -> bool:
     """Whether the engine computes a prefix once that several sequences of a shard have."""
-    engine = ENGINES[job.backend]
     shares = engine.shares_in_steps if model.has_steps else engine.shares_prefixes
-    return shares and is_causal(model) and job.config.attention == "packed"
+    return shares and is_causal(model) and config.attention == "packed"

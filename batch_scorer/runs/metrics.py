@@ -1,4 +1,4 @@
-"""What the receipts of a run say about its speed: one definition for all who show it.
+"""A run's speed, computed from its receipts: one definition for every place that shows it.
 
 `batch-scorer score` shows these figures as shards are committed and at the end, `status` from the
 records, `--json` in both. docs/metrics.md explains them to users.
@@ -6,7 +6,7 @@ records, `--json` in both. docs/metrics.md explains them to users.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from batch_scorer.models.cost import ModelCost
@@ -18,11 +18,11 @@ from batch_scorer.storage import Store
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run set out with, which its receipts do not say.
+    """What a run has to do and with what; its receipts do not hold it.
 
-    `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` are those of
-    all its `workers`. `cost` is None where the model's config and weights do not tell it, and
-    where no model computes.
+    `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` counts the
+    devices of all its `workers`. `cost` is None where the model's config and weights do not
+    determine it, and where no model computes.
     """
 
     epoch: int
@@ -57,7 +57,7 @@ class Metrics:
     scored_tokens: int = 0
     """Tokens of the committed rows' scored sequences, as if each were alone; without the reused."""
     reused_rows: int = 0
-    """Rows of which nothing met the model, because equal sequences had been scored before."""
+    """Rows whose every sequence was reused, because an equal one had been scored before."""
     reused_sequences: int = 0
     reused_tokens: int = 0
     estimated_tokens: int = 0
@@ -88,19 +88,18 @@ class Metrics:
         self.estimated_tokens += receipt.estimated_tokens
         if receipt.commit is None:
             return
-        self.scored_tokens += receipt.commit.tokens - receipt.reused_tokens
-        self.reused_rows += sum(receipt.reused_rows.values())
-        self.reused_sequences += receipt.reused_sequences
-        self.reused_tokens += receipt.reused_tokens
-        for part in fields(Effort):
-            added = getattr(self.effort, part.name) + getattr(receipt.effort, part.name)
-            setattr(self.effort, part.name, added)
+        spent, reused = receipt.spent, receipt.reused
+        self.scored_tokens += receipt.commit.tokens - reused.tokens
+        self.reused_rows += sum(reused.rows.values())
+        self.reused_sequences += reused.sequences
+        self.reused_tokens += reused.tokens
+        self.effort.add(spent.effort)
         for name in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
-            setattr(self, name, getattr(self, name) + getattr(receipt, name))
-        self.possible_flop += receipt.score_s * receipt.peak_flops
-        self.is_peak_known &= receipt.peak_flops > 0
-        self.began_at = min(self.began_at, receipt.started_at)
-        self.ended_at = max(self.ended_at, receipt.committed_at)
+            setattr(self, name, getattr(self, name) + getattr(spent, name))
+        self.possible_flop += spent.score_s * spent.peak_flops
+        self.is_peak_known &= spent.peak_flops > 0
+        self.began_at = min(self.began_at, spent.started_at)
+        self.ended_at = max(self.ended_at, spent.committed_at)
 
     @property
     def span_s(self) -> float:
@@ -147,14 +146,23 @@ class Metrics:
         return run.cost.flops(self.effort.computed_tokens, self.effort.attended_pairs)
 
     def utilisation(self, run: Run) -> float | None:
-        """Model-FLOP utilisation: operations of the computed tokens, of those that the devices
-        could do in large matrix products while they scored."""
+        """Model-FLOP utilisation: the computed tokens' operations, as a share of those that the
+        devices could do in large matrix products while they scored.
+
+        At most 1. The measured peak is a lower bound of the real one: other processes may have
+        used the device while it was measured, and a quantised body may compute faster than the
+        dtype that it was measured in. So a quotient above 1 shows an underestimated peak, not
+        more work than was possible.
+        """
         flop = self.model_flop(run)
-        return _ratio(flop, self.possible_flop) if flop is not None and self.is_peak_known else None
+        if flop is None or not self.is_peak_known:
+            return None
+        ratio = _ratio(flop, self.possible_flop)
+        return None if ratio is None else min(1.0, ratio)
 
     def left_s(self, estimated_tokens: int) -> float | None:
-        """Seconds until all of so many tokens have ended, if it goes on as so far; judged by the
-        plan's estimates, since shards differ in size. None before the first commit."""
+        """Seconds until `estimated_tokens` have ended, at the pace so far. By the plan's estimates,
+        since shards differ in size. None before the first commit."""
         ratio = _ratio(estimated_tokens, self.estimated_tokens)
         if ratio is None or not self.span_s:
             return None
@@ -206,4 +214,8 @@ def newest_run(store: Store) -> tuple[Run, dict[str, Any] | None] | None:
     if key is None:
         return None
     record = store.read_json(key)
-    return Run.from_json(record["run"]), record["metrics"]
+    metrics: dict[str, Any] | None = record["metrics"]
+    if metrics is not None and metrics["model_flop_utilisation"] is not None:
+        # A record may be older than the bound in `Metrics.utilisation`.
+        metrics["model_flop_utilisation"] = min(1.0, metrics["model_flop_utilisation"])
+    return Run.from_json(record["run"]), metrics

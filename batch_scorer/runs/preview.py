@@ -3,22 +3,13 @@
 from dataclasses import dataclass
 from functools import partial
 
-from batch_scorer.config import Config, Device
+from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ModelError
 from batch_scorer.inputs.plan import Plan, make_plan
-from batch_scorer.job import Job
-from batch_scorer.models.registry import adapter_named
+from batch_scorer.job import Job, outputs_of
 from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
 from batch_scorer.pipeline.session import on_worker, ray_session
-from batch_scorer.runs.derive import (
-    Prepared,
-    look_at_model,
-    max_tokens_of,
-    outputs_of,
-    prepare,
-    require_template,
-)
-from batch_scorer.runs.engine_choice import supported_engines
+from batch_scorer.runs.derive import derive, look_at_model, require_template
 from batch_scorer.runs.estimate import Estimate, estimate
 
 
@@ -26,13 +17,13 @@ from batch_scorer.runs.estimate import Estimate, estimate
 class Checked:
     """What `check` found: the settings it derived, the sample, and the comparison."""
 
-    prepared: Prepared
+    job: Job
     sample: Sample
     report: ParityReport
 
 
 def check(config: Config) -> Checked:
-    """Hold an engine against plain Hugging Face on a sample of the inputs.
+    """Compare an engine's scores with plain Hugging Face on a sample of the inputs.
 
     Under `backend: auto` that is the first engine that supports the model; nothing is raced.
     Writes nothing. Raises what `score` raises before its first shard, but not for scores that
@@ -41,13 +32,12 @@ def check(config: Config) -> Checked:
     model = look_at_model(config)
     plan = make_plan(config, outputs_of(config, model))
     with ray_session(config):
-        prepared = prepare(config, model)
-        require_template(prepared, plan)
-        job = prepared.job(epoch=0)
+        job = derive(config, model)
+        require_template(job, plan)
         sample = choose_sample(job, plan.shards)
         if sample is None:
             raise InputError(f"{', '.join(config.inputs)}: none of the first rows can be scored")
-        return Checked(prepared, sample, on_worker(job, partial(check_engine, job, sample)))
+        return Checked(job, sample, on_worker(job, partial(check_engine, job, sample)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +59,7 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
     try:
         model = look_at_model(config, with_weights=False)
         plan = make_plan(config, outputs_of(config, model))
-        job = Job(
-            config=config,
-            model_dir=model.path,
-            adapter=model.adapter,
-            prompt=adapter_named(model.adapter).prompt,
-            backend=supported_engines(config, model)[0],
-            outputs=outputs_of(config, model),
-            embedding=None,
-            device=Device.CPU,
-            dtype="float32",
-            max_tokens=max_tokens_of(config, model),
-            fingerprint="",
-            epoch=0,
-        )
-        estimated = estimate(job, model, plan.shards)
+        estimated = estimate(config, model, plan.shards)
     except ModelError as error:
         return Outlook(make_plan(config), unknown=str(error))
     unknown = None if estimated else "none of the sampled rows can be scored"

@@ -4,14 +4,16 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from batch_scorer.errors import LeaseLostError, OutputError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.job import Job
-from batch_scorer.outputs.manifest import committed, current_manifest, is_record, known_receipts
+from batch_scorer.outputs.manifest import committed
 from batch_scorer.outputs.reuse import Earlier, keep, kept, nearest
-from batch_scorer.records import Receipt, Shard, Status
+from batch_scorer.outputs.state import OutputState
+from batch_scorer.records import Commit, Receipt, Shard, Status
 from batch_scorer.storage import Store, Version, in_threads
 
 log = logging.getLogger("batch_scorer")
@@ -19,6 +21,17 @@ log = logging.getLogger("batch_scorer")
 _DELETERS = 16
 _BEGUN = "begun by a run that did not come to its end"
 """Of a file that is half done and not looked at: how much is left is not known."""
+
+
+class Fate(Enum):
+    """What becomes of a scored shard that is stored, under a new plan."""
+
+    DONE = "is what the plan wants"
+    STALE = "has the name of a wanted shard, and was made of something else"
+    OUTDATED = "is a piece of a file that is cut differently now"
+    ASIDE = "its input is there, but was not looked at"
+    UNREADABLE = "its input is there, but cannot be used now"
+    GONE = "its input is not there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,61 +54,73 @@ class Work:
     aside: list[Earlier] = field(default_factory=list)
 
 
-def remaining(plan: Plan, job: Job, output: Store, max_shards: int | None = None) -> Work:
+def remaining(
+    plan: Plan,
+    job: Job,
+    output: Store,
+    *,
+    epoch: int | None = None,
+    max_shards: int | None = None,
+) -> Work:
     """Subtract what is committed under the same identity; changes nothing.
 
-    With `max_shards` the first so many of the rest are to be scored, the others are left. Raises
-    OutputError for foreign files, LeaseLostError where a newer run has cut a file differently.
+    With `max_shards` the first N of the rest are to be scored, the others are left. Raises
+    OutputError for foreign files and, for a run that holds the lease at `epoch`, LeaseLostError
+    where a newer run has cut a file differently.
     """
     wanted = {shard.output_key: shard for shard in plan.shards}
+    identities = {
+        key: shard.identity(job.fingerprint.digest, job.config.column_prefix)
+        for key, shard in wanted.items()
+    }
     inputs = {shard.source.key for shard in plan.shards}
     unusable = {receipt.input for receipt in plan.failed}
-    objects = [info for info in output.list() if not is_record(info.key)]
-    done: list[Receipt] = []
-    aside: list[Receipt] = []
-    gone: list[Receipt] = []
-    outdated: list[Receipt] = []
-    stale: dict[str, Receipt] = {}
-    for info, receipt in committed(output, objects, known_receipts(output)):
-        shard = wanted.get(info.key)
-        if receipt is None or receipt.commit is None:
-            if shard is not None:
-                raise OutputError(
-                    f"{output.url(info.key)} is in the way: it was not written by this program"
-                )
-            log.warning("%s is not ours; left alone", output.url(info.key))
-        elif shard is None:
-            # Cut differently than before: the rows come back under other names.
-            if receipt.commit.input in inputs:
-                if receipt.commit.epoch > job.epoch:
-                    raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
-                outdated.append(receipt)
-            elif (source := plan.aside.get(receipt.commit.input)) is not None:
-                aside.append(replace(receipt, status=Status.COMMITTED, input_root=source.root))
-            elif receipt.commit.input not in unusable:
-                gone.append(replace(receipt, status=Status.INPUT_GONE))
-        elif receipt.commit.identity == shard.identity(job.fingerprint, job.config.column_prefix):
-            root = shard.source.root
-            done.append(replace(receipt, status=Status.COMMITTED, input_root=root))
+
+    def fate_of(key: str, commit: Commit) -> Fate:
+        if key in wanted:
+            return Fate.DONE if commit.identity == identities[key] else Fate.STALE
+        if commit.input in inputs:
+            return Fate.OUTDATED
+        if commit.input in plan.aside:
+            return Fate.ASIDE
+        return Fate.UNREADABLE if commit.input in unusable else Fate.GONE
+
+    found: dict[Fate, list[Receipt]] = {fate: [] for fate in Fate}
+    state = OutputState(output)
+    for info, receipt in state.shards():
+        if receipt is not None and receipt.commit is not None:
+            found[fate_of(info.key, receipt.commit)].append(receipt)
+        elif info.key in wanted:
+            raise OutputError(
+                f"{output.url(info.key)} is in the way: it was not written by this program"
+            )
         else:
-            stale[info.key] = receipt
+            log.warning("%s is not ours; left alone", output.url(info.key))
+    if epoch is not None and any(r.commit and r.commit.epoch > epoch for r in found[Fate.OUTDATED]):
+        raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
+
+    roots = {shard.source.key: shard.source.root for shard in plan.shards}
+    roots |= {key: source.root for key, source in plan.aside.items()}
+    done, aside = (
+        [replace(r, status=Status.COMMITTED, input_root=roots[r.input]) for r in found[fate]]
+        for fate in (Fate.DONE, Fate.ASIDE)
+    )
     finished = {receipt.output_key for receipt in done}
-    todo = [shard for key, shard in wanted.items() if key not in finished]
-    todo, left = todo[:max_shards], todo[len(todo) if max_shards is None else max_shards :]
+    undone = [shard for key, shard in wanted.items() if key not in finished]
+    stop = len(undone) if max_shards is None else max_shards
+    todo, left = undone[:stop], undone[stop:]
+    stale = {receipt.output_key: receipt for receipt in found[Fate.STALE]}
+    replaced = [stale[shard.output_key] for shard in todo if shard.output_key in stale]
+    versions = {r.output_key: r.stored.version for r in replaced if r.stored is not None}
     # A file that waits as a whole keeps its old pieces: nothing comes in their place yet.
     waiting = {shard.source.key for shard in left} - {shard.source.key for shard in todo}
     waiting -= {receipt.input for receipt in done}
-    begun = _begun(aside, current_manifest(output)) if plan.aside else set()
+    begun = _begun(aside, state.manifest) if plan.aside else set()
     return Work(
         plan=plan,
-        todo=[
-            replace(shard, replaces=stale[shard.output_key].version)
-            if shard.output_key in stale
-            else shard
-            for shard in todo
-        ],
+        todo=[replace(shard, replaces=versions.get(shard.output_key)) for shard in todo],
         done=done + aside,
-        gone=gone,
+        gone=[replace(receipt, status=Status.INPUT_GONE) for receipt in found[Fate.GONE]],
         left=[
             *(Receipt.of_shard(shard, Status.LEFT) for shard in left),
             *(
@@ -103,8 +128,8 @@ def remaining(plan: Plan, job: Job, output: Store, max_shards: int | None = None
                 for key in sorted(begun & plan.aside.keys())
             ),
         ],
-        replaced=[stale[shard.output_key] for shard in todo if shard.output_key in stale],
-        outdated=[receipt for receipt in outdated if receipt.input not in waiting],
+        replaced=replaced,
+        outdated=[receipt for receipt in found[Fate.OUTDATED] if receipt.input not in waiting],
         aside=kept(output),
     )
 
@@ -115,14 +140,15 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
 
     Under the lease. What a crash leaves behind is found again by `remaining`.
     """
+    fingerprint = job.fingerprint.digest
     rewritten = {shard.source.key for shard in work.todo}
     doomed = [receipt for receipt in work.outdated if receipt.input in rewritten]
     copies = keep(output, [*work.replaced, *doomed])
     failpoint("room.before_delete")
 
     def remove(receipt: Receipt) -> None:
-        assert receipt.version is not None  # it is stored
-        output.delete_version(receipt.output_key, receipt.version)
+        if receipt.stored is not None:
+            output.delete_version(receipt.output_key, receipt.stored.version)
 
     for _ in in_threads(remove, work.outdated, _DELETERS):
         pass
@@ -132,7 +158,7 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
     for earlier in [*aside, *donors]:
         candidates[earlier.commit.input].append(earlier)
     todo = [
-        replace(shard, earlier=nearest(shard, candidates[shard.source.key], job.fingerprint))
+        replace(shard, earlier=nearest(shard, candidates[shard.source.key], fingerprint))
         if shard.source.key in candidates
         else shard
         for shard in work.todo
@@ -140,20 +166,20 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
     return replace(work, todo=todo, aside=aside)
 
 
-def remove_strays(job: Job, output: Store, receipts: Sequence[Receipt]) -> None:
+def remove_strays(epoch: int, output: Store, receipts: Sequence[Receipt]) -> None:
     """Remove what a run of an older plan has committed since `remaining` looked: pieces of a file
     that is cut in another way by now, whose rows a glob would find twice.
 
     After `Lease.close`: whoever comes later than this look takes its shard back itself.
     """
-    if job.epoch == 1:
+    if epoch == 1:
         return  # there is no older plan
     named = {receipt.output_key for receipt in receipts}
     inputs = {receipt.input for receipt in receipts if receipt.status is Status.COMMITTED}
-    others = (info for info in output.list() if not is_record(info.key) and info.key not in named)
+    others = (info for info in OutputState(output).objects() if info.key not in named)
     for info, receipt in committed(output, others, {}):
         commit = receipt.commit if receipt else None
-        if commit is not None and commit.input in inputs and commit.epoch < job.epoch:
+        if commit is not None and commit.input in inputs and commit.epoch < epoch:
             output.delete_version(info.key, info.version)
 
 
@@ -174,7 +200,8 @@ def _begun(stored: Sequence[Receipt], published: Sequence[Receipt]) -> set[str]:
         shards: dict[str, set[tuple[str, Version | None]]] = defaultdict(set)
         for receipt in receipts:
             if receipt.status in (Status.COMMITTED, Status.INPUT_GONE):
-                shards[receipt.input].add((receipt.output_key, receipt.version))
+                version = None if receipt.stored is None else receipt.stored.version
+                shards[receipt.input].add((receipt.output_key, version))
         return shards
 
     now, then = by_input(stored), by_input(published)

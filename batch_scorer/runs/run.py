@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from batch_scorer import logs
+from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
 from batch_scorer.inputs.plan import Plan, make_plan
-from batch_scorer.job import Job
+from batch_scorer.job import Job, outputs_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.claim import claim_output, refuse_nights
 from batch_scorer.outputs.lease import ANY, Lease, lease_version
@@ -32,11 +33,9 @@ from batch_scorer.pipeline.ray_data import run_on_ray
 from batch_scorer.pipeline.session import RaySession, num_workers
 from batch_scorer.records import Receipt, Shard
 from batch_scorer.runs.derive import (
-    Prepared,
     as_begun,
     look_at_model,
     open_output,
-    outputs_of,
     require_template,
     settle,
 )
@@ -78,12 +77,13 @@ class Summary:
         return bool(self.totals["shards_failed"] == 0)
 
 
-def score(config: Config, *listeners: Listener) -> Summary:
+def score(config: Config, *listeners: Listener, make: BackendFactory | None = None) -> Summary:
     """Score all inputs into the output; run it again to finish what was interrupted.
 
-    Raises ConfigError, InputError, ModelError or OutputError before any work is done, and
-    LeaseLostError if another run takes the output over. Failed shards do not raise: see
-    `Summary.totals["shards_failed"]`.
+    `make` builds an engine of the caller's own in place of the one that the settings name; the
+    fingerprint does not know it. Raises ConfigError, InputError, ModelError or OutputError before
+    any work is done, and LeaseLostError if another run takes the output over. Failed shards do not
+    raise: see `Summary.totals["shards_failed"]`.
     """
     if config.also:
         raise ConfigError("also: `score` takes one model; `nightly` scores with several")
@@ -92,7 +92,7 @@ def score(config: Config, *listeners: Listener) -> Summary:
     plan = make_plan(config, outputs_of(config, model))
     refuse_nights(open_output(config))
     with RaySession(config) as session:
-        return score_plan(config, model, plan, session, listeners, seen=seen)
+        return score_plan(config, model, plan, session, listeners, seen=seen, make=make)
 
 
 def score_plan(
@@ -105,6 +105,7 @@ def score_plan(
     seen: Version | None = ANY,
     max_shards: int | None = None,
     donors: Sequence[Earlier] = (),
+    make: BackendFactory | None = None,
 ) -> Summary:
     """Score what the output lacks of a plan. Ray is started only if that is anything.
 
@@ -114,20 +115,18 @@ def score_plan(
     """
     output = open_output(config)
     begun = as_begun(config, model, output)
-    prepared = begun or settle(config, model, plan, session)
-    require_template(prepared, plan)
-    claim_output(output, prepared.fingerprint, config.with_role("layout"), prepared.provenance)
-    plan_digest = plan.digest(prepared.fingerprint.digest, config.column_prefix)
+    job = begun or settle(config, model, plan, session)
+    require_template(job, plan)
+    claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
+    plan_digest = plan.digest(job.fingerprint.digest, config.column_prefix)
     with (
         Lease(output, plan_digest, config.lease_s, seen) as lease,
         logs.fields(run=run_name(config.output, lease.epoch)),
     ):
-        work = remaining(plan, prepared.job(lease.epoch), output, max_shards)
+        work = remaining(plan, job, output, epoch=lease.epoch, max_shards=max_shards)
         if begun and work.todo:
-            prepared = settle(config, model, plan, session)
-            layout = config.with_role("layout")
-            claim_output(output, prepared.fingerprint, layout, prepared.provenance)
-        job = prepared.job(lease.epoch)
+            job = settle(config, model, plan, session)
+            claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
         found = published(output)
         lease.confirm()  # after the look: whoever publishes from now on takes the lease first
         if work.todo or work.left or plan.failed:
@@ -135,7 +134,7 @@ def score_plan(
             found = replace(found, success=None)
         work = make_room(work, job, output, donors)
         record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
-        run = _set_out(job, prepared, work)
+        run = _set_out(job, lease.epoch, work)
         if work.todo:
             record_run(output, run, None)
         with ExitStack() as stack:
@@ -144,7 +143,7 @@ def score_plan(
                 listeners = (*listeners, stack.enter_context(telemetry))
             for listener in listeners:
                 listener.planned(work)
-            return _run(job, run, work, output, lease, found, listeners)
+            return _run(job, run, work, output, lease, found, listeners, make)
 
 
 def _lease_before(config: Config) -> Version | None:
@@ -155,16 +154,16 @@ def _lease_before(config: Config) -> Version | None:
         return None
 
 
-def _set_out(job: Job, prepared: Prepared, work: Work) -> Run:
+def _set_out(job: Job, epoch: int, work: Work) -> Run:
     workers = num_workers(job) if work.todo else 0
     return Run(
-        epoch=job.epoch,
+        epoch=epoch,
         shards=len(work.todo),
         rows=sum(shard.num_rows for shard in work.todo),
         estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
         workers=workers,
         devices=workers * job.config.tensor_parallel,
-        cost=None if job.backend == "fake" else prepared.model.cost,
+        cost=None if job.backend == "fake" else job.model.cost,
     )
 
 
@@ -176,6 +175,7 @@ def _run(
     lease: Lease,
     found: Published,
     listeners: Sequence[Listener],
+    make: BackendFactory | None,
 ) -> Summary:
     started = time.perf_counter()
     ledger = Ledger(output, lease.epoch, lease.holder_id)
@@ -183,7 +183,7 @@ def _run(
     fresh: list[Receipt] = []
     metrics = Metrics()
     try:
-        for receipt in _attempt_all(job, work.todo, _sample(job, work.todo)):
+        for receipt in _attempt_all(job, lease.epoch, work.todo, _sample(job, work.todo), make):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
@@ -197,9 +197,9 @@ def _run(
     lease.check()
     if work.todo:
         record_run(output, run, metrics.to_json(run))
-    totals = publish(output, lease.epoch, job.fingerprint, receipts + fresh, found)
+    totals = publish(output, lease.epoch, job.fingerprint.digest, receipts + fresh, found)
     lease.close()
-    remove_strays(job, output, receipts + fresh)
+    remove_strays(lease.epoch, output, receipts + fresh)
     conclude(output, totals, found)
     clear(work, output, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
@@ -224,16 +224,22 @@ def _sample(job: Job, todo: list[Shard]) -> Sample | None:
     return sample
 
 
-def _attempt_all(job: Job, todo: list[Shard], sample: Sample | None) -> Iterator[Receipt]:
+def _attempt_all(
+    job: Job,
+    epoch: int,
+    todo: list[Shard],
+    sample: Sample | None,
+    make: BackendFactory | None,
+) -> Iterator[Receipt]:
     """The final receipt of every shard; what the store refused is tried again after the rest."""
     run_all = run_on_ray if job.config.use_ray else run_here
     for attempt in range(1, job.config.attempts + 1):
         again: set[str] = set()
         # Longest first, so that the last shards to finish are short ones.
         todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
-        for receipt in run_all(job, todo, sample, attempt):
+        for receipt in run_all(job, epoch, todo, sample, attempt, make):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
-                with logs.fields(shard=receipt.output_key, attempt=receipt.retries + 1):
+                with logs.fields(shard=receipt.output_key, attempt=receipt.spent.retries + 1):
                     log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)
                 again.add(receipt.output_key)
             else:

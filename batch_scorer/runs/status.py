@@ -1,4 +1,4 @@
-"""How far an output is, from what is stored there."""
+"""An output's progress, computed from what is stored there."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -6,24 +6,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batch_scorer.outputs.claim import open_scored
-from batch_scorer.outputs.lease import Standing, lease_of
-from batch_scorer.outputs.ledger import Segment, read_ledger
-from batch_scorer.outputs.manifest import current_manifest, read_plan, read_success, total
+from batch_scorer.outputs.lease import Standing
+from batch_scorer.outputs.manifest import total
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Status
 from batch_scorer.runs.metrics import Metrics, newest_run
-from batch_scorer.storage import ObjectMissing
 
 
 @dataclass(frozen=True, slots=True)
 class OutputStatus:
-    """`state` is complete, running or interrupted. Counts are of what the records know, which
-    lags a running job by a few seconds; `planned_*` are of its newest run. `marked` counts rows by
-    reason, `failed` names each failed shard's input, reason and detail; `shards_left` are those
-    that the newest run was told to leave.
+    """`state` is complete, running or interrupted. Counts come from the records, which lag a
+    running job by a few seconds; `planned_*` are the newest run's. `marked` counts rows by reason,
+    `failed` lists each failed shard's input, reason and detail; `shards_left` are those that the
+    newest run left because of `max_shards`.
 
-    `holder` renewed its lease `renewed_s` ago, by this machine's clock; a run that is alive does
-    so every ten seconds. `metrics` (`Metrics.to_json`) are of the newest run that had anything to
-    score, None before there is one; `left_s` is judged by them while it runs.
+    `holder` renewed its lease `renewed_s` seconds ago, by this machine's clock; a live run does so
+    every ten seconds. `metrics` (`Metrics.to_json`) are those of the newest run that had anything
+    to score, None before there is one; `left_s`, the seconds until it ends, is estimated from them
+    while it runs.
     """
 
     output: str
@@ -49,39 +49,19 @@ class OutputStatus:
 
 
 def read_status(output: str, store_options: Mapping[str, str] | None = None) -> OutputStatus:
-    """The state of `output`. Raises OutputError if it is not one of ours."""
-    store, run = open_scored(output, store_options or {})
-    standing = lease_of(store)
-    holder = standing if standing and standing.is_held else None
-    receipts = {receipt.output_key: receipt for receipt in current_manifest(store)}
-    ours: list[Segment] = []
-    for segment in read_ledger(store):
-        receipts.update((receipt.output_key, receipt) for receipt in segment.receipts)
-        if standing and segment.holder_id == standing.holder_id:
-            ours.append(segment)
-    totals = total(receipts.values())
-    try:
-        plan = read_plan(store)
-    except ObjectMissing:
-        plan = {"shards": 0, "rows": 0}
-    if read_success(store) is not None:
-        state = "complete"
-    else:
-        state = "running" if holder else "interrupted"
-    metrics: dict[str, Any] | None = None
-    left_s: float | None = None
-    if (newest := newest_run(store)) is not None:
-        found, metrics = newest
-        if metrics is None:
-            so_far = Metrics.of(receipt for segment in ours for receipt in segment.receipts)
-            metrics = so_far.to_json(found)
-            if holder is not None and ours:
-                left_s = _left_s(so_far.left_s(found.estimated_tokens), ours[-1], holder)
+    """The state of `output`. Raises OutputError if `score` and `nightly` did not write it."""
+    store, claim = open_scored(output, store_options or {})
+    state = OutputState(store)
+    holder, receipts = state.holder, state.receipts.values()
+    totals = total(receipts)
+    metrics, left_s = _pace(state)
+    plan = state.plan or {"shards": 0, "rows": 0}
+    unfinished = "running" if holder else "interrupted"
     return OutputStatus(
         output=output,
-        state=state,
+        state=unfinished if state.success is None else "complete",
         holder=holder.holder if holder else None,
-        renewed_s=silent_s(holder) if holder else None,
+        renewed_s=silent_s(holder, datetime.now(UTC)) if holder else None,
         planned_shards=plan["shards"],
         planned_rows=plan["rows"],
         shards_committed=totals["shards"] - totals["shards_failed"] - totals["shards_left"],
@@ -92,25 +72,36 @@ def read_status(output: str, store_options: Mapping[str, str] | None = None) -> 
         marked=totals["marked"],
         failed=[
             {"input": r.input, "reason": r.reason, "detail": r.detail}
-            for r in receipts.values()
+            for r in receipts
             if r.status is Status.FAILED
         ],
         tokens=totals["tokens"],
         metrics=metrics,
         left_s=left_s,
-        provenance=run["provenance"],
+        provenance=claim["provenance"],
     )
 
 
-def silent_s(holder: Standing) -> float:
-    """Since it renewed its lease, by this machine's clock."""
-    return (datetime.now(UTC) - holder.renewed_at).total_seconds()
+def silent_s(holder: Standing, now: datetime) -> float:
+    """Seconds since the holder last renewed its lease, by this machine's clock; never negative,
+    though the store's clock may be ahead."""
+    return max(0.0, (now - holder.renewed_at).total_seconds())
 
 
-def _left_s(at_last_record: float | None, newest: Segment, holder: Standing) -> float | None:
-    """What is left of the time that was left when the ledger was written last, all by the store's
-    clock: a holder that is alive has just renewed its lease."""
-    if at_last_record is None:
-        return None
-    since_s = max(0.0, (holder.renewed_at - newest.written_at).total_seconds())
-    return max(0.0, at_last_record - since_s)
+def _pace(state: OutputState) -> tuple[dict[str, Any] | None, float | None]:
+    """The newest run's figures, and the seconds that it still needs while it runs."""
+    if (newest := newest_run(state.store)) is None:
+        return None, None
+    run, figures = newest
+    if figures is not None:
+        return figures, None
+    lease, holder = state.lease, state.holder
+    ours = [segment for segment in state.ledger if lease and segment.holder_id == lease.holder_id]
+    so_far = Metrics.of(receipt for segment in ours for receipt in segment.receipts)
+    left_s = so_far.left_s(run.estimated_tokens)
+    if left_s is None or holder is None or not ours:
+        return so_far.to_json(run), None
+    # As of the newest record; since then time has passed, by the store's clock: a holder that is
+    # alive has just renewed its lease.
+    since_s = max(0.0, (holder.renewed_at - ours[-1].written_at).total_seconds())
+    return so_far.to_json(run), max(0.0, left_s - since_s)

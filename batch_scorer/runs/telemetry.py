@@ -111,7 +111,7 @@ class Telemetry:
             self._count(TOKENS, one.effort.computed_tokens, "computed")
             self._count(TOKENS, one.effort.padding_tokens, "padding")
             self._made[SHARD_SECONDS.name].observe(one.score_s)
-        self._count(RETRIES, receipt.retries)
+        self._count(RETRIES, receipt.spent.retries)
         with self._lock:
             self._rows_left -= receipt.num_rows
             self._metrics.add(receipt)

@@ -77,7 +77,7 @@ class Node:
             )
 
     def wait_until_up(self) -> None:
-        """Raises RuntimeError, with Ray's own words, if it does not come up."""
+        """Raises RuntimeError, with Ray's own message, if it does not come up."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while _STARTED not in self._log.read_text():
             assert self._process is not None
@@ -190,7 +190,7 @@ def start_cluster(
 
 
 def _environment(folder: Path, token_file: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Ours without any Ray of ours; jobs find this Python as `python`."""
+    """This process's environment without its Ray variables; jobs find this Python as `python`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {
         **kept,

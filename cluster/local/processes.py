@@ -15,8 +15,8 @@ def processes_in(folder: Path) -> set[int]:
 
     Ray's workers overwrite their command line and environment with their title, and leave their
     group, as drivers of jobs leave their session; but their standard output stays. Ray's agents
-    write to a pipe; they are in the group of their `ray start`. Nobody is found who merely looks
-    at a log, or has the folder in an environment variable.
+    write to a pipe; they are in the group of their `ray start`. A process that merely reads
+    a log, or has the folder in an environment variable, is not found.
     """
     inside = f"{folder.resolve()}/"
     writing, group_of = set(), {}

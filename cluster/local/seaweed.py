@@ -1,5 +1,6 @@
 """A real S3 server on this machine: SeaweedFS from PyPI, on its own ports and folder."""
 
+import hmac
 import json
 import re
 import subprocess
@@ -11,7 +12,9 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,15 +30,18 @@ _SHIFTS = (0, 10_000)
 """Each part of a server has another port for gRPC. All are above those of the local cluster and
 below the ones that Linux gives to outgoing connections."""
 _METRICS_SHIFT = 5
-_REQUESTS = rf'^SeaweedFS_s3_request_total{{bucket="{BUCKET}",.*type="(\w+)"}} (\S+)$'
+_REQUESTS = r'^SeaweedFS_s3_request_total{{bucket="{}",.*type="(\w+)"}} (\S+)$'
+_VERSIONED = "<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>"
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server. `options` go to the store, `environment` to processes that use it."""
+    """A running server and one of its buckets. `options` go to the store, `environment` to
+    processes that use it."""
 
     endpoint: str
     pid: int
+    bucket: str = BUCKET
 
     @property
     def options(self) -> dict[str, str]:
@@ -46,7 +52,7 @@ class S3Server:
         return {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
 
     def url(self, path: str) -> str:
-        return f"s3://{BUCKET}/{path}"
+        return f"s3://{self.bucket}/{path}"
 
     def requests(self) -> Counter[str]:
         """How many it has answered so far in its bucket, by kind: GET (and HEAD), PUT, LIST, …"""
@@ -54,9 +60,15 @@ class S3Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
         counts: Counter[str] = Counter()
-        for kind, count in re.findall(_REQUESTS, text, re.MULTILINE):
+        for kind, count in re.findall(_REQUESTS.format(self.bucket), text, re.MULTILINE):
             counts[kind] += int(float(count))
         return counts
+
+    def versioned(self, bucket: str) -> "S3Server":
+        """The same server with a new bucket that keeps old versions."""
+        _ask_signed(self.endpoint, f"/{bucket}", "")
+        _ask_signed(self.endpoint, f"/{bucket}", "versioning=", _VERSIONED)
+        return replace(self, bucket=bucket)
 
 
 @contextmanager
@@ -86,7 +98,7 @@ def remove_sockets(endpoint: str) -> None:
 
 
 def _start(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
-    """A server that answers. Raises RuntimeError, with its own words, if it does not."""
+    """A server that answers. Raises RuntimeError, with its own message, if it does not."""
     with own_ports(_PORTS, _SHIFTS) as ports:
         process, server = _launch(folder, ports[0])
         try:
@@ -126,6 +138,31 @@ def _launch(folder: Path, port: int) -> tuple[subprocess.Popen[bytes], S3Server]
             command, stdout=log, stderr=log, cwd=folder, start_new_session=True
         )
     return process, S3Server(endpoint=f"http://127.0.0.1:{port}", pid=process.pid)
+
+
+def _ask_signed(endpoint: str, path: str, query: str, body: str = "") -> None:
+    """A PUT of what obstore has no call for, signed as S3 wants it (AWS Signature Version 4)."""
+    now = datetime.now(UTC)
+    day, moment = f"{now:%Y%m%d}", f"{now:%Y%m%dT%H%M%SZ}"
+    signed = {
+        "host": urlsplit(endpoint).netloc,
+        "x-amz-content-sha256": sha256(body.encode()).hexdigest(),
+        "x-amz-date": moment,
+    }
+    scope = (day, "us-east-1", "s3", "aws4_request")
+    lines = [f"{name}:{value}" for name, value in signed.items()]
+    names = ";".join(signed)
+    request = "\n".join(["PUT", path, query, *lines, "", names, signed["x-amz-content-sha256"]])
+    text = "\n".join(
+        ["AWS4-HMAC-SHA256", moment, "/".join(scope), sha256(request.encode()).hexdigest()]
+    )
+    key = f"AWS4{SECRET_KEY}".encode()
+    for part in (*scope, text):
+        key = hmac.digest(key, part.encode(), sha256)
+    credential = f"Credential={ACCESS_KEY}/{'/'.join(scope)}, SignedHeaders={names}"
+    headers = {**signed, "Authorization": f"AWS4-HMAC-SHA256 {credential}, Signature={key.hex()}"}
+    url = f"{endpoint}{path}?{query}"
+    urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers, method="PUT"))
 
 
 def _wait_until_up(server: S3Server, process: subprocess.Popen[bytes], folder: Path) -> None:

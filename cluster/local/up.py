@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="for all that it keeps")
     asked = parser.parse_args()
     folder: Path = asked.folder.resolve()
-    down = shlex.join(["python", str(Path(__file__).with_name("down.py")), "--folder", str(folder)])
+    down = shlex.join(["python", "-m", "cluster.local.down", "--folder", str(folder)])
     try:
         folder.mkdir(mode=0o700, parents=True)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""The night as an Airflow DAG (Airflow 3): one task, which submits the same command line.
+"""The nightly run as an Airflow DAG (Airflow 3): one task, which submits the same command line.
 
 The worker needs `pip install batch-scorer`, the job file, and a connection `batch_scorer_ray` whose
 host is the URL of the Ray dashboard and whose password is the cluster's token. Clearing a
@@ -15,7 +15,7 @@ with DAG(
     dag_id="batch_scorer_nightly",
     schedule="17 4 * * *",
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    # One run makes up for all that were missed.
+    # One run catches up on all that were missed.
     catchup=False,
     max_active_runs=1,
     dagrun_timeout=timedelta(hours=23, minutes=30),

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Create the RayJob of a night, once, from a pod inside the cluster. Standard library only.
+"""Create a night's RayJob, once, from a pod inside the cluster. Standard library only.
 
     create_rayjob.py --template rayjob.yaml [--wait]
 
-The template is a RayJob as one would `kubectl create` it; the date of the night is appended to
-its name. So a night has one RayJob however often it is triggered: the API server refuses the
+The template is a RayJob as one would `kubectl create` it; the night's date is appended to its
+name. So there is one RayJob per night, however often it is triggered: the API server refuses the
 second name, and that is success. Talks to the API server as the pod's service account, which may
 create and get RayJobs and nothing else.
 
@@ -44,7 +44,7 @@ _NAME = re.compile(r"^metadata:\n(?:(?:[ #].*)?\n)*?  name: *([a-z0-9-]+) *(?:#.
 
 
 class ApiError(Exception):
-    """An answer of the API server that is not a success: `status`, `reason` and its words.
+    """The API server's answer where it is no success: `status`, `reason` and its message.
 
     Status 0: no answer at all.
     """
@@ -85,7 +85,7 @@ class RayJobs:
         return found
 
     def _call(self, method: str, path: str, body: str | None = None) -> dict[str, Any]:
-        # Read anew every time: the kubelet replaces the token before it expires.
+        # Read again every time: the kubelet replaces the token before it expires.
         token = (self._account / "token").read_text().strip()
         request = urllib.request.Request(
             self._url + path,
@@ -108,7 +108,7 @@ class RayJobs:
 
 
 def _told(error: urllib.error.HTTPError) -> ApiError:
-    """The API server's own words; a proxy in between may answer something else than JSON."""
+    """The API server's own message; a proxy in between may answer in something other than JSON."""
     text = error.read().decode(errors="replace")
     try:
         body = json.loads(text)
@@ -118,7 +118,7 @@ def _told(error: urllib.error.HTTPError) -> ApiError:
 
 
 def night_of(job: str, now: datetime) -> date:
-    """The day (UTC) that the schedule meant, though the pod may have started after midnight.
+    """The schedule's day (UTC), though the pod may have started after midnight.
 
     Kubernetes names the Job of a tick `<cronjob>-<minutes since 1970>`. Any other name is a
     trigger by hand, which means today.
@@ -190,7 +190,7 @@ def _stop(message: str, code: int) -> NoReturn:
 
 
 def main() -> NoReturn:
-    arguments = argparse.ArgumentParser(description="Create the RayJob of a night, once.")
+    arguments = argparse.ArgumentParser(description="Create a night's RayJob, once.")
     arguments.add_argument("--template", type=Path, required=True, help="the RayJob's manifest")
     arguments.add_argument("--wait", action="store_true", help="follow it to its end")
     arguments.add_argument("--poll-s", type=float, default=15.0, help="seconds between two looks")

@@ -4,7 +4,7 @@
 
 Prints one line of JSON: the scrape, and the run's own figures.
 
-The first process that prepares a shard dies of it.
+The first process that scores a shard dies of it.
 """
 
 import json
@@ -13,16 +13,13 @@ import os
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
 
 from batch_scorer import load_config, logs
+from batch_scorer.backends.registry import BackendFactory, make_backend
 from batch_scorer.job import Job
-from batch_scorer.logs import Carried
-from batch_scorer.pipeline import ray_data as pipeline
+from batch_scorer.records import Scores, TokenizedRows
 from batch_scorer.reports.progress import ProgressLog
 from batch_scorer.runs.run import score
 from tests.helpers.program import wait_until
@@ -32,18 +29,25 @@ _LAST = f"{_OURS}rows_left"
 _POLL_S = 0.5
 
 
-def stage_that_dies_once(died: Path) -> Callable[..., pa.Table]:
-    prepare = pipeline._prepare_stage
+def engine_that_dies_once(died: Path) -> BackendFactory:
+    class DiesOnce:
+        """The job's own engine, whose first process ends in the middle of a shard."""
 
-    def prepare_or_die(batch: pa.Table, job: Job, attempts: Any, carried: Carried) -> pa.Table:
-        try:
-            died.touch(exist_ok=False)
-        except FileExistsError:
-            return prepare(batch, job, attempts, carried)
-        pipeline._begin("prepare", pipeline._unpack(batch)[0], job, attempts, carried)
-        os._exit(1)
+        def __init__(self, job: Job) -> None:
+            self._engine = make_backend(job)
+            self.num_outputs = self._engine.num_outputs
+            self.provenance = self._engine.provenance
 
-    return prepare_or_die
+        def score(self, rows: TokenizedRows) -> Scores:
+            with suppress(FileExistsError):
+                died.touch(exist_ok=False)
+                os._exit(1)
+            return self._engine.score(rows)
+
+        def close(self) -> None:
+            self._engine.close()
+
+    return DiesOnce
 
 
 def ours(scrape: str) -> list[str]:
@@ -55,7 +59,6 @@ def main() -> None:
     import ray
 
     config = Path(sys.argv[1])
-    pipeline._prepare_stage = stage_that_dies_once(config.with_name("died"))
 
     ray.init(
         address="local",
@@ -64,7 +67,11 @@ def main() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    summary = score(load_config(config), ProgressLog())
+    summary = score(
+        load_config(config),
+        ProgressLog(),
+        make=engine_that_dies_once(config.with_name("died")),
+    )
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     scrapes = [""]
@@ -82,7 +89,7 @@ def main() -> None:
 
     wait_until(shows_the_end, "the agent shows that nothing is left")
     ray.shutdown()
-    retries = sum(receipt.retries for receipt in summary.receipts)
+    retries = sum(receipt.spent.retries for receipt in summary.receipts)
     found = {
         "scrape": scrapes[-1],
         "totals": summary.totals,

@@ -8,9 +8,10 @@ import pytest
 
 from batch_scorer.config import Config, Device, load_config
 from batch_scorer.errors import ModelError
+from batch_scorer.inputs.plan import make_plan
 from batch_scorer.models.directory import ModelFacts, inspect_model
+from batch_scorer.runs import derive, run
 from batch_scorer.runs import engine_choice as trial
-from batch_scorer.runs import run
 from tests.helpers.inputs import pairs, parquet
 
 pytestmark = pytest.mark.e2e
@@ -77,7 +78,7 @@ def test_the_race_is_recorded_and_its_winner_kept(
     assert provenance["backend"] == winner
     assert summary.parity is not None and summary.parity["backend"] == winner
     # The other way round the next time: the output keeps the engine it was begun with.
-    monkeypatch.setattr(run, "tokens_per_second", lambda *_: pytest.fail("raced again"))
+    monkeypatch.setattr(derive, "tokens_per_second", lambda *_: pytest.fail("raced again"))
     (shard,) = (tmp_path / "out").glob("*.parquet")
     before = shard.read_bytes()
     shard.unlink()
@@ -93,7 +94,7 @@ def test_an_engine_that_does_not_come_up_loses(
 
     monkeypatch.setattr(trial, "make_backend", broken)
     config = config_for(tiny_model, tmp_path)
-    job = run.prepare(config, inspect_model(tiny_model), "hf").job(epoch=0)
-    rows = trial.trial_rows(job, run.make_plan(config).shards)
+    job = derive.derive(config, inspect_model(tiny_model)).on_engine("hf")
+    rows = trial.trial_rows(job, make_plan(config).shards)
     assert rows is not None and rows.num_sequences == 40
     assert trial.tokens_per_second(job, rows) == 0

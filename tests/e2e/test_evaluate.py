@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer import evaluate
+from batch_scorer import evaluate, load_config
+from batch_scorer.errors import BatchScorerError
 from batch_scorer.evaluation import rewardbench, rewardbench2
+from batch_scorer.records import Receipt
+from batch_scorer.runs.remaining import Work
 from cluster.local.seaweed import S3Server
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pair_rows, pairs, parquet
@@ -193,6 +196,12 @@ def test_judgebench_scores_both_responses_and_reads_the_label(
         for row in scored_table(disk / "out").to_pylist()
     ]
     assert done.json["columns"]["Score"]["value"] == sum(right) / 24
+    # The same from Python, where scoring has nothing left to do.
+    config = load_config(
+        inputs=(disk / "in").url, model=str(tiny_model), output=(disk / "out").url,
+        use_ray=False, backend="fake",
+    )  # fmt: skip
+    assert evaluate(config, benchmark="judgebench").to_json() == done.json
     # Later, what was scored tells that this is JudgeBench.
     assert run_cli("evaluate", (disk / "out").url, "--json").json == done.json
 
@@ -225,6 +234,45 @@ def test_rows_that_are_no_benchmark_are_refused_before_they_are_scored(
     assert "not the rows of one benchmark" in refused.error
 
 
+def test_python_scores_first_what_is_a_benchmark_and_refuses_the_rest(
+    disk: Place, tiny_model: Path
+) -> None:
+    (disk / "in").write({"a.parquet": parquet(rewardbench_table())})
+    config = load_config(
+        inputs=(disk / "in").url, model=str(tiny_model), output=(disk / "out").url,
+        use_ray=False, backend="fake", shard_rows=SHARD_ROWS,
+    )  # fmt: skip
+    for asked, message in (
+        ({"benchmark": "mt-bench"}, "unknown benchmark 'mt-bench'; known are rewardbench, "),
+        ({"benchmark": "rm-bench"}, "not the rows of one benchmark"),
+        ({"store_options": {"region": "a"}}, "store_options: a Config has its own"),
+    ):
+        with pytest.raises(BatchScorerError, match=message):
+            evaluate(config, **asked)
+    assert not Path(disk.url, "out").exists()
+
+    seen: list[str] = []
+
+    class Counting:
+        def planned(self, work: Work) -> None:
+            seen.append(f"planned {len(work.todo)}")
+
+        def finished(self, receipt: Receipt) -> None:
+            seen.append(receipt.output_key)
+
+    result = evaluate(config, listeners=[Counting()])
+    assert (result.rows, result.output) == (ROWS, config.output)
+    assert seen[0] == "planned 4" and len(set(seen)) == 5
+    assert result == evaluate(config.output)
+
+
+def test_a_report_that_cannot_be_written_is_named(disk: Place, tiny_model: Path) -> None:
+    (disk / "in").write({"a.parquet": parquet(rewardbench_table())})
+    refused = run("evaluate", disk, tiny_model, "--report", f"{disk.url}/in/a.parquet/r.json")
+    assert refused.exit_code == 2
+    assert "a.parquet/r.json: the report cannot be written" in refused.error
+
+
 def test_subsets_of_another_benchmark_need_it_to_be_named(disk: Place, tiny_model: Path) -> None:
     table = rewardbench_table().slice(0, 6)
     mine = table.set_column(table.column_names.index("subset"), "subset", [["mine"] * 6])
@@ -248,14 +296,14 @@ def test_an_incomplete_output_is_refused_with_what_is_missing(
     assert failed.exit_code == 3
     refused = run_cli("evaluate", (disk / "out").url)
     assert refused.exit_code == 3
-    assert "of the plan's 4 shards 4 are scored, 92 of 92 rows" in refused.error
+    assert "4 of 4 planned shards are scored, 92 of 92 rows" in refused.error
     assert "b.parquet failed" in refused.error
     # As if the run had been killed before it came to two of its shards.
     for rows in ("23-46", "46-69"):
         Path(disk.url, "out", f"a.rows{rows}.parquet").unlink()
     refused = run_cli("evaluate", (disk / "out").url)
     assert refused.exit_code == 3
-    assert "of the plan's 4 shards 2 are scored, 46 of 92 rows" in refused.error
+    assert "2 of 4 planned shards are scored, 46 of 92 rows" in refused.error
     assert "a.parquet: rows 23 to 69 are missing" in refused.error
 
 

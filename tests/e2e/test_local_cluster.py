@@ -21,8 +21,6 @@ from tests.helpers.program import REPOSITORY, processes_of, wait_until
 
 pytestmark = pytest.mark.e2e
 
-SCRIPTS = REPOSITORY / "cluster" / "local"
-
 
 def asked(cluster: Cluster, path: str, token: str | None) -> Any:
     """The dashboard's JSON answer. Raises HTTPError."""
@@ -102,12 +100,12 @@ def folder() -> Iterator[Path]:
 
 
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", f"cluster.local.{name}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
 
 
 def test_up_prints_what_to_export_and_down_leaves_nothing(folder: Path) -> None:
-    up = script("up.py", "--nodes", 1, "--folder", folder)
+    up = script("up", "--nodes", 1, "--folder", folder)
     try:
         assert up.returncode == 0, up.stderr
         state = json.loads((folder / "cluster.json").read_text())
@@ -129,20 +127,20 @@ def test_up_prints_what_to_export_and_down_leaves_nothing(folder: Path) -> None:
             assert answer.status == 200
         assert exports["AWS_ACCESS_KEY_ID"]
         assert "batch-scorer submit -- score" in up.stdout
-        twice = script("up.py", "--folder", folder)
+        twice = script("up", "--folder", folder)
         assert twice.returncode == 1
         assert "is a cluster up there?" in twice.stderr
-        (down_command,) = re.findall(r"^python (\S+down\.py --folder \S+)$", up.stdout, re.M)
+        (down_command,) = re.findall(r"^python (-m \S+down --folder \S+)$", up.stdout, re.M)
     finally:
-        down = script("down.py", "--folder", folder)
+        down = script("down", "--folder", folder)
     assert down.returncode == 0, down.stderr
-    assert down_command == shlex.join([str(SCRIPTS / "down.py"), "--folder", str(folder)])
+    assert down_command == shlex.join(["-m", "cluster.local.down", "--folder", str(folder)])
     assert not folder.exists()
     wait_until(lambda: not processes_of(folder), "nothing runs any more")
     assert not listeners(int(state["dashboard"].rpartition(":")[2]))
     port = state["s3"].rpartition(":")[2]
     assert not list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))
-    again = script("down.py", "--folder", folder)
+    again = script("down", "--folder", folder)
     assert again.returncode == 1
     assert "is no folder of a local cluster" in again.stderr
 

@@ -1,8 +1,10 @@
-"""Nights: what is new is scored, what is not is left alone, and readers see whole generations."""
+"""Nightly runs: what is new is scored, what is not is left alone, and `latest.json` names whole
+generations."""
 
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from batch_scorer.runs.remaining import Work
 from cluster.local.seaweed import S3Server
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import jsonl, pair_rows, pairs, parquet, table_of
-from tests.helpers.places import Place
+from tests.helpers.places import Place, Stored
 from tests.helpers.program import Ended, Program
 from tests.helpers.tiny import tiny_reward_model
 
@@ -35,8 +37,8 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_reward_model(tmp_path_factory.mktemp("other") / "model", bos=True)
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+@contextmanager
+def asked_sequences() -> Iterator[list[int]]:
     """How many sequences the backend was asked for, call by call."""
     counts: list[int] = []
     score = FakeBackend.score
@@ -45,8 +47,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         counts.append(int((rows.lengths > 0).sum()))
         return score(self, rows)
 
-    monkeypatch.setattr(FakeBackend, "score", counting)
-    yield counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeBackend, "score", counting)
+        yield counts
+
+
+@pytest.fixture
+def asked() -> Iterator[list[int]]:
+    with asked_sequences() as counts:
+        yield counts
 
 
 @dataclass
@@ -68,7 +77,7 @@ class Nights:
         )  # fmt: skip
 
     def night(self, *flags: object, model: Path | None = None) -> dict[str, Any]:
-        """What a night that ends well prints, and `asked`, the sequences that met the model."""
+        """What a run that ends well prints, and `asked`, the number of scored sequences."""
         before = sum(self.asked)
         ended = self.trigger(*flags, "--json", model=model)
         assert ended.exit_code == 0, ended.err
@@ -76,19 +85,24 @@ class Nights:
 
     @property
     def latest(self) -> Place:
-        """What readers take."""
+        """The generation that `latest.json` names."""
         path: str = (self.place / "out").read_json("latest.json")["path"]
         return self.place / "out" / path
 
-    def verify(self) -> None:
-        """Recount every generation from its data; those that are not complete say so."""
+    def problems(self) -> list[str]:
+        """What a verification of every generation finds wrong."""
+        found: list[str] = []
         root = self.place / "out"
         for generation in root.read_json("_batch_scorer/generations.json")["generations"]:
             place = root / generation["path"]
             if not place.shard_keys():
                 continue  # not begun, or removed
             verdict = run_cli("verify", place.url, *place.flags, "--json").json
-            assert verdict["problems"] == [], verdict
+            found += verdict["problems"]
+        return found
+
+    def verify(self) -> None:
+        assert self.problems() == []
 
 
 @pytest.fixture
@@ -105,10 +119,63 @@ def scores_of(place: Place) -> dict[str, list[Any]]:
     return {key: s.table["score_chosen"].to_pylist() for key, s in place.shards().items()}
 
 
-def test_three_nights(nights: Nights, other_model: Path) -> None:
-    # The first night scores three files.
-    nights.write(a=parquet(pairs(20)), b=parquet(pairs(30, 100)), c=parquet(pairs(10, 200)))
-    first = nights.night()
+@dataclass(frozen=True)
+class After:
+    """A nightly run that ended well: what it printed, and what there was to read then."""
+
+    printed: dict[str, Any]
+    latest: Place
+    shards: dict[str, Stored]
+    success: dict[str, Any]
+    problems: list[str]
+
+    @property
+    def scores(self) -> dict[str, list[Any]]:
+        return {
+            key: stored.table["score_chosen"].to_pylist() for key, stored in self.shards.items()
+        }
+
+
+@dataclass(frozen=True)
+class History:
+    """Four nightly runs: `first` scores three files; `second` finds one rewritten and one new;
+    `third` has another model, and leaves shards; `fourth` does the rest."""
+
+    nights: Nights
+    rewritten: list[dict[str, Any]]
+    first: After
+    second: After
+    third: After
+    fourth: After
+
+
+@pytest.fixture(scope="module")
+def history(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, other_model: Path
+) -> History:
+    with asked_sequences() as asked:
+        place = Place(str(tmp_path_factory.mktemp("nights")))
+        nights = Nights(place, tiny_model, asked=asked)
+
+        def after(printed: dict[str, Any]) -> After:
+            latest = nights.latest
+            success = latest.read_json("_SUCCESS")
+            return After(printed, latest, latest.shards(), success, nights.problems())
+
+        nights.write(a=parquet(pairs(20)), b=parquet(pairs(30, 100)), c=parquet(pairs(10, 200)))
+        first = after(nights.night())
+        # A tenth of its rows is new, three are gone, the others have moved.
+        kept = pair_rows(27, 100)
+        rewritten = [*pair_rows(2, 300), *kept[9:], *pair_rows(1, 302), *kept[:9]]
+        nights.write(b=parquet(table_of(rewritten)), d=parquet(pairs(5, 400)))
+        second = after(nights.night())
+        third = after(nights.night("--max-shards", 2, model=other_model))
+        fourth = after(nights.night(model=other_model))
+    return History(nights, rewritten, first, second, third, fourth)
+
+
+def test_the_first_run_scores_every_row(history: History) -> None:
+    first = history.first.printed
     assert first["asked"] == 60 * SEQUENCES_PER_PAIR
     assert rows_of(first) == {
         "total": 60, "new": 60, "reused": 0, "kept": 0, "gone": 0,
@@ -116,12 +183,9 @@ def test_three_nights(nights: Nights, other_model: Path) -> None:
     }  # fmt: skip
     assert first["night"]["has_moved"]
 
-    # The second finds one file new, one rewritten with a tenth of its rows new, one as it was.
-    kept = pair_rows(27, 100)
-    rewritten = [*pair_rows(2, 300), *kept[9:], *pair_rows(1, 302), *kept[:9]]
-    nights.write(b=parquet(table_of(rewritten)), d=parquet(pairs(5, 400)))
-    before = nights.latest.shards()
-    second = nights.night()
+
+def test_the_next_run_scores_new_rows_only(history: History) -> None:
+    second = history.second.printed
     assert second["asked"] == (3 + 5) * SEQUENCES_PER_PAIR
     rows = rows_of(second)
     assert {name: rows[name] for name in ("total", "new", "reused", "kept", "gone")} == {
@@ -129,54 +193,70 @@ def test_three_nights(nights: Nights, other_model: Path) -> None:
     }  # fmt: skip
     metrics = second["models"][0]["metrics"]
     assert (metrics["reused_rows"], metrics["reused_sequences"]) == (27, 54)
-    after = nights.latest.shards()
-    assert (after["a.parquet"], after["c.parquet"]) == (before["a.parquet"], before["c.parquet"])
-    assert (
-        after["b.parquet"].table.select(["chosen", "rejected", "source"]).to_pylist() == rewritten
-    )
-    nights.verify()
 
-    # Its drift report says so, by source too.
-    line = second["drift"]["lines"][0]
+
+def test_a_rewritten_file_is_replaced_and_the_others_are_untouched(history: History) -> None:
+    before, after = history.first.shards, history.second.shards
+    assert (after["a.parquet"], after["c.parquet"]) == (before["a.parquet"], before["c.parquet"])
+    columns = ["chosen", "rejected", "source"]
+    assert after["b.parquet"].table.select(columns).to_pylist() == history.rewritten
+
+
+def test_a_reused_row_has_the_score_that_it_gets_without_reuse(
+    history: History, tmp_path: Path
+) -> None:
+    nights, fresh = history.nights, Place(str(tmp_path))
+    ended = run_cli(
+        "score", (nights.place / "in").url, "--model", nights.model, "--output", fresh.url,
+        *nights.flags,
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.err
+    assert scores_of(fresh) == history.second.scores
+
+
+def test_a_drift_report_counts_what_is_new_by_source(history: History) -> None:
+    line = history.second.printed["drift"]["lines"][0]
     assert (line["since"], line["ranks"]) == (1, None)
     assert sum(source["new"] for source in line["sources"].values()) == 8
     assert sum(source["reused"] for source in line["sources"].values()) == 27
-    assert json.loads(run_cli("drift", (nights.place / "out").url, "--json").out) == second["drift"]
-    told = run_cli("drift", (nights.place / "out").url).out
-    assert "night 2 against night 1" in told
 
-    # A reused row has the score that it gets without reuse.
-    fresh = run_cli(
-        "score", (nights.place / "in").url, "--model", nights.model, "--output",
-        (nights.place / "fresh").url, *nights.flags,
-    )  # fmt: skip
-    assert fresh.exit_code == 0, fresh.err
-    assert scores_of(nights.place / "fresh") == scores_of(nights.latest)
 
-    # The third has another model, and is stopped half-way: readers have the second's.
-    complete = scores_of(nights.latest)
-    third = nights.night("--max-shards", 2, model=other_model)
-    assert rows_of(third)["left"] > 0
-    assert not third["night"]["has_moved"]
-    assert third["night"]["lacking"]
-    assert scores_of(nights.latest) == complete
-    assert nights.latest.read_json("_SUCCESS")["rows"] == 65
-    nights.verify()
-
-    # The fourth does the rest of it, and moves them on.
-    asked_before = third["asked"]
-    fourth = nights.night(model=other_model)
-    assert asked_before + fourth["asked"] == 65 * SEQUENCES_PER_PAIR
-    assert fourth["night"]["has_moved"]
-    assert scores_of(nights.latest).keys() == complete.keys()
-    assert scores_of(nights.latest) != complete
-    found = fourth["drift"]["lines"][0]
-    assert found["before"] == second["night"]["lines"][0]["path"] == found["ranks_of"]
-    assert found["ranks"]["rows"] == 65
-    assert found["ranks"]["pairs"] == 65
+def test_a_drift_report_compares_the_ranks_of_two_models(history: History) -> None:
+    found = history.fourth.printed["drift"]["lines"][0]
+    assert found["before"] == found["ranks_of"]
+    assert found["before"] == history.second.printed["night"]["lines"][0]["path"]
+    assert (found["ranks"]["rows"], found["ranks"]["pairs"]) == (65, 65)
     assert -0.5 < found["ranks"]["spearman"] < 0.5  # two hashes have nothing in common
     assert len(found["ranks"]["movers"]) == 20
-    nights.verify()
+
+
+def test_drift_shows_the_newest_report(history: History) -> None:
+    root = (history.nights.place / "out").url
+    assert json.loads(run_cli("drift", root, "--json").out) == history.fourth.printed["drift"]
+    assert "nightly run 4 against run 2" in run_cli("drift", root).out
+
+
+def test_latest_stays_while_a_new_generation_is_incomplete(history: History) -> None:
+    second, third = history.second, history.third
+    assert rows_of(third.printed)["left"] > 0
+    assert not third.printed["night"]["has_moved"]
+    assert third.printed["night"]["lacking"]
+    assert (third.latest, third.scores) == (second.latest, second.scores)
+    assert third.success["rows"] == 65
+
+
+def test_the_next_run_resumes_a_generation_and_moves_latest(history: History) -> None:
+    third, fourth = history.third, history.fourth
+    asked = third.printed["asked"] + fourth.printed["asked"]
+    assert asked == 65 * SEQUENCES_PER_PAIR
+    assert fourth.printed["night"]["has_moved"]
+    assert fourth.scores.keys() == third.scores.keys()
+    assert fourth.scores != third.scores
+
+
+def test_every_generation_is_right_after_every_run(history: History) -> None:
+    runs = (history.first, history.second, history.third, history.fourth)
+    assert [run.problems for run in runs] == [[], [], [], []]
 
 
 def test_a_second_trigger_does_nothing_and_starts_nothing(
@@ -229,19 +309,19 @@ def config_of(nights: Nights, **settings: Any) -> Config:
     )
 
 
-def test_a_trigger_during_a_night_says_who_is_at_work_and_ends_well(nights: Nights) -> None:
+def test_a_trigger_during_a_run_shows_who_holds_the_output_and_ends_well(nights: Nights) -> None:
     nights.write(a=parquet(pairs(5)), b=parquet(pairs(5, 10)))
     seen: list[Ended] = []
-    at_work = Interrupt(1, lambda: seen.append(nights.trigger()))
-    ended = run_night(config_of(nights), Night(), lambda path: at_work)
+    meanwhile = Interrupt(1, lambda: seen.append(nights.trigger()))
+    ended = run_night(config_of(nights), Night(), lambda path: meanwhile)
     assert ended.is_complete and ended.record is not None
     assert [(trigger.exit_code, trigger.err) for trigger in seen] == [(0, "")]
-    assert "another night is at work" in seen[0].out
+    assert "Nothing done: another nightly run holds this output" in seen[0].out
     assert "process" in seen[0].out
     assert sum(nights.asked) == 10 * SEQUENCES_PER_PAIR
 
 
-def test_a_night_elsewhere_that_does_not_renew_its_lease_is_dead(nights: Nights) -> None:
+def test_a_run_elsewhere_that_does_not_renew_its_lease_is_dead(nights: Nights) -> None:
     nights.write(a=parquet(pairs(5)))
     root = (nights.place / "out").store
     with Lease(root, "nights", 1.0):
@@ -256,7 +336,7 @@ def test_a_night_elsewhere_that_does_not_renew_its_lease_is_dead(nights: Nights)
     assert ended.record is not None
 
 
-def test_what_an_interrupted_night_did_is_counted_by_the_next(nights: Nights) -> None:
+def test_what_an_interrupted_run_did_is_counted_by_the_next(nights: Nights) -> None:
     nights.write(a=parquet(pairs(5)), b=parquet(pairs(6, 10)), c=parquet(pairs(7, 20)))
 
     def stop() -> None:
@@ -291,16 +371,14 @@ def test_days_outside_the_window_are_not_looked_at_and_not_lost(nights: Nights) 
 
     for flags, message in (
         (("--since", "2026-11-22", "--until", "2026-11-21"), "since 2026-11-22 is after until"),
-        (("--since", "yesterday"), "'yesterday' is no date"),
+        (("--since", "yesterday"), "expected a date like 2026-11-21, got 'yesterday'"),
         (("--max-shards", 0), "max_shards: at least one"),
     ):
         refused = nights.trigger(*flags)
         assert (refused.exit_code, message in refused.error) == (2, True), refused.err
 
 
-def test_a_window_does_not_move_readers_to_less_than_they_have(
-    nights: Nights, other_model: Path
-) -> None:
+def test_a_window_does_not_move_latest_to_fewer_files(nights: Nights, other_model: Path) -> None:
     for day, start in (("2026-11-20", 0), ("2026-11-21", 10)):
         (nights.place / "in").write({f"dt={day}/x.parquet": parquet(pairs(4, start))})
     nights.night()
@@ -313,7 +391,7 @@ def test_a_window_does_not_move_readers_to_less_than_they_have(
     assert len(nights.latest.shards()) == 2
 
 
-def test_a_window_does_not_move_readers_back(nights: Nights, other_model: Path) -> None:
+def test_a_window_does_not_move_latest_to_older_files(nights: Nights, other_model: Path) -> None:
     """The other generation holds every file, but one of them as it was a version ago."""
     days = ("2026-11-20", "2026-11-21")
     for day, start in zip(days, (0, 10), strict=True):
@@ -330,7 +408,7 @@ def test_a_window_does_not_move_readers_back(nights: Nights, other_model: Path) 
     assert nights.latest != before
 
 
-def test_so_many_shards_and_then_the_rest(nights: Nights) -> None:
+def test_max_shards_are_scored_and_then_the_rest(nights: Nights) -> None:
     nights.flags = (*nights.flags, "--shard-rows", 5)
     nights.write(a=parquet(pairs(12), 5), b=parquet(pairs(3, 50)))
     first = nights.night("--max-shards", 2)
@@ -350,12 +428,12 @@ def test_so_many_shards_and_then_the_rest(nights: Nights) -> None:
     assert sum(nights.asked) == 15 * SEQUENCES_PER_PAIR
 
 
-def test_a_file_that_is_left_keeps_what_readers_have_of_it(nights: Nights) -> None:
+def test_a_file_that_is_left_keeps_its_scored_shards(nights: Nights) -> None:
     nights.flags = (*nights.flags, "--shard-rows", 5)
     nights.write(a=parquet(pairs(10), 5), b=parquet(pairs(10, 50), 5))
     nights.night()
     whole = set(nights.latest.shard_keys())
-    # Both are cut differently now; only the first is scored again tonight.
+    # Both are cut differently now; this run scores only the first.
     nights.write(a=parquet(pairs(9), 3), b=parquet(pairs(9, 50), 3))
     first = nights.night("--max-shards", 3)
     assert (rows_of(first)["new"], rows_of(first)["reused"], rows_of(first)["left"]) == (0, 9, 9)
@@ -369,7 +447,7 @@ def test_a_file_that_is_left_keeps_what_readers_have_of_it(nights: Nights) -> No
     nights.verify()
 
 
-def test_copies_of_a_killed_night_serve_the_next(nights: Nights) -> None:
+def test_copies_of_a_killed_run_serve_the_next(nights: Nights) -> None:
     config = config_of(nights, shard_rows=5)
     nights.write(a=parquet(pairs(10), 5))
     run_night(config, Night())
@@ -386,20 +464,20 @@ def test_copies_of_a_killed_night_serve_the_next(nights: Nights) -> None:
     ended = run_night(config, Night())
     assert sum(nights.asked) == (10 + 1) * SEQUENCES_PER_PAIR
     assert ended.record is not None
-    rows = ended.record["lines"][0]["rows"]
-    assert (rows["new"], rows["reused"], rows["gone"]) == (1, 10, 0)
+    rows = ended.record.series[0].rows
+    assert (rows.new, rows.reused, rows.gone) == (1, 10, 0)
     assert not list(nights.latest.store.list("_batch_scorer/earlier"))
     nights.verify()
 
 
-def test_everything_again(nights: Nights) -> None:
+def test_a_rescore_computes_everything_again(nights: Nights) -> None:
     nights.write(a=parquet(pairs(5)), b=parquet(pairs(5, 10)))
     nights.night()
     before = nights.latest
     began = nights.night("--rescore", "--max-shards", 1)
     assert began["asked"] == 5 * SEQUENCES_PER_PAIR
     assert nights.latest == before
-    # A night without the flag goes on with it.
+    # A run without the flag resumes it.
     rest = nights.night()
     assert rest["asked"] == 5 * SEQUENCES_PER_PAIR
     assert nights.latest != before
@@ -412,7 +490,7 @@ def test_everything_again(nights: Nights) -> None:
     nights.verify()
 
 
-def test_a_dry_run_tells_and_writes_nothing(nights: Nights, other_model: Path) -> None:
+def test_a_dry_run_shows_the_work_and_writes_nothing(nights: Nights, other_model: Path) -> None:
     def all_files() -> dict[str, str]:
         return {i.key: i.version.etag for i in nights.place.store.list()}
 
@@ -456,7 +534,7 @@ def test_two_models_side_by_side(nights: Nights, other_model: Path, tmp_path: Pa
         assert table[name].null_count == 0
     assert table["score_chosen"].to_pylist() != table["safety_score_chosen"].to_pylist()
 
-    # A rewritten file: each model meets the new row only.
+    # A rewritten file: each model scores the new row only.
     nights.write(a=parquet(table_of([*pair_rows(1, 90), *pair_rows(10)])))
     second = nights.night(*both)
     assert second["asked"] == 2 * SEQUENCES_PER_PAIR
@@ -469,8 +547,8 @@ def test_two_models_side_by_side(nights: Nights, other_model: Path, tmp_path: Pa
     for line in (0, 1):
         assert (rows_of(third, line)["total"], rows_of(third, line)["gone"]) == (14, 5)
 
-    # Another first model: a new generation of both, the second's scores taken over. Until all is
-    # there, readers have what they had.
+    # Another first model: a new generation of both, the second's scores are reused. Until all is
+    # there, `latest.json` stays as it is.
     changed = tiny_reward_model(tmp_path / "changed", bos=True, max_tokens=2048)
     before = scores_of(nights.latest)
     nights.write(c=parquet(pairs(4, 70)))
@@ -503,7 +581,7 @@ def test_a_generation_that_somebody_removed_is_no_hindrance(
     nights.verify()
 
 
-def test_other_cuts_take_the_scores_over(nights: Nights) -> None:
+def test_other_cuts_reuse_all_scores(nights: Nights) -> None:
     nights.write(a=parquet(pairs(12), 4))
     nights.night()
     before = nights.latest
@@ -514,7 +592,7 @@ def test_other_cuts_take_the_scores_over(nights: Nights) -> None:
     nights.verify()
 
 
-def test_outputs_of_score_and_of_nights_are_kept_apart(nights: Nights) -> None:
+def test_outputs_of_score_and_of_nightly_are_kept_apart(nights: Nights) -> None:
     nights.write(a=parquet(pairs(3)))
     place, flags = nights.place, nights.flags
     arguments = ("score", (place / "in").url, "--model", nights.model, *flags, "--output")
@@ -541,7 +619,7 @@ def test_a_bad_file_fails_alone_and_is_tried_again(nights: Nights) -> None:
     first = nights.trigger("--json")
     assert first.exit_code == 3
     assert rows_of(first.json)["new"] == 3
-    assert first.json["night"]["has_moved"]  # there was nothing for readers yet
+    assert first.json["night"]["has_moved"]  # latest.json named nothing yet
     again = nights.trigger("--json")
     assert (again.exit_code, again.json["night"]) == (3, None)
     nights.write(b=parquet(pairs(2, 10)))
@@ -549,7 +627,7 @@ def test_a_bad_file_fails_alone_and_is_tried_again(nights: Nights) -> None:
     assert (mended["asked"], rows_of(mended)["total"]) == (2 * SEQUENCES_PER_PAIR, 5)
 
 
-def test_nights_on_ray_and_s3(
+def test_nightly_runs_on_ray_and_s3(
     s3: S3Server, tiny_model: Path, other_model: Path, program: Program
 ) -> None:
     """Two models in one session of Ray; what is known already travels to the workers."""

@@ -177,5 +177,5 @@ def test_workers_log_what_they_do_with_run_shard_and_attempt(observed: Observed)
         for step in ("read", "score")
     }
     assert len({shard for shard, _ in tries["read"]}) == 5
-    assert sorted(attempt for _, attempt in tries["read"]) == [1, 1, 1, 1, 2]
-    assert sorted(attempt for _, attempt in tries["score"]) == [1, 1, 1, 1]
+    assert sorted(attempt for _, attempt in tries["read"]) == [1, 1, 1, 1, 1]
+    assert sorted(attempt for _, attempt in tries["score"]) == [1, 1, 1, 1, 2]

@@ -141,7 +141,7 @@ def test_the_figures_of_a_run_are_in_its_summary_and_stay_with_the_output(
     assert figures["padding_share"] == 0
     assert figures["goodput_tokens_per_s_per_device"] > 0 and figures["tokenize_s"] > 0
     assert 0 <= figures["idle_share"] <= 1
-    assert figures["peak_flop_per_s"] > 0 and 0 < figures["model_flop_utilisation"] < 1.5
+    assert figures["peak_flop_per_s"] > 0 and 0 < figures["model_flop_utilisation"] <= 1
     status = module_program.run("status", (place / "out").url, *place.flags, "--json").json
     assert (status["state"], status["metrics"], status["left_s"]) == ("complete", figures, None)
 

@@ -67,7 +67,7 @@ def nightly(place: Place, model: Path, *flags: object) -> None:
     assert ended.exit_code == 0, ended.err
 
 
-def test_the_status_of_a_nightly_is_its_newest_generation_the_pointer_and_the_last_night(
+def test_the_status_of_a_nightly_output_has_its_newest_generation_the_pointer_and_the_last_run(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     place = Place(str(tmp_path))
@@ -85,7 +85,7 @@ def test_the_status_of_a_nightly_is_its_newest_generation_the_pointer_and_the_la
         old: "complete"
     }
 
-    # Other scores need another generation, of which the second night makes only a part.
+    # Other scores need another generation; the second run scores only a part of it.
     nightly(place, tiny_model, "--max-tokens", 3000, "--max-shards", 1)
     second = run_cli("status", root, "--json").json
     assert list(second["latest"].values()) == [old]
@@ -97,7 +97,7 @@ def test_the_status_of_a_nightly_is_its_newest_generation_the_pointer_and_the_la
     assert (second["night"]["night"], second["night"]["has_moved"]) == (2, False)
 
     shown = run_cli("status", root).out
-    assert f"{root}: no night is at work" in shown
-    assert f"readers have {old} (main)" in shown
+    assert f"{root}: no nightly run is running" in shown
+    assert f"latest.json points to {old} (main)" in shown
     assert f"{root}/{new}: interrupted" in shown
-    assert "Night 2" in shown and "1 shards are left" in shown
+    assert "Nightly run 2" in shown and "1 shards are left" in shown

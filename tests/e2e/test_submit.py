@@ -86,8 +86,8 @@ def submitter(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train"], "train: no command that a cluster can run"),
-        (["submit", "--", "plan"], "submit: no command that a cluster can run"),
+        (["train"], "train: not a command that a cluster can run"),
+        (["submit", "--", "plan"], "submit: not a command that a cluster can run"),
         (["score", "--tokn-budget", "5"], "--token-budget"),
         (["score", "in", "--model", "m"], "`output` is needed"),
         (["score", "in", "--model", "m", "--output", "o", "--dtype", "int4"], "'bfloat16', 'floa"),
@@ -117,7 +117,7 @@ def test_an_unknown_setting_of_the_config_file_is_refused_here(tmp_path: Path) -
 def test_a_tag_that_cannot_stand_in_a_name_is_refused(tag: str) -> None:
     ended = run_cli("submit", "--tag", tag, "--", "status", "out")
     assert ended.exit_code == 2
-    assert ended.error.startswith(f"tag: {tag!r} cannot stand in a job's name")
+    assert ended.error.startswith(f"tag: {tag!r} cannot be part of a job's name")
 
 
 def test_a_name_tells_the_command_the_file_and_the_tag(tmp_path: Path) -> None:
@@ -158,14 +158,14 @@ def test_without_the_token_or_with_a_wrong_one_nothing_is_submitted(
     nobody = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}
     ended = submitter.run("--", "status", "out", **nobody)
     assert ended.exit_code == 2
-    assert ended.error.startswith(f"{url} wants a token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or --")
+    assert ended.error.startswith(f"{url} asks for a token: set RAY_AUTH_TOKEN or")
 
     wrong = tmp_path / "token"
     wrong.write_text("wrong" * 8)
     ended = submitter.run("--token-file", wrong, "--", "status", "out")
     assert (ended.exit_code, ended.error) == (2, f"{url} refuses the token")
 
-    for content, said in ((None, "the token cannot be read: "), ("", ": there is no token in it")):
+    for content, said in ((None, "the token cannot be read: "), ("", " holds no token")):
         file = tmp_path / "other"
         if content is not None:
             file.write_text(content)
@@ -196,7 +196,7 @@ def finished(submitter: Submitter) -> Finished:
     first = submitter.start(*arguments)
     wait_until(lambda: "submitted bs-" in first.said()[1] or first.is_over, "it is submitted")
     second = submitter.start(*arguments)
-    wait_until(lambda: "runs already" in second.said()[1] or second.is_over, "it is followed")
+    wait_until(lambda: "is already running" in second.said()[1] or second.is_over, "it is followed")
     wait_until(lambda: held(output) or first.is_over, "it holds its output")
     first.send(signal.SIGINT)
     second.send(signal.SIGTERM)
@@ -218,7 +218,7 @@ def test_the_same_command_meets_its_own_job(submitter: Submitter, finished: Fini
     first, second = finished.stopped
     (name,) = [job for job in submitter.jobs() if job.endswith("-night-1")]
     assert f"submitted {name} to {submitter.cluster.dashboard}" in first.err
-    assert f"{name} runs already" in second.err
+    assert f"{name} is already running" in second.err
     assert "submitted" not in second.err
 
 
@@ -228,7 +228,7 @@ def test_ctrl_c_and_sigterm_stop_the_job_which_lets_go_of_its_output(
     name = next(job for job in submitter.jobs() if job.endswith("-night-1"))
     for ended in finished.stopped:
         assert ended.exit_code == 3, ended.err
-        assert ended.error == f"{name} was stopped; run the same command again to go on from here"
+        assert ended.error == f"{name} was stopped; run the same command again to resume"
     assert submitter.jobs()[name]["status"] == "STOPPED"
     assert finished.shards_when_stopped < ROWS
     assert finished.lease_when_stopped["released"]
@@ -272,7 +272,7 @@ def test_a_tag_that_has_succeeded_is_not_run_again(
     name = list(before)[-1]
     ended = submitter.run(*finished.arguments)
     assert (ended.exit_code, ended.out) == (0, "")
-    assert f"{name} has succeeded already; nothing to do" in ended.err
+    assert f"{name} has already succeeded; nothing to do" in ended.err
     assert submitter.jobs() == before
 
 
@@ -294,7 +294,7 @@ def test_the_exit_code_of_the_command_is_passed_through(
     ended = submitter.run("--", "verify", output.url, *output.flags)
     assert ended.exit_code == 4
     assert "missing" in ended.out
-    assert ended.error == "the job ended with exit code 4; its own words are above"
+    assert ended.error == "the job ended with exit code 4; see its output above"
     left = submitter.run("--no-wait", "--", "verify", output.url, *output.flags)
     assert left.exit_code == 0
     name = list(submitter.jobs())[-1]

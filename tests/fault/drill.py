@@ -32,7 +32,7 @@ from cluster.local.seaweed import S3Server, s3_server
 from tests.fault.fleet import SCORE_S, Fleet, fleet_on, lose, scoring_workers
 from tests.fault.oracles import Findings, Found
 from tests.fault.proxy import FaultProxy, Faults, Kind, fault_proxy
-from tests.fault.races import WRITERS, assert_one_won, make_bench, race
+from tests.fault.races import WRITERS, assert_one_won, make_bench, race, stored_of
 from tests.fault.scenes import TERM_S, failpoint_of, scene_of
 from tests.fault.small_job import SmallJob, small_job
 from tests.helpers.inputs import pairs, parquet
@@ -131,7 +131,7 @@ def races(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
         pass
     with Lease((place / "out").store, "a plan", 60):
         bench = make_bench(place, str(model), rounds=count)
-        there = bench.commit(2).version
+        there = stored_of(bench.commit(2)).version
         for number in range(count):
             creates = chance.random() < 0.5
             if creates:
@@ -139,7 +139,7 @@ def races(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
                 there = None
             bench = bench.of_plan(f"plan {number}")
             receipts = race(bench, replace(bench.shard, replaces=there))
-            there = receipts[0].version
+            there = stored_of(receipts[0]).version
             part.add("create" if creates else "replace", number=number)
             part.runs += WRITERS
             try:

@@ -30,7 +30,7 @@ from batch_scorer import Config
 from batch_scorer.errors import BatchScorerError
 from batch_scorer.failpoints import arm
 from batch_scorer.records import Receipt
-from batch_scorer.runs.derive import look_at_model, prepare
+from batch_scorer.runs.derive import derive, look_at_model
 from batch_scorer.runs.remaining import Work
 from batch_scorer.runs.run import score
 from batch_scorer.storage import Store
@@ -194,7 +194,7 @@ def _warm_up(model: Path) -> None:
         model=str(model), inputs=("in",), output="out", backend="fake", device="cpu",
         dtype="float32", use_ray=False,
     )  # fmt: skip
-    prepare(config, look_at_model(config))
+    derive(config, look_at_model(config))
     pa.table({"a column": ["of Python's"]})  # imports pandas where it is installed
 
 

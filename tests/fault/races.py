@@ -8,13 +8,15 @@ from threading import Barrier
 
 from batch_scorer import Config
 from batch_scorer.backends.fake import FakeBackend
+from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.inputs.plan import make_plan
 from batch_scorer.job import Job
 from batch_scorer.models.directory import inspect_model
 from batch_scorer.outputs.commit import commit_shard
 from batch_scorer.records import Receipt, ScoredRows, Shard
+from batch_scorer.records import Stored as CommittedShard
 from batch_scorer.render import renderer_of
-from batch_scorer.runs.derive import prepare
+from batch_scorer.runs.derive import derive
 from batch_scorer.shard import read_shard, score_shard
 from tests.helpers.places import Place, Stored
 
@@ -33,12 +35,13 @@ class Bench:
 
     def commit(self, epoch: int, shard: Shard | None = None, add: float = 0.0) -> Receipt:
         """Commit by a run of this epoch; `add` moves the scores, so that writers can be told."""
-        scored = replace(self.scored, values=self.scored.values + add)
-        return commit_shard(replace(self.job, epoch=epoch), shard or self.shard, scored)
+        scores = replace(self.scored.scores, values=self.scored.scores.values + add)
+        scored = replace(self.scored, scores=scores)
+        return commit_shard(self.job, epoch, shard or self.shard, scored)
 
     def of_plan(self, name: str) -> "Bench":
         """The same shard with another identity, as if its input had been rewritten."""
-        return replace(self, job=replace(self.job, fingerprint=name))
+        return replace(self, job=replace(self.job, fingerprint=Fingerprint({"plan": name})))
 
     def stored(self) -> Stored:
         return (self.place / "out").shards()[self.shard.output_key]
@@ -61,9 +64,10 @@ def make_bench(place: Place, model: str, rounds: int) -> Bench:
         backend="fake",
         use_ray=False,
     )
-    job = prepare(config, inspect_model(Path(model))).job(epoch=2)
+    job = derive(config, inspect_model(Path(model)))
     shard = make_plan(config).shards[0]
-    scored = score_shard(read_shard(job, shard, renderer_of(job)), FakeBackend())
+    rows = read_shard(shard, config.store_options, renderer_of(config, job.model))
+    scored = score_shard(rows, FakeBackend())
     return Bench(place, job, shard, scored, rounds)
 
 
@@ -79,8 +83,13 @@ def race(bench: Bench, shard: Shard | None = None) -> list[Receipt]:
         return list(pool.map(write, range(WRITERS)))
 
 
+def stored_of(receipt: Receipt) -> CommittedShard:
+    assert receipt.stored is not None
+    return receipt.stored
+
+
 def assert_one_won(receipts: list[Receipt], stored: Stored) -> None:
     assert sum(receipt.detail == "" for receipt in receipts) == 1
-    assert {receipt.sha256 for receipt in receipts} == {stored.sha256}
-    assert {receipt.version.etag for receipt in receipts if receipt.version} == {stored.etag}
+    found = {(r.stored.sha256, r.stored.version.etag) for r in receipts if r.stored}
+    assert found == {(stored.sha256, stored.etag)}
     assert all(receipt.commit == stored.commit for receipt in receipts)

@@ -5,12 +5,13 @@ Run as a script, because what `__main__` defines travels to Ray's workers by val
 
 import os
 import time
-from typing import Any
+from functools import partial
 
+from batch_scorer import cli
 from batch_scorer.backends.fake import FakeBackend
-from batch_scorer.cli import commands as cli
-from batch_scorer.pipeline import ray_data as pipeline
+from batch_scorer.job import Job
 from batch_scorer.records import Scores, TokenizedRows
+from batch_scorer.runs import run
 
 LOAD_S = float(os.environ["SLOW_LOAD_S"])
 SCORE_S = float(os.environ["SLOW_SCORE_S"])
@@ -23,13 +24,11 @@ class SlowBackend(FakeBackend):
         return super().score(rows)
 
 
-class SlowStage(pipeline._ScoreStage):
-    def __init__(self, **arguments: Any) -> None:
-        time.sleep(LOAD_S)
-        super().__init__(**arguments)
-        self._scorer._backend = SlowBackend()
+def slow_engine(job: Job) -> SlowBackend:
+    time.sleep(LOAD_S)
+    return SlowBackend()
 
 
 if __name__ == "__main__":
-    pipeline._ScoreStage = SlowStage  # type: ignore[misc]
+    run.score = partial(run.score, make=slow_engine)
     cli.main()

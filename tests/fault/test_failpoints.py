@@ -1,4 +1,4 @@
-"""P6: a run that is killed, fails or is paused at any step of the commit protocol.
+"""A run that is killed, fails or is paused at any step of the commit protocol.
 
 Killed or failed: the same command again gives what an undisturbed run gives. Paused while another
 run, whose plan is newer, takes over and finishes: when it wakes up it damages nothing.

@@ -1,4 +1,4 @@
-"""P3, P5: kill the driver or a worker at work; the result is that of an undisturbed run."""
+"""Kill the driver or a worker at work; the result is that of an undisturbed run."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_a_run_that_is_asked_to_stop_lets_go_and_can_be_finished(
     assert long_job.output(name).read_json("_batch_scorer/lease.json")["released"]
     assert not program.processes()
     assert ended.exit_code == 3
-    assert ended.error == "stopped; run the same command again to go on from here"
+    assert ended.error == "stopped; run the same command again to resume"
 
     again = program.run(*long_job.arguments(name, "--no-ray"))
     assert_as_undisturbed(again, long_job, name, program, undisturbed)

@@ -1,4 +1,4 @@
-"""P1, P2, P4, P20: scoring workers, nodes, drivers and whole clusters are lost; no row is.
+"""Scoring workers, nodes, drivers and whole clusters are lost; no row is.
 
 On a real cluster of five nodes, with one scoring worker for each fake GPU and an engine that only
 takes time. Moments of kills come from a seed, which is printed.

@@ -1,4 +1,4 @@
-"""P14: a row that ends its worker, or hangs it, or breaks its engine, costs that row alone."""
+"""A row that ends its worker, or hangs it, or breaks its engine, costs that row alone."""
 
 import ctypes
 import os
@@ -18,7 +18,6 @@ from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.errors import ShardReason
 from batch_scorer.outputs.verify import verify
-from batch_scorer.pipeline import ray_data as pipeline
 from batch_scorer.records import Scores, TokenizedRows
 from batch_scorer.runs.run import Summary
 from batch_scorer.runs.run import score as run_score
@@ -115,17 +114,6 @@ def poisoned_backend(tokens: dict[int, str]) -> type[FakeBackend]:
     return PoisonedBackend
 
 
-def poisoned_stage(tokens: dict[int, str]) -> type:
-    backend = poisoned_backend(tokens)
-
-    class PoisonedStage(pipeline._ScoreStage):
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments)
-            self._scorer._backend = backend()
-
-    return PoisonedStage
-
-
 @pytest.fixture
 def private_ray(ray_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_TMPDIR", str(ray_home))
@@ -176,14 +164,15 @@ def assert_only_poison_is_lost(place: Place, expected: Found, actual: Found) -> 
 
 @pytest.mark.usefixtures("private_ray")
 def test_poison_rows_are_found_and_marked_and_the_others_scored(
-    place: Place, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, tiny_model: Path
 ) -> None:
     run_score(config_of(place, tiny_model, "undisturbed", use_ray=False))
     expected = found(place, "undisturbed")
     tokens = tokens_of_poisons(tiny_model)
     assert len(tokens) == len(POISONS)
-    monkeypatch.setattr(pipeline, "_ScoreStage", poisoned_stage(tokens))
-    summary = run_score(config_of(place, tiny_model, "out", workers=2))
+    poisoned = poisoned_backend(tokens)
+    config = config_of(place, tiny_model, "out", workers=2)
+    summary = run_score(config, make=lambda job: poisoned())
 
     failed = {r.input: r.reason for r in summary.receipts if r.commit is None}
     assert failed == {"whole.parquet": ShardReason.WORKER_DIED}
@@ -210,15 +199,15 @@ def assert_deaths_are_bounded(summary: Summary) -> None:
         count, poisons = FILES[receipt.input.removesuffix(".parquet")]
         deadly = sum(poison in DEADLY for poison in poisons.values())
         if receipt.input == "whole.parquet":
-            assert receipt.retries == 2
+            assert receipt.spent.retries == 2
         elif deadly:
-            assert 1 <= receipt.retries <= 1 + deadly * (count - 1).bit_length()
+            assert 1 <= receipt.spent.retries <= 1 + deadly * (count - 1).bit_length()
         else:
-            assert receipt.retries == 0
+            assert receipt.spent.retries == 0
 
 
 def test_rows_at_which_the_engine_raises_are_found_without_a_death(
-    place: Place, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, tiny_model: Path
 ) -> None:
     """Without Ray too; there a death would end the program."""
     inputs = ("mixed.parquet", "raising.parquet", "healthy.parquet")
@@ -229,8 +218,9 @@ def test_rows_at_which_the_engine_raises_are_found_without_a_death(
     expected = found(place, "undisturbed")
     tokens = {t: p for t, p in tokens_of_poisons(tiny_model).items() if p not in DEADLY}
     backend = poisoned_backend(tokens)
-    monkeypatch.setattr(pipeline, "proven_backend", lambda job, sample: backend())
-    summary = run_score(config_of(place, tiny_model, "out", use_ray=False))
+    summary = run_score(
+        config_of(place, tiny_model, "out", use_ray=False), make=lambda job: backend()
+    )
     assert summary.is_complete
     assert_only_poison_is_lost(place, expected, found(place, "out"))
     marks = rows_by_reason(Folder((place / "out").url))
@@ -240,7 +230,7 @@ def test_rows_at_which_the_engine_raises_are_found_without_a_death(
 
 
 def test_an_engine_that_raises_at_every_row_is_a_defect_and_blames_no_row(
-    place: Place, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, tiny_model: Path
 ) -> None:
     class Broken(FakeBackend):
         def score(self, rows: TokenizedRows) -> Scores:
@@ -249,7 +239,8 @@ def test_an_engine_that_raises_at_every_row_is_a_defect_and_blames_no_row(
     table = table_of(pair_rows(20))
     place = place / "many"
     (place / "in").write({"a.parquet": parquet(table)})
-    monkeypatch.setattr(pipeline, "proven_backend", lambda job, sample: Broken())
-    summary = run_score(config_of(place, tiny_model, "out", use_ray=False))
+    summary = run_score(
+        config_of(place, tiny_model, "out", use_ray=False), make=lambda job: Broken()
+    )
     (receipt,) = summary.receipts
     assert (receipt.reason, receipt.detail) == (ShardReason.INTERNAL, "ValueError: broken")

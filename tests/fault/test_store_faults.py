@@ -1,5 +1,5 @@
-"""P8, P9: a store that fails, lies and goes away. A run gets through or says so; what is committed
-in the end is what an undisturbed run commits."""
+"""A store that returns errors or wrong answers, hangs and goes away. A run succeeds or reports it;
+what is committed in the end is what an undisturbed run commits."""
 
 import os
 import random
@@ -144,7 +144,7 @@ def test_a_run_on_ray_gets_through_a_store_that_fails_in_every_way(
     bench.assert_right("ray", ended.exit_code, expected)
 
 
-# P9
+# A store that hangs, is restarted or killed.
 
 
 @pytest.fixture

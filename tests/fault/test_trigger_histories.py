@@ -341,7 +341,7 @@ def test_thirty_missed_nights_are_caught_up_once(
     )
     caught_up = run_night(config, Night())
     assert caught_up.record is not None
-    assert caught_up.record["lines"][0]["rows"]["new"] == 60
+    assert caught_up.record.series[0].rows.new == 60
     assert sum(asked) == 120
 
     def written() -> dict[str, Any]:

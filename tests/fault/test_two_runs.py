@@ -1,4 +1,4 @@
-"""P7: two runs at one output: one works; what it commits is never mixed with another's."""
+"""Two runs at one output: one works; what it commits is never mixed with another's."""
 
 import json
 

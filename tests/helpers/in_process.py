@@ -2,27 +2,25 @@
 
 import contextlib
 import io
+import os
 import signal
 import sys
 from unittest.mock import patch
 
-from rich.console import Console
-
-from batch_scorer import logs
-from batch_scorer.cli import commands as cli
+from batch_scorer import cli, logs
 from tests.helpers.program import Ended
 
 
-def run_cli(*arguments: object) -> Ended:
-    """What `batch-scorer ARGUMENTS` prints and how it ends; what it lets escape is raised."""
+def run_cli(*arguments: object, columns: int = 200) -> Ended:
+    """What `batch-scorer ARGUMENTS` prints on a terminal of so many columns, and how it ends; what
+    it lets escape is raised."""
     out, err = io.StringIO(), io.StringIO()
     handler, hook = signal.getsignal(signal.SIGTERM), sys.excepthook
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         patch.object(sys, "argv", ["batch-scorer", *map(str, arguments)]),
-        # Consoles take the width of the terminal that they were made in.
-        patch.multiple(cli, _out=Console(width=200), _err=Console(stderr=True, width=200)),
+        patch.dict(os.environ, COLUMNS=str(columns)),
         patch.multiple(logs.log, handlers=[], propagate=True, level=logs.log.level),
     ):
         try:

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 from batch_scorer.errors import ShardReason
 from batch_scorer.models.cost import ModelCost
-from batch_scorer.records import Commit, Effort, Format, Layout, Receipt, Shard, Source, Status
+from batch_scorer.records import (
+    Commit,
+    Effort,
+    Format,
+    Layout,
+    Receipt,
+    Shard,
+    Source,
+    Spent,
+    Status,
+    Stored,
+)
 from batch_scorer.runs.metrics import Run
 from batch_scorer.storage import Version
 
@@ -27,16 +38,20 @@ COMMIT = Commit(
     layout={},
     added_columns=["score"],
 )
+
+
+def stored(commit: Commit, etag: str = "v") -> Stored:
+    """A commit as the store holds it."""
+    return Stored(commit, Version(etag), size_bytes=7, sha256="x")
+
+
 DONE = Receipt(
     output_key="a.parquet",
     input="a.parquet",
     input_root="/data",
     num_rows=10,
     status=Status.COMMITTED,
-    commit=COMMIT,
-    version=Version("v"),
-    size_bytes=7,
-    sha256="x",
+    stored=stored(COMMIT),
     examples=[(3, "too_long", "9 tokens")],
 )
 FAILED = Receipt(
@@ -60,27 +75,34 @@ SHARD = Shard(
 )
 ONE = replace(
     DONE,
-    commit=replace(COMMIT, tokens=1000),
+    stored=stored(replace(COMMIT, tokens=1000)),
     estimated_tokens=800,
-    effort=Effort(num_batches=2, computed_tokens=600, shared_tokens=350, attended_pairs=30_000),
-    started_at=100.0,
-    committed_at=104.0,
-    peak_flops=1e6,
-    read_s=0.25,
-    tokenize_s=0.5,
-    score_s=3.0,
-    write_s=0.75,
+    spent=Spent(
+        Effort(num_batches=2, computed_tokens=600, shared_tokens=350, attended_pairs=30_000),
+        started_at=100.0,
+        committed_at=104.0,
+        peak_flops=1e6,
+        read_s=0.25,
+        tokenize_s=0.5,
+        score_s=3.0,
+        write_s=0.75,
+    ),
 )
 OTHER = replace(
     ONE,
     output_key="b.parquet",
-    commit=replace(COMMIT, tokens=500),
+    stored=stored(replace(COMMIT, tokens=500)),
     estimated_tokens=200,
-    effort=Effort(num_batches=1, computed_tokens=300, padding_tokens=100, attended_pairs=10_000),
-    started_at=103.5,
-    committed_at=105.0,
-    wait_s=1.0,
-    score_s=1.0,
+    spent=replace(
+        ONE.spent,
+        effort=Effort(
+            num_batches=1, computed_tokens=300, padding_tokens=100, attended_pairs=10_000
+        ),
+        started_at=103.5,
+        committed_at=105.0,
+        wait_s=1.0,
+        score_s=1.0,
+    ),
 )
 RUN = Run(
     epoch=2, shards=3, rows=30, estimated_tokens=1500, workers=1, devices=2,

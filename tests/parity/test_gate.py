@@ -26,7 +26,8 @@ from batch_scorer.models.adapter import LastToken
 from batch_scorer.parity import gate
 from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
 from batch_scorer.render import Renderer
-from batch_scorer.runs import run
+from batch_scorer.runs.preview import check
+from batch_scorer.runs.run import score
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
 from tests.helpers.tiny import tiny_reward_model, tiny_tokenizer
@@ -73,18 +74,18 @@ def sabotage(
 
 
 def assert_caught(config: Config, match: str) -> None:
-    report = run.check(config).report
+    report = check(config).report
     assert not report.agrees
     with pytest.raises(ParityError, match=match):
         report.require()
     with pytest.raises(ParityError, match=match):
-        run.score(config)
+        score(config)
     scored = [file for file in Path(config.output).glob("*.parquet")]
     assert scored == [], "a shard was scored by an engine that disagrees"
 
 
 def test_a_sound_engine_agrees_and_the_report_is_kept(config: Config) -> None:
-    summary = run.score(config)
+    summary = score(config)
     assert summary.parity is not None and summary.parity["agrees"]
     assert summary.parity["worst"] < 1e-4
     assert summary.parity["pairs_agree"] == summary.parity["pairs"] > 0
@@ -95,7 +96,7 @@ def test_a_sound_engine_agrees_and_the_report_is_kept(config: Config) -> None:
 
 
 def test_bfloat16_may_round_as_much_as_plain_hugging_face(model: Path, tmp_path: Path) -> None:
-    report = run.check(config_for(model, tmp_path, dtype="bfloat16")).report
+    report = check(config_for(model, tmp_path, dtype="bfloat16")).report
     assert report.agrees, report.problems
     assert report.reference_dtype == "float32" and 0 < report.worst < report.allowed_worst
 
@@ -120,7 +121,7 @@ def test_the_wrong_token_pooled(config: Config, monkeypatch: pytest.MonkeyPatch)
         return backend
 
     monkeypatch.setattr(gate, "make_backend", make)
-    report = run.check(config).report
+    report = check(config).report
     assert not report.agrees and "of the spread" in report.problems[0]
 
 
@@ -166,7 +167,7 @@ def test_sdpa_on_gemma_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     tiny_models.build_model("gemma2", model, vocab_size=512, max_position_embeddings=4096)
     tiny_tokenizer(model)
     with pytest.raises(Exception, match="attn_logit_softcapping"):
-        run.check(config_for(model, tmp_path, attention="sdpa"))
+        check(config_for(model, tmp_path, attention="sdpa"))
     monkeypatch.setattr(hf, "refuse_unsound", lambda *_: None)
     assert_caught(config_for(model, tmp_path, attention="sdpa"), "of the spread")
 
@@ -182,7 +183,7 @@ def test_bos_doubled_or_lost(
         template = (copied / "chat_template.jinja").read_text()
         (copied / "chat_template.jinja").write_text("{{ bos_token }}" + template)
         model = copied
-        assert run.check(config_for(model, tmp_path)).sample.leading_bos == 1
+        assert check(config_for(model, tmp_path)).sample.leading_bos == 1
     encode = Renderer._encode
 
     def wrong(self: Renderer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
@@ -190,9 +191,9 @@ def test_bos_doubled_or_lost(
 
     monkeypatch.setattr(Renderer, "_encode", wrong)
     with pytest.raises(ParityError, match=trap):
-        run.check(config_for(model, tmp_path))
+        check(config_for(model, tmp_path))
     with pytest.raises(ParityError, match=trap):
-        run.score(config_for(model, tmp_path))
+        score(config_for(model, tmp_path))
 
 
 def overflowing(folder: Path) -> Path:
@@ -211,7 +212,7 @@ def overflowing(folder: Path) -> Path:
 
 def test_float16_that_overflows(tmp_path: Path) -> None:
     model = overflowing(tmp_path)
-    assert run.check(config_for(model, tmp_path)).report.agrees
+    assert check(config_for(model, tmp_path)).report.agrees
     assert_caught(
         config_for(model, tmp_path, dtype="float16", attention="eager"), "scored by one side only"
     )
@@ -219,24 +220,24 @@ def test_float16_that_overflows(tmp_path: Path) -> None:
 
 def test_warn_goes_on_and_off_compares_nothing(model: Path, tmp_path: Path) -> None:
     bad = overflowing(tmp_path)
-    warned = run.score(
+    warned = score(
         config_for(bad, tmp_path, dtype="float16", attention="eager", parity_check="warn")
     )
     assert warned.parity is not None and not warned.parity["agrees"]
     assert warned.totals["marked"] == {"non_finite_score": 40}
     (tmp_path / "sound").mkdir()
-    unchecked = run.score(config_for(model, tmp_path / "sound", parity_check="off"))
+    unchecked = score(config_for(model, tmp_path / "sound", parity_check="off"))
     assert unchecked.parity is None and unchecked.totals["rows_scored"] == 40
 
 
 def test_the_reference_is_computed_once_for_an_output(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run.score(config)
+    first = score(config)
     (shard,) = Path(config.output).glob("*.parquet")
     shard.unlink()
     monkeypatch.setattr(gate, "compute_reference", lambda *_: pytest.fail("computed again"))
-    assert run.score(config).parity == first.parity
+    assert score(config).parity == first.parity
 
 
 def test_check_shows_what_the_model_sees(model: Path, tmp_path: Path) -> None:

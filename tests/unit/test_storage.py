@@ -12,6 +12,7 @@ from batch_scorer.storage import (
     ObjectChanged,
     ObjectMissing,
     Store,
+    Version,
     glob_pattern,
     in_threads,
     open_store,
@@ -38,6 +39,15 @@ def test_what_is_created_can_be_read_listed_and_deleted(store: Store) -> None:
     assert list(store.list()) == []
     with pytest.raises(ObjectMissing):
         store.head("a/b c/é.bin")
+
+
+def test_versions_with_one_tag_are_equal_however_they_were_shown() -> None:
+    put, listed = Version('"0x1"', "7"), Version("0x1")
+    assert put == listed and len({put, listed}) == 1
+    assert listed.etag == '"0x1"' and listed.conditions == {"e_tag": '"0x1"'}
+    assert put.conditions == {"e_tag": '"0x1"', "version": "7"}
+    assert Version('W/"1"').etag == 'W/"1"'
+    assert Version("") != Version('"0x2"') != put
 
 
 def test_a_second_create_does_not_replace_the_first(store: Store) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer.cli import commands as cli
-from batch_scorer.config import Config
+from batch_scorer import cli
 
 ROOT = Path(__file__).parents[3]
 PAIRS = ROOT / "tests" / "data" / "formats" / "skywork.parquet"
@@ -86,6 +85,37 @@ def test_plan_needs_no_model_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["score", "plan", "check", "nightly", "evaluate"])
+def test_a_command_names_what_it_needs(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"plan": ["inputs"], "evaluate": ["inputs"], "check": ["model"]}
+    assert run(monkeypatch, command) == 2
+    lines = [f"`{name}` is needed" for name in needed.get(command, ["model", "inputs", "output"])]
+    assert capsys.readouterr().err == f"error: {chr(10).join(lines)}\n"
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_check_takes_a_model_as_its_flag_or_first_argument_and_has_a_sample(
+    is_named: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(tiny_model)] if is_named else [str(tiny_model)]
+    names = []
+    for inputs in ([], [str(PAIRS)]):
+        flags = ["--no-ray", "--device", "cpu", "--dtype", "float32", "--json"]
+        assert run(monkeypatch, "check", *model, *inputs, *flags) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["model"]["model"] == str(tiny_model)
+        names.append(found["parity"]["compared"][0]["name"])
+    assert "skywork" in names[1] and names[0] != names[1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_plan_tells_the_tokens_that_a_run_then_finds(
     score: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,15 +167,3 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
 def test_an_unknown_flag_is_refused(score: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert score("--token-buget", "5") == 2
     assert "--token-budget" in capsys.readouterr().err
-
-
-def test_every_setting_has_a_flag(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    assert run(monkeypatch, "score", "--help") == 0
-    shown = capsys.readouterr().out
-    special = {"inputs": "INPUT", "columns": "--column", "use_ray": "--no-ray"}
-    special["store_options"] = "--store-option"
-    for name in Config.model_fields:
-        assert special.get(name, f"--{name.replace('_', '-')}") in shown, name

@@ -36,17 +36,18 @@ def settings_page() -> str:
         for name, field in Config.model_fields.items():
             if Config.roles()[name] == role:
                 text = " ".join((field.description or "").split())
-                parts.append(f"\n**`{name}`** {_default(field)}  \n{text}\n")
+                parts.append(f"\n**`{name}`**{_default(field)}  \n{text}\n")
     return "".join(parts)
 
 
 def _default(field: Any) -> str:
     if field.is_required():
-        return "(needed)"
+        return " (needed)"
     value = field.default
-    choices = [str(getattr(c, "value", c)) for c in _choices(field.annotation)]
-    shown = f"default `{getattr(value, 'value', value)}`"
-    return f"({shown}; one of {', '.join(f'`{c}`' for c in choices)})" if choices else f"({shown})"
+    parts = [] if value in (None, "", {}) else [f"default `{getattr(value, 'value', value)}`"]
+    if choices := [str(getattr(c, "value", c)) for c in _choices(field.annotation)]:
+        parts.append(f"one of {', '.join(f'`{c}`' for c in choices)}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _choices(kind: Any) -> list[Any]:
@@ -92,10 +93,59 @@ def test_the_schema_of_job_files_is_made_from_the_settings() -> None:
     assert JOB_SCHEMA.read_text() == job_schema(), "run: python -m tests.unit.docs.test_docs"
 
 
-@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"])
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/**/*.md", "cluster/*.md", "benchmarks/*.md", "tests/*.md")
+    for page in ROOT.glob(pattern)
+)
+
+
+def _id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+    for target in _links(page):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+        assert (ROOT / file).is_file(), f"{page.name} names {file}"
+        text = (ROOT / file).read_text()
+        assert not name or f"def {name}(" in text, f"{page.name}: {file} has no {name}"
+
+
+def test_the_index_lists_every_page_once() -> None:
+    index = ROOT / "docs" / "README.md"
+    pages = {_id(page) for page in ROOT.glob("docs/**/*.md") if page != index}
+    listed = [f"docs/{target}" for target in _links(index) if not target.startswith("..")]
+    assert sorted(listed) == sorted(pages)
+
+
+def _promises(page: str, heading: str) -> list[str]:
+    section = (ROOT / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.split(r"\n(?=\| |- )", section)[1:]
+
+
+def test_every_promise_of_the_readme_names_what_holds_it() -> None:
+    promises = _promises("README.md", "What it promises")
+    assert len(promises) > 5
+    for promise in promises:
+        assert re.search(r"\]\(tests/[\w/]+\.py\)", promise), promise
+
+
+def test_every_promise_of_survival_names_a_test() -> None:
+    promises = _promises("docs/survival.md", "Promises")[1:]  # without the table's head
+    assert len(promises) > 5
+    for promise in promises:
+        assert re.search(r"`tests/[\w/]+\.py`", promise), promise
 
 
 _MODELS_INTRO = """# Models
@@ -203,14 +253,12 @@ def test_the_models_page_is_made_from_the_families() -> None:
     assert MODELS.read_text() == models_page(), "run: python -m tests.unit.docs.test_docs"
 
 
-def test_every_trap_names_tests_that_exist() -> None:
+def test_every_trap_names_a_test() -> None:
     lines = [line for line in (ROOT / "docs" / "traps.md").read_text().splitlines() if "T-" in line]
     for line in lines:
         _, trap, _, held_by, _ = line.split("|")
         tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held_by)
         assert tests or "there is no curation" in held_by or "labels are not read" in held_by, trap
-        for file, name in tests:
-            assert f"def {name}(" in (ROOT / file).read_text(), f"{trap}: {file} has no {name}"
 
 
 def test_every_reason_is_explained() -> None:

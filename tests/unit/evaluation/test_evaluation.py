@@ -20,7 +20,7 @@ from batch_scorer.evaluation.result import (
     wilson,
 )
 from batch_scorer.records import Format
-from batch_scorer.reports.leaderboard import print_evaluation
+from batch_scorer.reports.console import show
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_table_and_the_json_show_what_is_missing() -> None:
     )
     result = rewardbench.evaluate(table)
     console = Console(width=150, record=True)
-    print_evaluation(console, result)
+    show(console, result)
     shown = console.export_text()
     assert "Score" in shown
     assert "n/a" in shown

@@ -159,7 +159,7 @@ def test_a_ties_prompt_without_all_scores_fails_and_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [(["7"], "neither ref:<n>"), (["ref:1", "ref:1"], "there twice")]
+    ("ids", "message"), [(["7"], "neither ref:<n>"), (["ref:1", "ref:1"], "appears twice")]
 )
 def test_a_strange_ties_id_is_refused(ids: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -1,8 +1,8 @@
-"""How scores have moved between two nights."""
+"""How scores have moved between two nightly runs."""
 
-import io
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from batch_scorer.nightly.drift import (
     MOVERS,
@@ -18,29 +17,30 @@ from batch_scorer.nightly.drift import (
     Figures,
     Origin,
     Scored,
+    committed_before,
     compare,
     figures_by_source,
     origins,
     ranks,
     spearman,
-    standing,
     together,
 )
-from batch_scorer.outputs.by_source import LEVELS, spread_by_source
-from batch_scorer.records import Effort, Receipt, ScoredRows, Status
-from batch_scorer.reports.drift import print_drift
+from batch_scorer.nightly.record import DriftReport, SeriesDrift, Shift
+from batch_scorer.outputs.by_source import LEVELS, row_sources, spread_by_source
+from batch_scorer.records import Receipt, Reused, ScoredRows, Scores, Status
 from batch_scorer.storage import Version
-from tests.helpers.receipts import COMMIT, DONE
+from tests.helpers.receipts import COMMIT, DONE, stored
 
 
 def spread_of(values: Sequence[float], sources: Sequence[str]) -> dict[str, list[float]]:
     """As a commit of rows of one sequence each has it."""
     count = len(values)
     rows = ScoredRows(
-        np.array(values, np.float32)[:, None], np.ones(count, np.int32),
-        np.zeros(count, np.int32), np.arange(count + 1), {}, {}, "", {}, Effort(), 0.0,
+        Scores(np.array(values, np.float32)[:, None]), np.ones(count, np.int32),
+        np.zeros(count, np.int32), np.arange(count + 1), {}, "", {}, 0.0,
     )  # fmt: skip
-    return spread_by_source(rows, pa.table({"source": pa.array(sources, pa.string())}))
+    table = pa.table({"source": pa.array(sources, pa.string())})
+    return spread_by_source(rows, row_sources(table))
 
 
 def receipt(key: str, identity: str, sources: dict[str, list[float]], **changes: Any) -> Receipt:
@@ -55,7 +55,9 @@ def receipt(key: str, identity: str, sources: dict[str, list[float]], **changes:
         spread=spread_of(values, names),
         pairs={},
     )
-    return replace(DONE, output_key=key, input=key, num_rows=len(values), commit=commit, **changes)
+    return replace(
+        DONE, output_key=key, input=key, num_rows=len(values), stored=stored(commit), **changes
+    )
 
 
 # Rows
@@ -72,12 +74,15 @@ def test_rows_are_new_reused_kept_or_gone() -> None:
         before[0],
         # 18 of the 20 rows of `a` are as they were, 4 are new; `b` has lost two of its five.
         receipt(
-            "rewritten", "2'", {"a": [0.0] * 22, "b": [0.0] * 3}, reused_rows={"a": 18, "b": 3}
+            "rewritten",
+            "2'",
+            {"a": [0.0] * 22, "b": [0.0] * 3},
+            reused=Reused(rows={"a": 18, "b": 3}),
         ),
         receipt("added", "5", {"c": [0.0] * 6}),
         replace(before[2], status=Status.INPUT_GONE),
     ]
-    figures = figures_by_source(after, standing(before))
+    figures = figures_by_source(after, committed_before(before))
     rows = {
         name: (found.rows, found.new, found.reused, found.kept, found.gone)
         for name, found in figures.items()
@@ -88,8 +93,8 @@ def test_rows_are_new_reused_kept_or_gone() -> None:
 
 
 def test_a_commit_from_before_spreads_were_kept_still_counts_its_rows() -> None:
-    old = replace(DONE, commit=replace(COMMIT, spread={}))
-    assert standing([old]) == {"a.parquet": Before("i", {"all": 10})}
+    old = replace(DONE, stored=stored(replace(COMMIT, spread={})))
+    assert committed_before([old]) == {"a.parquet": Before("i", {"all": 10})}
     figures = figures_by_source([old], {})
     assert (figures["all"].new, figures["all"].mean) == (10, None)
 
@@ -182,34 +187,43 @@ def test_nothing_in_common_is_no_error() -> None:
 
 def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
     def of(key: str, source: str, etag: str, first: int, version: str) -> Receipt:
-        commit = replace(COMMIT, input=source, input_etag=etag, first_row=first)
-        return replace(DONE, output_key=key, commit=commit, version=Version(version))
+        commit = replace(COMMIT, input=source, input_etag=Version(etag).etag, first_row=first)
+        return replace(DONE, output_key=key, stored=stored(commit, version))
 
     first = [of("x.rows10-20", "x", "e", 10, "v1"), of("y", "y", "f", 0, "v2")]
     second = [
         of("x.rows10-20.rows5-10", "x.rows10-20", "v1", 5, "w1"),
         of("y", "y", "v of yesterday", 0, "w2"),
     ]
-    assert origins([first]) == {"x.rows10-20": Origin("x", "e", 10), "y": Origin("y", "f", 0)}
-    assert origins([first, second]) == {"x.rows10-20.rows5-10": Origin("x", "e", 15)}
+    assert origins([first]) == {"x.rows10-20": Origin("x", '"e"', 10), "y": Origin("y", '"f"', 0)}
+    assert origins([first, second]) == {"x.rows10-20.rows5-10": Origin("x", '"e"', 15)}
 
 
-def test_a_report_can_be_read() -> None:
+def test_a_drift_report_is_kept_as_json() -> None:
     now = Figures(120, 20, 10, 90, 5, 240, 1.5, 1.0, tuple(range(7)), (100, 75, 0))
     then = replace(now, mean=1.0, quantiles=tuple(q - 0.25 for q in range(7)), pairs=(100, 70, 0))
     found = compare([scored("a", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])])
-    line = {
-        "line": "main", "path": "generations/main/b-2",
-        "since": 3, "before": "generations/main/a-1",
-        "sources": {"web": now.to_json(), "new": replace(now, scores=0, mean=None).to_json()},
-        "sources_before": {"web": then.to_json()},
-        "ranks_of": "generations/main/a-1", "ranks": asdict(found),
+    moved = SeriesDrift(
+        series="main",
+        path="generations/main/b-2",
+        since=3,
+        before="generations/main/a-1",
+        sources={"few": replace(now, rows=1), "web": now, "new": replace(now, mean=None)},
+        sources_before={"few": then, "web": then},
+        ranks_of="generations/main/a-1",
+        ranks=found,
+    )
+    report = DriftReport(4, (moved,))
+    kept = json.loads(json.dumps(report.to_json()))
+    assert kept["lines"][0]["line"] == "main"
+    assert DriftReport.from_json(kept) == report
+
+    by_source = moved.by_source()
+    assert [each.name for each in by_source] == ["new", "web", "few"]  # most rows first
+    assert {name: shift.change for name, shift in by_source[1].shifts.items()} == {
+        "mean": 0.5, "std": 0.0, "5%": 0.25, "50%": 0.25, "95%": 0.25,
+        "accuracy": pytest.approx(0.05),
     }  # fmt: skip
-    console = Console(width=200, record=True, file=io.StringIO())
-    print_drift(console, {"night": 4, "lines": [line]})
-    text = console.export_text()
-    assert "night 4 against night 3, generations/main/a-1" in text
-    assert "1.500 (+0.500)" in text and "3.000 (+0.250)" in text and "0.750 (+0.050)" in text
-    assert "rank correlation -1.000 over 3 scores of 3 rows" in text
-    assert "a row 0, sequence 1: 1.000 → 3.000, above 0% → 100%" in text
-    assert Figures.from_json(now.to_json()) == now
+    assert by_source[0].shifts["mean"] == Shift(None, None)
+    assert by_source[0].shifts["accuracy"] == Shift(0.75, None)
+    assert moved.all_sources().now.rows == 241

@@ -1,4 +1,4 @@
-"""Which generation a night works on, and when readers are pointed at it."""
+"""Which generation a nightly run scores, and what `latest.json` names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from batch_scorer.nightly.generations import (
 )
 from batch_scorer.records import Receipt, Status
 from batch_scorer.storage import Store, Version
-from tests.helpers.receipts import COMMIT, DONE
+from tests.helpers.receipts import COMMIT, DONE, stored
 
 FIRST = Generation("main", 1, "a" * 64, {"shard_rows": 10})
 OTHER_MODEL = Generation("main", 2, "b" * 64, {"shard_rows": 10})
@@ -28,14 +28,14 @@ SAFETY = Generation("safety_", 1, "c" * 64, {"shard_rows": 10}, follows=FIRST.pa
 
 
 def latest(*generations: Generation) -> Latest:
-    return Latest({generation.line: generation.path for generation in generations}, Version("v"))
+    return Latest({generation.series: generation.path for generation in generations}, Version("v"))
 
 
 def wanted(generation: Generation, *, rescore: bool = False) -> Generation:
     return replace(generation, number=0, is_rescore=rescore)
 
 
-def test_the_newest_of_the_same_fingerprint_is_gone_on_with() -> None:
+def test_the_newest_of_the_same_fingerprint_is_resumed() -> None:
     known = [FIRST, OTHER_MODEL]
     assert choose(known, wanted(FIRST), latest(FIRST)) == FIRST
     assert choose(known, wanted(FIRST), latest(OTHER_MODEL)) == FIRST  # the model is back
@@ -64,7 +64,7 @@ def test_a_rescore_is_a_new_generation_unless_one_is_under_way() -> None:
     assert choose([FIRST], wanted(FIRST, rescore=True), None) == FIRST
 
 
-def test_scores_are_taken_over_within_a_fingerprint_and_never_by_a_rescore() -> None:
+def test_scores_are_reused_within_a_fingerprint_and_never_by_a_rescore() -> None:
     below_another = replace(SAFETY, number=2, follows=OTHER_MODEL.path)
     known = [FIRST, SAFETY, OTHER_MODEL, below_another]
     assert donor_of(known, below_another, latest(FIRST, SAFETY)) == SAFETY
@@ -79,6 +79,8 @@ def test_generations_and_the_pointer_are_kept(tmp_path: Path) -> None:
     record_generations(root, [FIRST, SAFETY])
     record_generations(root, [FIRST, SAFETY, AGAIN])
     assert read_generations(root) == [FIRST, SAFETY, AGAIN]
+    first, *_ = root.read_json("_batch_scorer/generations.json")["generations"]
+    assert (first["line"], first["path"]) == ("main", FIRST.path)
 
     assert read_latest(root) is None
     move_latest(root, [FIRST, SAFETY], 1, None)
@@ -98,9 +100,8 @@ def test_generations_and_the_pointer_are_kept(tmp_path: Path) -> None:
 
 def of(key: str, source: str, status: Status = Status.COMMITTED, version: str = "v") -> Receipt:
     """A shard of version "v", made of a file of version "v", unless told otherwise."""
-    commit = replace(COMMIT, input=source, input_etag=version)
-    stored = Version("v")
-    return replace(DONE, output_key=key, input=source, status=status, commit=commit, version=stored)
+    commit = replace(COMMIT, input=source, input_etag=Version(version).etag)
+    return replace(DONE, output_key=key, input=source, status=status, stored=stored(commit))
 
 
 def test_an_input_is_held_once_all_its_rows_are_in_every_generation() -> None:
@@ -109,12 +110,12 @@ def test_an_input_is_held_once_all_its_rows_are_in_every_generation() -> None:
         of("old", "old", Status.INPUT_GONE), of("bad", "bad", Status.FAILED),
         of("w", "w", version="v2"),
     ]  # fmt: skip
-    assert held([first]) == {"x": "v", "y": "v", "w": "v2"}
+    assert held([first]) == {"x": '"v"', "y": '"v"', "w": '"v2"'}
     second = [of("x.1.a", "x.1"), of("x.1.b", "x.1"), of("y", "y"), of("w", "w", Status.FAILED)]
-    assert held([first, second]) == {"y": "v"}
+    assert held([first, second]) == {"y": '"v"'}
     second.append(of("x.2", "x.2"))
-    assert held([first, second]) == {"x": "v", "y": "v"}
+    assert held([first, second]) == {"x": '"v"', "y": '"v"'}
     third = [of(key, key) for key in ("y", "x.1.a", "x.2")]
-    assert held([first, second, third]) == {"y": "v"}
-    assert held([first, second, [*third, of("x.1.b", "x.1.b")]]) == {"x": "v", "y": "v"}
+    assert held([first, second, third]) == {"y": '"v"'}
+    assert held([first, second, [*third, of("x.1.b", "x.1.b")]]) == {"x": '"v"', "y": '"v"'}
     assert held([first, [of("y", "y", version="of yesterday")]]) == {}

@@ -8,10 +8,10 @@ import pytest
 
 from batch_scorer.config import OverLength
 from batch_scorer.errors import RowReason
-from batch_scorer.formats.added import added_columns
-from batch_scorer.outputs.by_source import pair_counts
+from batch_scorer.formats.shape import shape_of
+from batch_scorer.outputs.by_source import pair_counts, row_sources
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
-from batch_scorer.records import SCALAR, Effort, Format, Layout, Outputs, RowError, ScoredRows
+from batch_scorer.records import SCALAR, Format, Layout, Outputs, RowError, ScoredRows, Scores
 
 NAN = float("nan")
 TOO_LONG = RowError(RowReason.TOO_LONG, "")
@@ -24,34 +24,37 @@ def scored(
     sequence_errors: dict[int, RowError] | None = None,
     row_errors: dict[int, RowError] | None = None,
     truncated: list[int] | None = None,
-    outputs: Outputs = SCALAR,
     steps: list[list[float]] | None = None,
 ) -> ScoredRows:
+    scores = Scores(
+        np.array(values, dtype=np.float32).reshape(len(values), -1 if values else 1),
+        sequence_errors or {},
+    )
+    if steps is not None:
+        scores.step_values = np.concatenate([np.float32([]), *map(np.float32, steps)])
+        scores.step_offsets = np.cumsum([0, *map(len, steps)])
     return ScoredRows(
-        values=np.array(values, dtype=np.float32).reshape(len(values), -1 if values else 1),
+        scores=scores,
         lengths=np.arange(1, len(values) + 1, dtype=np.int32),
         truncated_tokens=np.array(truncated or [0] * len(values), dtype=np.int32),
         row_offsets=np.array(row_offsets, dtype=np.int64),
-        sequence_errors=sequence_errors or {},
         row_errors=row_errors or {},
         rows_digest="",
         engine={},
-        effort=Effort(),
         score_s=0.0,
-        outputs=outputs,
-        step_values=None
-        if steps is None
-        else np.concatenate([np.float32([]), *map(np.float32, steps)]),
-        step_offsets=None if steps is None else np.cumsum([0, *map(len, steps)]),
     )
 
 
 def columns(
-    format: Format, rows: ScoredRows, table: pa.Table | None = None, **names: str
+    format: Format,
+    rows: ScoredRows,
+    table: pa.Table | None = None,
+    outputs: Outputs = SCALAR,
+    **names: str,
 ) -> dict[str, list[object]]:
     layout = Layout(format, names)
     table = table if table is not None else pa.table({"x": [0] * rows.num_rows})
-    made = score_columns(rows, table, layout, "", OverLength.MARK)
+    made = score_columns(rows, outputs, table, layout, "", OverLength.MARK)
     return {name: column.to_pylist() for name, column in made.items()}
 
 
@@ -105,7 +108,7 @@ def test_truncation_is_summed_per_row() -> None:
     rows = scored([1.0, 2.0, 3.0, 4.0], [0, 2, 4], truncated=[5, 7, 0, 0])
     layout = Layout(Format.PREFERENCE_PAIR, {})
     table = pa.table({"x": [0, 0]})
-    made = score_columns(rows, table, layout, "rm_", OverLength.TRUNCATE_LEFT)
+    made = score_columns(rows, SCALAR, table, layout, "rm_", OverLength.TRUNCATE_LEFT)
     assert made["rm_num_truncated_tokens"].to_pylist() == [12, 0]
 
 
@@ -119,10 +122,10 @@ def test_the_names_are_those_that_are_made(format: Format, over_length: OverLeng
         (Outputs(("a", "b"), steps=True), 3),
         (Outputs((), False, 4), 4),
     ):
-        rows = scored([], [0], outputs=outputs, steps=[])
-        rows.values = np.zeros((0, width), dtype=np.float32)
-        made = score_columns(rows, table, layout, "p_", over_length)
-        assert list(made) == added_columns(format, "p_", over_length, outputs)
+        rows = scored([], [0], steps=[])
+        rows.scores.values = np.zeros((0, width), dtype=np.float32)
+        made = score_columns(rows, outputs, table, layout, "p_", over_length)
+        assert list(made) == shape_of(format).added_columns("p_", over_length, outputs)
 
 
 def test_attributes_are_named_vectors_beside_the_score() -> None:
@@ -131,9 +134,8 @@ def test_attributes_are_named_vectors_beside_the_score() -> None:
         [[1.0, 0.5, 0.25], [2.0, 1.5, 1.25], [NAN] * 3, [3.0, 2.5, 2.25]],
         [0, 2, 4],
         {2: TOO_LONG},
-        outputs=outputs,
     )
-    made = columns(Format.PREFERENCE_PAIR, rows)
+    made = columns(Format.PREFERENCE_PAIR, rows, outputs=outputs)
     assert made["score_chosen"] == [1.0, None]
     assert made["rewards_chosen"] == [[0.5, 0.25], None]
     assert made["rewards_rejected"] == [[1.5, 1.25], [2.5, 2.25]]
@@ -147,17 +149,16 @@ def test_every_step_has_its_score() -> None:
         [0.5, NAN, 0.25],
         [0, 2, 3],
         {1: TOO_LONG},
-        outputs=Outputs(steps=True),
         steps=[[0.5, 0.75], [], [0.25]],
     )
-    made = columns(Format.ROLLOUT_GROUP, rows)
+    made = columns(Format.ROLLOUT_GROUP, rows, outputs=Outputs(steps=True))
     assert made["scores"] == [[0.5, None], [0.25]]
     assert made["step_scores"] == [[[0.5, 0.75], None], [[0.25]]]
 
 
 def test_embeddings_are_vectors_without_a_score() -> None:
-    rows = scored([[1.0, 0.0], [NAN, NAN]], [0, 1, 2], {1: TOO_LONG}, outputs=Outputs((), False, 2))
-    made = columns(Format.TEXT, rows)
+    rows = scored([[1.0, 0.0], [NAN, NAN]], [0, 1, 2], {1: TOO_LONG})
+    made = columns(Format.TEXT, rows, outputs=Outputs((), False, 2))
     assert made == {
         "embedding": [[1.0, 0.0], None],
         "score_error": [None, "too_long"],
@@ -167,9 +168,12 @@ def test_embeddings_are_vectors_without_a_score() -> None:
 
 def test_pairs_are_counted_by_source_and_a_tie_is_no_win() -> None:
     table = pa.table({"source": ["a", "b", "a", "a"]})
-    rows = scored([2.0, 1.0, 1.0, 1.0, 0.0, 5.0, NAN, 1.0], [0, 2, 4, 6, 8], {6: TOO_LONG})
-    assert pair_counts(rows, table) == {"a": [2, 1, 0], "b": [1, 0, 1]}
-    assert pair_counts(rows, pa.table({"other": [1] * 4})) == {"all": [3, 1, 1]}
+    chosen = pa.array([2.0, 1.0, 0.0, None], pa.float32())
+    rejected = pa.array([1.0, 1.0, 5.0, 1.0], pa.float32())
+    counts = pair_counts(chosen, rejected, row_sources(table))
+    assert counts == {"a": [2, 1, 0], "b": [1, 0, 1]}
+    unnamed = row_sources(pa.table({"other": [1] * 4}))
+    assert pair_counts(chosen, rejected, unnamed) == {"all": [3, 1, 1]}
 
 
 def test_the_digest_survives_parquet_and_sees_every_change() -> None:

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,15 @@ from batch_scorer.outputs.ledger import Ledger
 from batch_scorer.outputs.manifest import (
     conclude,
     current_manifest,
-    known_receipts,
     publish,
     published,
     read_success,
     total,
 )
+from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Commit, Format, Layout, Receipt, Shard, Status
 from batch_scorer.storage import Store, Version
-from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD
+from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD, stored
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:
 
 def test_rows_that_do_not_add_up_are_an_integrity_error() -> None:
     with pytest.raises(IntegrityError, match="10 rows went in, 8 scored"):
-        total([replace(DONE, commit=replace(COMMIT, rows_scored=8))])
+        total([replace(DONE, stored=stored(replace(COMMIT, rows_scored=8)))])
 
 
 def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
@@ -90,10 +91,10 @@ def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
 def test_the_ledger_remembers_what_no_manifest_names_yet(store: Store) -> None:
     ledger = Ledger(store, 1, "holder", every_s=0)
     ledger.add(DONE)
-    assert known_receipts(store) == {"a.parquet": DONE}
+    assert OutputState(store).receipts == {"a.parquet": DONE}
     _finish(store, [DONE])
     assert list(store.list("_batch_scorer/ledger")) == []
-    assert known_receipts(store) == {"a.parquet": DONE}
+    assert OutputState(store).receipts == {"a.parquet": DONE}
 
 
 def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
@@ -105,6 +106,19 @@ def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
     with pytest.raises(OutputError, match="shard_rows: 10 there, 20 here"):
         claim_output(store, mine, {"shard_rows": 20}, {})
     assert open_scored(store.root, {})[1]["provenance"] == {"device": "cpu"}
+
+
+def test_an_output_of_another_version_is_refused(store: Store) -> None:
+    """Its records and commits are written in another way."""
+    claim_output(store, Fingerprint({}), {}, {})
+    body = store.read_json("_batch_scorer/run.json")
+    del body["format"]  # as before there was one
+    store.delete("_batch_scorer/run.json")
+    store.create("_batch_scorer/run.json", json.dumps(body).encode())
+    with pytest.raises(OutputError, match="written by another version"):
+        open_scored(store.root, {})
+    with pytest.raises(OutputError, match="written by another version"):
+        claim_output(store, Fingerprint({}), {}, {})
 
 
 def test_a_folder_that_is_no_output_is_named(store: Store) -> None:

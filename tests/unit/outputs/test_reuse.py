@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.config import OverLength
 from batch_scorer.errors import RowReason
-from batch_scorer.outputs.by_source import spread_by_source
+from batch_scorer.outputs.by_source import row_sources, spread_by_source
 from batch_scorer.outputs.columns import score_columns, score_items, sequence_scores
 from batch_scorer.outputs.reuse import (
     EARLIER,
@@ -37,6 +37,7 @@ from batch_scorer.records import (
     ScoredRows,
     Scores,
     Status,
+    Stored,
     TokenizedRows,
     layout_to_json,
 )
@@ -59,7 +60,7 @@ OUTPUTS = [SCALAR, Outputs(("a", "b")), Outputs(steps=True), Outputs(embedding_s
 
 
 @st.composite
-def scored_rows(draw: st.DrawFn) -> tuple[ScoredRows, pa.Table, Layout]:
+def scored_rows(draw: st.DrawFn) -> tuple[ScoredRows, Outputs, pa.Table, Layout]:
     """Rows of any format with any outputs, some without a score, some not cut into sequences."""
     format = draw(st.sampled_from(list(Format)))
     outputs = draw(st.sampled_from(OUTPUTS))
@@ -73,31 +74,31 @@ def scored_rows(draw: st.DrawFn) -> tuple[ScoredRows, pa.Table, Layout]:
     values[list(broken)] = np.nan
     steps = np.array([0 if s in broken else 1 + s % 3 for s in range(total)], dtype=np.int64)
     scored = ScoredRows(
-        values=values,
+        scores=Scores(
+            values,
+            dict.fromkeys(broken, TOO_LONG),
+            step_values=random.normal(size=int(steps.sum())).astype(np.float32),
+            step_offsets=np.concatenate([[0], np.cumsum(steps)]),
+        ),
         lengths=np.arange(1, total + 1, dtype=np.int32),
         truncated_tokens=np.zeros(total, np.int32),
         row_offsets=offsets,
-        sequence_errors=dict.fromkeys(broken, TOO_LONG),
         row_errors={row: NULL for row, count in enumerate(counts) if not count},
         rows_digest="",
         engine={},
-        effort=Effort(),
         score_s=0.0,
-        outputs=outputs,
-        step_values=random.normal(size=int(steps.sum())).astype(np.float32),
-        step_offsets=np.concatenate([[0], np.cumsum(steps)]),
     )
     right = [None if not count else ["x"] * draw(st.integers(0, count)) for count in counts]
     table = pa.table({"right": pa.array(right, pa.list_(pa.string()))})
-    return scored, table, Layout(format, {"chosen": "right"})
+    return scored, outputs, table, Layout(format, {"chosen": "right"})
 
 
 @given(scored_rows(), st.booleans())
 def test_scores_come_back_from_their_columns(
-    rows: tuple[ScoredRows, pa.Table, Layout], through_parquet: bool
+    rows: tuple[ScoredRows, Outputs, pa.Table, Layout], through_parquet: bool
 ) -> None:
-    scored, table, layout = rows
-    made = score_columns(scored, table, layout, "p_", OverLength.MARK)
+    scored, outputs, table, layout = rows
+    made = score_columns(scored, outputs, table, layout, "p_", OverLength.MARK)
     stored = pa.table({**dict(zip(table.column_names, table.columns, strict=True)), **made})
     if through_parquet:
         sink = pa.BufferOutputStream()
@@ -105,17 +106,17 @@ def test_scores_come_back_from_their_columns(
         stored = pq.ParquetFile(pa.BufferReader(sink.getvalue()), pre_buffer=False).read(
             use_threads=False
         )
-    back = sequence_scores(stored, layout, "p_", scored.outputs, scored.row_offsets)
-    np.testing.assert_array_equal(back.values, scored.values)
-    if scored.outputs.steps:
-        np.testing.assert_array_equal(back.step_values, scored.step_values)
-        np.testing.assert_array_equal(back.step_offsets, scored.step_offsets)
-    if scored.outputs.embedding_size is None:
+    back = sequence_scores(stored, layout, "p_", outputs, scored.row_offsets)
+    np.testing.assert_array_equal(back.values, scored.scores.values)
+    if outputs.steps:
+        np.testing.assert_array_equal(back.step_values, scored.scores.step_values)
+        np.testing.assert_array_equal(back.step_offsets, scored.scores.step_offsets)
+    if outputs.embedding_size is None:
         item_rows, items = score_items(stored, layout.format, "p_")
         there = ~np.isnan(items)
-        known = ~np.isnan(scored.values[:, 0])
+        known = ~np.isnan(scored.scores.values[:, 0])
         owners = np.repeat(np.arange(scored.num_rows), np.diff(scored.row_offsets))
-        np.testing.assert_array_equal(items[there], scored.values[known, 0])
+        np.testing.assert_array_equal(items[there], scored.scores.values[known, 0])
         np.testing.assert_array_equal(item_rows[there], owners[known])
 
 
@@ -197,12 +198,12 @@ def test_only_unknown_sequences_meet_the_model_and_the_scores_are_those_of_all()
     backend = Counting()
     some = score_shard(replace(rows, known=known), backend)
     assert backend.asked == [[4], [6]]
-    np.testing.assert_array_equal(some.values, every.values)
+    np.testing.assert_array_equal(some.scores.values, every.scores.values)
     assert some.rows_digest == every.rows_digest
-    assert some.sequence_errors == every.sequence_errors
+    assert some.scores.errors == every.scores.errors
     assert some.was_known is not None
     assert some.was_known.tolist() == [True, True, False, False, True, False]
-    assert some.effort.computed_tokens == 2
+    assert some.scores.effort.computed_tokens == 2
 
 
 def test_where_all_is_known_no_model_is_asked() -> None:
@@ -211,8 +212,8 @@ def test_where_all_is_known_no_model_is_asked() -> None:
     backend = Counting()
     some = score_shard(replace(rows, known=known), backend)
     assert backend.asked == []
-    assert some.effort == Effort()
-    np.testing.assert_array_equal(some.values, FakeBackend().score(rows).values)
+    assert some.scores.effort == Effort()
+    np.testing.assert_array_equal(some.scores.values, FakeBackend().score(rows).values)
 
 
 class Stepping(FakeBackend):
@@ -227,13 +228,12 @@ class Stepping(FakeBackend):
 
 def test_steps_come_from_both() -> None:
     rows = tokenized([1, 2], [3], [4, 5, 6], [7])
-    outputs = Outputs(steps=True)
-    every = score_shard(rows, Stepping(), outputs)
+    every = score_shard(rows, Stepping())
     before = tokenized([7], [1, 2])
     known = find_known(rows, [(before, Stepping().score(before))])
-    some = score_shard(replace(rows, known=known), Stepping(), outputs)
-    np.testing.assert_array_equal(some.step_values, every.step_values)
-    np.testing.assert_array_equal(some.step_offsets, every.step_offsets)
+    some = score_shard(replace(rows, known=known), Stepping())
+    np.testing.assert_array_equal(some.scores.step_values, every.scores.step_values)
+    np.testing.assert_array_equal(some.scores.step_offsets, every.scores.step_offsets)
 
 
 # Which objects are looked into
@@ -274,7 +274,8 @@ def test_copies_are_made_again_after_a_crash_and_found_by_their_footers(tmp_path
     table = pa.table({"x": [1]}).replace_schema_metadata(COMMIT.footer())
     pq.write_table(table, sink)
     version = store.create("a/b.parquet", sink.getvalue().to_pybytes())
-    receipt = Receipt("a/b.parquet", "a/b.parquet", "", 10, Status.COMMITTED, COMMIT, version)
+    stored = Stored(COMMIT, version, size_bytes=0, sha256="")
+    receipt = Receipt("a/b.parquet", "a/b.parquet", "", 10, Status.COMMITTED, stored)
     expected = [Earlier(store.root, f"{EARLIER}/a/b.parquet", COMMIT)]
     for _ in range(2):
         assert keep(store, [receipt]) == expected
@@ -289,12 +290,15 @@ def test_copies_are_made_again_after_a_crash_and_found_by_their_footers(tmp_path
 
 def test_the_spread_of_scores_is_told_by_source() -> None:
     rows = ScoredRows(
-        np.array([[1], [3], [np.nan], [2], [10], [10]], np.float32),
+        Scores(np.array([[1], [3], [np.nan], [2], [10], [10]], np.float32), {2: TOO_LONG}),
         np.ones(6, np.int32), np.zeros(6, np.int32), np.array([0, 2, 4, 6, 6]),
-        {2: TOO_LONG}, {3: NULL}, "", {}, Effort(), 0.0,
+        {3: NULL}, "", {}, 0.0,
     )  # fmt: skip
-    spread = spread_by_source(rows, pa.table({"source": ["a", "a", "b", "c"]}))
+    spread = spread_by_source(rows, row_sources(pa.table({"source": ["a", "a", "b", "c"]})))
     assert spread["a"] == [2, 3, 2, 0.816497, 1, 1.1, 1.5, 2, 2.5, 2.9, 3]
     assert spread["b"] == [1, 2, 10, 0, *[10] * 7]
     assert spread["c"] == [1, 0]
-    assert list(spread_by_source(rows, pa.table({"x": [0] * 4}))) == ["all"]
+    assert list(spread_by_source(rows, row_sources(pa.table({"x": [0] * 4})))) == ["all"]
+    assert spread_by_source(rows, row_sources(pa.table({"x": [0] * 4})), has_scores=False) == {
+        "all": [4, 0]
+    }

@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batch_scorer.backends.fake import FakeBackend
 from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.outputs.claim import claim_output
 from batch_scorer.outputs.lease import Lease
 from batch_scorer.outputs.ledger import Ledger
 from batch_scorer.pipeline import worker
-from batch_scorer.records import Effort, ScoredRows
+from batch_scorer.records import ScoredRows, Scores, TokenizedRows
 from batch_scorer.reports.figures import duration, figure_rows, scaled
 from batch_scorer.runs.metrics import Metrics, newest_run, record_run
 from batch_scorer.runs.status import read_status
 from batch_scorer.storage import Store
-from tests.helpers.receipts import FAILED, ONE, OTHER, RUN
+from tests.helpers.receipts import FAILED, ONE, OTHER, RUN, SHARD
 
 
 def test_figures_are_sums_over_shards() -> None:
@@ -58,7 +59,7 @@ def test_every_figure_is_explained() -> None:
 
 
 def test_the_peak_is_that_of_the_worker_that_scored() -> None:
-    slow = replace(OTHER, peak_flops=0.5e6)
+    slow = replace(OTHER, spent=replace(OTHER.spent, peak_flops=0.5e6))
     metrics = Metrics.of([ONE, slow])
     assert metrics.utilisation(RUN) == 2e6 / (3.0 * 1e6 + 1.0 * 0.5e6)
     assert metrics.peak_flops == 3.5e6 / 4.0
@@ -80,11 +81,26 @@ def test_nothing_is_divided_by_nothing() -> None:
 
 
 def test_utilisation_is_not_known_where_a_peak_or_the_cost_is_not() -> None:
-    unmeasured = Metrics.of([ONE, replace(OTHER, peak_flops=0.0)])
+    unmeasured = Metrics.of([ONE, replace(OTHER, spent=replace(OTHER.spent, peak_flops=0.0))])
     assert unmeasured.utilisation(RUN) is unmeasured.peak_flops is None
     metrics = Metrics.of([ONE, OTHER])
     assert metrics.utilisation(replace(RUN, cost=None)) is None
     assert metrics.model_flop(replace(RUN, cost=None)) is None
+
+
+def test_utilisation_is_at_most_all_of_the_device(tmp_path: Path) -> None:
+    """The peak was measured while the stages before it were busy: 149.6 % was shown."""
+    underestimated = Metrics.of([replace(ONE, spent=replace(ONE.spent, peak_flops=0.1e6))])
+    flop = underestimated.model_flop(RUN)
+    assert flop is not None and flop / underestimated.possible_flop > 1
+    assert underestimated.utilisation(RUN) == 1.0
+    figures = underestimated.to_json(RUN)
+    assert figures["model_flop_utilisation"] == 1.0
+    assert dict(figure_rows(figures))["model-FLOP utilisation"].startswith("100.0% of")
+
+    store = Store(str(tmp_path / "out"), {}, create=True)
+    record_run(store, RUN, {**figures, "model_flop_utilisation": 1.496})  # from before the bound
+    assert newest_run(store) == (RUN, figures)
 
 
 def test_a_failed_shard_is_work_that_is_over_but_no_goodput() -> None:
@@ -144,8 +160,8 @@ def test_figures_in_words() -> None:
 
 def test_waits_and_scores_of_a_worker_add_up_to_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Digests and checks after the backend count as waiting, as does a shard that fails."""
-    # Of two calls each: 3 s in the backend of 4, a failure, 2 s in the backend of 2.5.
-    clock = iter([10.0, 14.0, 15.0, 16.0, 17.0, 19.5])
+    # One look at the start, two for each shard: 3 s in the backend of 4, a failure, 2 s of 2.5.
+    clock = iter([0.0, 10.0, 14.0, 15.0, 16.0, 17.0, 19.5])
     scored: Iterator[Any] = iter([3.0, ShardError(ShardReason.INTERNAL, "torn"), 2.0])
 
     def score_shard(*_: Any) -> ScoredRows:
@@ -154,18 +170,19 @@ def test_waits_and_scores_of_a_worker_add_up_to_its_time(monkeypatch: pytest.Mon
             raise result
         nothing = np.zeros(1, dtype=np.int64)
         return ScoredRows(
-            np.zeros((0, 1), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int32),
-            nothing, {}, {}, "", {}, Effort(), score_s=result,
+            Scores(np.zeros((0, 1), np.float32)), np.zeros(0, np.int32), np.zeros(0, np.int32),
+            nothing, {}, "", {}, score_s=result,
         )  # fmt: skip
 
     timer = SimpleNamespace(perf_counter=lambda: next(clock), time=lambda: 0.0)
     monkeypatch.setattr(worker, "time", timer)
     monkeypatch.setattr(worker, "score_shard", score_shard)
-    monkeypatch.setattr(worker, "proven_backend", lambda *_: None)
     config = SimpleNamespace(hang_s=60.0)
     job: Any = SimpleNamespace(backend="fake", outputs=None, config=config)
-    scorer = worker.Scorer(job, None)
-    shard, rows = SimpleNamespace(output_key="a.parquet"), SimpleNamespace(num_rows=1)
-    reads: Any = [SimpleNamespace(shard=shard, rows=rows, spent=worker.Spent())] * 3
-    waits = [scorer.score(read).spent.wait_s for read in reads]
+    scorer = worker.Scorer(job, None, lambda job: FakeBackend())
+    nothing = np.zeros(2, np.int64)
+    rows = TokenizedRows(
+        np.zeros(0, np.int32), nothing, np.arange(2), np.zeros(1, np.int32), {}, {}
+    )
+    waits = [scorer.score(worker.Item(SHARD, rows)).spent.wait_s for _ in range(3)]
     assert waits == [1.0, 0.0, 1.5]

@@ -1,4 +1,4 @@
-"""What `status` tells of an output that is being worked on."""
+"""An output's status while a run holds it."""
 
 import os
 from collections.abc import Iterator
@@ -38,9 +38,13 @@ def records_of(store: Store, folder: str) -> list[Path]:
     return sorted((Path(store.root) / "_batch_scorer").glob(folder))
 
 
-def test_the_time_left_is_judged_by_what_this_run_did(store: Store, lease: Lease) -> None:
+def test_the_time_left_is_estimated_from_what_this_run_did(store: Store, lease: Lease) -> None:
     """A run that was stopped yesterday and is resumed keeps its epoch, and not its pace."""
-    yesterday = replace(OTHER, epoch=RUN.epoch, started_at=-86_000.0, committed_at=-80_000.0)
+    yesterday = replace(
+        OTHER,
+        epoch=RUN.epoch,
+        spent=replace(OTHER.spent, started_at=-86_000.0, committed_at=-80_000.0),
+    )
     Ledger(store, RUN.epoch, "stopped", every_s=0).add(yesterday)
     Ledger(store, RUN.epoch, lease.holder_id, every_s=0).add(replace(ONE, epoch=RUN.epoch))
     status = read_status(store.root)
@@ -58,9 +62,7 @@ def test_time_passes_between_two_records(store: Store, lease: Lease) -> None:
         assert read_status(store.root).left_s == pytest.approx(left_s, abs=0.01)
 
 
-def test_a_run_without_a_commit_says_that_it_is_alive_and_not_how_long(
-    store: Store, lease: Lease
-) -> None:
+def test_a_run_without_a_commit_is_running_for_an_unknown_time(store: Store, lease: Lease) -> None:
     status = read_status(store.root)
     assert (status.state, status.left_s) == ("running", None)
     assert status.renewed_s is not None
@@ -70,7 +72,7 @@ def test_a_run_without_a_commit_says_that_it_is_alive_and_not_how_long(
     assert silent_s is not None and silent_s > 1e9
 
 
-def test_nobody_holds_an_output_that_was_let_go(store: Store) -> None:
+def test_nobody_holds_an_output_that_was_released(store: Store) -> None:
     with Lease(store, "digest", 30.0) as lease:
         Ledger(store, RUN.epoch, lease.holder_id, every_s=0).add(replace(ONE, epoch=RUN.epoch))
     status = read_status(store.root)

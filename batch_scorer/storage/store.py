@@ -1,11 +1,7 @@
-"""One layer over every store: local disk, S3, GCS, Azure.
+"""The objects below one root, and what can be asked of them.
 
-What the commit protocol needs and nothing more: reads pinned to a version, a conditional
-create, a conditional replace, and a listing that carries versions. obstore has these for the
-cloud stores; its local store lacks the conditional replace, which is added here with a file
-lock (so on local disks it holds between processes of one machine).
-
-Foreign errors become ours at one place, `_translated`.
+obstore has all of it for the cloud stores; its local store lacks the conditional replace, which is
+added here with a file lock (so on local disks it holds between processes of one machine).
 """
 
 import fcntl
@@ -19,25 +15,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    NotFoundError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
-from obstore.store import LocalStore, from_url
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
 from batch_scorer.errors import ConfigError, StorageError
-from batch_scorer.logs import mask
+from batch_scorer.failpoints import failpoint
+from batch_scorer.storage.faults import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectMissing,
+    PlaceMissing,
+    first_line,
+    translated,
+)
+from batch_scorer.storage.versions import ObjectInfo, Version, info_of, version_of
 
 log = logging.getLogger("batch_scorer")
 
@@ -53,44 +50,14 @@ _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.002
 _BUFFER_BYTES = 1 << 16
 _AHEAD = 4
-_DENIED = ("Permission denied", "InvalidAccessKeyId", "403 Forbidden")
-"""How stores say no where obstore has no type for it (in listings)."""
 
-
-class ObjectMissing(StorageError):
-    """Nothing is stored under the key."""
-
-
-class ObjectChanged(StorageError):
-    """What is stored under the key is not the version that the request was pinned to."""
-
-
-class AccessDenied(StorageError):
-    """The store refuses the request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """Which bytes are stored under a key: the entity tag, and on GCS the generation."""
-
-    etag: str
-    generation: str | None = None
-
-    @property
-    def conditions(self) -> dict[str, str]:
-        """As obstore takes them; GCS compares the generation, the others the entity tag."""
-        generation = {"version": self.generation} if self.generation else {}
-        return {"e_tag": self.etag, **generation}
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
-    """One stored object. `key` is relative to its store's root."""
-
-    key: str
-    size_bytes: int
-    version: Version
-    last_modified: datetime
+Kind: TypeAlias = Literal["local", "s3", "azure", "gcs", "other"]
+_KINDS: dict[type, Kind] = {
+    LocalStore: "local",
+    S3Store: "s3",
+    AzureStore: "azure",
+    GCSStore: "gcs",
+}
 
 
 def is_remote(url: str) -> bool:
@@ -101,8 +68,9 @@ def is_remote(url: str) -> bool:
 class Store:
     """The objects below one root: a folder, or a bucket and prefix.
 
-    All keys are relative to the root and use `/`. Every method raises StorageError (or the
-    subclasses above) and nothing else for what the store does.
+    All keys are relative to the root and use `/`. Every method raises StorageError (or its
+    subclasses in `faults.py`) and nothing else for what the store does: PlaceMissing and
+    AccessDenied where no request can succeed, and for single objects what is said there.
     """
 
     def __init__(self, root: str, options: Mapping[str, str], *, create: bool = False) -> None:
@@ -116,7 +84,7 @@ class Store:
             except (BaseError, OSError) as error:
                 if "Permission denied" in str(error):
                     raise AccessDenied(f"{root}: no permission to create it") from error
-                raise ObjectMissing(f"{root}: no such folder") from error
+                raise PlaceMissing(f"{root}: no such folder") from error
             return
         # allow_http belongs to the HTTP client and not to the store.
         allow_http = options.get("allow_http", "false") == "true"
@@ -129,7 +97,12 @@ class Store:
         try:
             self._store = from_url(self.root, **settings)
         except (BaseError, ValueError) as error:
-            raise ConfigError(f"{root}: {_first_line(error)}") from error
+            raise ConfigError(f"{root}: {first_line(error)}") from error
+
+    @property
+    def kind(self) -> Kind:
+        """Which protocol it speaks."""
+        return _KINDS.get(type(self._store), "other")
 
     def url(self, key: str) -> str:
         """The full name of `key`, for people."""
@@ -148,12 +121,12 @@ class Store:
                     for meta in page:
                         if meta["path"] not in seen:
                             seen.add(meta["path"])
-                            yield _info(meta)
+                            yield info_of(meta)
                 return
 
     def head(self, key: str) -> ObjectInfo:
         """What is stored under `key`; raises ObjectMissing."""
-        return self._asked(key, lambda: _info(obstore.head(self._store, key)))
+        return self._asked(key, lambda: info_of(obstore.head(self._store, key)))
 
     def read(self, key: str, version: Version | None = None) -> bytes:
         """The whole object; with `version`, raises ObjectChanged if it is another one by now."""
@@ -189,7 +162,7 @@ class Store:
         if part and part[0] < part[1]:
             options["range"] = part
         result = obstore.get(self._store, key, options=options)  # type: ignore[arg-type]
-        data, info = bytes(result.bytes()), _info(result.meta)
+        data, info = bytes(result.bytes()), info_of(result.meta)
         if part and len(data) != part[1] - part[0]:
             size_bytes = part[1] - part[0]
             raise StorageError(f"{self.url(key)}: {len(data)} bytes came, {size_bytes} are stored")
@@ -208,25 +181,74 @@ class Store:
         """Bytes [start, stop) of exactly this version."""
         return self._asked(key, lambda: self._get(key, version, (start, stop))[0])
 
+    def put(self, key: str, data: bytes, *, instead_of: Version | None) -> Version:
+        """Store `data` in place of exactly this version, or of nothing (None); returns the new one.
+
+        A PUT may be applied and its answer lost; made again, it is refused by what it has itself
+        stored. So where these very bytes are stored it has succeeded, whoever stored them: they
+        must be the caller's own (its name in them, or in the key) or mean the same from anybody.
+        ObjectChanged means that somebody else was first. Any other StorageError leaves open
+        whether the PUT was applied; the same call made again finds out.
+        """
+        try:
+            if instead_of is None:
+                return self.create(key, data)
+            return self.replace(key, data, instead_of)
+        except ObjectChanged:
+            with suppress(ObjectMissing):
+                there, info = self.read_with_info(key)
+                if there == data:
+                    return info.version
+            raise
+
     def create(self, key: str, data: bytes) -> Version:
         """Store `data` under a new key; raises ObjectChanged if the key is taken, perhaps by this
-        very request: it may have been applied and its answer lost."""
-        return self._asked(
-            key, lambda: _version(obstore.put(self._store, key, data, mode="create"))
-        )
+        very request (`put` can tell)."""
+        return self._put(key, lambda: obstore.put(self._store, key, data, mode="create"))
 
     def replace(self, key: str, data: bytes, version: Version) -> Version:
         """Store `data` in place of exactly `version`; raises ObjectChanged if that is gone, perhaps
-        by this very request."""
-        if self._local is None:
-            mode: Any = version.conditions
-            return self._asked(
-                key, lambda: _version(obstore.put(self._store, key, data, mode=mode))
-            )
-        with self._translated(key), self._lock():
-            if self.head(key).version != version:
-                raise ObjectChanged(f"{self.url(key)}: changed since it was read")
-            return _version(obstore.put(self._store, key, data, use_multipart=False))
+        by this very request (`put` can tell)."""
+
+        def put() -> Any:
+            mode: Any = self._current(key, version).conditions
+            return obstore.put(self._store, key, data, mode=mode)
+
+        def put_locally() -> Any:
+            with self._lock():
+                self._expect(key, version)
+                return obstore.put(self._store, key, data, use_multipart=False)
+
+        try:
+            return self._put(key, put if self._local is None else put_locally)
+        except PlaceMissing:
+            raise
+        except ObjectMissing as error:
+            raise self._changed(key) from error
+
+    def _put(self, key: str, request: Callable[[], Any]) -> Version:
+        def put() -> Version:
+            version = version_of(request())
+            failpoint("put.applied")
+            return version
+
+        return self._asked(key, put)
+
+    def _current(self, key: str, version: Version) -> Version:
+        """The version as the store can compare it: GCS wants the generation, no listing has it."""
+        if version.generation is None and self.kind == "gcs":
+            return self._expect(key, version)
+        return version
+
+    def _expect(self, key: str, version: Version) -> Version:
+        """The version that is stored, which is this one; raises ObjectChanged."""
+        stored = info_of(obstore.head(self._store, key)).version
+        if stored != version:
+            raise self._changed(key)
+        return stored
+
+    def _changed(self, key: str) -> ObjectChanged:
+        return ObjectChanged(f"{self.url(key)}: changed since it was read")
 
     def copy(self, key: str, to: str) -> None:
         """Store the same bytes under `to`, over what is there; the store moves them itself."""
@@ -244,6 +266,7 @@ class Store:
         """Remove the object if it is this version; what came in its place is left alone.
 
         A look before the removal, as stores have no conditional one: some milliseconds are open.
+        A bucket with versioning keeps it as an old version, which no listing or read here shows.
         """
         with suppress(ObjectMissing):
             if self.head(key).version == version:
@@ -300,22 +323,15 @@ class Store:
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
-        name = self.url(key)
         try:
             yield
-        except (NotFoundError, FileNotFoundError) as error:
-            raise ObjectMissing(f"{name}: not there") from error
-        except (AlreadyExistsError, PreconditionError) as error:
-            raise ObjectChanged(f"{name}: another version is stored") from error
-        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise AccessDenied(f"{name}: no permission ({_first_line(error)})") from error
         except (BaseError, OSError, NotImplementedError) as error:
-            text = str(error)
-            if any(mark in text for mark in _DENIED):
-                raise AccessDenied(f"{name}: no permission ({_first_line(error)})") from error
-            if "AWS_ENDPOINT" in text or "NoSuchBucket" in text:
-                raise ObjectMissing(f"{name}: no such bucket") from error
-            raise StorageError(f"{name}: {_first_line(error)}") from error
+            raise translated(error, self.url(key), self._place) from error
+
+    @property
+    def _place(self) -> str:
+        """The bucket or container, or the local folder."""
+        return "/".join(self.root.split("/")[:3]) if self._local is None else self.root
 
 
 @lru_cache(maxsize=64)
@@ -387,22 +403,3 @@ class _PinnedFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-
-def _version(result: Any) -> Version:
-    return Version(etag=result["e_tag"] or "", generation=result["version"])
-
-
-def _info(meta: Any) -> ObjectInfo:
-    return ObjectInfo(
-        key=meta["path"],
-        size_bytes=meta["size"],
-        version=_version(meta),
-        last_modified=meta["last_modified"],
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    # A store's answer may hold what it was asked with, a session token for one.
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return mask(lines[0])[:200]

@@ -1,0 +1,47 @@
+"""The program around a command: logs, signals, and what an error becomes."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from batch_scorer import logs
+from batch_scorer.backends.device import CPU_ENVIRONMENT
+from batch_scorer.cli.commands import app
+from batch_scorer.cli.terminal import fail
+from batch_scorer.errors import BatchScorerError, ExitCode
+
+_INTERRUPTED = 130
+"""What Typer makes of a KeyboardInterrupt, which SIGTERM raises here too."""
+
+
+def main() -> NoReturn:
+    """Entry point: errors of ours become one clear message and an exit code."""
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logs.set_up()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        # A command that raises typer.Exit has its code returned here.
+        code = app(standalone_mode=False)
+    except BatchScorerError as error:
+        fail(str(error), error.exit_code)
+    except typer.Abort:
+        sys.exit(ExitCode.INCOMPLETE)
+    except Exception as error:
+        # Typer's own usage errors know how to print themselves.
+        show_usage_error = getattr(error, "show", None)
+        if show_usage_error is None:
+            raise
+        show_usage_error()
+        sys.exit(ExitCode.CONFIG)
+    if code == _INTERRUPTED:
+        fail("stopped; run the same command again to resume", ExitCode.INCOMPLETE)
+    sys.exit(code or ExitCode.DONE)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

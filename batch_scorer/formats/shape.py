@@ -1,0 +1,158 @@
+"""How a row becomes sequences, and how the values of sequences become columns again.
+
+One object for both ways, so that they cannot part: `formats.parse` cuts a row into the sequences
+of its sides, one side after the other, and `RowShape` puts values back in their places.
+
+Legend: R rows, S sequences, K sides of a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_scorer.config import OverLength
+from batch_scorer.formats.kinds import KINDS
+from batch_scorer.records import SCALAR, Format, Outputs, gather
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """The rows of one format.
+
+    `fields` are its K sides, the fields whose values are scored. In a group a side has any number
+    of sequences and its columns hold lists; elsewhere a row has one sequence for each side, or
+    none at all.
+    """
+
+    fields: tuple[str, ...]
+    is_group: bool
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of a side's columns end in."""
+        return tuple(f"_{name}" for name in self.fields) if len(self.fields) > 1 else ("",)
+
+    def value_columns(self, outputs: Outputs) -> list[list[str]]:
+        """The columns of each kind of value that a sequence has, by side: its score or embedding
+        first, then its attributes, then its steps."""
+        kinds = ["score" if outputs.embedding_size is None else "embedding"]
+        if self.is_group:
+            kinds[0] += "s"
+        if outputs.attributes:
+            kinds.append("rewards")
+        if outputs.steps:
+            kinds.append("step_scores")
+        return [[kind + suffix for suffix in self.suffixes] for kind in kinds]
+
+    def has_margin(self, outputs: Outputs) -> bool:
+        """Whether a row's two scores can be subtracted."""
+        return len(self.fields) == 2 and not self.is_group and outputs.embedding_size is None
+
+    def added_columns(
+        self, prefix: str, over_length: OverLength, outputs: Outputs = SCALAR
+    ) -> list[str]:
+        """Names of all columns that scoring adds, in order."""
+        names, *others = self.value_columns(outputs)
+        if self.has_margin(outputs):
+            names.append("margin")
+        names += [name for names_by_side in others for name in names_by_side]
+        names += ["score_error", *(f"num_tokens{suffix}" for suffix in self.suffixes)]
+        if over_length is OverLength.TRUNCATE_LEFT:
+            names.append("num_truncated_tokens")
+        return [prefix + name for name in names]
+
+    def counts(
+        self, table: pa.Table, columns: Mapping[str, str], row_offsets: IntArray
+    ) -> IntArray:
+        """int64[R, K]: how many sequences of each row are of which side.
+
+        `row_offsets` is int64[R+1], how the rows of `table` were cut (`formats.parse`); `columns`
+        names the column of each field.
+        """
+        totals = np.diff(row_offsets)
+        sides = len(self.fields)
+        if not self.is_group:
+            return np.repeat((totals == sides).astype(np.int64)[:, None], sides, axis=1)
+        counts = np.zeros((len(totals), sides), np.int64)
+        for side, name in enumerate(self.fields[:-1]):
+            lengths = _list_lengths(table[columns[name]])
+            counts[:, side] = np.where(totals == 0, 0, lengths)
+        counts[:, -1] = totals - counts.sum(axis=1)
+        return counts
+
+    def to_columns(self, values: pa.Array, counts: IntArray) -> list[pa.Array]:
+        """One value per sequence → one column per side, R values each.
+
+        A side without sequences is null.
+        """
+        cells = _offsets(counts.ravel())  # int64[R*K+1]
+        columns = []
+        for side in range(len(self.fields)):
+            own = np.arange(side, counts.size, len(self.fields))  # the side's cells, row by row
+            is_empty = counts[:, side] == 0
+            if self.is_group:
+                places, offsets = gather(cells, own)
+                columns.append(
+                    pa.ListArray.from_arrays(
+                        pa.array(offsets.astype(np.int32)),
+                        values.take(pa.array(places)),
+                        mask=pa.array(is_empty),
+                    )
+                )
+            else:
+                columns.append(values.take(pa.array(cells[own], mask=is_empty)))
+        return columns
+
+    def from_columns(self, columns: Sequence[pa.Array], counts: IntArray) -> pa.Array:
+        """What `to_columns` made columns of: one value per sequence, S of them.
+
+        Null where a side of its row holds another number of values.
+        """
+        values, found = self._cells(columns)
+        cells = _offsets(counts.ravel())
+        fits = np.repeat((found == counts).all(axis=1), counts.shape[1])  # bool[R*K]
+        where = np.zeros(cells[-1], np.int64)  # int64[S]
+        has_value = np.repeat(fits, counts.ravel())
+        where[has_value] = np.flatnonzero(np.repeat(fits, found.ravel()))
+        return values.take(pa.array(where, mask=~has_value))
+
+    def flatten(self, columns: Sequence[pa.Array]) -> tuple[pa.Array, IntArray]:
+        """All values in these columns, one column for each side, and int64[n], the row of each; in
+        the order of rows, and within a row of sides."""
+        values, found = self._cells(columns)
+        return values, np.repeat(np.arange(len(found)), found.sum(axis=1))
+
+    def _cells(self, columns: Sequence[pa.Array]) -> tuple[pa.Array, IntArray]:
+        """All values, cell by cell, and int64[R, K], how many each cell holds."""
+        if self.is_group:
+            found = np.stack([_list_lengths(column) for column in columns], axis=1)
+            columns = [column.flatten() for column in columns]
+        else:
+            found = np.ones((len(columns[0]), len(columns)), np.int64)
+        # Where each cell's values lie among those of all columns, end to end.
+        starts = _offsets(found.T.ravel())[:-1].reshape(found.T.shape).T
+        sizes = found.ravel()
+        firsts = np.repeat(starts.ravel() - _offsets(sizes)[:-1], sizes)
+        return pa.concat_arrays(columns).take(pa.array(firsts + np.arange(sizes.sum()))), found
+
+
+def shape_of(format: Format) -> RowShape:
+    """How rows of this format are cut, and put together again."""
+    kind = KINDS[format]
+    return RowShape(kind.responses, kind.is_group)
+
+
+def _offsets(counts: IntArray) -> IntArray:
+    """int64[n+1], where lists of these lengths begin, end to end."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _list_lengths(column: pa.Array | pa.ChunkedArray) -> IntArray:
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    return np.asarray(lengths).astype(np.int64)

@@ -1,1 +1,0 @@
-"""How far an output is, read from anywhere that sees it."""

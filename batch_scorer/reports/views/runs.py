@@ -1,0 +1,262 @@
+"""Views of a run: before it, while it goes, after it."""
+
+from collections.abc import Iterator, Mapping
+
+from batch_scorer.reports.blocks import Block, Line, Table, Tone
+from batch_scorer.reports.figures import duration, figure_rows, scaled
+from batch_scorer.reports.pace import MarkedRow, Pace, Started
+from batch_scorer.reports.results import (
+    CheckReport,
+    FailedShard,
+    PairCounts,
+    PlanReport,
+    RunReport,
+    VerifyReport,
+)
+from batch_scorer.runs.status import OutputStatus
+
+_FILES_SHOWN = 40
+_LAYOUTS_SHOWN = 8
+_CHARACTERS_SHOWN = 600
+
+
+# Before a run
+
+
+def plan_view(report: PlanReport) -> Iterator[Block]:
+    shown = report.files[:_FILES_SHOWN]
+    more = len(report.files) - len(shown)
+    yield Table(
+        "Plan",
+        ("file", "rows", "shards", "tokens (est.)", "rows are"),
+        [
+            (file.key, f"{file.rows:,}", f"{file.shards:,}", f"{file.tokens:,}", file.rows_are)
+            for file in shown
+        ],
+        words=(0, 4),
+        note=f"and {more:,} more files" if more else "",
+    )
+    for each in report.failed:
+        yield _failure("cannot be scored", each)
+    yield Line(
+        f"{len(report.files):,} files, {report.shards:,} shards, {report.rows:,} rows, "
+        f"about {report.estimated_tokens:,} tokens by their size"
+    )
+    if (found := report.estimate) is not None:
+        flop = "" if found.flop is None else f", {scaled(found.flop, 'FLOP')}"
+        yield Line(
+            f"tokenised, about {found.row_tokens:,} tokens; {found.computed_tokens:,} of them "
+            f"computed ({report.computed_ratio:.1%}){flop}; estimated from "
+            f"{found.sampled_rows:,} rows"
+        )
+    elif report.unknown is not None:
+        yield Line(report.unknown, "computed tokens are not known:", Tone.WARNING)
+
+
+def check_view(report: CheckReport) -> Iterator[Block]:
+    parity = report.parity
+    outputs = ", ".join(report.outputs)
+    if report.dimensions is not None:
+        outputs = f"an embedding of {report.dimensions} dimensions"
+    yield Table(
+        "Model",
+        (),
+        [
+            ("architecture", report.architecture),
+            ("family", f"{report.adapter}: {report.adapter_summary}"),
+            ("outputs", outputs),
+            ("engine", f"{parity.backend} in {parity.dtype} on {report.device}"),
+            ("reference", f"plain Hugging Face, eager, one by one, {parity.reference_dtype}"),
+            ("longest sequence", f"{report.max_tokens:,} tokens"),
+            ("BOS", _bos(report.leading_bos)),
+            ("pooled tokens", ", ".join(map(repr, report.pooled_tokens)) or _pooling(report)),
+            ("truncated", f"{report.truncated} of the sequences below"),
+            ("without a score", _marked(report.marked) or "none"),
+        ],
+        words=(0, 1),
+    )
+    text = report.rendered
+    if len(text) > _CHARACTERS_SHOWN:
+        half = _CHARACTERS_SHOWN // 2
+        text = f"{text[:half]} […] {text[-half:]}"
+    yield Line("", f"{report.example}, as the model sees it:")
+    yield Line(text)
+    yield Table(
+        "Compared",
+        ("sequence", "tokens", "plain", parity.backend, "error, of the spread"),
+        [
+            (
+                row.name,
+                f"{row.tokens:,}",
+                "-" if row.reference is None else f"{row.reference:.4f}",
+                "-" if row.engine is None else f"{row.engine:.4f}",
+                f"{row.error:.3%}",
+            )
+            for row in parity.compared
+        ],
+    )
+    yield Line(
+        f"worst {parity.worst:.3%} ({parity.allowed_worst:.3%} allowed), "
+        f"rms {parity.rms:.3%} ({parity.allowed_rms:.3%} allowed); "
+        f"{parity.pairs_agree} of {parity.pairs} clear pairs rank alike"
+    )
+    if parity.agrees:
+        yield Line("", "The engine gives the model's own scores.", Tone.GOOD)
+
+
+def _pooling(report: CheckReport) -> str:
+    if report.pooling is None:
+        return "chosen by the model itself"
+    return f"{report.pooling}, scaled to length 1" if report.normalize else report.pooling
+
+
+def _bos(leading: int | None) -> str:
+    if leading is None:
+        return "this tokenizer has none"
+    if leading == 0:
+        return "0: neither template nor tokenizer puts one, so the model saw none in training"
+    return str(leading)
+
+
+def _marked(marked: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(marked.items()))
+
+
+# While a run goes
+
+
+def started_view(start: Started) -> Iterator[Block]:
+    yield Line(
+        f"{start.files} files, {start.shards} shards, {start.rows:,} rows; "
+        f"{start.shards_done} shards are done"
+    )
+    for layout, keys in list(start.layouts.items())[:_LAYOUTS_SHOWN]:
+        which = keys[0] if len(keys) == 1 else f"{len(keys)} files"
+        yield Line(f"  {which}: {layout}")
+    if (more := len(start.layouts) - _LAYOUTS_SHOWN) > 0:
+        yield Line(f"  … and {more} more kinds of rows")
+    for each in start.failed:
+        yield _failure("failed", each)
+    for key in start.input_gone:
+        yield Line(key, "its input is gone", Tone.WARNING)
+
+
+def failed_shard_view(shard: FailedShard) -> Iterator[Block]:
+    yield _failure("failed", shard)
+
+
+def _failure(label: str, shard: FailedShard) -> Line:
+    return Line(f"{shard.input}: {shard.reason}: {shard.detail}", label, Tone.BAD)
+
+
+def marked_row_view(row: MarkedRow) -> Iterator[Block]:
+    text = f"{row.input} row {row.row}: {row.reason}: {row.detail}"
+    yield Line(text, "marked", Tone.WARNING)
+
+
+def pace_view(pace: Pace) -> Iterator[Block]:
+    yield Line(" · ".join(filter(None, (*pace_parts(pace), time_left(pace)))))
+
+
+def pace_parts(pace: Pace) -> list[str]:
+    """What is known of a run's pace, but for the time left."""
+    parts = [f"{pace.shards}/{pace.todo_shards} shards", f"{pace.rows:,} rows"]
+    if pace.tokens_per_s is not None:
+        parts.append(f"{pace.tokens_per_s:,.0f} tokens/s")
+    if pace.computed_ratio is not None:
+        parts.append(f"{pace.computed_ratio:.0%} computed")
+    if pace.idle_share is not None:
+        parts.append(f"{pace.idle_share:.0%} idle")
+    if pace.rows_marked:
+        parts.append(f"{pace.rows_marked:,} marked")
+    if pace.shards_failed:
+        parts.append(f"{pace.shards_failed:,} failed")
+    return parts
+
+
+def time_left(pace: Pace) -> str:
+    """How long the run will still take; empty before the first commit."""
+    if pace.is_over:
+        return "done"
+    return "" if pace.left_s is None else f"{duration(pace.left_s)} left"
+
+
+# After a run
+
+
+def run_view(report: RunReport) -> Iterator[Block]:
+    totals = report.totals
+    rows = [("rows", f"{totals['rows']:,}"), ("  scored", f"{totals['rows_scored']:,}")]
+    for reason, count in sorted(totals["marked"].items()):
+        rows.append((f"  marked: {reason}", f"{count:,}"))
+    if totals["shards_failed"]:
+        rows.append(("  in failed shards", f"{totals['rows_failed']:,}"))
+    if totals["shards_left"]:
+        rows.append(("  left for another run", f"{totals['rows_left']:,}"))
+    rows += [(name, f"{totals[name]:,}") for name in ("shards", "sequences", "tokens")]
+    if report.has_scored:
+        start_up = f"{report.start_up_s:.1f} s of it start-up"
+        rows.append(("time", f"{report.elapsed_s:.1f} s, {start_up}"))
+        rows += figure_rows(report.metrics)
+    if (parity := report.parity) is not None:
+        verdict = "agrees" if parity["agrees"] else "DIFFERS"
+        text = (
+            f"{verdict} on {len(parity['compared'])} sequences (worst {parity['worst']:.2%} of the "
+            f"spread, {parity['allowed_worst']:.2%} allowed)"
+        )
+        rows.append(("against plain Hugging Face", text))
+    yield Table("Scored", (), rows)
+    if pairs := report.pairs:
+        yield Table(
+            "Preference pairs",
+            ("source", "pairs", "chosen higher", "ties", "accuracy"),
+            [_pair_cells(each) for each in pairs],
+            total=_pair_cells(report.all_pairs) if len(pairs) > 1 else (),
+        )
+
+
+def _pair_cells(each: PairCounts) -> tuple[str, ...]:
+    accuracy = "n/a" if each.accuracy is None else f"{each.accuracy:.3f}"
+    return each.source, f"{each.pairs:,}", f"{each.chosen_higher:,}", f"{each.ties:,}", accuracy
+
+
+def verify_view(report: VerifyReport) -> Iterator[Block]:
+    verdict = report.verdict
+    for problem in verdict.problems:
+        yield Line(problem, "wrong", Tone.BAD)
+    for each in verdict.unfinished:
+        yield Line(each, "unfinished", Tone.WARNING)
+    yield Line(
+        f"{report.output}: {verdict.shards:,} shards, {verdict.rows:,} rows = "
+        f"{verdict.rows_scored:,} scored + {verdict.rows_marked:,} marked; "
+        f"{verdict.inputs_compared:,} shards compared with their input"
+    )
+    if report.is_right:
+        yield Line("", "verified", Tone.GOOD)
+
+
+def status_view(status: OutputStatus) -> Iterator[Block]:
+    yield Line(f"{status.output}: {status.state}{heartbeat(status.holder, status.renewed_s)}")
+    left = f", {status.shards_left:,} left for another run" if status.shards_left else ""
+    yield Line(
+        f"{status.shards_committed:,} of {status.planned_shards:,} shards committed, "
+        f"{status.shards_failed:,} failed{left}; {status.rows_scored:,} rows scored, "
+        f"{status.rows_marked:,} marked, of {status.planned_rows:,}"
+    )
+    if status.left_s is not None:
+        yield Line(f"about {duration(status.left_s)} left")
+    for reason, count in sorted(status.marked.items()):
+        yield Line(f"  marked: {reason}: {count:,}")
+    for each in status.failed[:_FILES_SHOWN]:
+        yield Line(f"{each['input']}: {each['reason']}: {each['detail']}", "failed", Tone.BAD)
+    if (more := len(status.failed) - _FILES_SHOWN) > 0:
+        yield Line(f"… and {more} more failed shards")
+    for name, value in figure_rows(status.metrics) if status.metrics else ():
+        yield Line(f"  {name}: {value}")
+
+
+def heartbeat(holder: str | None, renewed_s: float | None) -> str:
+    """Who holds an output, and since when nothing was heard; empty if nobody does."""
+    if holder is None or renewed_s is None:
+        return ""
+    return f" ({holder}, last heartbeat {duration(renewed_s)} ago)"

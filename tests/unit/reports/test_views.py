@@ -1,0 +1,334 @@
+"""Every report on a terminal: foreign text as it is, figures as the values have them."""
+
+import ast
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from batch_scorer.evaluation import Benchmark
+from batch_scorer.evaluation.result import Estimate, Evaluation, Subset
+from batch_scorer.nightly.drift import Figures, Mover, Ranks
+from batch_scorer.nightly.foresee import Prospect
+from batch_scorer.nightly.record import (
+    DriftReport,
+    NightlyRecord,
+    RowCounts,
+    SeriesDrift,
+    SeriesRecord,
+    ShardCounts,
+)
+from batch_scorer.nightly.status import NightlyStatus
+from batch_scorer.outputs.verify import Verdict
+from batch_scorer.parity import ParityReport
+from batch_scorer.parity.gate import Compared
+from batch_scorer.reports.blocks import Line, Table, Tone
+from batch_scorer.reports.console import show
+from batch_scorer.reports.pace import MarkedRow, Pace, Started
+from batch_scorer.reports.results import (
+    CheckReport,
+    FailedShard,
+    NightlyPlan,
+    NightlyReport,
+    PlannedFile,
+    PlanReport,
+    RunReport,
+    VerifyReport,
+)
+from batch_scorer.reports.views import VIEWS, Report, blocks_of
+from batch_scorer.runs.estimate import Estimate as Work
+from batch_scorer.runs.metrics import Metrics
+from batch_scorer.runs.status import OutputStatus
+from tests.helpers.receipts import ONE, OTHER, RUN
+
+MARKUP_LIKE = ("[/INST]", "[math]", "[bold]x[/bold]", "a[/]b", "[", "\\[red]", ":warning:")
+
+
+def printed(report: Report | Line, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, record=True)
+    show(console, report)
+    return console.export_text()
+
+
+# One example of every report, with the same text wherever a stranger's may stand.
+
+
+def figures(mean: float = 1.5) -> Figures:
+    return Figures(120, 20, 10, 90, 5, 240, mean, 1.0, tuple(map(float, range(7))), (100, 75, 0))
+
+
+def plan(text: str) -> PlanReport:
+    return PlanReport(
+        files=(PlannedFile(text, f"s3://in/{text}", 1_234, 2, 5_678_901, f"pairs in {text}", {}),),
+        shards=2,
+        rows=1_234,
+        estimated_tokens=5_678_901,
+        estimate=None,
+        unknown=text,
+        failed=(failed(text),),
+    )
+
+
+def check(text: str) -> CheckReport:
+    return CheckReport(
+        provenance={"path": text},
+        fingerprint={"model": text},
+        architecture=text,
+        adapter=text,
+        adapter_summary=text,
+        outputs=("score", text),
+        dimensions=None,
+        pooling=None,
+        normalize=None,
+        device="cpu",
+        max_tokens=4096,
+        example=text,
+        rendered=f"<s>{text} hello",
+        pooled_tokens=(),
+        leading_bos=1,
+        truncated=0,
+        marked={"too_long": 1},
+        parity=ParityReport(
+            "hf", "float32", "float32", 1e-6, 1e-3, 1e-6, 1e-3, 1, 1,
+            (Compared(text, 12, 1.25, 1.25, 1e-6),), (),
+        ),
+    )  # fmt: skip
+
+
+def started(text: str) -> Started:
+    return Started(
+        3, 4, 50, 1, 3, 40, 4000, {f"pairs in {text}": (text,)}, (failed(text),), (text,)
+    )
+
+
+def failed(text: str) -> FailedShard:
+    return FailedShard(text, text, "unreadable_file", text)
+
+
+def run(text: str) -> RunReport:
+    totals = {
+        "rows": 10, "rows_scored": 8, "rows_marked": 1, "rows_failed": 1, "rows_left": 0,
+        "shards": 2, "shards_failed": 1, "shards_left": 0, "sequences": 18, "tokens": 1_500,
+        "marked": {"too_long": 1}, "pairs": {text: [6, 3, 1], f"{text}2": [2, 1, 0]},
+    }  # fmt: skip
+    metrics = Metrics.of([ONE, OTHER]).to_json(RUN)
+    parity = check(text).parity.to_json()
+    return RunReport(text, totals, False, 12.0, metrics, parity, (text,), (failed(text),))
+
+
+def verification(text: str) -> VerifyReport:
+    return VerifyReport(text, Verdict(2, 10, 9, 1, 2, [f"{text}: missing"], [f"{text}: left"]))
+
+
+def status(text: str) -> OutputStatus:
+    return OutputStatus(
+        output=text, state="running", holder=text, renewed_s=3.2, planned_shards=5, planned_rows=50,
+        shards_committed=2, shards_failed=1, shards_left=0, rows_scored=19, rows_marked=1,
+        marked={"too_long": 1}, failed=[{"input": text, "reason": "internal", "detail": text}],
+        tokens=1500, metrics=Metrics.of([ONE]).to_json(RUN), left_s=754.0, provenance={},
+    )  # fmt: skip
+
+
+def evaluation(text: str) -> Evaluation:
+    estimate = Estimate(0.8, 0.75, 0.85)
+    return Evaluation(
+        Benchmark.REWARDBENCH_2,
+        columns={"Score": estimate, text: None},
+        subsets=[Subset(text, text, estimate, 100, 1, 2, 100)],
+        missing=[text],
+        notes=[f"not of this benchmark: {text}"],
+        model=f"/models/{text}",
+    )
+
+
+def nightly_plan(text: str) -> NightlyPlan:
+    return NightlyPlan([Prospect("main", text, text), Prospect("b", text, None, follows=True)])
+
+
+def record(text: str) -> NightlyRecord:
+    rows, shards = RowCounts(65, 8, 27, 30, 3, 0, 0, 2), ShardCounts(5, 0, 1)
+    series = SeriesRecord("main", text, text, "m", rows, shards, {text: figures()}, {})
+    return NightlyRecord(
+        7, "2026-11-21T01:00:00+00:00", "2026-11-21T01:10:00+00:00", {}, 0, (series,),
+        latest={"main": text}, has_moved=False, lacking=(f"{text}: not begun",),
+    )  # fmt: skip
+
+
+def drift(text: str) -> DriftReport:
+    mover = Mover(text, 3, 1, 1.0, 3.0, 0.0, 1.0)
+    return DriftReport(
+        7,
+        (
+            SeriesDrift(
+                series="main",
+                path=text,
+                since=6,
+                before=text,
+                sources={text: figures(), f"{text}2": figures()},
+                sources_before={text: figures(1.0)},
+                ranks_of=text,
+                ranks=Ranks(3, 3, -1.0, 1, 0, 1, (mover,)),
+            ),
+        ),
+    )
+
+
+def nightly_status(text: str) -> NightlyStatus:
+    return NightlyStatus(
+        text, text, 3.2, {"main": text}, {text: status(text), f"{text}2": None}, record(text)
+    )
+
+
+EXAMPLES: dict[type, Callable[[str], Any]] = {
+    PlanReport: plan,
+    CheckReport: check,
+    Started: started,
+    FailedShard: failed,
+    MarkedRow: lambda text: MarkedRow(text, 3, "too_long", text),
+    Pace: lambda _: Pace(3, 10, 1234, 56_789.0, 0.85, 0.03, 754.0, 5, 1),
+    RunReport: run,
+    VerifyReport: verification,
+    OutputStatus: status,
+    Evaluation: evaluation,
+    NightlyPlan: nightly_plan,
+    NightlyReport: lambda text: NightlyReport(text, None, record(text), drift(text), (), True),
+    NightlyRecord: record,
+    NightlyStatus: nightly_status,
+    DriftReport: drift,
+}
+WITHOUT_FOREIGN_TEXT = {Pace}
+
+
+def test_every_view_has_an_example() -> None:
+    assert EXAMPLES.keys() == VIEWS.keys()
+
+
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("text", MARKUP_LIKE)
+def test_foreign_text_appears_as_it_is(kind: type, text: str) -> None:
+    report = EXAMPLES[kind](text)
+    expected = 0
+    for block in blocks_of(report):
+        if isinstance(block, Line):
+            strings = [block.label, block.text]
+        else:
+            rows = (block.columns, *block.rows, block.total)
+            strings = [block.title, block.note, *(cell for row in rows for cell in row)]
+        expected += sum(string.count(text) for string in strings)
+    assert printed(report).count(text) >= expected
+    assert expected or kind in WITHOUT_FOREIGN_TEXT
+
+
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("text", ["web", "generations/main/595c10002358-1"])
+def test_no_figure_is_cut_off_in_80_columns(kind: type, text: str) -> None:
+    report = EXAMPLES[kind](text)
+    shown = printed(report)
+    for table in blocks_of(report):
+        if not isinstance(table, Table):
+            continue
+        for row in (table.columns, *table.rows, table.total):
+            for place, cell in enumerate(row):
+                if place not in table.words and text not in cell:
+                    assert all(word in shown for word in cell.split()), cell
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
+def test_any_text_is_shown_in_lines_and_tables(text: str) -> None:
+    console = Console(width=10_000, file=io.StringIO(), record=True)
+    show(console, Line(text, text, Tone.BAD))
+    assert console.export_text() == f"{text} {text}\n"
+    report = replace(evaluation("x"), columns={text: None}, subsets=[], model="m")
+    show(console, report)
+    assert text in console.export_text()
+
+
+def test_a_file_name_does_not_command_the_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    show(console, Line("a\x1b[2Jb"))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "a␛[2Jb\n"
+
+
+def test_rich_is_met_in_two_files_only() -> None:
+    """So no view can hand it text that it would read as markup."""
+    folder = Path(__file__).parents[3] / "batch_scorer" / "reports"
+    found = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {file.name for name in names if name.split(".")[0] == "rich"}
+    assert found == {"console.py", "progress.py"}
+
+
+# What the views show
+
+
+def test_machines_and_people_see_the_same_figures() -> None:
+    report = run("web")
+    value = json.loads(json.dumps(report.to_json()))
+    shown = printed(report)
+    assert (value["rows"], value["pairs"]["web"], value["complete"]) == (10, [6, 3, 1], False)
+    assert value["failed"] == [
+        {"input": "web", "output_key": "web", "reason": "unreadable_file", "detail": "web"}
+    ]
+    assert "12.0 s, 7.0 s of it start-up" in shown  # the span is 5 s
+    assert (report.pairs[0].accuracy, report.all_pairs.accuracy) == (0.5, 0.5)
+    (web2,) = [line.split() for line in shown.splitlines() if "web2" in line]
+    assert web2 == ["web2", "2", "1", "0", "0.500"]
+
+
+def test_a_status_shows_the_last_heartbeat_and_the_time_left() -> None:
+    shown = printed(status("out"))
+    assert "out: running (out, last heartbeat 0:03 ago)" in shown
+    assert "about 12:34 left" in shown
+
+
+def test_a_nightly_status_shows_what_the_pointer_names() -> None:
+    shown = printed(nightly_status("g"))
+    assert "g: a nightly run is running (g, last heartbeat 0:03 ago)" in shown
+    assert "latest.json points to g (main)" in shown
+    none = replace(nightly_status("g"), holder=None, renewed_s=None, latest=None)
+    shown = printed(none)
+    assert "g: no nightly run is running" in shown
+    assert "latest.json does not exist yet" in shown
+
+
+def test_a_nightly_run_that_did_nothing_shows_why() -> None:
+    nothing = NightlyReport("root", None, None, None, (), True)
+    assert printed(nothing) == "root: nothing to do\n"
+    held = printed(replace(nothing, held_by="process 7 on host"))
+    assert "another nightly run holds this output" in held and "process 7 on host" in held
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_drift_shows_figures_and_how_they_moved(width: int) -> None:
+    shown = printed(drift("web"), width)
+    assert "web: nightly run 7 against run 6, web" in shown
+    assert "against web: rank correlation -1.000 over 3 scores of 3 rows" in shown
+    assert "web row 3, sequence 2: 1.000 → 3.000, above 0% → 100%" in shown
+    assert "1.500" in shown and "(+0.500)" in shown
+    assert "0.750" in shown and "(+0.000)" in shown
+
+
+def test_a_plan_with_a_model_shows_what_is_computed() -> None:
+    estimate = Work(sampled_rows=48, row_tokens=2_000, computed_tokens=1_500, flop=3.2e15)
+    report = replace(plan("a"), estimate=estimate, unknown=None)
+    assert report.computed_ratio == 0.75
+    shown = printed(report)
+    assert "1,500 of them computed (75.0%), 3.20 PFLOP; estimated from 48 rows" in shown
+    assert report.to_json()["estimate"]["computed_tokens"] == 1_500
+
+
+def test_an_empty_table_is_no_error() -> None:
+    empty = replace(plan("a"), files=(), failed=(), unknown=None)
+    assert "0 files" in printed(empty)
+    assert [type(block) for block in blocks_of(empty)] == [Table, Line]
