@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from batch_scorer.backends.packing import build_trie
-from batch_scorer.config import ENGINES, Config
+from batch_scorer.config import ENGINES, Config, EngineFacts
 from batch_scorer.errors import ShardError
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.embedding import is_decoder
@@ -53,8 +53,10 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
     """Tokenise rows of evenly chosen shards; None if none of them has a token.
 
     The shards are cut into groups of consecutive ones; the first rows of the middle shard
-    represent the group.
+    represent the group. Raises ModelError if no engine runs the job.
     """
+    engine = ENGINES[supported_engines(config, model)[0]]
+    shares = shares_prefixes(config, model, engine)
     shards = [shard for shard in shards if shard.num_rows]
     num_groups = min(SAMPLE_SHARDS, len(shards))
     sampled_rows = covered_rows = 0
@@ -68,7 +70,7 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue
         group_rows = sum(shard.num_rows for shard in group)
-        work = work_of(rows, shares=shares_prefixes(config, model), is_causal=is_causal(model))
+        work = work_of(rows, shares=shares, is_causal=is_causal(model))
         scale = group_rows / part.num_rows
         sums += scale * np.array([work.row_tokens, work.computed_tokens, work.attended_pairs])
         sampled_rows += part.num_rows
@@ -78,7 +80,7 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
     row_tokens, computed_tokens, pairs = (
         sums * sum(shard.num_rows for shard in shards) / covered_rows
     ).tolist()
-    cost = model.cost if ENGINES[supported_engines(config, model)[0]].runs_model else None
+    cost = model.cost if engine.runs_model else None
     return Estimate(
         sampled_rows=sampled_rows,
         row_tokens=round(row_tokens),
@@ -111,8 +113,7 @@ def is_causal(model: ModelFacts) -> bool:
     return adapter_named(model.adapter).build_head is not None
 
 
-def shares_prefixes(config: Config, model: ModelFacts) -> bool:
+def shares_prefixes(config: Config, model: ModelFacts, engine: EngineFacts) -> bool:
     """Whether the engine computes a prefix once that several sequences of a shard have."""
-    engine = ENGINES[supported_engines(config, model)[0]]
     shares = engine.shares_in_steps if model.has_steps else engine.shares_prefixes
     return shares and is_causal(model) and config.attention == "packed"

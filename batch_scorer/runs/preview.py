@@ -23,7 +23,7 @@ class Checked:
 
 
 def check(config: Config) -> Checked:
-    """Hold an engine against plain Hugging Face on a sample of the inputs.
+    """Compare an engine's scores with plain Hugging Face on a sample of the inputs.
 
     Under `backend: auto` that is the first engine that supports the model; nothing is raced.
     Writes nothing. Raises what `score` raises before its first shard, but not for scores that
