@@ -24,8 +24,13 @@ RECORDS = "_batch_scorer"
 """Folder of everything in an output that is not a scored shard."""
 
 _LEASE_KEY = f"{RECORDS}/lease.json"
-ANY = Version("*")
-"""For `Lease`: any lease may be replaced, whenever it was left."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenLease:
+    """The lease as it was before a plan was made; None where nobody had taken it yet."""
+
+    version: Version | None
 
 
 class Lease:
@@ -36,11 +41,11 @@ class Lease:
     now. A holder on this machine whose process is gone is dead at once.
 
     Entering raises OutputHeldError if another live run holds the output, and if one has held it,
-    with another plan, since it was `seen` (`lease_version`): a plan that was made before is old.
+    with another plan, since it was `seen`: a plan that was made before is old. None: nobody looked.
     """
 
     def __init__(
-        self, store: Store, plan_digest: str, ttl_s: float, seen: Version | None = ANY
+        self, store: Store, plan_digest: str, ttl_s: float, seen: SeenLease | None = None
     ) -> None:
         self._store = store
         self._seen = seen
@@ -103,7 +108,8 @@ class Lease:
         if not held["released"]:
             self._refuse_if_alive(held, info)
         same_plan = held["plan"] == self._plan_digest
-        if not same_plan and self._seen not in (ANY, info.version):
+        is_old = self._seen is not None and self._seen.version != info.version
+        if not same_plan and is_old:
             raise OutputHeldError(
                 f"{self._store.root}: another run has worked on this output while this one was "
                 "planned; run the same command again"
@@ -212,12 +218,12 @@ class Lease:
         return True
 
 
-def lease_version(store: Store) -> Version | None:
-    """Which lease is there now; None before anybody has taken it."""
+def see_lease(store: Store) -> SeenLease:
+    """The lease as it is now."""
     try:
-        return store.head(_LEASE_KEY).version
+        return SeenLease(store.head(_LEASE_KEY).version)
     except ObjectMissing:
-        return None
+        return SeenLease(None)
 
 
 def current_epoch(store: Store) -> int:
@@ -226,7 +232,7 @@ def current_epoch(store: Store) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class LeaseState:
     """How a lease stands: who took it last, in words and by id, and whether it is held now.
 
     A holder on this machine (`is_here`) that died does not hold it. One on another machine still
@@ -242,7 +248,7 @@ class Standing:
     renewed_at: datetime
 
 
-def lease_of(store: Store) -> Standing | None:
+def lease_of(store: Store) -> LeaseState | None:
     """How the lease of an output stands; None before anybody has taken it."""
     try:
         data, info = store.read_with_info(_LEASE_KEY)
@@ -252,7 +258,7 @@ def lease_of(store: Store) -> Standing | None:
     holder = lease["holder"]
     is_here = holder["host"] == socket.gethostname()
     is_dead = is_here and not _is_running(int(holder["pid"]))
-    return Standing(
+    return LeaseState(
         holder=f"process {holder['pid']} on {holder['host']}",
         holder_id=holder["id"],
         is_here=is_here,
@@ -264,8 +270,8 @@ def lease_of(store: Store) -> Standing | None:
 
 def holder_of(store: Store) -> str | None:
     """Who holds the output, in words; None if nobody does."""
-    standing = lease_of(store)
-    return standing.holder if standing and standing.is_held else None
+    lease = lease_of(store)
+    return lease.holder if lease and lease.is_held else None
 
 
 def _is_running(pid: int) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from batch_scorer.outputs.lease import Standing, lease_of
+from batch_scorer.outputs.lease import LeaseState, lease_of
 from batch_scorer.outputs.ledger import Segment, read_ledger
 from batch_scorer.outputs.manifest import (
     committed,
@@ -59,11 +59,11 @@ class OutputState:
             return None
 
     @cached_property
-    def lease(self) -> Standing | None:
+    def lease(self) -> LeaseState | None:
         return lease_of(self.store)
 
     @property
-    def holder(self) -> Standing | None:
+    def holder(self) -> LeaseState | None:
         """The run at work, if there is one."""
         return self.lease if self.lease is not None and self.lease.is_held else None
 

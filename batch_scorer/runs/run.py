@@ -15,7 +15,7 @@ from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.job import Job, outputs_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.claim import claim_output, refuse_nights
-from batch_scorer.outputs.lease import ANY, Lease, lease_version
+from batch_scorer.outputs.lease import Lease, SeenLease, see_lease
 from batch_scorer.outputs.ledger import Ledger
 from batch_scorer.outputs.manifest import (
     SUCCESS_KEY,
@@ -42,7 +42,7 @@ from batch_scorer.runs.derive import (
 from batch_scorer.runs.metrics import Metrics, Run, record_run, run_name
 from batch_scorer.runs.remaining import Work, clear, make_room, remaining, remove_strays
 from batch_scorer.runs.telemetry import Telemetry
-from batch_scorer.storage import Store, Version, open_store
+from batch_scorer.storage import Store, open_store
 
 log = logging.getLogger("batch_scorer")
 
@@ -102,7 +102,7 @@ def score_plan(
     session: RaySession,
     listeners: Sequence[Listener] = (),
     *,
-    seen: Version | None = ANY,
+    seen: SeenLease | None = None,
     max_shards: int | None = None,
     donors: Sequence[Earlier] = (),
     make: BackendFactory | None = None,
@@ -146,12 +146,12 @@ def score_plan(
             return _run(job, run, work, output, lease, found, listeners, make)
 
 
-def _lease_before(config: Config) -> Version | None:
-    """The lease before anything is planned; None also where there is no output yet."""
+def _lease_before(config: Config) -> SeenLease:
+    """The lease before anything is planned; that of nobody also where there is no output yet."""
     try:
-        return lease_version(open_store(config.output, config.store_options))
+        return see_lease(open_store(config.output, config.store_options))
     except StorageError:
-        return None
+        return SeenLease(None)
 
 
 def _set_out(job: Job, epoch: int, work: Work) -> Run:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batch_scorer.outputs.claim import open_scored
-from batch_scorer.outputs.lease import Standing
+from batch_scorer.outputs.lease import LeaseState
 from batch_scorer.outputs.manifest import total
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Status
@@ -82,7 +82,7 @@ def read_status(output: str, store_options: Mapping[str, str] | None = None) -> 
     )
 
 
-def silent_s(holder: Standing, now: datetime) -> float:
+def silent_s(holder: LeaseState, now: datetime) -> float:
     """Seconds since the holder last renewed its lease, by this machine's clock; never negative,
     though the store's clock may be ahead."""
     return max(0.0, (now - holder.renewed_at).total_seconds())
