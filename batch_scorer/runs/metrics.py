@@ -68,8 +68,11 @@ class Metrics:
     wait_s: float = 0.0
     score_s: float = 0.0
     write_s: float = 0.0
-    possible_flop: float = 0.0
-    """What the devices could have computed while they scored: `score_s` times their peak."""
+    peaks: dict[str, float] = field(default_factory=dict)
+    """FLOP/s by engine record (`Receipt.engine`): the best that any of its workers has measured, as
+    each look at the peak may have been disturbed."""
+    scored_s: dict[str, float] = field(default_factory=dict)
+    """`score_s` by engine record."""
     is_peak_known: bool = True
     began_at: float = float("inf")
     """When the first shard began to be scored; clock time, in seconds since 1970."""
@@ -96,10 +99,17 @@ class Metrics:
         self.effort.add(spent.effort)
         for name in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
             setattr(self, name, getattr(self, name) + getattr(spent, name))
-        self.possible_flop += spent.score_s * spent.peak_flops
+        engine = receipt.engine
+        self.peaks[engine] = max(self.peaks.get(engine, 0.0), spent.peak_flops)
+        self.scored_s[engine] = self.scored_s.get(engine, 0.0) + spent.score_s
         self.is_peak_known &= spent.peak_flops > 0
         self.began_at = min(self.began_at, spent.started_at)
         self.ended_at = max(self.ended_at, spent.committed_at)
+
+    @property
+    def possible_flop(self) -> float:
+        """What the devices could have computed while they scored: `score_s` times their peak."""
+        return sum(self.peaks[engine] * seconds for engine, seconds in self.scored_s.items())
 
     @property
     def span_s(self) -> float:

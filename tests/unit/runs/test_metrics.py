@@ -60,10 +60,16 @@ def test_every_figure_is_explained() -> None:
 
 
 def test_the_peak_is_that_of_the_worker_that_scored() -> None:
-    slow = replace(OTHER, spent=replace(OTHER.spent, peak_flops=0.5e6))
+    slow = replace(OTHER, engine="slow", spent=replace(OTHER.spent, peak_flops=0.5e6))
     metrics = Metrics.of([ONE, slow])
     assert metrics.utilisation(RUN) == 2e6 / (3.0 * 1e6 + 1.0 * 0.5e6)
     assert metrics.peak_flops == 3.5e6 / 4.0
+
+
+def test_the_best_look_at_the_peak_counts_for_all_of_a_run() -> None:
+    """A worker's first look may come while other stages keep its cores busy."""
+    disturbed = replace(ONE, spent=replace(ONE.spent, peak_flops=0.2e6))
+    assert Metrics.of([disturbed, OTHER]).peak_flops == 1e6
 
 
 def test_nothing_is_divided_by_nothing() -> None:
