@@ -77,7 +77,7 @@ class Fleet:
         return judge(self.at(output), self.at("in"), self.expected)
 
     def at(self, name: str) -> Folder:
-        return Folder(self.s3.url(f"nodes/{name}"), self.s3.endpoint)
+        return Folder(self.s3.url(f"nodes/{name}"), self.s3.options)
 
     def free_nodes(self, run: Running) -> list[Node]:
         """Nodes that the driver itself is not attached to; on a real cluster that is the head."""
@@ -140,9 +140,7 @@ def fleet_on(cluster: Cluster, s3: S3Server, model: Path) -> Iterator[Fleet]:
         flags = arguments(s3, s3.endpoint, model, "undisturbed")
         ended = Program(home).run(*flags, "--device", "cpu", "--no-ray")
     assert ended.exit_code == 0, ended.err
-    output, inputs = (
-        Folder(s3.url(f"nodes/{name}"), s3.endpoint) for name in ("undisturbed", "in")
-    )
+    output, inputs = (Folder(s3.url(f"nodes/{name}"), s3.options) for name in ("undisturbed", "in"))
     expected = read_output(output, inputs)
     assert len(expected.shards) == SHARDS
     with fault_proxy(s3.endpoint) as proxy:

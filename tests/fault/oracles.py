@@ -1,7 +1,7 @@
 """What a scored output must be, found out from its files alone.
 
-Nothing of the program is used here: files are listed and read by pyarrow, and what is expected
-follows from the inputs and from docs/commit-protocol.md.
+Nothing of the program is used here: objects are listed and read by obstore itself, their rows by
+pyarrow, and what is expected follows from the inputs and from docs/commit-protocol.md.
 
 O1  every row of the inputs is there once, each with the bits of an undisturbed run
 O2  every shard has the bytes of an undisturbed run
@@ -16,11 +16,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
+from obstore.store import from_url
 
 _PIECE = re.compile(r"\.rows\d+-\d+\.parquet$")
 _RECORDS = "_batch_scorer/"
@@ -28,41 +31,43 @@ _RECORDS = "_batch_scorer/"
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on this disk, or `s3://bucket/…` at an endpoint; keys are from the environment."""
+    """A folder on this disk, or a URL and its store options; keys are from the environment."""
 
     url: str
-    endpoint: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}", self.endpoint)
+        return Folder(f"{self.url}/{name}", self.options)
 
     def read(self, key: str) -> bytes:
         """Raises FileNotFoundError."""
-        with self._files.open_input_stream(f"{self._root}/{key}") as stream:
-            data: bytes = stream.read()
-        return data
+        if self._client is None:
+            return Path(self.url, key).read_bytes()
+        return bytes(obstore.get(self._client, key).bytes())
 
     def files(self) -> list[str]:
         """Of all files below."""
-        selector = fs.FileSelector(self._root, recursive=True, allow_not_found=True)
-        found = self._files.get_file_info(selector)
-        return sorted(
-            info.path.removeprefix(f"{self._root}/")
-            for info in found
-            if info.type == fs.FileType.File
-        )
+        if self._client is None:
+            root = Path(self.url)
+            return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+        return sorted(meta["path"] for page in obstore.list(self._client) for meta in page)
 
-    @property
-    def _root(self) -> str:
-        return self.url.removeprefix("s3://")
+    def mirror(self, to: Path) -> "Folder":
+        """A copy on this disk, for readers that know no such store."""
+        for key in self.files():
+            file = to / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(self.read(key))
+        return Folder(str(to))
 
-    @property
-    def _files(self) -> Any:
-        if not self.url.startswith("s3://"):
-            return fs.LocalFileSystem()
-        assert self.endpoint is not None
-        scheme, _, host = self.endpoint.partition("://")
-        return fs.S3FileSystem(endpoint_override=host, scheme=scheme, region="us-east-1")
+    @cached_property
+    def _client(self) -> Any:
+        """The client library without anything of the program's between; None for this disk."""
+        if "://" not in self.url:
+            return None
+        config = dict(self.options)
+        client: dict[str, Any] = {"allow_http": config.pop("allow_http", "false") == "true"}
+        return from_url(self.url, config=config, client_options=client)  # type: ignore
 
 
 @dataclass(frozen=True)

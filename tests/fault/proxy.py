@@ -1,4 +1,4 @@
-"""An HTTP proxy before an S3 server that breaks requests: which ones, a seed decides.
+"""An HTTP proxy before a store's server that breaks requests: which ones, a seed decides.
 
 It understands as much of HTTP/1.1 as it takes to tell requests apart and to break them in the
 middle. The Host header passes through as it came, because signatures cover it.
@@ -174,7 +174,8 @@ class FaultProxy:
     ) -> None:
         method, path, _ = request.start.split(" ", 2)
         kind = self._decisions.next(method, path)
-        self.counts["LIST" if "list-type=" in path else method] += 1
+        is_listing = "list-type=" in path or "comp=list" in path
+        self.counts["LIST" if is_listing else method] += 1
         if kind is not None:
             port = writer.get_extra_info("peername")[1]
             self.injected.append(Injected(kind, method, path, port))

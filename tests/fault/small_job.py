@@ -1,5 +1,6 @@
 """A job of a fifth of a second, in forked processes: for faults by the hundred."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from tests.helpers.inputs import pairs, parquet
 from tests.helpers.places import Place
 
 SHARD_ROWS = 3
+_ORIGIN = re.compile("^https?://[^/]+")
+"""Of a server, in the options that name one."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,15 @@ class SmallJob:
     def config(
         self, output: str, inputs: str = "in", *, endpoint: str | None = None, **settings: Any
     ) -> Config:
+        """With an `endpoint`, requests go there: to a proxy before the store's own."""
         options = dict(self.place.options)
+        if endpoint:
+            options = {k: _ORIGIN.sub(endpoint, value) for k, value in options.items()}
         return Config(
             model=str(self.model),
             inputs=((self.place / inputs).url,),
             output=(self.place / output).url,
-            store_options=options | ({"endpoint": endpoint} if endpoint else {}),
+            store_options=options,
             backend="fake",
             device="cpu",
             dtype="float32",
@@ -47,7 +53,7 @@ class SmallJob:
 
     def at(self, name: str) -> Folder:
         """As the oracles see it."""
-        return Folder((self.place / name).url, self.place.options.get("endpoint"))
+        return Folder((self.place / name).url, self.place.options)
 
     def undisturbed(self, inputs: str = "in") -> Found:
         output = f"undisturbed-{inputs}"

@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-import drill
 import pytest
 
+from tests.fault import drill
 from tests.fault.oracles import Findings
 
 pytestmark = pytest.mark.fault
