@@ -206,12 +206,33 @@ def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = 
 
 
 @app.command(cls=Command)
-def verify(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
+def verify(
+    output: Output,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="First list and remove scored shards that no manifest names, whose rows a glob "
+            "would read twice.",
+        ),
+    ] = False,
+    store_option: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
     """Recount a scored output from its data, and compare every digest with what was committed."""
+    from batch_scorer.outputs.repair import find_strays, remove
     from batch_scorer.outputs.verify import verify as check
     from batch_scorer.reports.results import VerifyReport
 
-    verdict = check(output, mapping("store_option", store_option))
+    options = mapping("store_option", store_option) or {}
+    if repair:
+        console = for_progress(as_json=as_json)
+        strays = find_strays(output, options)
+        for stray in strays:
+            say(console, f"to be removed: {stray.key}: {stray.num_rows:,} rows of {stray.input}")
+        if strays:
+            say(console, f"removed {len(remove(output, options, strays)):,} scored shards")
+    verdict = check(output, options)
     show(VerifyReport(output, verdict), as_json=as_json)
     raise typer.Exit(verdict.exit_code)
 

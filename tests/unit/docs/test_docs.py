@@ -273,6 +273,7 @@ def test_flags_in_the_documents_exist() -> None:
     known |= {"--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before
     known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
+    known |= {"--repair"}
     known |= {"--since", "--until", "--rescore", "--max-shards", "--dry-run"}
     known |= {"--address", "--token-file", "--tag", "--no-wait", "--nodes", "--gpus-per-node"}
     other_programs = {"embedded-model.md"}  # its flags are those of a script in examples/
