@@ -13,7 +13,11 @@ A_SHARD = "a.rows0-3.parquet"
 def scene_of(name: str, job: SmallJob) -> Scene:
     """What it takes to get to a failpoint."""
     if name == "commit.after_refusal":
-        return Scene(appears={A_SHARD: f"{job.place.url}/undisturbed-in/{A_SHARD}"})
+        # Of the same rows from another folder: with the run's own bytes there, its PUT has won.
+        inputs = "in-elsewhere"
+        job.write_inputs(inputs)
+        job.undisturbed(inputs)
+        return Scene(appears={A_SHARD: f"{job.place.url}/undisturbed-{inputs}/{A_SHARD}"})
     return Scene(dwell_s=DWELL_S if "renew" in name else 0.0)
 
 
