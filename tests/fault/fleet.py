@@ -10,12 +10,12 @@ from pathlib import Path
 from batch_scorer.errors import StorageError
 from cluster.local.local_cluster import Cluster, Node
 from cluster.local.processes import processes_in
-from cluster.local.seaweed import S3Server
 from tests.fault.oracles import Findings, Folder, Found, judge, read_output
-from tests.fault.proxy import FaultProxy, fault_proxy
+from tests.fault.proxy import FaultProxy, fault_proxy, redirected
 from tests.helpers.inputs import pairs, parquet
 from tests.helpers.places import Place
 from tests.helpers.program import Ended, Program, Running, temporary_ray_home, wait_until
+from tests.helpers.stores import Server
 
 SHARDS = 20
 SHARD_ROWS = 2
@@ -27,14 +27,14 @@ class Fleet:
     """A cluster, a store behind a proxy, and the inputs of runs on them."""
 
     cluster: Cluster
-    s3: S3Server
+    server: Server
     proxy: FaultProxy
     model: Path
     expected: Found
 
     def start(self, output: str, environment: dict[str, str] | None = None) -> Running:
         """A driver of its own process, on the cluster unless the environment says otherwise."""
-        flags = arguments(self.s3, self.proxy.endpoint, self.model, output)
+        flags = arguments(self.server, self.proxy.endpoint, self.model, output)
         device = "cuda" if environment is None else "cpu"
         command = [
             sys.executable,
@@ -51,7 +51,7 @@ class Fleet:
         return Running(command, {**ours, **joins, **slow}, folder)
 
     def place(self, output: str) -> Place:
-        return Place(self.s3.url(f"nodes/{output}"), self.s3.options)
+        return Place(self.server.url(f"nodes/{output}"), self.server.options)
 
     def committed(self, output: str) -> int:
         return len(self.place(output).shard_keys())
@@ -77,7 +77,7 @@ class Fleet:
         return judge(self.at(output), self.at("in"), self.expected)
 
     def at(self, name: str) -> Folder:
-        return Folder(self.s3.url(f"nodes/{name}"), self.s3.options)
+        return Folder(self.server.url(f"nodes/{name}"), self.server.options)
 
     def free_nodes(self, run: Running) -> list[Node]:
         """Nodes that the driver itself is not attached to; on a real cluster that is the head."""
@@ -92,10 +92,11 @@ class Fleet:
         ]
 
 
-def arguments(s3: S3Server, endpoint: str, model: Path, output: str) -> list[object]:
-    options = {**s3.options, "endpoint": endpoint}
+def arguments(server: Server, endpoint: str, model: Path, output: str) -> list[object]:
+    options = redirected(server.options, endpoint)
     return [
-        "score", s3.url("nodes/in"), "--model", model, "--output", s3.url(f"nodes/{output}"),
+        "score", server.url("nodes/in"), "--model", model,
+        "--output", server.url(f"nodes/{output}"),
         *(part for k, v in options.items() for part in ("--store-option", f"{k}={v}")),
         "--backend", "fake", "--dtype", "float32", "--shard-rows", SHARD_ROWS, "--json",
     ]  # fmt: skip
@@ -132,16 +133,18 @@ def lose(node: Node) -> None:
 
 
 @contextmanager
-def fleet_on(cluster: Cluster, s3: S3Server, model: Path) -> Iterator[Fleet]:
+def fleet_on(cluster: Cluster, server: Server, model: Path) -> Iterator[Fleet]:
     """With inputs written, and what an undisturbed run makes of them."""
     table = pairs(SHARDS * SHARD_ROWS)
-    Place(s3.url("nodes/in"), s3.options).write({"a.parquet": parquet(table)})
+    Place(server.url("nodes/in"), server.options).write({"a.parquet": parquet(table)})
     with temporary_ray_home() as home:
-        flags = arguments(s3, s3.endpoint, model, "undisturbed")
+        flags = arguments(server, server.endpoint, model, "undisturbed")
         ended = Program(home).run(*flags, "--device", "cpu", "--no-ray")
     assert ended.exit_code == 0, ended.err
-    output, inputs = (Folder(s3.url(f"nodes/{name}"), s3.options) for name in ("undisturbed", "in"))
+    output, inputs = (
+        Folder(server.url(f"nodes/{name}"), server.options) for name in ("undisturbed", "in")
+    )
     expected = read_output(output, inputs)
     assert len(expected.shards) == SHARDS
-    with fault_proxy(s3.endpoint) as proxy:
-        yield Fleet(cluster, s3, proxy, model, expected)
+    with fault_proxy(server.endpoint) as proxy:
+        yield Fleet(cluster, server, proxy, model, expected)

@@ -6,16 +6,18 @@ middle. The Host header passes through as it came, because signatures cover it.
 
 import asyncio
 import random
+import re
 import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+_ORIGIN = re.compile("^https?://[^/]+")
 _BODILESS = {"204", "304"}
 _FRAMING = {"content-length", "transfer-encoding", "connection"}
 _ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>injected</Message></Error>"
@@ -225,6 +227,11 @@ class FaultProxy:
             return _framed(answer, await _read_body(answer, reader))
         finally:
             writer.close()
+
+
+def redirected(options: Mapping[str, str], endpoint: str) -> dict[str, str]:
+    """Store options whose requests go to `endpoint`, a proxy before the server that they name."""
+    return {name: _ORIGIN.sub(endpoint, value) for name, value in options.items()}
 
 
 @contextmanager

@@ -1,5 +1,12 @@
 """What it takes to get a run to a failpoint; the drill uses it too."""
 
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from batch_scorer.records import Commit
 from tests.fault.forked import Scene
 from tests.fault.small_job import SmallJob
 
@@ -11,14 +18,22 @@ A_SHARD = "a.rows0-3.parquet"
 
 
 def scene_of(name: str, job: SmallJob) -> Scene:
-    """What it takes to get to a failpoint."""
+    """What it takes to get to a failpoint; `job.undisturbed()` has run."""
     if name == "commit.after_refusal":
-        # Of the same rows from another folder: with the run's own bytes there, its PUT has won.
-        inputs = "in-elsewhere"
-        job.write_inputs(inputs)
-        job.undisturbed(inputs)
-        return Scene(appears={A_SHARD: f"{job.place.url}/undisturbed-{inputs}/{A_SHARD}"})
+        return Scene(appears={A_SHARD: str(_stale_shard(job))})
     return Scene(dwell_s=DWELL_S if "renew" in name else 0.0)
+
+
+def _stale_shard(job: SmallJob) -> Path:
+    """A file with a shard of an older plan: with the right bytes, a refused PUT would be taken for
+    one whose answer was lost."""
+    table = pq.read_table(io.BytesIO(job.at("undisturbed-in").read(A_SHARD)))
+    commit = Commit.from_footer(table.schema.metadata)
+    assert commit is not None
+    footer = replace(commit, identity="of an older plan").footer()
+    file = job.runs.log.parent / A_SHARD
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **footer}), file)
+    return file
 
 
 def failpoint_of(name: str, action: str) -> str:

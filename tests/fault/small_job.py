@@ -1,6 +1,5 @@
 """A job of a fifth of a second, in forked processes: for faults by the hundred."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from typing import Any
 from batch_scorer import Config
 from tests.fault.forked import ForkedRuns, forked_runs
 from tests.fault.oracles import Findings, Folder, Found, judge, read_output
+from tests.fault.proxy import redirected
 from tests.helpers.inputs import pairs, parquet
 from tests.helpers.places import Place
 
 SHARD_ROWS = 3
-_ORIGIN = re.compile("^https?://[^/]+")
-"""Of a server, in the options that name one."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class SmallJob:
         """With an `endpoint`, requests go there: to a proxy before the store's own."""
         options = dict(self.place.options)
         if endpoint:
-            options = {k: _ORIGIN.sub(endpoint, value) for k, value in options.items()}
+            options = redirected(options, endpoint)
         return Config(
             model=str(self.model),
             inputs=((self.place / inputs).url,),

@@ -27,7 +27,7 @@ def latest(job: StoreJob) -> str:
 
 def write_day(job: StoreJob, day: int) -> None:
     table = pairs(4, start=10 * day)
-    (job.place / "days").write({f"{DAYS[day]}.parquet": parquet(table)})
+    (job.place / "days").write({f"dt={DAYS[day]}/x.parquet": parquet(table)})
 
 
 def test_two_nights_score_what_is_new_and_nothing_else(job: StoreJob) -> None:
