@@ -268,12 +268,6 @@ def lease_of(store: Store) -> LeaseState | None:
     )
 
 
-def holder_of(store: Store) -> str | None:
-    """Who holds the output, in words; None if nobody does."""
-    lease = lease_of(store)
-    return lease.holder if lease and lease.is_held else None
-
-
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
