@@ -378,5 +378,6 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(_missing(name))
         else:
             given = f" (got {problem['input']!r})" if name else ""
-            lines.append(f"{name + ': ' if name else ''}{problem['msg']}{given}")
+            message = problem["msg"].removeprefix("Value error, ")  # pydantic's, before ours
+            lines.append(f"{name + ': ' if name else ''}{message}{given}")
     return lines

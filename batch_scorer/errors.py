@@ -1,8 +1,8 @@
-"""What can go wrong, as types; each says how the program ends.
+"""What can go wrong, as types; each has the exit code it ends with.
 
 BatchScorerError
 ├── ConfigError            a setting is wrong or two settings contradict each other   exit 2
-│   └── MissingExtraError  an optional package is needed; the message says which      exit 2
+│   └── MissingExtraError  an optional package is needed; the message names it        exit 2
 ├── InputError             an input path, file or schema cannot be used at all        exit 2
 ├── ModelError             the model directory cannot give true scores                exit 2
 │   └── ParityError        the engine's scores are not those of plain Hugging Face    exit 2

@@ -1,4 +1,4 @@
-"""The logger `batch_scorer`: how a line looks, what it knows of the work, what it never says.
+"""The logger `batch_scorer`: how a line looks, what it knows of the work, what it never shows.
 
 Text for people, or one JSON object a line where RAY_LOGGING_CONFIG_ENCODING is JSON, the variable
 that Ray's own logs follow. Lines carry the fields of the work that they were written in (`fields`):

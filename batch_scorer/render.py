@@ -1,7 +1,7 @@
 """Parsed rows → token ids: the model's own chat template, exactly one BOS, the length policy.
 
 The ids are those that the model card's two steps give (render to text, then tokenise), taken in
-bulk. Families that were trained on another text than their tokenizer's template gives say so in
+bulk. Families that were trained on another text than their tokenizer's template gives have it in
 `models.adapter.Prompt`. Whether BOS comes from the template or from the tokenizer is read off the
 rendered text and not guessed from the model's name: Skywork-Reward v0.1 templates hold none, v0.2
 and V2 do (model cards).

@@ -519,7 +519,7 @@ def limits_are_requests(manifest: Manifest) -> Problems:
 
 @_rule
 def known_resources(manifest: Manifest) -> Problems:
-    """`limits` is a free map: a misspelt `nvidia.com/gpu` is a pod that waits for ever."""
+    """`limits` is a free map: a misspelt `nvidia.com/gpu` is a pod that waits forever."""
     for container in manifest.containers:
         for kind in ("limits", "requests"):
             resources = container.child("resources", kind)
@@ -574,7 +574,7 @@ def _free_keys(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 @_rule
 def shared_memory(manifest: Manifest) -> Problems:
-    """Ray's object store lies in /dev/shm; a container gets 64 MB of it unless told otherwise."""
+    """Ray's object store lies in /dev/shm; a container gets 64 MB of it by default."""
     for pod in manifest.pods:
         memory = {
             volume.value.get("name")
@@ -769,7 +769,7 @@ def sidecar_mode(manifest: Manifest) -> Problems:
 
 @_rule
 def deadlines(manifest: Manifest) -> Problems:
-    """Without them a job that waits for GPUs, or hangs, waits and hangs for ever."""
+    """Without them a job that waits for GPUs, or hangs, waits and hangs forever."""
     for job in manifest.ray_jobs:
         for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
             if job.number(key) <= 0:
@@ -936,7 +936,7 @@ def cron_late_start(manifest: Manifest) -> Problems:
 
 @_rule
 def cron_history(manifest: Manifest) -> Problems:
-    """What failed should still be there to be looked at in the morning, and not for ever."""
+    """What failed should still be there to be looked at in the morning, and not forever."""
     if manifest.kind == "CronJob":
         spec = manifest.root.child("spec")
         for key in ("successfulJobsHistoryLimit", "failedJobsHistoryLimit"):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -37,9 +37,6 @@ from batch_scorer.errors import (
 )
 from batch_scorer.evaluation import Benchmark
 from batch_scorer.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="batch-scorer",
@@ -185,7 +182,7 @@ def drift(output: Output, store_option: StoreOptions = None, as_json: AsJson = F
     from batch_scorer.storage import ObjectMissing, open_store
 
     try:
-        root = open_store(output, mapping("store_option", store_option) or {})
+        root = open_store(output, mapping("store_options", store_option) or {})
     except ObjectMissing as error:
         raise OutputError(str(error)) from error
     show(newest_drift(root), as_json=as_json)
@@ -198,7 +195,7 @@ def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = 
     from batch_scorer.nightly.status import nightly_root, read_nightly_status
     from batch_scorer.runs.status import read_status
 
-    options = mapping("store_option", store_option)
+    options = mapping("store_options", store_option)
     if (root := nightly_root(output, options)) is None:
         show(read_status(output, options), as_json=as_json)
     else:
@@ -224,14 +221,14 @@ def verify(
     from batch_scorer.outputs.verify import verify as check
     from batch_scorer.reports.results import VerifyReport
 
-    options = mapping("store_option", store_option) or {}
+    options = mapping("store_options", store_option) or {}
     if repair:
         console = for_progress(as_json=as_json)
         strays = find_strays(output, options)
         for stray in strays:
             say(console, f"to be removed: {stray.key}: {stray.num_rows:,} rows of {stray.input}")
-        if strays:
-            say(console, f"removed {len(remove(output, options, strays)):,} scored shards")
+        removed = len(remove(output, options, strays)) if strays else 0
+        say(console, f"removed {removed:,} scored shards")
     verdict = check(output, options)
     show(VerifyReport(output, verdict), as_json=as_json)
     raise typer.Exit(verdict.exit_code)
@@ -250,7 +247,7 @@ def doctor(
     from batch_scorer.storage import examine
 
     try:
-        found = examine(url, mapping("store_option", store_option) or {})
+        found = examine(url, mapping("store_options", store_option) or {})
     except StorageError as error:
         raise OutputError(str(error)) from error
     show(found, as_json=as_json)

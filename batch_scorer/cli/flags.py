@@ -101,12 +101,13 @@ def load_settings(command: str, values: Mapping[str, Any]) -> Config | None:
 
 
 def mapping(name: str, pairs: list[str] | None) -> dict[str, str] | None:
-    """The entries of a flag that was given KEY=VALUE, perhaps often; None without any."""
+    """The entries of a setting whose flag was given KEY=VALUE, perhaps often; None without any."""
     if not pairs:
         return None
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
-        raise ConfigError(f"{name}: expected KEY=VALUE, got {wrong[0]!r}")
+        flag, form = _MAPPINGS[name]
+        raise ConfigError(f"{flag}: expected {form}, got {wrong[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 

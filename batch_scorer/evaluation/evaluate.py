@@ -50,8 +50,8 @@ class _Rules:
     """A benchmark: how its files are recognised, what is read from them, what computes it.
 
     `texts` are columns of the input (null where a file has none), `scores` added ones under the
-    names that `evaluate` takes. `known` says whether a value of the first of `texts` is one of the
-    benchmark's.
+    names that `evaluate` takes. `known` decides whether a value of the first of `texts` is one of
+    the benchmark's.
     """
 
     needs: str

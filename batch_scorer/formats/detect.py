@@ -119,7 +119,7 @@ def _choose_kind(
     best = [one for one in found if KINDS[one].rank == rank]
     if len(best) > 1:
         choices = ", ".join(f"{one} ({', '.join(found[one])})" for one in best)
-        raise _Undecided(f"the rows could be any of {choices}", f"pass --format {best[0]}, say")
+        raise _Undecided(f"the rows could be any of {choices}", f"pass e.g. --format {best[0]}")
     return best[0], found[best[0]]
 
 
@@ -311,7 +311,7 @@ def _check_named(schema: pa.Schema, columns: Mapping[str, str], format: Format |
 def _only(field: str, hits: list[str]) -> str:
     if len(hits) > 1:
         what = f"{' and '.join(hits)} could both be the {field}"
-        raise _Undecided(what, f"pass --column {field}={hits[0]}, say")
+        raise _Undecided(what, f"pass e.g. --column {field}={hits[0]}")
     return hits[0]
 
 

@@ -29,7 +29,7 @@ from batch_scorer.records import (
 )
 
 # A SequenceInput or a RowError. Any, because all values of a column are of one kind and only
-# the column's type tells which.
+# the column's type decides which.
 Value: TypeAlias = Any
 ReadText: TypeAlias = Callable[[str], Value]
 

@@ -90,8 +90,8 @@ class Lease:
         self.check()
 
     def close(self) -> None:
-        """Say that this run counts on nothing that it has not found so far: from now on, who comes
-        too late with a shard of an older plan may take it back. Raises LeaseLostError and
+        """Record that this run counts on nothing that it has not found so far: from now on, whoever
+        comes too late with a shard of an older plan may take it back. Raises LeaseLostError and
         StorageError."""
         self._closing = True
         self._write_ours(released=False)
@@ -236,8 +236,8 @@ class LeaseState:
     """How a lease stands: who took it last, in words and by id, and whether it is held now.
 
     A holder on this machine (`is_here`) that died does not hold it. One on another machine still
-    does: only time tells, and a new run waits for it. `renewed_at` is the store's time. `is_over`:
-    the last holder has given it back, or has no more to do than to look for late shards.
+    does, until its term ends, and a new run waits for that. `renewed_at` is the store's time.
+    `is_over`: the last holder has given it back, or only looks for late shards now.
     """
 
     holder: str
@@ -266,12 +266,6 @@ def lease_of(store: Store) -> LeaseState | None:
         is_over=lease["released"] or lease["closing"],
         renewed_at=info.last_modified,
     )
-
-
-def holder_of(store: Store) -> str | None:
-    """Who holds the output, in words; None if nobody does."""
-    lease = lease_of(store)
-    return lease.holder if lease and lease.is_held else None
 
 
 def _is_running(pid: int) -> bool:

@@ -192,7 +192,7 @@ def publish(
 
 
 def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
-    """Drop the ledger, now that a manifest says the same; with nothing missing, write `_SUCCESS`.
+    """Drop the ledger, now that a manifest holds the same; with nothing missing, write `_SUCCESS`.
 
     Its content are the totals that `publish` gave. Raises as that does.
     """

@@ -3,7 +3,7 @@
 Equal sequences are those of equal token ids under one fingerprint: their scores would come out the
 same. So before a scored object is replaced, or deleted because its file is cut differently now, it
 is copied aside; whoever reads the file's new rows reads those copies too, turns their rows into
-token ids by the same road, and asks a backend only for what it does not find there.
+token ids in the same way, and asks a backend only for what it does not find there.
 
 Legend: S sequences, O outputs, K steps.
 """

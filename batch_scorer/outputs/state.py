@@ -1,4 +1,4 @@
-"""What is stored at an output, and what its records say: one reading for all who ask."""
+"""What is stored at an output, and what its records hold: one reading for all who need it."""
 
 from collections.abc import Iterator
 from functools import cached_property

@@ -167,7 +167,8 @@ class _Inputs:
 
 
 def _holding(sizes: list[int], first_row: int, num_rows: int) -> tuple[int, int, int]:
-    """The parts [start, stop), of so many rows each, that hold the rows, and the rows before."""
+    """Which parts [start, stop) hold the rows, and the number of rows before these parts; `sizes`
+    counts the rows of each part."""
     if not num_rows:
         return 0, 0, first_row
     ends = np.cumsum(sizes)

@@ -164,8 +164,7 @@ def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None 
     """The job's engine, after it has agreed with plain Hugging Face on the sample.
 
     `make` builds another engine in its place. The report is in its provenance as `parity`; without
-    a sample nothing is compared. Raises
-    ParityError under `parity_check: stop`.
+    a sample nothing is compared. Raises ParityError under `parity_check: stop`.
     """
     make = make or make_backend
     if sample is None:

@@ -33,7 +33,8 @@ def run_here(
             with logs.fields(attempt=attempt):
                 item = scorer.score(prepare_item(job, shard))
                 item.spent.retries = attempt - 1
-                yield commit_item(job, epoch, item)
+                receipt = commit_item(job, epoch, item)
+            yield receipt  # outside: what its reader logs is not about this shard
     except EngineDied as error:
         raise IncompleteError(f"the engine died: {error}; run the same command again") from error
     finally:

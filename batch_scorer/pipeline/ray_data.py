@@ -6,7 +6,7 @@ every stage takes one item a call. So no block of Ray's ever mixes, splits or dr
     prepare (CPU tasks) → score (one actor per device) → commit (CPU tasks) → receipts
 
 Stages never raise for data: what goes wrong becomes a receipt. Deaths of whole processes are
-counted by `Attempts`, because Ray itself would start a crashing item again for ever; it also
+counted by `Attempts`, because Ray itself would start a crashing item again forever; it also
 remembers which rows were being scored (`isolation`).
 """
 

@@ -131,8 +131,8 @@ def num_workers(job: Job) -> int:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if gpus == 0 and job.config.workers is None:
             raise ConfigError(
-                "device is cuda, but the cluster has no GPU; where an autoscaler brings them, say "
-                "with `workers` how many to ask for"
+                "device is cuda, but the cluster has no GPU; where an autoscaler brings them, set "
+                "`workers` to how many it should bring"
             )
         return job.config.workers or max(1, gpus // job.config.tensor_parallel)
     return job.config.workers or len(_machine_cpus())

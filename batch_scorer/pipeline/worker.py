@@ -110,7 +110,8 @@ class _Peak:
             return
         peak = matmul_peak(self._job.device, self._job.dtype)
         self.flops = max(self.flops, peak * self._job.config.tensor_parallel)
-        self._next = time.perf_counter() + self._pause_s
+        # Where the engine has left no memory for it, it will leave none later.
+        self._next = time.perf_counter() + self._pause_s if peak else float("inf")
         self._pause_s *= 2
 
 

@@ -55,7 +55,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What a scored shard says of itself, in its Parquet footer.
+    """What a scored shard holds about itself, in its Parquet footer.
 
     Holds no clock, host or attempt, so the object's bytes are a function of input, model and
     plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
@@ -109,7 +109,7 @@ class Commit:
 
 
 class Status(StrEnum):
-    """How a shard stands. LEFT: this run was told to score only so many shards. INPUT_GONE:
+    """How a shard stands. LEFT: this run was to score fewer shards (`max_shards`). INPUT_GONE:
     committed by an earlier run, its input is no longer there; kept and named in the manifest, but
     not counted in any total."""
 

@@ -153,4 +153,4 @@ def require_template(job: Job, plan: Plan) -> None:
     """Raise ModelError where rows have to be rendered and the model has no chat template."""
     needs_none = {Format.TEXT, Format.TOKEN_IDS}
     if job.probe is None and any(f.layout.format not in needs_none for f in plan.files):
-        renderer_of(job.config, job.model).probe()  # raises: it says what is missing
+        renderer_of(job.config, job.model).probe()  # raises, and names what is missing

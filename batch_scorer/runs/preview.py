@@ -42,7 +42,7 @@ def check(config: Config) -> Checked:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run would do. Without an `estimate`, `unknown` says why; None: no model is named."""
+    """What a run would do. Without an `estimate`, `unknown` is the reason; None: no model given."""
 
     plan: Plan
     estimate: Estimate | None = None

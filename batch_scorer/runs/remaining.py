@@ -135,8 +135,8 @@ def remaining(
 
 
 def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = ()) -> Work:
-    """Copy aside what is about to be replaced, and remove old pieces; tell each shard where rows of
-    its file may be found scored, in those copies or in other outputs (`donors`).
+    """Copy aside what is about to be replaced, and remove old pieces; note in each shard where its
+    file's rows may be found scored, in those copies or in other outputs (`donors`).
 
     Under the lease. What a crash leaves behind is found again by `remaining`.
     """

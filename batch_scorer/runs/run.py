@@ -48,7 +48,7 @@ log = logging.getLogger("batch_scorer")
 
 
 class Listener(Protocol):
-    """Who is told how a run goes."""
+    """What follows a run."""
 
     def planned(self, work: Work) -> None: ...
 
@@ -73,7 +73,7 @@ class Summary:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all was done that the run was to do; what it was told to leave is not."""
+        """Whether no shard failed; shards left by `max_shards` do not count."""
         return bool(self.totals["shards_failed"] == 0)
 
 

@@ -95,7 +95,7 @@ class Telemetry:
         self._show()
 
     def planned(self, work: object) -> None:
-        """The run itself says what it has to do."""
+        """Nothing to show yet: `Run` has what there is to do."""
 
     def finished(self, receipt: Receipt) -> None:
         commit = receipt.commit

@@ -70,7 +70,7 @@ class Store:
 
     All keys are relative to the root and use `/`. Every method raises StorageError (or its
     subclasses in `faults.py`) and nothing else for what the store does: PlaceMissing and
-    AccessDenied where no request can succeed, and for single objects what is said there.
+    AccessDenied where no request can succeed, and what the methods for single objects name.
     """
 
     def __init__(self, root: str, options: Mapping[str, str], *, create: bool = False) -> None:
@@ -133,7 +133,7 @@ class Store:
         return self._asked(key, lambda: self._get(key, version)[0])
 
     def read_whole(self, key: str, version: Version, size_bytes: int) -> bytes:
-        """The whole object, which is this version and so long; less is a fault of the store."""
+        """The whole object in this version and of this size; less is a fault of the store."""
         return self._asked(key, lambda: self._get(key, version, (0, size_bytes))[0])
 
     def read_with_info(self, key: str) -> tuple[bytes, ObjectInfo]:
@@ -284,7 +284,7 @@ class Store:
             os.close(descriptor)
 
     def _wait_for(self, descriptor: int) -> None:
-        """Lock the file. A dead process holds nothing, but one that sleeps may do so for ever."""
+        """Lock the file. A dead process holds nothing, but one that sleeps may hold it forever."""
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
         while True:
             try:

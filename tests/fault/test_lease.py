@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from batch_scorer.errors import LeaseLostError, OutputHeldError
-from batch_scorer.outputs.lease import Lease, current_epoch, holder_of
+from batch_scorer.outputs.lease import Lease, current_epoch, lease_of
 from cluster.local.seaweed import S3Server
 from tests.helpers.places import Place
 from tests.helpers.program import wait_until
@@ -59,13 +59,16 @@ def lease_body(place: Place) -> dict[str, Any]:
 
 def test_a_living_holder_keeps_others_out_until_it_lets_go(place: Place) -> None:
     with Lease(place.store, "a plan", TTL_S):
-        assert holder_of(place.store) == f"process {os.getpid()} on {socket.gethostname()}"
+        held = lease_of(place.store)
+        assert held is not None and held.is_held
+        assert held.holder == f"process {os.getpid()} on {socket.gethostname()}"
         with (
             pytest.raises(OutputHeldError, match="is working on this output"),
             Lease(place.store, "a plan", TTL_S),
         ):
             pass
-    assert holder_of(place.store) is None
+    released = lease_of(place.store)
+    assert released is not None and not released.is_held
     with Lease(place.store, "a plan", TTL_S) as second:
         assert second.epoch == 1
     with Lease(place.store, "another plan", TTL_S) as third:

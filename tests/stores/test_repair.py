@@ -33,7 +33,10 @@ def test_old_pieces_that_stayed_are_removed_and_the_rows_are_there_once(job: Sto
     ended = run_cli("verify", url, *(job.place / "out").flags, "--repair")
     assert ended.exit_code == 0, ended.err
     assert all(f"to be removed: {key}: " in ended.out for key in old)
+    assert f"removed {len(old)} scored shards" in ended.out
     assert find_strays(url, options) == []
+    again = run_cli("verify", url, *(job.place / "out").flags, "--repair")
+    assert "removed 0 scored shards" in again.out
     job.assert_right("out", job.undisturbed(), same_bytes=False)
 
     # And once more: nothing of it is scored again.

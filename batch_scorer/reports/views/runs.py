@@ -248,7 +248,7 @@ def conformance_view(found: Conformance) -> Iterator[Block]:
             "This bucket keeps old versions: what is replaced or deleted stays in it, out of "
             "sight, until a rule of the bucket removes it."
         )
-    verdict = "outputs may lie here" if found.holds else "no output may lie here"
+    verdict = "fit for outputs" if found.holds else "not fit for outputs"
     yield Line(f"{found.url}: {verdict}")
 
 

@@ -148,7 +148,8 @@ def test_settings_come_from_a_file_with_flags_on_top(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--column", "chosen"], "expected KEY=VALUE"),
+        (["--column", "chosen"], "error: --column: expected FIELD=COLUMN, got 'chosen'"),
+        (["--quantization", "fp8"], "error: quantization: the fake backend does not take it"),
         (["--column", "chosen=chosn"], "chosen"),
         (["--shard-rows", "0"], "greater than 0"),
         (["--dtype", "int4"], "'bfloat16', 'float32' or 'float16'"),

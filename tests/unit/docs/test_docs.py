@@ -152,7 +152,7 @@ _MODELS_INTRO = """# Models
 
 A family is data (`batch_scorer/models/families/`): where the head lies, which tokens it reads, what
 text it was trained on. The family is found from config.json, the names of the tensors and, where
-neither can tell, the model's name; `--adapter` names it outright. Body and head are apart: either
+neither decides, the model's name; `--adapter` names it outright. Body and head are apart: either
 engine runs the body, the head is ours, in float32, and no family needs remote code. Each family is
 held to a plain model, one sequence at a time, in `tests/parity/test_matrix.py`.
 
