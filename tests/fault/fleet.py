@@ -107,7 +107,7 @@ def scoring_workers(node: Node) -> list[int]:
     found = []
     for pid in processes_in(node.folder):
         with suppress(OSError):
-            if b"SlowStage" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"_ScoreStage" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
 
