@@ -1,7 +1,7 @@
-"""How a row becomes sequences, and how the values of sequences become columns again.
+"""How a row's sequences lie in it, and how their values become columns again.
 
-One object for both ways, so that they cannot part: `formats.parse` cuts a row into the sequences
-of its sides, one side after the other, and `RowShape` puts values back in their places.
+`formats.parse` cuts a row into the sequences of its sides, one side after the other; `RowShape` has
+their number for each side, puts values back in their places, and reads them out of columns again.
 
 Legend: R rows, S sequences, K sides of a row.
 """
