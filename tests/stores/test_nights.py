@@ -32,7 +32,7 @@ def write_day(job: StoreJob, day: int) -> None:
 
 def test_two_nights_score_what_is_new_and_nothing_else(job: StoreJob) -> None:
     first = run_night(nights_of(job), Night())
-    assert first.record is not None and first.record["has_moved"]
+    assert first.record is not None and first.record.has_moved
     job.assert_right(latest(job), job.undisturbed())
     before = (job.place / latest(job)).shards()
 
@@ -40,10 +40,8 @@ def test_two_nights_score_what_is_new_and_nothing_else(job: StoreJob) -> None:
     (job.place / "in").write({"b.parquet": parquet(pairs(7, start=100))})
     second = run_night(nights_of(job), Night())
     assert second.record is not None
-    rows = second.record["lines"][0]["rows"]
-    assert {name: rows[name] for name in ("total", "new", "kept", "left")} == {
-        "total": 12, "new": 7, "kept": 5, "left": 0,
-    }  # fmt: skip
+    rows = second.record.series[0].rows
+    assert (rows.total, rows.new, rows.kept, rows.left) == (12, 7, 5, 0)
     after = (job.place / latest(job)).shards()
     a = {key for key in before if key.startswith("a.")}
     assert {key: after[key] for key in a} == {key: before[key] for key in a}
@@ -77,7 +75,7 @@ def test_a_night_of_some_days_keeps_what_the_night_before_has_scored(job: StoreJ
 
     write_day(job, 2)
     third = night(since=DAYS[2])
-    assert third.record is not None and third.record["lines"][0]["rows"]["new"] == 4
+    assert third.record is not None and third.record.series[0].rows.new == 4
     assert counted() == 12
     assert night(since=DAYS[2]).record is None
     assert counted() == 12
