@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.formats import hh
 from batch_scorer.formats.kinds import KINDS, Part, item_type, message_keys, part_of, role_of
+from batch_scorer.formats.shape import RowShape, shape_of
 from batch_scorer.records import (
     Conversation,
     Layout,
     Message,
     ParsedRows,
     RowError,
-    SequenceInput,
     TextStyle,
 )
 
@@ -66,7 +66,7 @@ def parse(table: pa.Table, layout: Layout) -> ParsedRows:
         read = partial(_read, read_text=_prompt_reader(layout.text_style, prompt_name))
         prompts = _each(_column(table, prompt_name), prompt_name, read)
     responses = [_responses(table, layout, layout.columns[name]) for name in kind.responses]
-    return _assemble(prompts, responses)
+    return _assemble(shape_of(layout.format), prompts, responses)
 
 
 def _responses(table: pa.Table, layout: Layout, name: str) -> _Responses:
@@ -91,36 +91,36 @@ def _responses(table: pa.Table, layout: Layout, name: str) -> _Responses:
     )
 
 
-def _assemble(prompts: list[Value], responses: list[_Responses]) -> ParsedRows:
-    sequences: list[SequenceInput | RowError] = []
-    row_ends: list[int] = []
+def _assemble(shape: RowShape, prompts: list[Value], responses: list[_Responses]) -> ParsedRows:
+    rows: list[list[list[Value]]] = []
     row_errors: dict[int, RowError] = {}
     for row, prompt in enumerate(prompts):
-        found = _row(row, prompt, responses)
+        found = _sides(row, prompt, responses)
         if isinstance(found, RowError):
-            row_errors[row] = found
-        else:
-            sequences.extend(found)
-        row_ends.append(len(sequences))
-    return ParsedRows(sequences, np.array([0, *row_ends], dtype=np.int64), row_errors)
+            row_errors[row], found = found, []
+        rows.append(found)
+    sequences, row_offsets = shape.cut(rows)
+    return ParsedRows(sequences, row_offsets, row_errors)
 
 
-def _row(row: int, prompt: Value, responses: list[_Responses]) -> list[Value] | RowError:
+def _sides(row: int, prompt: Value, responses: list[_Responses]) -> list[list[Value]] | RowError:
+    """The row's sequences by side, in the order of the format's fields."""
     if isinstance(prompt, RowError):
         return prompt
     if _ends_with_assistant(prompt):
         return _bad("the prompt ends with the assistant's message")
-    found: list[Value] = []
+    sides: list[list[Value]] = []
     for column in responses:
         if row in column.row_errors:
             return column.row_errors[row]
         values = column.values[column.offsets[row] : column.offsets[row + 1]]
-        found.extend(_join(prompt, value, column.label) for value in values)
+        sides.append([_join(prompt, value, column.label) for value in values])
+    found = [value for side in sides for value in side]
     if not found:
         return RowError(RowReason.EMPTY, "the row holds no response")
     if all(isinstance(value, RowError) for value in found):
         return found[0]  # type: ignore[no-any-return]
-    return found
+    return sides
 
 
 def _join(prompt: Value, response: Value, label: str) -> Value:

@@ -1,13 +1,15 @@
-"""How a row's sequences lie in it, and how their values become columns again.
+"""How a row becomes sequences, and how the values of sequences become columns again.
 
-`formats.parse` cuts a row into the sequences of its sides, one side after the other; `RowShape` has
-their number for each side, puts values back in their places, and reads them out of columns again.
+One object for both ways, so that they cannot part: `RowShape` puts the sequences of all rows end to
+end (`cut`), puts their values back in their places (`to_columns`), and reads them out of columns
+again (`from_columns`).
 
 Legend: R rows, S sequences, K sides of a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ from batch_scorer.config import OverLength
 from batch_scorer.formats.kinds import KINDS
 from batch_scorer.records import SCALAR, Format, Outputs, gather
 
+T = TypeVar("T")
 IntArray = npt.NDArray[np.int64]
 
 
@@ -37,6 +40,20 @@ class RowShape:
     def suffixes(self) -> tuple[str, ...]:
         """What the names of a side's columns end in."""
         return tuple(f"_{name}" for name in self.fields) if len(self.fields) > 1 else ("",)
+
+    def cut(self, rows: Iterable[Sequence[Sequence[T]]]) -> tuple[list[T], IntArray]:
+        """S sequences end to end, and int64[R+1]: row r owns those from offset r to offset r + 1.
+
+        Each row comes as the sequences of its K sides, or empty; a row's sequences are those of its
+        sides, one side after the other.
+        """
+        sequences: list[T] = []
+        ends = [0]
+        for sides in rows:
+            for side in sides:
+                sequences.extend(side)
+            ends.append(len(sequences))
+        return sequences, np.array(ends, dtype=np.int64)
 
     def value_columns(self, outputs: Outputs) -> list[list[str]]:
         """The columns of each kind of value that a sequence has, by side: its score or embedding
