@@ -20,7 +20,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -111,7 +111,6 @@ def committed(
             num_rows=commit.num_rows,
             status=Status.COMMITTED,
             stored=Stored(commit, info.version, info.size_bytes, sha256),
-            is_earlier=True,
         )
 
     unknown: list[ObjectInfo] = []
@@ -119,7 +118,7 @@ def committed(
         receipt = known.get(info.key)
         stored = None if receipt is None else receipt.stored
         if receipt is not None and stored is not None and stored.version == info.version:
-            yield info, replace(receipt, is_earlier=True)
+            yield info, receipt
         else:
             unknown.append(info)
     yield from in_threads(read_back, unknown, READERS)

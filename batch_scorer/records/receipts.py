@@ -168,8 +168,8 @@ class Receipt:
     """How one shard ended; `stored` is None where it is not committed.
 
     `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
-    record of what scored the shard (device, versions, attention kernel). `is_earlier`: committed
-    before this run. `examples` names up to a few marked rows as [row of the file, reason, detail].
+    record of what scored the shard (device, versions, attention kernel).
+    `examples` names up to a few marked rows as [row of the file, reason, detail].
     `epoch` is that of the run that did the work, 0 where no record shows it. `estimated_tokens` are
     those of the plan.
     """
@@ -183,7 +183,6 @@ class Receipt:
     reason: ShardReason | None = None
     detail: str = ""
     engine: str = ""
-    is_earlier: bool = False
     examples: list[tuple[int, str, str]] = field(default_factory=list)
     epoch: int = 0
     estimated_tokens: int = 0
