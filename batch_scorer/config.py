@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -40,6 +41,13 @@ class OverLength(StrEnum):
     MARK = "mark"
     ERROR = "error"
     TRUNCATE_LEFT = "truncate_left"
+    TRUNCATE_MIDDLE = "truncate_middle"
+    TRUNCATE_RIGHT = "truncate_right"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a sequence that is too long is cut and scored."""
+        return self in (self.TRUNCATE_LEFT, self.TRUNCATE_MIDDLE, self.TRUNCATE_RIGHT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,9 @@ class Config(BaseModel):
     """Files, directories, globs or s3://, gs://, az:// URLs. The output keeps their paths below
     the longest common folder. An output may get more inputs later."""
 
+    exclude: tuple[str, ...] = _setting((), "runtime")
+    """Input files to leave out, as globs over their paths below the input: `--exclude "test/*"`."""
+
     output: str = _setting(..., "runtime", min_length=1)
     """Folder or URL that receives the scored shards. An output holds one fingerprint's scores."""
 
@@ -125,13 +136,61 @@ class Config(BaseModel):
     dialogue with turn marks, as in Anthropic's HH-RLHF. `rendered`: text that went through a chat
     template already; it is tokenised as it is. Default: detected."""
 
+    ignore_columns: tuple[str, ...] = _setting((), "scores")
+    """Columns that look like a part of the conversation and are none: `--ignore-column system` on
+    the command line, `ignore_columns: [system]` in YAML. Without it a row where such a column holds
+    something is not scored."""
+
+    chat_template: str | None = _setting(None, "runtime")
+    """A file with the Jinja chat template to use in place of the model's own, or the name of one of
+    the model's templates where it has several. The template itself enters the fingerprint, not its
+    path."""
+
+    template_arguments: dict[str, Any] = _setting({}, "scores")
+    """Arguments that the chat template takes: `--template-argument enable_thinking=false` on the
+    command line, `template_arguments: {enable_thinking: false}` in YAML."""
+
+    template_date: datetime | None = _setting(None, "runtime")
+    """The date that a template prints as today's, e.g. 2026-11-28. Enters the fingerprint where the
+    template asks for a date. Default: the day on which the output was begun, for all its rows."""
+
+    system_prompt: str | None = _setting(None, "scores")
+    """The system message of conversations that have none. Default: as the model's family was
+    trained."""
+
+    reasoning: Literal["template", "keep", "drop"] = _setting("template", "scores")
+    """What happens to the reasoning of the judged answer (`reasoning_content`, `thinking`, or
+    `<think>…</think>` in its text). `template`: what the chat template does with it. `keep`: it is
+    scored even where the template would cut it. `drop`: it is removed from all messages."""
+
+    special_text: Literal["parse", "literal", "mark"] = _setting("parse", "scores")
+    """Text inside a message that spells a special token, such as `<|im_end|>`. `parse`: it becomes
+    that token, as in the model's own code. `literal`: it stays text. `mark`: its row is not scored.
+    `num_special_tokens` counts it in any case."""
+
+    bos: Literal["auto", "always", "never", "template"] = _setting("auto", "scores")
+    """The token that begins a sequence. `auto`: once, where the template writes it or the tokenizer
+    adds it. `always`: once. `never`: not at all. `template`: only as the template writes it."""
+
+    eos: Literal["auto", "append", "never"] = _setting("auto", "scores")
+    """The token that ends a sequence. `auto`: as the model's family was trained. `append`: added
+    where it is not the last token. `never`: taken off."""
+
+    step_separator: str | None = _setting(None, "scores", min_length=1)
+    """What stands between the steps of an answer: a process reward model's answers are cut there,
+    and steps that come as a list are joined with it. Default: as the model's family was trained, or
+    a blank line."""
+
     max_tokens: int | None = _setting(None, "scores", gt=0)
-    """Tokens of the longest sequence that is scored whole. Default: the model's own limit."""
+    """Tokens of the longest sequence that is scored whole. Default: the model's own limit, the
+    smaller of its positions and its tokenizer's `model_max_length`."""
 
     over_length: OverLength = _setting(OverLength.MARK, "scores")
     """What happens to a longer sequence. `mark`: its row keeps its place, with a reason and no
     score. `error`: its shard is not committed. `truncate_left`: the oldest tokens are cut, BOS and
-    the judged answer stay, and `num_truncated_tokens` counts the tokens cut."""
+    the judged answer stay. `truncate_right`: the last tokens are cut, as some trainers do.
+    `truncate_middle`: both ends stay. `num_truncated_tokens` counts the tokens cut from each
+    sequence."""
 
     backend: Literal["auto", "hf", "vllm", "fake"] = _setting("hf", "scores")
     """The engine. `hf`: Hugging Face model, packed without padding. `vllm`: vLLM's pooling runner.
@@ -171,6 +230,21 @@ class Config(BaseModel):
 
     column_prefix: str = _setting("", "layout")
     """Put before every added column's name, for inputs that already hold a `score`."""
+
+    keep_columns: tuple[str, ...] = _setting((), "layout")
+    """The only input columns that are written: `--keep-columns id,source` on the command line.
+    Default: all."""
+
+    drop_columns: tuple[str, ...] = _setting((), "layout")
+    """Input columns that are not written."""
+
+    limit: int | None = _setting(None, "layout", gt=0)
+    """Score only so many rows, the first ones of every file in proportion to its size; with
+    `where`, the first ones that match. The others are counted as not asked for."""
+
+    where: str | None = _setting(None, "layout", min_length=1)
+    """Score only the rows for which this pyarrow expression is true, e.g. `(field("source") ==
+    "math") & (field("turns") < 3)`. The others are not written, and counted as not asked for."""
 
     shard_rows: int = _setting(8192, "layout", gt=0)
     """Most rows in a shard. A crash loses less of smaller shards, and their progress shows sooner;

@@ -47,6 +47,18 @@ class RowReason(StrEnum):
     NO_STEPS = "no_steps"
     ENGINE_ERROR = "engine_error"
     WORKER_CRASH = "worker_crash"
+    CONTEXT_NOT_READ = "context_not_read"
+    UNSUPPORTED_MEDIA = "unsupported_media"
+    SPECIAL_TEXT = "special_text"
+    STEPS_DIFFER = "steps_differ"
+
+
+class RowNote(StrEnum):
+    """What is worth knowing of a row that has a score: the values in the `score_notes` column."""
+
+    ANSWER_REWRITTEN = "answer_rewritten"
+    SAME_TOKENS = "same_tokens"
+    ROLE_RENAMED = "role_renamed"
 
 
 class ShardReason(StrEnum):

@@ -21,7 +21,7 @@ from batch_scorer.config import Config, OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
 from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.models.directory import ModelFacts, read_json
-from batch_scorer.records import Conversation, Message, ParsedRows, RowError, TokenizedRows
+from batch_scorer.records import Conversation, ParsedRows, RowError, TokenizedRows
 
 OWN_TEMPLATE = Prompt()
 """The tokenizer's own template and nothing else."""
@@ -285,8 +285,8 @@ def _with_steps(conversation: Conversation, steps: Steps) -> Conversation | RowE
         message
         for part in parts
         for message in (
-            Message(role="user", content=part),
-            Message(role="assistant", content=steps.tag),
+            {"role": "user", "content": part},
+            {"role": "assistant", "content": steps.tag},
         )
     ]
     return [*before, *turns]

@@ -2,10 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+import yaml
 
 from batch_scorer.config import Config, load_config, load_partial_config
 from batch_scorer.errors import ConfigError
@@ -38,8 +41,16 @@ _MAPPINGS = {
     "also": ("--also", "PREFIX=MODEL"),
     "columns": ("--column", "FIELD=COLUMN"),
     "store_options": ("--store-option", "KEY=VALUE"),
+    "template_arguments": ("--template-argument", "NAME=VALUE"),
 }
 """Flag and metavar of settings that are given one entry at a time."""
+_LISTS = {
+    "exclude": ("--exclude", "GLOB"),
+    "ignore_columns": ("--ignore-column", "COLUMN"),
+    "keep_columns": ("--keep-columns", "COLUMN,…"),
+    "drop_columns": ("--drop-columns", "COLUMN,…"),
+}
+"""The same of settings that are lists; those whose flag is in the plural take several at once."""
 
 _needs: dict[str, tuple[str, ...]] = {}
 """The needed settings of every command `with_settings`, by its name."""
@@ -92,6 +103,10 @@ def load_settings(command: str, values: Mapping[str, Any]) -> Config | None:
     settings = {name: values[name] for name in Config.model_fields}
     for name in _MAPPINGS:
         settings[name] = mapping(name, settings[name])
+    for name, (flag, _) in _LISTS.items():
+        given = settings[name] or []
+        parts = [each.split(",") if flag.endswith("s") else [each] for each in given]
+        settings[name] = tuple(chain.from_iterable(parts)) or None
     settings["inputs"] = tuple(settings["inputs"] or ()) or None
     file = Path(values["config_file"]) if values["config_file"] else None
     needs = _needs[command]
@@ -100,7 +115,7 @@ def load_settings(command: str, values: Mapping[str, Any]) -> Config | None:
     return load_partial_config(file, needs=needs, **settings)
 
 
-def mapping(name: str, pairs: list[str] | None) -> dict[str, str] | None:
+def mapping(name: str, pairs: list[str] | None) -> dict[str, Any] | None:
     """The entries of a setting whose flag was given KEY=VALUE, perhaps often; None without any."""
     if not pairs:
         return None
@@ -108,7 +123,16 @@ def mapping(name: str, pairs: list[str] | None) -> dict[str, str] | None:
     if wrong:
         flag, form = _MAPPINGS[name]
         raise ConfigError(f"{flag}: expected {form}, got {wrong[0]!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
+    entries = dict(pair.split("=", 1) for pair in pairs)
+    # A template's arguments are numbers and truth values, too; they are spelled as in YAML.
+    return entries if name != "template_arguments" else {k: _yaml(v) for k, v in entries.items()}
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--template-argument: {text!r} is no YAML value") from error
 
 
 def _by_role() -> list[str]:
@@ -128,8 +152,10 @@ def _flag(name: str, text: str) -> inspect.Parameter:
     field = Config.model_fields[name]
     kind = _without_none(field.annotation)
     flag, metavar = f"--{name.replace('_', '-')}", _metavar(name, kind)
-    if name in _MAPPINGS:
-        (flag, metavar), kind = _MAPPINGS[name], list[str]
+    if name in _MAPPINGS | _LISTS:
+        (flag, metavar), kind = (_MAPPINGS | _LISTS)[name], list[str]
+    elif kind is datetime:
+        metavar, kind = "DATE", str
     elif kind is bool:
         on = flag.replace("--use-", "--")
         flag = f"{on}/{on.replace('--', '--no-')}"

@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 
 from batch_scorer.errors import RowReason
-from batch_scorer.records import Conversation, Message, RowError
+from batch_scorer.records import Conversation, RowError
 
 # Two newlines belong to the mark: the bare words stand inside the messages of real pairs.
 _MARK = re.compile(r"\n\n(Human|Assistant):")
@@ -45,7 +45,7 @@ def _turns(text: str, name: str) -> Conversation | RowError:
     if before.strip() or not pieces or pieces[0] != "Human":
         return RowError(RowReason.BAD_STRUCTURE, f"{name} does not begin with Human:")
     turns = [
-        Message(role=_ROLES[mark], content=turn.strip())
+        {"role": _ROLES[mark], "content": turn.strip()}
         for mark, turn in zip(pieces[::2], pieces[1::2], strict=True)
     ]
     if any(a["role"] == b["role"] for a, b in pairwise(turns)):

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from batch_scorer.records import ROLES, Format
+from batch_scorer.records import Format
 
 
 class Part(StrEnum):
@@ -108,6 +108,7 @@ CONTEXT_NAMES = ("system", "system_prompt", "history", "tools", "input")
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 """Names of a message's two fields: the usual ones, and ShareGPT's."""
 
+ROLES = frozenset({"system", "user", "assistant", "tool"})
 _ROLE_ALIASES = {
     "human": "user",
     "prompter": "user",

@@ -224,7 +224,7 @@ def _messages(array: pa.Array, label: str) -> tuple[list[Message], dict[int, Row
     roles, contents = (pc.struct_field(array, key).to_pylist() for key in keys)
     known = {role: role_of(role) for role in set(roles)}
     messages = [
-        Message(role=known[role], content=content)
+        {"role": known[role], "content": content}
         for role, content in zip(roles, contents, strict=True)
     ]
     bad = {i: _bad(f"{label} has tool calls beside its text") for i in _with_tool_calls(array)}
@@ -287,7 +287,7 @@ def _as_is(text: str) -> str:
 
 
 def _one_message(text: str, role: str) -> Conversation:
-    return [Message(role=role, content=text)]
+    return [{"role": role, "content": text}]
 
 
 def _plain_prompt(text: str, label: str) -> Conversation | RowError:

@@ -15,7 +15,6 @@ from batch_scorer.records.receipts import (
     Stored,
 )
 from batch_scorer.records.rows import (
-    ROLES,
     SCALAR,
     Conversation,
     Effort,
@@ -37,7 +36,6 @@ from batch_scorer.records.rows import (
 from batch_scorer.records.shards import LineRun, Lines, Shard, Source, layout_to_json
 
 __all__ = [
-    "ROLES",
     "SCALAR",
     "Commit",
     "Conversation",

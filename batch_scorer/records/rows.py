@@ -7,28 +7,22 @@ O outputs of the model (1 for a scalar reward).
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_scorer.errors import RowReason
+from batch_scorer.errors import RowNote, RowReason
 
 FloatArray = npt.NDArray[np.float32]
 
 IntArray = npt.NDArray[np.int64]
 
 
-class Message(TypedDict):
-    """One turn of a conversation, as chat templates take it."""
-
-    role: str
-    content: str
-
-
+Message: TypeAlias = dict[str, Any]
+"""One turn of a conversation with all its fields, as chat templates take it: `role`, `content`, and
+whatever else the row has. A field that the row does not have is not a key."""
 Conversation: TypeAlias = list[Message]
-ROLES = frozenset({"system", "user", "assistant", "tool"})
-"""Roles that a conversation may hold; what a template makes of them is the template's."""
 
 
 class Format(StrEnum):
@@ -41,6 +35,7 @@ class Format(StrEnum):
     CONVERSATION = "conversation"
     TEXT = "text"
     TOKEN_IDS = "token_ids"
+    STEPS = "steps"
 
 
 class TextStyle(StrEnum):
@@ -60,13 +55,20 @@ class TextStyle(StrEnum):
 class Layout:
     """How the rows of one file are read: found once per file by the plan, used by its shards.
 
-    `columns` maps the field names of the format (`prompt`, `chosen`, `responses`, …) to the
-    file's column names. `text_style` is None where the columns hold messages or token ids.
+    `columns` maps the field names of the format (`prompt`, `chosen`, `responses`, …) and of the
+    conversation around it (`system`, `tools`, …) to the file's column names. `text_style` is None
+    where the columns hold messages or token ids. `prompt_inside`: plain responses begin with their
+    prompt, which is cut off them. `encoded` are columns whose text is JSON, or Python's spelling,
+    of messages. `watched` are columns that would belong to the conversation and are not read: a row
+    where one of them holds anything is marked.
     """
 
     format: Format
     columns: Mapping[str, str]
     text_style: TextStyle | None = None
+    prompt_inside: bool = False
+    encoded: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,16 @@ class ParsedRows:
     `sequences` holds S inputs, an error in place of one that cannot be read.
     `row_offsets` is int64[R+1]: row r owns sequences[row_offsets[r]:row_offsets[r + 1]].
     `row_errors` names the rows that could not be cut into sequences; they own none.
+    `arguments` are the chat template's arguments that a row has of its own (`tools`, `documents`,
+    …), by row. `steps` are the steps of a sequence's last message where the row gives them as a
+    list, by sequence; that message then has no content.
     """
 
     sequences: list[SequenceInput | RowError]
     row_offsets: npt.NDArray[np.int64]
     row_errors: dict[int, RowError] = field(default_factory=dict)
+    arguments: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    steps: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -107,6 +114,9 @@ class TokenizedRows:
     `row_offsets` int64[R+1]; `truncated_tokens` int32[S], tokens cut by the length policy.
     A sequence with an error has no tokens. `row_errors` as in `ParsedRows`. `known` are scores that
     equal sequences got before, NaN for those that a backend has yet to be asked for.
+    `too_long` are the tokens of the sequences that are marked for their length, `given_steps` how
+    many steps the row gave, both by sequence. `notes` and `special_tokens` (how often the text of a
+    message spells a special token) are by row, of those that have any.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -116,6 +126,10 @@ class TokenizedRows:
     sequence_errors: dict[int, RowError]
     row_errors: dict[int, RowError]
     known: "Scores | None" = None
+    too_long: dict[int, int] = field(default_factory=dict)
+    given_steps: dict[int, int] = field(default_factory=dict)
+    notes: dict[int, tuple[RowNote, ...]] = field(default_factory=dict)
+    special_tokens: dict[int, int] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -274,8 +288,9 @@ SCALAR = Outputs()
 class ScoredRows:
     """R rows and the scores of their S sequences; the token ids stay behind.
 
-    Every sequence without a finite score is NaN and named in `scores.errors`. `lengths` and
-    `truncated_tokens` are int32[S], `row_offsets` int64[R+1], `row_errors` as in `ParsedRows`.
+    Every sequence without a finite score is NaN and named in `scores.errors`. `lengths` (before the
+    mark of one that is too long) and `truncated_tokens` are int32[S], `row_offsets` int64[R+1],
+    `row_errors` as in `ParsedRows`, `notes` and `special_tokens` as in `TokenizedRows`.
     `rows_digest` is over what was scored, `engine` describes what scored it, `score_s` is the time
     inside the backend. `was_known` is bool[S], the sequences whose scores are those of equal
     sequences scored before; None: of none.
@@ -290,6 +305,8 @@ class ScoredRows:
     engine: dict[str, Any]
     score_s: float
     was_known: npt.NDArray[np.bool_] | None = None
+    notes: dict[int, tuple[RowNote, ...]] = field(default_factory=dict)
+    special_tokens: dict[int, int] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

@@ -104,4 +104,7 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
         "format": layout.format,
         "columns": dict(layout.columns),
         "text_style": layout.text_style,
+        "prompt_inside": layout.prompt_inside,
+        "encoded": list(layout.encoded),
+        "watched": list(layout.watched),
     }

@@ -31,6 +31,11 @@ USAGE = {
     "also": "--also PREFIX=MODEL",
     "columns": "--column FIELD=COLUMN",
     "store_options": "--store-option KEY=VALUE",
+    "template_arguments": "--template-argument NAME=VALUE",
+    "exclude": "--exclude GLOB",
+    "ignore_columns": "--ignore-column COLUMN",
+    "keep_columns": "--keep-columns COLUMN,…",
+    "drop_columns": "--drop-columns COLUMN,…",
     "use_ray": "--ray / --no-ray",
     "trust_remote_code": "--trust-remote-code / --no-trust-remote-code",
 }
