@@ -59,6 +59,7 @@ class RowNote(StrEnum):
     ANSWER_REWRITTEN = "answer_rewritten"
     SAME_TOKENS = "same_tokens"
     ROLE_RENAMED = "role_renamed"
+    PARTS_JOINED = "parts_joined"
 
 
 class ShardReason(StrEnum):
