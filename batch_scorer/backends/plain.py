@@ -4,19 +4,18 @@ import gc
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
-from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.registry import choose_adapter
-from batch_scorer.records import Scores, SequenceInput, TokenizedRows
+from batch_scorer.records import Scores, TokenizedRows
 
 _STOCK = "sequence_classifier"
 _ROOM = 1.25
@@ -83,39 +82,3 @@ def _available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/meminfo has no MemAvailable")
-
-
-class PlainTokenizer:
-    """Token ids as on a model card: render to text, then tokenise, one row at a time."""
-
-    def __init__(self, model_dir: Path, prompt: Prompt, *, trust_remote_code: bool = False) -> None:
-        load: Any = AutoTokenizer.from_pretrained
-        self._tokenizer = load(
-            str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        self._prompt = prompt
-
-    def token_ids(self, sequence: SequenceInput) -> list[int] | None:
-        """None where a tokenizer has no call for it: ids, pairs, and answers cut into steps."""
-        prompt = self._prompt
-        if prompt.steps or prompt.suffix_id_of:
-            return None
-        text = sequence if isinstance(sequence, str) else self._rendered(sequence)
-        if text is None:
-            return None
-        bos = self._tokenizer.bos_token
-        if bos and text.startswith(bos):
-            return cast(list[int], self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        return cast(list[int], self._tokenizer(text)["input_ids"])
-
-    def _rendered(self, sequence: Any) -> str | None:
-        template = self._prompt.template or self._tokenizer.chat_template
-        if not template or not sequence or not isinstance(sequence[0], dict):
-            return None
-        messages = list(sequence)
-        if self._prompt.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self._prompt.system})
-        return cast(
-            str,
-            self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False),
-        )

@@ -1,13 +1,12 @@
-"""Which rows the gate compares, and whether their token ids are those of the tokenizer's call.
-
-Legend: R rows.
-"""
+"""Which rows the gate compares: those whose token ids are, and the fewer that are scored again."""
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +16,30 @@ from batch_scorer.job import Job
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_json
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.records import ParsedRows, RowError, SequenceInput, Shard, TokenizedRows
+from batch_scorer.parity.cover import Candidate, choose, traits_of
+from batch_scorer.parity.raw_rows import read_raw_rows
+from batch_scorer.parity.raw_sequences import RawSequence, raw_sequences
+from batch_scorer.parity.rendering import ComparedRow, compare_rows
+from batch_scorer.records import ParsedRows, RowError, Shard, TokenizedRows
 from batch_scorer.render import renderer_of
 from batch_scorer.shard import parse_shard
+from batch_scorer.storage import open_store
+
+if TYPE_CHECKING:
+    from batch_scorer.backends.plain_tokenizer import PlainTokenizer
 
 log = logging.getLogger("batch_scorer")
 
-SAMPLE_ROWS = 8
+SAMPLE_ROWS = 10
 SAMPLE_TOKENS = {"cpu": 6_000, "cuda": 100_000}
 """Most tokens beside the shortest, median and longest row: plain Hugging Face is slow."""
+_ROWS_COMPARED, _TOKENS_COMPARED = 64, 200_000
+"""Rows whose token ids alone are compared, which is cheap."""
 _SEQUENCES_PER_ROW = 4
-_ROWS_READ = 128
+_WINDOW_ROWS = 48
+"""Rows that are read together: at the beginning, in the middle and at the end of a shard."""
+
+ReadRows: TypeAlias = Callable[[Shard, Mapping[str, str]], ParsedRows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +49,9 @@ class Sample:
     `shown` is the first sequence's text with special tokens visible, `pooled` those of its
     tokens that the head reads (() where the model pools by itself), `leading_bos` how many BOS
     ids it starts with, None for a tokenizer without one. `marked` counts the sequences that were
-    read and have no score, by reason.
+    read and have no score, by reason. `compared` is how many rows had the right token ids,
+    `covered` counts them by what they hold (`cover.traits_of`), and `explained` their sequences
+    that differ from transformers' own call, by the setting that is why.
     """
 
     names: tuple[str, ...]
@@ -47,6 +61,9 @@ class Sample:
     pooled: tuple[str, ...]
     leading_bos: int | None
     marked: dict[str, int]
+    compared: int
+    covered: dict[str, int]
+    explained: dict[str, int]
 
     @property
     def num_truncated(self) -> int:
@@ -58,33 +75,45 @@ class Sample:
         return hashlib.sha256(ids + offsets).hexdigest()
 
 
-def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
-    """Short, median and long rows of a few shards; None if no row there can be scored.
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Some rows of a shard: as the product reads and tokenises them, and as the gate reads them.
 
-    Raises ModelError if the chat template refuses every row, and ParityError if token ids are
-    not those of the tokenizer's call.
+    `raw` has the rows that can be scored.
     """
-    ordered = sorted(shards, key=lambda shard: shard.output_key)
-    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
-    read: list[tuple[Shard, ParsedRows, TokenizedRows]] = []
-    refused: list[RowError] = []
-    renderer, adapter = renderer_of(job.config, job.model), adapter_named(job.adapter)
-    for shard in [ordered[place] for place in places]:
-        part = replace(shard, num_rows=min(_ROWS_READ, shard.num_rows))
-        try:
-            parsed = parse_shard(part, job.config.store_options)
-            rows = renderer.tokenize(parsed)
-        except ShardError as error:
-            log.warning("%s: not sampled: %s", shard.source.key, error)
-            continue
-        refused += [*rows.sequence_errors.values(), *rows.row_errors.values()]
-        read.append((shard, parsed, rows))
-    parts: list[tuple[str, list[SequenceInput], TokenizedRows]] = []
-    for place, row in choose_rows([rows for *_, rows in read], SAMPLE_TOKENS[job.device]):
-        shard, parsed, rows = read[place]
-        inputs, ids = _take(parsed.sequences, rows, row)
-        parts.append((f"{shard.source.key} row {shard.first_row + row}", inputs, ids))
-    if not parts:
+
+    shard: Shard
+    parsed: ParsedRows
+    rows: TokenizedRows
+    raw: Mapping[int, Sequence[RawSequence | None]]
+
+    def name(self, row: int) -> str:
+        return f"{self.shard.source.key} row {self.shard.first_row + row}"
+
+    def compared(self, row: int) -> ComparedRow:
+        start, stop = self.rows.row_offsets[row : row + 2].tolist()
+        bounds = self.rows.sequence_offsets[start : stop + 1].tolist()
+        return ComparedRow(
+            name=self.name(row),
+            raw=self.raw[row],
+            parsed=self.parsed.sequences[start:stop],
+            arguments=self.parsed.arguments.get(row, {}),
+            ids=[self.rows.token_ids[a:b].tolist() for a, b in pairwise(bounds)],
+            truncated=self.rows.truncated_tokens[start:stop].tolist(),
+            notes=self.rows.notes.get(row, ()),
+        )
+
+
+def choose_sample(job: Job, shards: Sequence[Shard], read: ReadRows = parse_shard) -> Sample | None:
+    """Rows that cover what the job holds, out of a few shards; None if none there can be scored.
+
+    `read` is how the product reads a shard's rows. Raises ModelError if the chat template refuses
+    every row, and ParityError if token ids are not those of the tokenizer's call on the raw row.
+    """
+    renderer = renderer_of(job.config, job.model)
+    windows, refused = _windows(job, shards, read)
+    candidates = [_candidate(windows, part, row) for part, w in enumerate(windows) for row in w.raw]
+    if not candidates:
         template = [e for e in refused if e.reason is RowReason.TEMPLATE_ERROR]
         if template:
             raise ModelError(
@@ -92,23 +121,124 @@ def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
                 f"{template[0].detail}"
             )
         return None
-    rows = join_rows([ids for _, _, ids in parts])
-    _check_rendering(job, [sequence for _, inputs, _ in parts for sequence in inputs], rows)
+    chosen = choose(candidates, SAMPLE_ROWS, SAMPLE_TOKENS[job.device])
+    # Every window counts as something to cover.
+    by_window = [replace(c, traits=c.traits | {f"window {c.part}"}) for c in candidates]
+    compared = choose(by_window, _ROWS_COMPARED, _TOKENS_COMPARED)
+    explained = compare_rows(
+        _plain_tokenizer(job), (windows[each.part].compared(each.row) for each in compared)
+    )
+    parts = [(windows[c.part].name(c.row), _take(windows[c.part].rows, c.row)) for c in chosen]
+    rows = join_rows([ids for _, ids in parts])
     names = [
         f"{name}, {place + 1} of {ids.num_sequences}" if ids.num_sequences > 1 else name
-        for name, _, ids in parts
+        for name, ids in parts
         for place in range(ids.num_sequences)
     ]
     firsts = rows.row_offsets[:-1][np.diff(rows.row_offsets) > 1].tolist()
     first = rows.token_ids[: rows.sequence_offsets[1]]
+    traits = {(c.part, c.row): c.traits for c in candidates}
+    covered = Counter(trait for each in compared for trait in traits[each.part, each.row])
     return Sample(
         names=tuple(names),
         rows=rows,
         pairs=tuple((first, first + 1) for first in firsts),
         shown=renderer.visible(first),
-        pooled=_pooled(job, adapter, first),
+        pooled=_pooled(job, adapter_named(job.adapter), first),
         leading_bos=_leading(first, renderer.bos_id),
         marked=dict(Counter(error.reason.value for error in refused)),
+        compared=len(compared),
+        covered=dict(sorted(covered.items())),
+        explained=explained,
+    )
+
+
+# What is read
+
+
+def _windows(
+    job: Job, shards: Sequence[Shard], read: ReadRows
+) -> tuple[list[_Window], list[RowError]]:
+    """Rows of the first, the middle and the last shard, and why some of them are not scored."""
+    ordered = sorted(shards, key=lambda shard: shard.output_key)
+    places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
+    found: list[_Window] = []
+    refused: list[RowError] = []
+    renderer = renderer_of(job.config, job.model)
+    for part in [part for place in places for part in parts_of(ordered[place])]:
+        try:
+            parsed = read(part, job.config.store_options)
+            rows = renderer.tokenize(parsed)
+            raw = _raw(part, job.config.store_options, _scorable(rows))
+        except ShardError as error:
+            log.warning("%s: not sampled: %s", part.source.key, error)
+            continue
+        refused += [*rows.sequence_errors.values(), *rows.row_errors.values()]
+        found.append(_Window(part, parsed, rows, raw))
+    return found, refused
+
+
+def parts_of(shard: Shard) -> list[Shard]:
+    """Its beginning, middle and end; all of a small one."""
+    rows = shard.num_rows
+    if rows <= 3 * _WINDOW_ROWS:
+        return [shard]
+    starts = (0, (rows - _WINDOW_ROWS) // 2, rows - _WINDOW_ROWS)
+    return [
+        replace(
+            shard,
+            first_row=shard.first_row + start,
+            skip_rows=shard.skip_rows + start,
+            num_rows=_WINDOW_ROWS,
+        )
+        for start in starts
+    ]
+
+
+def _raw(
+    shard: Shard, store_options: Mapping[str, str], rows: Sequence[int]
+) -> dict[int, Sequence[RawSequence | None]]:
+    """These rows, read by the gate itself. Raises ParityError for one that it cannot read."""
+    if not rows:
+        return {}
+    found = read_raw_rows(open_store(shard.source.root, store_options), shard, rows)
+    sequences: dict[int, Sequence[RawSequence | None]] = {}
+    for row in rows:
+        name = f"{shard.source.key} row {shard.first_row + row}"
+        if row not in found:
+            raise ParityError(f"{name}: it is scored, but the file has no such row")
+        try:
+            sequences[row] = raw_sequences(found[row], shard.layout)
+        except (LookupError, TypeError, ValueError, SyntaxError) as error:
+            raise ParityError(
+                f"{name}: it is scored, but not what its layout says: {error}"
+            ) from error
+    return sequences
+
+
+def _scorable(rows: TokenizedRows) -> list[int]:
+    """The rows all of whose sequences can be scored."""
+    owners = np.searchsorted(rows.row_offsets, list(rows.sequence_errors), side="right") - 1
+    broken = {*rows.row_errors, *owners.tolist()}
+    sizes = np.diff(rows.row_offsets).tolist()
+    return [row for row in range(rows.num_rows) if sizes[row] and row not in broken]
+
+
+def _candidate(windows: Sequence[_Window], part: int, row: int) -> Candidate:
+    window = windows[part]
+    start, stop = window.rows.row_offsets[row : row + 2]
+    tokens = window.rows.sequence_offsets[stop] - window.rows.sequence_offsets[start]
+    traits = traits_of(window.raw[row])
+    if row in window.rows.special_tokens:
+        traits |= {"special text"}
+    return Candidate(part, row, int(tokens), traits)
+
+
+def _plain_tokenizer(job: Job) -> "PlainTokenizer":
+    from batch_scorer.backends.plain_tokenizer import PlainTokenizer
+
+    return PlainTokenizer(
+        job.model_dir, job.model.prompt, trust_remote_code=job.config.trust_remote_code
     )
 
 
@@ -122,44 +252,12 @@ def _pooled(job: Job, adapter: Adapter, ids: npt.NDArray[np.int32]) -> tuple[str
     return tuple(renderer.visible(ids[place : place + 1]) for place in places)
 
 
-def choose_rows(parts: Sequence[TokenizedRows], max_tokens: int) -> list[tuple[int, int]]:
-    """(part, row) of the rows to sample, shortest first: shortest, median and longest of all, then
-    the lengths between while they fit `max_tokens`.
-
-    Only rows all of whose sequences can be scored.
-    """
-    usable: list[tuple[int, int, int]] = []  # tokens, part, row
-    for part, rows in enumerate(parts):
-        broken = set(rows.row_errors)
-        owners = np.searchsorted(rows.row_offsets, list(rows.sequence_errors), side="right") - 1
-        broken |= set(owners.tolist())
-        tokens = np.diff(rows.sequence_offsets[rows.row_offsets]).tolist()
-        usable += [
-            (tokens[i], part, i) for i in range(rows.num_rows) if tokens[i] and i not in broken
-        ]
-    if not usable:
-        return []
-    usable.sort()
-    last = len(usable) - 1
-    wanted = [0, last, last // 2, *np.linspace(0, last, SAMPLE_ROWS).astype(int).tolist()]
-    chosen: list[tuple[int, int, int]] = []
-    spent = 0
-    for place in dict.fromkeys(wanted):
-        tokens_of_row = usable[place][0]
-        if len(chosen) < SAMPLE_ROWS and (len(chosen) < 3 or spent + tokens_of_row <= max_tokens):
-            chosen.append(usable[place])
-            spent += tokens_of_row
-    return [(part, row) for _, part, row in sorted(chosen)]
-
-
-def _take(
-    sequences: Sequence[SequenceInput | RowError], rows: TokenizedRows, row: int
-) -> tuple[list[SequenceInput], TokenizedRows]:
-    """The first few sequences of one row, as parsed and as token ids."""
+def _take(rows: TokenizedRows, row: int) -> TokenizedRows:
+    """The first few sequences of one row."""
     start = int(rows.row_offsets[row])
     stop = min(int(rows.row_offsets[row + 1]), start + _SEQUENCES_PER_ROW)
     bounds = rows.sequence_offsets[start : stop + 1]
-    taken = TokenizedRows(
+    return TokenizedRows(
         token_ids=rows.token_ids[bounds[0] : bounds[-1]],
         sequence_offsets=bounds - bounds[0],
         row_offsets=np.array([0, stop - start]),
@@ -167,7 +265,6 @@ def _take(
         sequence_errors={},
         row_errors={},
     )
-    return [s for s in sequences[start:stop] if not isinstance(s, RowError)], taken
 
 
 def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
@@ -184,28 +281,6 @@ def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
         sequence_errors={},
         row_errors={},
     )
-
-
-def _check_rendering(job: Job, inputs: Sequence[SequenceInput], rows: TokenizedRows) -> None:
-    from batch_scorer.backends.plain import PlainTokenizer
-
-    renderer = renderer_of(job.config, job.model)
-    plain = PlainTokenizer(
-        job.model_dir,
-        adapter_named(job.adapter).prompt,
-        trust_remote_code=job.config.trust_remote_code,
-    )
-    for index, sequence in enumerate(inputs):
-        ids = rows.token_ids[rows.sequence_offsets[index] : rows.sequence_offsets[index + 1]]
-        if (_leading(ids, renderer.bos_id) or 0) > 1:
-            raise ParityError(f"a sequence starts with BOS twice: {renderer.visible(ids[:12])!r}")
-        wanted = plain.token_ids(sequence)
-        if wanted is not None and not rows.truncated_tokens[index] and wanted != ids.tolist():
-            raise ParityError(
-                "token ids are not those of the tokenizer's own chat template: "
-                f"{renderer.visible(ids[:12])!r} here, "
-                f"{renderer.visible(np.array(wanted[:12], dtype=np.int32))!r} there"
-            )
 
 
 def _leading(ids: npt.NDArray[np.int32], token_id: int | None) -> int | None:

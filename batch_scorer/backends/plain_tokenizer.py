@@ -1,0 +1,303 @@
+"""Token ids as the model's own code gives them: transformers' call, one sequence at a time.
+
+What a job's settings change about that call is done here once more, each in its simplest form, and
+named: where the engine's ids are other than transformers' own, a recorded setting has to be why.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoTokenizer
+
+from batch_scorer.errors import RowNote
+from batch_scorer.formats.kinds import role_alias
+from batch_scorer.models.adapter import Prompt, Steps
+from batch_scorer.models.directory import read_json
+from batch_scorer.records import Conversation, Message, SequenceInput
+
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_HERE = "\uf8f0the answer\uf8f0"
+_FIRST_STAND_IN = 0xF0000
+"""Characters for private use: one stands for each special token that a message spells."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainIds:
+    """The ids, and the settings by which they differ from transformers' call on the same row."""
+
+    ids: list[int]
+    settings: tuple[str, ...]
+
+
+class PlainTokenizer:
+    """A model directory's tokenizer as `from_pretrained` gives it, and what the job sets."""
+
+    def __init__(self, model_dir: Path, prompt: Prompt, *, trust_remote_code: bool = False) -> None:
+        load: Any = AutoTokenizer.from_pretrained
+        self._tokenizer = load(
+            str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        self._prompt = prompt
+        self._suffix_id: int | None = None
+        if prompt.suffix_id_of is not None:
+            self._suffix_id = read_json(model_dir / "config.json")[prompt.suffix_id_of]
+
+    @property
+    def bos_id(self) -> int | None:
+        return cast(int | None, self._tokenizer.bos_token_id)
+
+    @property
+    def eos_id(self) -> int | None:
+        return cast(int | None, self._tokenizer.eos_token_id)
+
+    def visible(self, ids: list[int]) -> str:
+        """Their text, special tokens included."""
+        return cast(str, self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def token_ids(
+        self,
+        content: SequenceInput,
+        arguments: Mapping[str, Any],
+        steps: tuple[str, ...] | None = None,
+        notes: Collection[RowNote] = (),
+    ) -> PlainIds:
+        """The ids of one sequence.
+
+        `notes` are those of its row in the output: what they say was done to it is done here, and
+        nothing else. Raises what the chat template raises.
+        """
+        if not content or isinstance(content[0], int):
+            return PlainIds(self._suffixed(cast(list[int], content)), ())
+        if isinstance(content, str):
+            plain = self._tokenizer(content, add_special_tokens=False)["input_ids"]
+            return self._ended(content, plain, [])
+        conversation = cast(Conversation, content)
+        if self._prompt.pair and not self._tokenizer.chat_template:
+            question = "\n\n".join(message["content"] for message in conversation[:-1])
+            pair = self._tokenizer(question, conversation[-1]["content"])["input_ids"]
+            return PlainIds(pair, ("pair",))
+        used: list[str] = []
+        prepared = self._prepared(conversation, steps, notes, used)
+        if self._prompt.special_text == "literal" and self._spells(prepared):
+            return self._literally(prepared, arguments, [*used, "special_text"])
+        text = self._text(prepared, arguments)
+        if self._prompt.reasoning == "keep" and (kept := self._kept(text, prepared, arguments)):
+            plain = self._tokenizer(kept, add_special_tokens=False)["input_ids"]
+            return self._ended(kept, plain, [*used, "reasoning"])
+        return self._ended(text, self._call(prepared, arguments, tokenize=True)["input_ids"], used)
+
+    def date_is_elsewhere(
+        self, content: Conversation, arguments: Mapping[str, Any], ids: list[int]
+    ) -> bool:
+        """Whether these ids are those of the conversation with another date."""
+        mark = "\uf8f1"
+        text = self._text(content, {**arguments, "strftime_now": lambda pattern: mark})
+        shown = self.visible(ids)
+        pieces = [re.escape(piece) for piece in text.split(mark)]
+        return len(pieces) > 1 and re.search(r"[\w ,:/.-]{4,40}".join(pieces), shown) is not None
+
+    # transformers' call
+
+    def _call(self, conversation: Conversation, arguments: Mapping[str, Any], **more: Any) -> Any:
+        prompt = self._prompt
+        today = prompt.date or datetime.now()
+        return self._tokenizer.apply_chat_template(
+            conversation,
+            chat_template=prompt.template or prompt.template_name,
+            return_dict=more.get("tokenize", False),
+            **{"strftime_now": today.strftime, **json.loads(prompt.arguments), **arguments, **more},
+        )
+
+    def _text(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str:
+        return cast(str, self._call(conversation, arguments, tokenize=False))
+
+    # What the settings do, and their names
+
+    def _prepared(
+        self,
+        conversation: Conversation,
+        steps: tuple[str, ...] | None,
+        notes: Collection[RowNote],
+        used: list[str],
+    ) -> Conversation:
+        prompt = self._prompt
+        messages = list(conversation)
+        if RowNote.ROLE_RENAMED in notes:
+            used.append(RowNote.ROLE_RENAMED.value)
+            messages = [{**m, "role": role_alias(m["role"]) or m["role"]} for m in messages]
+        if RowNote.PARTS_JOINED in notes:
+            used.append(RowNote.PARTS_JOINED.value)
+            messages = [{**m, "content": _joined(m)} for m in messages]
+        if prompt.system is not None and messages[0]["role"] != "system":
+            used.append("system_prompt")
+            messages.insert(0, {"role": "system", "content": prompt.system})
+        if prompt.reasoning == "drop":
+            without = [_without_reasoning(message) for message in messages]
+            used += ["reasoning"] * (without != messages)
+            messages = without
+        if prompt.steps is not None:
+            used.append("steps")
+            return _in_steps(messages, prompt.steps, steps)
+        if steps is not None:
+            used.append("step_separator")
+            text = prompt.step_separator.join(steps)
+            messages[-1] = {**messages[-1], "content": text}
+        return messages
+
+    def _ended(self, text: str, plain: list[int], used: list[str]) -> PlainIds:
+        """The ids with BOS and EOS as the settings have them."""
+        bos, eos = self._prompt.bos, self._prompt.eos
+        token, ids = self._tokenizer.bos_token, list(plain)
+        if eos == "openrlhf":
+            text = text.rstrip("\n")
+            if not text.endswith(self._tokenizer.eos_token):
+                text = f"{text} {self._tokenizer.eos_token}"
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if bos != "template" and not (token and text.startswith(token)):
+            ids = self._added(text, ids)
+        used = [*used, *["bos"] * (ids != plain and eos != "openrlhf")]
+        return self._with_ends(ids, used)
+
+    def _with_ends(self, ids: list[int], used: list[str]) -> PlainIds:
+        bos, eos = self._prompt.bos, self._prompt.eos
+        before = list(ids)
+        if bos == "always" and ids[:1] != [self.bos_id]:
+            ids = [cast(int, self.bos_id), *ids]
+        while bos == "never" and ids[:1] == [self.bos_id]:
+            ids = ids[1:]
+        used = [*used, *["bos"] * (ids != before)]
+        before = list(ids)
+        if eos == "append" and ids[-1:] != [self.eos_id]:
+            ids = [*ids, cast(int, self.eos_id)]
+        while eos == "never" and ids[-1:] == [self.eos_id]:
+            ids = ids[:-1]
+        ended = self._suffixed(ids)
+        used = [*used, *["eos"] * (ended != before or eos == "openrlhf")]
+        return PlainIds(ended, tuple(dict.fromkeys(used)))
+
+    def _added(self, text: str, ids: list[int]) -> list[int]:
+        """The tokenizer's plain call: with the tokens that it puts around a text."""
+        return cast(list[int], self._tokenizer(text)["input_ids"])
+
+    def _suffixed(self, ids: list[int]) -> list[int]:
+        if self._suffix_id is None or ids[-1:] == [self._suffix_id]:
+            return ids
+        return [*ids, self._suffix_id]
+
+    def _kept(
+        self, text: str, conversation: Conversation, arguments: Mapping[str, Any]
+    ) -> str | None:
+        """The text with the answer's reasoning in it; None where it is there already."""
+        *before, answer = conversation
+        whole = _whole(answer)
+        wanted = [str(answer.get(name, "")).strip() for name in _REASONING_FIELDS]
+        if all(part in text for part in (*wanted, _joined(answer).strip())):
+            return None
+        stand_in = {**_without_reasoning(answer), "content": _HERE}
+        start, found, end = self._text([*before, stand_in], arguments).partition(_HERE)
+        return re.sub(r"<think>\s*</think>\s*$", "", start) + whole + end if found else None
+
+    # Special tokens that a message spells, kept as text
+
+    def _special(self) -> list[str]:
+        added = self._tokenizer.added_tokens_decoder.values()
+        tag = self._prompt.steps.tag if self._prompt.steps else None
+        return sorted({str(t) for t in added if t.special and str(t) != tag}, key=len, reverse=True)
+
+    def _spells(self, conversation: Conversation) -> bool:
+        written = json.dumps([{**m, "role": ""} for m in conversation], ensure_ascii=False)
+        return any(
+            json.dumps(token, ensure_ascii=False)[1:-1] in written for token in self._special()
+        )
+
+    def _literally(
+        self, conversation: Conversation, arguments: Mapping[str, Any], used: list[str]
+    ) -> PlainIds:
+        """Tokenised between the template's own special tokens, the others switched off."""
+        special = self._special()
+        stands_for = {chr(_FIRST_STAND_IN + place): token for place, token in enumerate(special)}
+
+        def hidden(value: Any) -> Any:
+            if isinstance(value, str):
+                for stand_in, token in stands_for.items():
+                    value = value.replace(token, stand_in)
+                return value
+            if isinstance(value, list):
+                return [hidden(item) for item in value]
+            if isinstance(value, dict):
+                return {key: hidden(item) for key, item in value.items()}
+            return value
+
+        messages = [{**hidden(message), "role": message["role"]} for message in conversation]
+        text = self._text(messages, arguments)
+        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+        ids: list[int] = []
+        for piece in pieces:
+            if piece in special:
+                ids.append(self._tokenizer.convert_tokens_to_ids(piece))
+            elif piece:
+                for stand_in, token in stands_for.items():
+                    piece = piece.replace(stand_in, token)
+                ids += self._tokenizer(piece, add_special_tokens=False, split_special_tokens=True)[
+                    "input_ids"
+                ]
+        bos = self._tokenizer.bos_token
+        if self._prompt.bos != "template" and not (bos and text.startswith(bos)):
+            around = self._tokenizer("a")["input_ids"]
+            bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+            first = around.index(bare[0])
+            ids = [*around[:first], *ids, *around[first + len(bare) :]]
+        return self._with_ends(ids, used)
+
+
+def _joined(message: Message) -> str:
+    """The content as one text, its parts' texts joined by line feeds."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if "text" in part)
+    return content or ""
+
+
+def _without_reasoning(message: Message) -> Message:
+    kept = {name: value for name, value in message.items() if name not in _REASONING_FIELDS}
+    content = kept.get("content")
+    if isinstance(content, str) and _THOUGHT.match(content):
+        kept["content"] = _THOUGHT.sub("", content, count=1)
+    return kept
+
+
+def _whole(answer: Message) -> str:
+    """The answer's text behind its reasoning."""
+    text = _joined(answer)
+    thought = next((answer[name] for name in _REASONING_FIELDS if answer.get(name)), None)
+    if thought is None or _THOUGHT.match(text):
+        return text
+    return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + text
+
+
+def _in_steps(
+    conversation: Conversation, rule: Steps, given: tuple[str, ...] | None
+) -> Conversation:
+    """The answer's steps with the tag after each, or as turns that the tag answers."""
+    *before, answer = conversation
+    if given is None:
+        text = _joined(answer)
+        is_tagged = rule.layout == "tagged" and rule.tag in text
+        given = tuple(part for part in text.split(rule.tag if is_tagged else rule.separator))
+        given = tuple(part.strip() for part in given if part.strip())
+    steps = [step.strip() for step in given]
+    if rule.layout == "tagged":
+        return [*before, {**answer, "content": rule.joint.join(s + rule.tag for s in steps)}]
+    if before and before[-1]["role"] == "user":
+        steps[0] = _joined(before.pop()) + " " + steps[0]
+    turns: Conversation = []
+    for step in steps:
+        turns.append({"role": "user", "content": step})
+        turns.append({"role": "assistant", "content": rule.tag})
+    return [*before, *turns]
