@@ -14,10 +14,9 @@ from transformers import AutoModelForSequenceClassification
 from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.models.directory import read_model_files
-from batch_scorer.models.registry import choose_adapter
+from batch_scorer.models.registry import STOCK, choose_adapter
 from batch_scorer.records import Scores, TokenizedRows
 
-_STOCK = "sequence_classifier"
 _ROOM = 1.25
 """Factor on the weights' size, for what one short sequence needs beside them."""
 
@@ -30,7 +29,7 @@ def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
     The settings are the engine's; `attention`, `token_budget` and `compile` are ignored.
     """
     adapter = settings.adapter or choose_adapter(read_model_files(settings.model_dir))
-    if adapter.name == _STOCK and settings.embedding is None:
+    if adapter.name == STOCK and settings.embedding is None:
         return _own_forward(settings.model_dir, rows, settings.dtype, settings.device)
     # With a budget of one token, every sequence is a batch of its own.
     backend = HFBackend(

@@ -13,7 +13,7 @@ from batch_scorer.errors import ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles, Prompt
 from batch_scorer.models.cost import HIDDEN_SIZES, ModelCost, model_cost
 from batch_scorer.models.digests import file_digest
-from batch_scorer.models.registry import EMBEDDING, choose_adapter, head_files
+from batch_scorer.models.registry import EMBEDDING, choose_adapter, head_files, refuse_quantised
 
 _WEIGHTS = "*.safetensors"
 _CODE = "*.py"
@@ -117,6 +117,7 @@ def inspect_model(
     that is missing would be filled with random numbers by the loader.
     """
     files = read_model_files(path, name)
+    refuse_quantised(files)
     chosen = EMBEDDING
     if not embeds:
         chosen = choose_adapter(files, adapter, trust_remote_code=trust_remote_code)

@@ -5,12 +5,15 @@ with the first look-up of an adapter.
 """
 
 import json
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles
+
+log = logging.getLogger("batch_scorer")
 
 EMBEDDING = Adapter(
     name="embedding",
@@ -25,6 +28,10 @@ REMOTE_CODE = Adapter(
     engines=("hf",),
 )
 
+STOCK = "sequence_classifier"
+"""The family that transformers' own AutoModelForSequenceClassification scores."""
+
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 _ENCODER_HEADS = ("classifier.", "classification_head.", "score.")
 _OWN_SCORER = "AutoModelForSequenceClassification"
 _HEADLESS = ("ForCausalLM", "LMHeadModel", "Model")
@@ -71,6 +78,11 @@ def choose_adapter(
         adapter = next((a for a in complete if _has_shapes(a, files)), complete[-1])
         _check_shapes(adapter, files)
         _check_tokens(adapter, files)
+        if _is_headless(files.architecture) and adapter.name == STOCK:
+            log.warning(
+                "%s: the config names %s, and the weights hold %s: scored as %s",
+                *(files.path, files.architecture, ", ".join(adapter.head), adapter.name),
+            )
         return adapter
     encoder = next((a for a in fitting if not a.head), None)
     if encoder and any(name.startswith(_ENCODER_HEADS) for name in files.shapes):
@@ -83,6 +95,12 @@ def choose_adapter(
             f"{files.path}: no family known here scores {files.architecture} (docs/models.md); "
             "to run the Python code that comes with the model: --trust-remote-code"
         )
+    if wrapped := _wrapped_head(files):
+        raise ModelError(
+            f"{files.path}: the score head is there as {wrapped}, saved from a wrapped model "
+            "(torch.compile, DDP or FSDP): save the model inside the wrapper, or take the prefix "
+            "off all tensors' names"
+        )
     if not asked and (not fitting or _is_headless(files.architecture)):
         raise ModelError(
             f"{files.path}: no score head: the config names {files.architecture}, and neither name "
@@ -94,6 +112,30 @@ def choose_adapter(
     raise ModelError(
         f"{files.path}: the weights contain no score head "
         f"(no tensor {' or '.join(missing[:2]) or 'classifier.*'}); it would be random"
+    )
+
+
+def refuse_quantised(files: ModelFiles) -> None:
+    """Raise ModelError for a checkpoint whose weights are stored quantised."""
+    method = (files.config.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise ModelError(
+            f"{files.path}: the weights are quantised ({method}), which is not supported; use the "
+            "checkpoint that they were made from (under vLLM, --quantization can quantise it)"
+        )
+
+
+def _wrapped_head(files: ModelFiles) -> str | None:
+    """A head's tensor under the prefix that a wrapper has put before all names."""
+    heads = {name for adapter in adapters() for name in adapter.head}
+    return next(
+        (
+            name
+            for name in files.shapes
+            for prefix in _WRAPPERS
+            if name.startswith(prefix) and name.removeprefix(prefix) in heads
+        ),
+        None,
     )
 
 

@@ -155,6 +155,17 @@ def test_a_head_with_bias(tmp_path: Path) -> None:
     np.testing.assert_allclose(values, reference + 0.75, rtol=0, atol=TOLERANCE)
 
 
+def test_a_score_head_beside_the_config_of_a_causal_model(tmp_path: Path) -> None:
+    """As LLaMA-Factory and merged adapters leave it."""
+    build_model("llama", tmp_path)
+    reference = reference_scores(load_reference(tmp_path), SEQUENCES)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scores = make_backend(tmp_path).score(tokenized(SEQUENCES))
+    np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
+
+
 def test_gemma_2_looks_beyond_its_window_in_every_other_layer(
     model_dir: ModelDir, tmp_path: Path
 ) -> None:

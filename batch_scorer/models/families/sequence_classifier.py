@@ -19,7 +19,8 @@ ADAPTERS = (
     Adapter(
         name="sequence_classifier",
         summary="decoder with one linear score head, read at the last token",
-        architectures=("*ForSequenceClassification",),
+        # Merged adapters and LLaMA-Factory keep the causal model's config beside the score head.
+        architectures=("*ForSequenceClassification", "*ForCausalLM"),
         head={"score.weight": (1, None)},
         head_extra=("score.bias",),
         build_head=linear_head("score"),

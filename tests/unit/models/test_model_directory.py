@@ -46,7 +46,12 @@ def test_the_tokenizer_may_lower_the_limit(model: Path) -> None:
 
 
 def test_a_causal_model_has_no_head(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
     _change_config(model, architectures=["LlamaForCausalLM"])
+    tensors = load_file(model / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, model / "model.safetensors")
     with pytest.raises(ModelError, match="no score head: the config names LlamaForCausalLM"):
         inspect_model(model)
 
@@ -71,6 +76,14 @@ def test_a_head_with_several_outputs_is_refused(model: Path) -> None:
     save_file({**weights, "score.weight": torch.zeros(5, 64)}, model / "model.safetensors")
     with pytest.raises(ModelError, match="5 outputs"):
         inspect_model(model)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_quantised_weights_are_refused_before_anything_is_loaded(model: Path, method: str) -> None:
+    _change_config(model, quantization_config={"quant_method": method})
+    for embeds in (False, True):
+        with pytest.raises(ModelError, match=rf"quantised \({method}\)"):
+            inspect_model(model, embeds=embeds)
 
 
 def test_a_damaged_file_is_named(model: Path) -> None:

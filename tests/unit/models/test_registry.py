@@ -77,6 +77,8 @@ def labels(*names: str) -> dict[str, str]:
     [
         (files(CLASSIFIER, SCORE), "sequence_classifier"),
         (files("Qwen3ForSequenceClassification", SCORE), "sequence_classifier"),
+        # As LLaMA-Factory and merged adapters leave it.
+        (files("LlamaForCausalLM", LM_HEAD | SCORE), "sequence_classifier"),
         # Stock architecture, other tensors.
         (files(CLASSIFIER, TWO_LAYERS), "inf_orm"),
         (files(CLASSIFIER, URM), "urm"),
@@ -183,6 +185,10 @@ def test_a_family_that_is_asked_for_is_taken() -> None:
         (
             files("BertForSequenceClassification", {"classifier.weight": [2, H]}),
             "the head has 2 outputs",
+        ),
+        *(
+            (files(CLASSIFIER, {f"{prefix}score.weight": [1, H]}), f"{prefix}score.weight, saved")
+            for prefix in ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
         ),
     ],
 )
