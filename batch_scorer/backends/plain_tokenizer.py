@@ -79,8 +79,8 @@ class PlainTokenizer:
             return self._ended(content, plain, [])
         conversation = cast(Conversation, content)
         if self._prompt.pair and not self._tokenizer.chat_template:
-            question = "\n\n".join(message["content"] for message in conversation[:-1])
-            pair = self._tokenizer(question, conversation[-1]["content"])["input_ids"]
+            *before, answer = map(_joined, conversation)
+            pair = self._tokenizer("\n\n".join(before), answer)["input_ids"]
             return PlainIds(pair, ("pair",))
         used: list[str] = []
         prepared = self._prepared(conversation, steps, notes, used)
@@ -130,11 +130,11 @@ class PlainTokenizer:
         messages = list(conversation)
         if RowNote.ROLE_RENAMED in notes:
             used.append(RowNote.ROLE_RENAMED.value)
-            messages = [{**m, "role": role_alias(m["role"]) or m["role"]} for m in messages]
+            messages = [{**m, "role": role_alias(m["role"])} for m in messages]
         if RowNote.PARTS_JOINED in notes:
             used.append(RowNote.PARTS_JOINED.value)
             messages = [{**m, "content": _joined(m)} for m in messages]
-        if prompt.system is not None and messages[0]["role"] != "system":
+        if prompt.system is not None and messages[0]["role"] not in ("system", "developer"):
             used.append("system_prompt")
             messages.insert(0, {"role": "system", "content": prompt.system})
         if prompt.reasoning == "drop":

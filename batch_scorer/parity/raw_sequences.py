@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from batch_scorer.formats.kinds import KINDS, role_alias
+from batch_scorer.formats.kinds import KINDS, mask_field, role_alias
 from batch_scorer.parity.raw_rows import RawRow
 from batch_scorer.records import Conversation, Format, Layout, Message, SequenceInput, TextStyle
-
-_MASKS = "attention_mask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,62 +32,76 @@ class RawSequence:
 
 
 def raw_sequences(row: RawRow, layout: Layout) -> list[RawSequence | None]:
-    """The row's sequences in the order of the format's fields; None for one that cannot be read.
+    """The row's sequences in the order of the format's fields; None for one that is not there.
 
-    Raises LookupError, TypeError and ValueError where the row is not what the layout says.
+    Raises LookupError, TypeError, ValueError or SyntaxError where the row is not what its layout
+    says.
     """
     kind = KINDS[layout.format]
     values = {name: row.get(column) for name, column in layout.columns.items()}
     for name, column in layout.columns.items():
         if column in layout.encoded:
             values[name] = _decoded(values[name])
-    arguments = _arguments(values)
-    context = _context(values)
+    prompt = _prompt(values, layout)
     found: list[RawSequence | None] = []
     for side in kind.responses:
         answers = values[side] if kind.is_group else [values[side]]
-        masks = _masks(values, side, len(answers), kind.is_group)
-        for answer, mask in zip(answers, masks, strict=True):
-            if column_is_encoded(layout, side) and kind.is_group:
-                answer = _decoded(answer)
-            found.append(_sequence(layout, values, context, answer, mask, arguments))
+        mask = values.get(mask_field(side))
+        masks = (mask if kind.is_group else [mask]) if mask else [None] * len(answers)
+        for answer, flags in zip(answers, masks, strict=True):
+            found.append(_sequence(layout, values, prompt, answer, flags))
     return found
-
-
-def column_is_encoded(layout: Layout, name: str) -> bool:
-    return layout.columns[name] in layout.encoded
 
 
 def _sequence(
     layout: Layout,
     values: Mapping[str, Any],
-    context: Conversation,
+    prompt: Any,
     answer: Any,
     mask: Sequence[int] | None,
-    arguments: Mapping[str, Any],
 ) -> RawSequence | None:
-    prompt = values.get("prompt")
-    if answer is None or answer == [] or ("prompt" in layout.columns and prompt is None):
+    if not answer or ("prompt" in layout.columns and not prompt):
         return None
     if _is_ids(answer):
-        ids = [*(prompt or []), *answer]
+        before = [*(prompt or [])]
         if mask is None:
-            return RawSequence(ids)
-        return RawSequence([i for i, kept in zip(ids, mask, strict=True) if kept], unmasked=ids)
-    if layout.format is Format.STEPS:
-        steps = tuple(step if isinstance(step, str) else str(step) for step in answer)
-        last: Message = {"role": "assistant", "content": ""}
-        return RawSequence([*context, *_turns(prompt, "user", layout), last], arguments, steps)
+            return RawSequence([*before, *answer])
+        kept = [token for token, flag in zip(answer, mask, strict=True) if flag]
+        return RawSequence([*before, *kept], unmasked=[*before, *answer])
     if isinstance(answer, str) and layout.text_style is TextStyle.RENDERED:
-        return RawSequence(answer if layout.prompt_inside else f"{prompt or ''}{answer}")
+        return RawSequence(f"{prompt or ''}{answer}")
     before = [] if prompt is None else _turns(prompt, "user", layout)
+    if layout.format is Format.STEPS:
+        last: Message = {"role": "assistant", "content": ""}
+        conversation = _in_context(values, [*before, last])
+        return RawSequence(conversation, _arguments(values), _steps(answer))
     if isinstance(answer, str) and layout.prompt_inside:
-        assert isinstance(prompt, str)
-        answer = answer.removeprefix(prompt).lstrip()
+        answer = answer.lstrip().removeprefix(prompt.strip()).lstrip()
     after = _turns(answer, "assistant", layout, is_apart=prompt is not None)
-    if before and after[: len(before)] == before:
-        before = []  # the answer's messages begin with the prompt's
-    return RawSequence(_with_context(context, [*before, *after]), arguments)
+    return RawSequence(_in_context(values, [*before, *after]), _arguments(values))
+
+
+def _prompt(values: Mapping[str, Any], layout: Layout) -> Any:
+    """The prompt, with the `input` that continues an instruction on a line of its own."""
+    prompt = values.get("prompt")
+    if isinstance(prompt, dict) and isinstance(prompt.get("problem"), str):
+        prompt = prompt["problem"]  # PRM800K's question
+    more = values.get("input")
+    if not (isinstance(more, str) and more.strip()):
+        return prompt
+    return f"{prompt}\n{more}" if prompt and prompt.strip() else more
+
+
+def _steps(answer: Any) -> tuple[str, ...]:
+    """The steps of a list, or those that PRM800K's labelers went on with."""
+    if isinstance(answer, list):
+        return tuple(answer)
+    steps: list[str] = []
+    for step in answer["steps"]:
+        completions, chosen = step.get("completions") or [], step.get("chosen_completion")
+        taken = completions[chosen] if chosen is not None else step.get("human_completion")
+        steps.append((taken or completions[0])["text"])
+    return tuple(steps)
 
 
 def _turns(value: Any, role: str, layout: Layout, *, is_apart: bool = True) -> Conversation:
@@ -115,50 +127,47 @@ def _turns(value: Any, role: str, layout: Layout, *, is_apart: bool = True) -> C
 
 def _message(value: Mapping[str, Any]) -> Message:
     """The message with all its fields; ShareGPT's names of the first two mean the usual ones."""
-    if "role" in value or "from" not in value:
+    if value.get("role") is not None or "from" not in value:
         return dict(value)
     role = value["from"]
-    others = {name: item for name, item in value.items() if name not in ("from", "value")}
-    return {"role": role_alias(role) or role, "content": value.get("value"), **others}
+    others = {name: item for name, item in value.items() if name not in ("from", "value", "role")}
+    return {"role": role_alias(role), "content": value.get("value"), **others}
 
 
-def _context(values: Mapping[str, Any]) -> Conversation:
-    """What stands before the prompt: the row's own system message, then its history."""
-    before: Conversation = []
-    system = values.get("system")
-    if isinstance(system, str) and system.strip():
-        before.append({"role": "system", "content": system})
-    for item in _decoded(values.get("history")) or []:
-        if isinstance(item, dict):
-            before.append(_message(item))
-        else:
-            question, answer = item
-            before.append({"role": "user", "content": question})
-            before.append({"role": "assistant", "content": answer})
-    return before
-
-
-def _with_context(context: Conversation, conversation: Conversation) -> Conversation:
-    """Context and conversation; a system message that both have stands once."""
-    if context and conversation and context[0] == conversation[0]:
-        context = context[1:]
+def _in_context(values: Mapping[str, Any], conversation: Conversation) -> Conversation:
+    """The conversation behind the row's own system message and history, each of them once."""
     first, *rest = conversation
-    if context and first["role"] == "system":
-        return [first, *context, *rest]
-    return [*context, *conversation]
+    has_system = role_alias(first["role"]) == "system"
+    system, turns = ([first], rest) if has_system else ([], conversation)
+    history: Conversation = []
+    for item in values.get("history") or []:
+        if isinstance(item, dict):
+            history.append(_message(item))
+        else:
+            history.append({"role": "user", "content": item[0]})
+            history.append({"role": "assistant", "content": item[1]})
+    if turns[: len(history)] == history:
+        history = []
+    text = values.get("system")
+    if not system and isinstance(text, str) and text.strip():
+        system = [{"role": "system", "content": text}]
+    return [*system, *history, *turns]
 
 
 def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """The chat template's arguments that the row has of its own."""
     found: dict[str, Any] = dict(_decoded(values.get("template_arguments")) or {})
     for name in ("tools", "documents"):
-        if value := _decoded(values.get(name)):
-            found[name] = value
+        if items := _decoded(values.get(name)):
+            found[name] = _decoded(items)
     return found
 
 
 def _decoded(value: Any) -> Any:
-    """What text says that is JSON, or Python's spelling of the same; other values as they are."""
+    """What text says that is JSON, or Python's spelling of the same, also in a list; other values
+    as they are."""
+    if isinstance(value, list):
+        return [_decoded(item) if isinstance(item, str) else item for item in value]
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -166,17 +175,7 @@ def _decoded(value: Any) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        return ast.literal_eval(value)
-
-
-def _masks(
-    values: Mapping[str, Any], side: str, count: int, is_group: bool
-) -> Sequence[Sequence[int] | None]:
-    """The attention mask of each answer of a side, if there is any."""
-    mask = values.get(_MASKS, values.get(f"{_MASKS}_{side}"))
-    if mask is None:
-        return [None] * count
-    return mask if is_group else [mask]
+        return ast.literal_eval(value.strip())
 
 
 def _is_ids(value: Any) -> bool:

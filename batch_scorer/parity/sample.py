@@ -183,6 +183,8 @@ def parts_of(shard: Shard) -> list[Shard]:
     rows = shard.num_rows
     if rows <= 3 * _WINDOW_ROWS:
         return [shard]
+    if shard.where is not None:  # where the matching rows are is known from the beginning on
+        return [replace(shard, num_rows=3 * _WINDOW_ROWS)]
     starts = (0, (rows - _WINDOW_ROWS) // 2, rows - _WINDOW_ROWS)
     return [
         replace(
@@ -201,14 +203,17 @@ def _raw(
     """These rows, read by the gate itself. Raises ParityError for one that it cannot read."""
     if not rows:
         return {}
-    found = read_raw_rows(open_store(shard.source.root, store_options), shard, rows)
+    numbers = row_numbers(shard, store_options)
+    places = {row: numbers[row] - shard.first_row for row in rows}
+    store = open_store(shard.source.root, store_options)
+    found = read_raw_rows(store, shard, list(places.values()))
     sequences: dict[int, Sequence[RawSequence | None]] = {}
-    for row in rows:
-        name = f"{shard.source.key} row {shard.first_row + row}"
-        if row not in found:
+    for row, place in places.items():
+        name = f"{shard.source.key} row {numbers[row]}"
+        if place not in found:
             raise ParityError(f"{name}: it is scored, but the file has no such row")
         try:
-            sequences[row] = raw_sequences(found[row], shard.layout)
+            sequences[row] = raw_sequences(found[place], shard.layout)
         except (LookupError, TypeError, ValueError, SyntaxError) as error:
             raise ParityError(
                 f"{name}: it is scored, but not what its layout says: {error}"
