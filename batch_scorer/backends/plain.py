@@ -1,7 +1,9 @@
 """Plain Hugging Face, one sequence at a time: the reference for every faster scoring path."""
 
 import gc
+import json
 from dataclasses import replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -98,7 +100,9 @@ class PlainTokenizer:
     def token_ids(self, sequence: SequenceInput) -> list[int] | None:
         """None where a tokenizer has no call for it: ids, pairs, and answers cut into steps."""
         prompt = self._prompt
-        if prompt.steps or prompt.suffix_id_of:
+        if prompt.steps or prompt.suffix_id_of or prompt.bos != "auto" or prompt.eos != "keep":
+            return None
+        if prompt.reasoning != "template" or prompt.special_text == "literal":
             return None
         text = sequence if isinstance(sequence, str) else self._rendered(sequence)
         if text is None:
@@ -109,7 +113,8 @@ class PlainTokenizer:
         return cast(list[int], self._tokenizer(text)["input_ids"])
 
     def _rendered(self, sequence: Any) -> str | None:
-        template = self._prompt.template or self._tokenizer.chat_template
+        prompt = self._prompt
+        template = prompt.template or prompt.template_name or self._tokenizer.chat_template
         if not template or not sequence or not isinstance(sequence[0], dict):
             return None
         messages = list(sequence)
@@ -117,5 +122,11 @@ class PlainTokenizer:
             messages.insert(0, {"role": "system", "content": self._prompt.system})
         return cast(
             str,
-            self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False),
+            self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=prompt.template or prompt.template_name,
+                tokenize=False,
+                strftime_now=(prompt.date or datetime.now()).strftime,
+                **json.loads(prompt.arguments),
+            ),
         )

@@ -192,7 +192,7 @@ def _check_rendering(job: Job, inputs: Sequence[SequenceInput], rows: TokenizedR
     renderer = renderer_of(job.config, job.model)
     plain = PlainTokenizer(
         job.model_dir,
-        adapter_named(job.adapter).prompt,
+        job.model.prompt,
         trust_remote_code=job.config.trust_remote_code,
     )
     for index, sequence in enumerate(inputs):
