@@ -12,7 +12,7 @@ from typing import Any
 from batch_scorer.config import Config
 from batch_scorer.records.digest import digest_of
 
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 """Raised when a change of this package changes scores (rendering, pooling, head)."""
 
 
@@ -28,11 +28,11 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """One line for each part that differs, theirs first."""
-        names = sorted({*self.parts, *other.parts})
+        here, there = _flat(self.parts), _flat(other.parts)
         return [
-            f"{name}: {_short(other.parts.get(name))} there, {_short(self.parts.get(name))} here"
-            for name in names
-            if self.parts.get(name) != other.parts.get(name)
+            f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here"
+            for name in sorted({*here, *there})
+            if here.get(name) != there.get(name)
         ]
 
 
@@ -45,11 +45,13 @@ def score_fingerprint(
     embedding: tuple[str, bool] | None,
     dtype: str,
     max_tokens: int,
+    text: Mapping[str, Any],
     probe_digest: str | None,
 ) -> Fingerprint:
     """The fingerprint of `config` with everything derived filled in.
 
-    `probe_digest` is None where nothing is rendered (token ids, or no model at all).
+    `text` is how rows become token ids (`models.adapter.Prompt`). `probe_digest` is None
+    where nothing is rendered (token ids, or no model at all).
     """
     parts = config.with_role("scores")
     parts |= {
@@ -59,10 +61,17 @@ def score_fingerprint(
         "embedding": embedding and list(embedding),
         "dtype": dtype,
         "max_tokens": max_tokens,
+        "text": dict(text),
         "template_probe": probe_digest,
         "scoring_version": SCORING_VERSION,
     }
     return Fingerprint(parts)
+
+
+def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts, those of `text` each under a name of its own."""
+    text = {f"text.{name}": value for name, value in parts.get("text", {}).items()}
+    return {**{name: value for name, value in parts.items() if name != "text"}, **text}
 
 
 def _short(value: Any) -> str:

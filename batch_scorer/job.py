@@ -1,6 +1,6 @@
 """A run's settings with everything derived filled in: made once, the same on every worker."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from batch_scorer.config import ENGINES, Config, Device, EngineFacts
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.records import SCALAR, Embedding, Outputs
-from batch_scorer.render import Probe, max_tokens_of
+from batch_scorer.render import Probe, TemplateFacts, max_tokens_of
 from batch_scorer.version import __version__
 
 
@@ -57,8 +57,14 @@ class Job:
         return outputs_of(self.config, self.model)
 
     @property
+    def template_facts(self) -> TemplateFacts | None:
+        """What the chat template does to a conversation; None where there is none."""
+        return self.probe.template if self.probe else None
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What does the work, for the record; none of it enters the fingerprint."""
+        facts = self.template_facts
         return {
             "batch_scorer": __version__,
             "model": self.config.model,
@@ -69,6 +75,7 @@ class Job:
             "trust_remote_code": self.config.trust_remote_code,
             "device": self.device,
             "rendered_probe": list(self.probe.texts) if self.probe else None,
+            "template": asdict(facts) if facts else None,
         }
 
     def on_engine(self, engine: str) -> "Job":

@@ -80,9 +80,11 @@ def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
     started = time.perf_counter()
     scores = ask(rows) if rows.known is None else score_unknown(rows, ask)
     score_s = time.perf_counter() - started
+    lengths = rows.lengths.astype(np.int32)
+    lengths[list(rows.too_long)] = list(rows.too_long.values())
     return ScoredRows(
         scores=_checked(scores, rows),
-        lengths=rows.lengths.astype(np.int32),
+        lengths=lengths,
         truncated_tokens=rows.truncated_tokens,
         row_offsets=rows.row_offsets,
         row_errors=rows.row_errors,
@@ -91,6 +93,8 @@ def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
         engine=json.loads(json.dumps(backend.provenance)),
         score_s=score_s,
         was_known=None if rows.known is None else rows.known.is_there & (rows.lengths > 0),
+        notes=rows.notes,
+        special_tokens=rows.special_tokens,
     )
 
 
@@ -115,10 +119,17 @@ def _rows_digest(rows: TokenizedRows) -> str:
 
 
 def _checked(scores: Scores, rows: TokenizedRows) -> Scores:
-    """The same as float32, all sequences without a finite score NaN and named in the errors."""
+    """The same as float32, all sequences without a finite score NaN and named in the errors; one
+    with another number of step scores than its row has steps gets none."""
     values = scores.values.astype(np.float32)
     errors = {**scores.errors, **rows.sequence_errors}
     for index in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
         errors.setdefault(index, RowError(RowReason.NON_FINITE_SCORE, "the model gave no number"))
+    if scores.step_offsets is not None:
+        found = np.diff(scores.step_offsets)
+        for index, given in rows.given_steps.items():
+            if found[index] != given:
+                detail = f"{given} steps in the row, {found[index]} step scores"
+                errors.setdefault(index, RowError(RowReason.STEPS_DIFFER, detail))
     values[list(errors)] = np.nan
     return replace(scores, values=values, errors=errors)

@@ -128,6 +128,11 @@ def role_of(raw: str | None) -> str:
     return name if name in ROLES else ""
 
 
+def role_alias(role: str) -> str:
+    """The usual name of a role that goes by another; any other role as it is."""
+    return role if role in ROLES else role_of(role) or role
+
+
 def message_keys(dtype: pa.DataType) -> tuple[str, str] | None:
     """The names of role and content in a struct, or None where it is not a message."""
     if not pa.types.is_struct(dtype):

@@ -80,8 +80,9 @@ class RowShape:
             names.append("margin")
         names += [name for names_by_side in others for name in names_by_side]
         names += ["score_error", *(f"num_tokens{suffix}" for suffix in self.suffixes)]
-        if over_length is OverLength.TRUNCATE_LEFT:
-            names.append("num_truncated_tokens")
+        if over_length.cuts:
+            names += [f"num_truncated_tokens{suffix}" for suffix in self.suffixes]
+        names += ["score_notes", "num_special_tokens"]
         return [prefix + name for name in names]
 
     def counts(

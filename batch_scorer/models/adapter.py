@@ -8,8 +8,11 @@ this package, and always float32. No family needs remote code.
 Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -170,20 +173,50 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """How a conversation becomes text, where the tokenizer's template does not do it.
+    """How a conversation becomes text, and text becomes token ids.
+
+    A family sets what its models were trained on, where the tokenizer does not do it; a job adds
+    its settings, and the whole enters the fingerprint (`to_json`).
 
     template      Jinja chat template in place of the tokenizer's.
+    template_name which of the tokenizer's templates, where it has several.
+    arguments     the template's arguments, as the text of a JSON object.
     system        put first where a conversation has no system message.
     suffix_id_of  name of the config entry whose token id ends every sequence, exactly once.
     pair          for encoders without a template: tokenizer(question, answer).
     steps         the answer is cut into steps.
+    step_separator  what joins steps that come as a list, where `steps` is None.
+    bos           as the setting of that name. TRL, OpenRLHF, verl and RLHFlow tokenise rendered
+                  text without adding tokens: `template`.
+    eos           `keep`: nothing is done. `append`, `never`: as the setting. `openrlhf`: line feeds
+                  at the end are stripped, and a blank and EOS follow where the text does not end
+                  in EOS.
+    date          what a template gets for today, None: the day on which it is loaded.
+    reasoning, special_text   as the settings.
     """
 
     template: str | None = None
+    template_name: str | None = None
+    arguments: str = "{}"
     system: str | None = None
     suffix_id_of: str | None = None
     pair: bool = False
     steps: Steps | None = None
+    step_separator: str = "\n\n"
+    bos: Literal["auto", "always", "never", "template"] = "auto"
+    eos: Literal["keep", "append", "never", "openrlhf"] = "keep"
+    date: datetime | None = None
+    reasoning: Literal["template", "keep", "drop"] = "template"
+    special_text: Literal["parse", "literal", "mark"] = "parse"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; a template as its sha256."""
+        return {
+            **asdict(self),
+            "template": self.template and hashlib.sha256(self.template.encode()).hexdigest(),
+            "arguments": json.loads(self.arguments),
+            "date": self.date and self.date.isoformat(),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TEMPLATES = "additional_chat_templates/*.jinja"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _UNLIMITED_TOKENS = 10**9
 
@@ -43,7 +44,8 @@ class ModelFacts:
     `prompt` is how it wants conversations rendered (kept here, because processes that read have no
     torch, which the families need). `has_steps`: it is a process reward model. `hidden_size` is
     None where the config does not name it, `cost` where config and weights do not determine it.
-    `max_tokens` is the longest sequence that the positions allow. `digest` covers config, weights
+    `positions` are the tokens of the longest sequence that the model can read, `max_tokens` the
+    same where the tokenizer's files set a lower limit. `digest` covers config, weights
     and tokenizer files: with any byte changed there it is another model.
     """
 
@@ -54,6 +56,7 @@ class ModelFacts:
     prompt: Prompt
     has_steps: bool
     hidden_size: int | None
+    positions: int
     max_tokens: int
     vocab_size: int
     cost: ModelCost | None
@@ -121,7 +124,7 @@ def inspect_model(
     chosen = EMBEDDING
     if not embeds:
         chosen = choose_adapter(files, adapter, trust_remote_code=trust_remote_code)
-    limits = [files.config.get("max_position_embeddings"), _tokenizer_limit(path)]
+    positions = int(files.config.get("max_position_embeddings") or _UNLIMITED_TOKENS)
     return ModelFacts(
         path=path,
         architecture=files.architecture,
@@ -130,7 +133,8 @@ def inspect_model(
         prompt=chosen.prompt,
         has_steps=chosen.step_aggregation is not None,
         hidden_size=next((files.config[n] for n in HIDDEN_SIZES if n in files.config), None),
-        max_tokens=min((limit for limit in limits if limit), default=_UNLIMITED_TOKENS),
+        positions=positions,
+        max_tokens=min(positions, _tokenizer_limit(path) or positions),
         vocab_size=int(files.config.get("vocab_size") or _UNLIMITED_TOKENS),
         cost=model_cost(files, chosen),
         digest=_digest(path, chosen, trust_remote_code) if with_digest else "",
@@ -198,6 +202,7 @@ def _digest(path: Path, adapter: Adapter, trust_remote_code: bool) -> str:
     files += sorted(path.glob(_CODE)) if trust_remote_code else []
     files += [path / name for name in adapter.head_files if (path / name).exists()]
     files += [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
+    files += sorted(path.glob(_TEMPLATES))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_digest, files))
     lines = [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]

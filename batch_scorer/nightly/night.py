@@ -44,13 +44,13 @@ from batch_scorer.nightly.history import (
     write,
 )
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
-from batch_scorer.outputs.claim import claimed
+from batch_scorer.outputs.claim import claimed, claimed_fingerprint
 from batch_scorer.outputs.lease import Lease, lease_of
 from batch_scorer.outputs.manifest import current_manifest
 from batch_scorer.outputs.reuse import Earlier
 from batch_scorer.pipeline.session import RaySession
 from batch_scorer.records import Source, Status
-from batch_scorer.runs.derive import as_begun, look_at_model, open_output, settle
+from batch_scorer.runs.derive import as_begun, date_of, look_at_model, open_output, settle
 from batch_scorer.runs.run import Listener, Summary, score_plan
 from batch_scorer.storage import ObjectMissing, Store
 
@@ -269,7 +269,10 @@ class _NightlyRun:
         config = self._placed(series, above)
         known = read_generations(self._root)
         job = as_any_begun(series.name, config, series.model, known, self._root)
-        job = job or settle(config, series.model, plan, self._session)
+        if job is None:  # a new generation; its templates read the date of the one before
+            date = config.template_date or date_of_series(series.name, known, self._root)
+            dated = config.model_copy(update={"template_date": date})
+            job = settle(dated, series.model, plan, self._session)
         wanted = wanted_generation(
             series.name, job, above.generation if above else None, self._night.rescore
         )
@@ -277,7 +280,8 @@ class _NightlyRun:
         if generation not in known:
             record_generations(self._root, [*known, generation])
         # Settings that were left open stay as they were when the generation was begun.
-        pins = {"dtype": job.dtype, "backend": job.engines[0]}
+        date = job.model.prompt.date
+        pins = {"dtype": job.dtype, "backend": job.engines[0], "template_date": date}
         output = self._root.url(generation.path)
         config = config.model_copy(update={"output": output, **pins})
         donors = _scored_by(donor_of(known, generation, self._latest), self._root)
@@ -381,6 +385,16 @@ def as_any_begun(
             continue
         if job is not None:
             return job
+    return None
+
+
+def date_of_series(series: str, known: Sequence[Generation], root: Store) -> datetime | None:
+    """What the templates of this series' newest generation read as today's date."""
+    for generation in reversed([g for g in known if g.series == series]):
+        try:
+            return date_of(claimed_fingerprint(root.below(generation.path)))
+        except ObjectMissing:
+            continue
     return None
 
 

@@ -21,7 +21,7 @@ from batch_scorer.storage import (
 GENERATIONS_KEY = f"{RECORDS}/generations.json"
 """Where `nightly` remembers its generations, in the folder above them."""
 _RUN_KEY = f"{RECORDS}/run.json"
-_FORMAT = 2
+_FORMAT = 3
 """How the records beside the shards, and the commits in their footers, are written."""
 
 

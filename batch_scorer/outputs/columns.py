@@ -4,7 +4,9 @@ A row that could not be scored has nulls and a reason; a list of scores has a nu
 of each response without one. `score_error` is null exactly when every score of the row is there.
 Attributes of a model with several outputs are fixed-size lists under `rewards`, step scores of a
 process reward model are lists under `step_scores`, embeddings are fixed-size lists. Where a
-sequence's values go is the row's shape (`formats.shape`).
+sequence's values go is the row's shape (`formats.shape`). `score_notes` lists what is worth knowing
+of a row, scored or not, and `num_special_tokens` counts the places where its messages spell a
+special token; null where there is nothing.
 """
 
 import hashlib
@@ -54,9 +56,13 @@ def score_columns(
         pa.array(reasons, pa.string()),
         *shape.to_columns(pa.array(scored.lengths), counts),
     ]
-    if over_length is OverLength.TRUNCATE_LEFT:
-        cut_before = np.concatenate([[0], np.cumsum(scored.truncated_tokens)])[scored.row_offsets]
-        arrays.append(pa.array(np.diff(cut_before).astype(np.int32)))
+    if over_length.cuts:
+        arrays += shape.to_columns(pa.array(scored.truncated_tokens), counts)
+    rows = range(scored.num_rows)
+    arrays += [
+        pa.array([scored.notes.get(row) for row in rows], pa.list_(pa.string())),
+        pa.array([scored.special_tokens.get(row) for row in rows], pa.int32()),
+    ]
     names = shape.added_columns(prefix, over_length, outputs)
     return dict(zip(names, arrays, strict=True))
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_scorer.errors import ShardError, ShardReason, StorageError
+from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.files import rows_of_shard
@@ -87,7 +87,10 @@ def _reused(scored: ScoredRows, sources: Sources) -> Reused:
     known = scored.was_known
     if known is None:
         return Reused()
-    asked = ~known & (scored.lengths > 0)  # the model is not asked for what has no tokens either
+    # The model is not asked for what has no tokens, or too many.
+    asked = ~known & (scored.lengths > 0)
+    errors = scored.scores.errors
+    asked[[s for s, error in errors.items() if error.reason is RowReason.TOO_LONG]] = False
 
     def per_row(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         return np.diff(np.concatenate([[0], np.cumsum(mask)])[scored.row_offsets])
@@ -98,6 +101,14 @@ def _reused(scored: ScoredRows, sources: Sources) -> Reused:
         tokens=int(scored.lengths[known].sum()),
         rows=dict(Counter(sources[rows].tolist())),
     )
+
+
+def _notes(scored: ScoredRows) -> dict[str, int]:
+    """Rows by note, and those whose messages spell special tokens."""
+    notes = Counter(note.value for found in scored.notes.values() for note in found)
+    if scored.special_tokens:
+        notes["special_tokens"] = len(scored.special_tokens)
+    return dict(notes)
 
 
 def _describe(
@@ -127,6 +138,7 @@ def _describe(
         rows_scored=shard.num_rows - len(errors),
         rows_marked=len(errors),
         marked=dict(Counter(error.reason.value for error in errors.values())),
+        notes=_notes(scored),
         sequences=int(finite.sum()),
         tokens=int(scored.lengths[finite].sum()),
         rows_digest=scored.rows_digest,

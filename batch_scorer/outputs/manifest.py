@@ -212,6 +212,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
         0,
     )  # fmt: skip
     marked: dict[str, int] = {}
+    notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
@@ -233,10 +234,13 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
             totals[name] += getattr(commit, name)
         for reason, count in commit.marked.items():
             marked[reason] = marked.get(reason, 0) + count
+        for note, count in commit.notes.items():
+            notes[note] = notes.get(note, 0) + count
         for source, counts in commit.pairs.items():
             pairs[source] = pairs.get(source, PairCounts()) + counts
     return totals | {
         "marked": marked,
+        "notes": notes,
         "pairs": {source: asdict(counts) for source, counts in pairs.items()},
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from batch_scorer.formats.kinds import KINDS, mask_field, role_alias
+from batch_scorer.formats.kinds import KINDS, role_alias
 from batch_scorer.parity.raw_rows import RawRow
 from batch_scorer.records import Conversation, Format, Layout, Message, SequenceInput, TextStyle
 
@@ -46,7 +46,7 @@ def raw_sequences(row: RawRow, layout: Layout) -> list[RawSequence | None]:
     found: list[RawSequence | None] = []
     for side in kind.responses:
         answers = values[side] if kind.is_group else [values[side]]
-        mask = values.get(mask_field(side))
+        mask = values.get("attention_mask" if side == "token_ids" else f"attention_mask_{side}")
         masks = (mask if kind.is_group else [mask]) if mask else [None] * len(answers)
         for answer, flags in zip(answers, masks, strict=True):
             found.append(_sequence(layout, values, prompt, answer, flags))

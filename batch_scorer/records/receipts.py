@@ -59,7 +59,8 @@ class Commit:
 
     Holds no clock, host or attempt, so the object's bytes are a function of input, model and
     plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
-    columns. `pairs` and `spread` are by source (`outputs.by_source`).
+    columns. `notes` counts rows by note (`errors.RowNote`), and as `special_tokens` those whose
+    messages spell any. `pairs` and `spread` are by source (`outputs.by_source`).
     """
 
     identity: str
@@ -72,6 +73,7 @@ class Commit:
     rows_scored: int
     rows_marked: int
     marked: dict[str, int]
+    notes: dict[str, int]
     sequences: int
     tokens: int
     rows_digest: str

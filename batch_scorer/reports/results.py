@@ -18,6 +18,7 @@ from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
 from batch_scorer.records import PairCounts, Receipt, Status, layout_to_json
+from batch_scorer.render import TemplateFacts
 from batch_scorer.runs.estimate import Estimate
 from batch_scorer.runs.preview import Checked, Outlook
 from batch_scorer.runs.run import Summary
@@ -124,7 +125,9 @@ class CheckReport:
 
     `dimensions`, `pooling` and `normalize` are an embedding's, None for scores; `outputs` names
     each score. `example` is the row whose text, with special tokens visible, is `rendered`.
-    `marked` counts the sequences without a score by reason.
+    `marked` counts the sequences without a score by reason. `template` is what the chat template
+    does to a conversation, None without one; `text` are the settings by which rows become token
+    ids (`Prompt.to_json`).
     """
 
     provenance: Mapping[str, Any]
@@ -144,6 +147,8 @@ class CheckReport:
     leading_bos: int | None
     truncated: int
     marked: Mapping[str, int]
+    template: TemplateFacts | None
+    text: Mapping[str, Any]
     parity: ParityReport
 
     def to_json(self) -> dict[str, Any]:
@@ -155,6 +160,8 @@ class CheckReport:
             "leading_bos": self.leading_bos,
             "truncated": self.truncated,
             "marked": dict(self.marked),
+            "template": None if self.template is None else asdict(self.template),
+            "text": dict(self.text),
             "parity": self.parity.to_json(),
         }
 
@@ -181,6 +188,8 @@ def check_report(checked: Checked) -> CheckReport:
         leading_bos=sample.leading_bos,
         truncated=sample.num_truncated,
         marked=sample.marked,
+        template=job.template_facts,
+        text=job.fingerprint.parts["text"],
         parity=checked.report,
     )
 
@@ -191,7 +200,8 @@ def check_report(checked: Checked) -> CheckReport:
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """How a run ended. `totals` as in `_SUCCESS`; `metrics` are `Metrics.to_json`, of the shards
-    that this run scored. `parity` is one worker's `ParityReport.to_json`, None without a check."""
+    that this run scored. `parity` is one worker's `ParityReport.to_json`, None without a check.
+    `lost` names what the chat template leaves out of a conversation."""
 
     output: str
     totals: Mapping[str, Any]
@@ -199,6 +209,7 @@ class RunReport:
     elapsed_s: float
     metrics: Mapping[str, Any]
     parity: Mapping[str, Any] | None
+    lost: tuple[str, ...]
     input_gone: tuple[str, ...]
     failed: tuple[FailedShard, ...]
 
@@ -230,6 +241,7 @@ class RunReport:
             "elapsed_s": self.elapsed_s,
             "metrics": dict(self.metrics),
             "parity": None if self.parity is None else dict(self.parity),
+            "template_leaves_out": list(self.lost),
             "input_gone": list(self.input_gone),
             "failed": [asdict(each) for each in self.failed],
         }
@@ -244,6 +256,7 @@ def run_report(summary: Summary) -> RunReport:
         elapsed_s=round(summary.elapsed_s, 3),
         metrics=summary.metrics.to_json(summary.run),
         parity=summary.parity,
+        lost=summary.lost,
         input_gone=tuple(r.output_key for r in receipts if r.status is Status.INPUT_GONE),
         failed=tuple(failed_shard(r) for r in receipts if r.status is Status.FAILED),
     )

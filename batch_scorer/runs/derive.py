@@ -1,8 +1,13 @@
 """From settings to a job: device, dtype, engine, fingerprint."""
 
+import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.config import Config, Device
@@ -16,6 +21,7 @@ from batch_scorer.errors import (
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.job import Job
+from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import ModelFacts, find_model, inspect_model
 from batch_scorer.models.embedding import embedding_of
 from batch_scorer.outputs.claim import claimed, claimed_fingerprint
@@ -51,7 +57,44 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
         raise ConfigError(
             f"step_aggregation: {model.adapter} models give no step scores; leave it out"
         )
-    return model
+    if config.max_tokens is not None and config.max_tokens > model.positions:
+        log.warning(
+            "max_tokens: %d, but the model has %d positions; longer sequences are not scored whole",
+            config.max_tokens,
+            model.positions,
+        )
+    return replace(model, prompt=_with_settings(model.prompt, config))
+
+
+def _with_settings(prompt: Prompt, config: Config) -> Prompt:
+    """What the model's family was trained on, and what the settings say instead.
+
+    The file of a chat template is read here, once.
+    """
+    template, name = prompt.template, config.chat_template
+    if name is not None and Path(name).is_file():
+        try:
+            template, name = Path(name).read_text(), None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template: {name}: not readable: {error}") from error
+    elif name is not None:
+        template = None
+    steps = prompt.steps
+    if steps is not None and config.step_separator is not None:
+        steps = replace(steps, separator=config.step_separator)
+    return replace(
+        prompt,
+        template=template,
+        template_name=name,
+        arguments=json.dumps(config.template_arguments, sort_keys=True),
+        system=prompt.system if config.system_prompt is None else config.system_prompt,
+        steps=steps,
+        step_separator=config.step_separator or prompt.step_separator,
+        bos=prompt.bos if config.bos == "auto" else config.bos,
+        eos=prompt.eos if config.eos == "auto" else config.eos,
+        reasoning=config.reasoning,
+        special_text=config.special_text,
+    )
 
 
 def as_begun(config: Config, model: ModelFacts, output: Store) -> Job | None:
@@ -70,7 +113,7 @@ def as_begun(config: Config, model: ModelFacts, output: Store) -> Job | None:
             "dtype": config.dtype or parts["dtype"],
         }
     )
-    job = derive(then, model)
+    job = derive(then, model, date_of(parts))
     if config.backend == "auto":
         job = job.on_engine(parts["backend"])
     return job if job.fingerprint.digest == Fingerprint(parts).digest else None
@@ -80,13 +123,23 @@ def settle(config: Config, model: ModelFacts, plan: Plan, session: RaySession) -
     """Derive what the settings leave open from the devices there are, and from what the output was
     begun with."""
     session.start()
-    return _with_engine(derive(config, model), plan, open_output(config))
+    output = open_output(config)
+    job = derive(config, model, date_of(claimed_fingerprint(output)))
+    return _with_engine(job, plan, output)
 
 
-def derive(config: Config, model: ModelFacts) -> Job:
+def date_of(fingerprint: Mapping[str, Any]) -> datetime | None:
+    """The date that was today's for the templates of an output; None for one that asked for none,
+    or is not begun."""
+    date = fingerprint.get("text", {}).get("date")
+    return date and datetime.fromisoformat(date)
+
+
+def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> Job:
     """The job, its engines those that support it.
 
-    Raises ModelError for a tokenizer that fails or does not fit the model.
+    Templates get the setting's date for today's, or else `date`, or else that of this day. Raises
+    ModelError for a tokenizer that fails or does not fit the model.
     """
     device = config.device or (Device.CUDA if has_gpus(config) else Device.CPU)
     has_bfloat16 = device is Device.CUDA or cpu_has_bfloat16()
@@ -95,6 +148,9 @@ def derive(config: Config, model: ModelFacts) -> Job:
     if config.task == "embed":
         embedding = embedding_of(model.path, config.embedding_pooling, config.normalize)
     engines = tuple(supported_engines(config, model))
+    today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+    date = config.template_date or date or today
+    model = replace(model, prompt=replace(model.prompt, date=date))
     renderer = renderer_of(config, model)
     if renderer.vocab_size > model.vocab_size:
         raise ModelError(
@@ -102,6 +158,7 @@ def derive(config: Config, model: ModelFacts) -> Job:
             f"{model.vocab_size}: they do not belong together"
         )
     probe = renderer.probe() if renderer.renders else None
+    prompt = model.prompt if renderer.asks_for_date else replace(model.prompt, date=None)
     fingerprint = score_fingerprint(
         config,
         model_digest=model.digest,
@@ -110,6 +167,7 @@ def derive(config: Config, model: ModelFacts) -> Job:
         embedding=(embedding.pooling, embedding.normalize) if embedding else None,
         dtype=dtype,
         max_tokens=max_tokens_of(config, model),
+        text=prompt.to_json(),
         probe_digest=probe.digest if probe else None,
     )
     return Job(config, model, engines, embedding, device, dtype, probe, fingerprint)

@@ -60,7 +60,8 @@ class Summary:
     """How a run ended. `totals` as in `_SUCCESS`; `elapsed_s` and what follows are this run's own.
 
     `elapsed_s` is with starting up, `metrics` are of the shards that this run scored. `parity` is
-    one worker's report (`parity.ParityReport`), None where nothing was checked.
+    one worker's report (`parity.ParityReport`), None where nothing was checked. `lost` names what
+    the chat template leaves out of a conversation without a word.
     """
 
     output: str
@@ -70,6 +71,7 @@ class Summary:
     run: Run
     metrics: Metrics
     parity: dict[str, Any] | None = None
+    lost: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -211,6 +213,7 @@ def _run(
         run=run,
         metrics=metrics,
         parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
+        lost=job.template_facts.lost if job.template_facts else (),
     )
 
 

@@ -22,6 +22,7 @@ from batch_scorer.runs.metrics import Run
 from batch_scorer.storage import Version
 
 COMMIT = Commit(
+    notes={},
     identity="i",
     fingerprint="f",
     epoch=1,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batch_scorer.models.adapter import Adapter, ModelConfig
+from batch_scorer.models.adapter import Adapter, ModelConfig, Prompt
 from batch_scorer.models.families.heads import LastTokenHead, linear, linear_head, mlp
 
 _ARCHITECTURES = ("*ForCausalLM", "*ForCausalLMWithValueHead", "GRewardModel")
@@ -84,9 +84,12 @@ ADAPTERS = (
             head={f"{prefix}.weight": (1, None)},
             unused=("lm_head.*",),
             build_head=_openrlhf,
+            prompt=Prompt(bos="template", eos="openrlhf"),
             attributes=lambda config: ("raw_score",) if _is_normalized(config) else (),
             models=("OpenRLHF reward models",),
             traps=(
+                "trained on text without line feeds at its end, followed by a blank and EOS where "
+                "it did not end in EOS; the head reads that EOS",
                 "with mean and std in the config the score is (raw - mean) / std; the raw score "
                 "is kept beside it",
             ),

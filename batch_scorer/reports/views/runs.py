@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from batch_scorer.models.adapter import Prompt
 from batch_scorer.records import PairCounts
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
 from batch_scorer.reports.figures import duration, figure_rows, scaled
@@ -19,6 +20,7 @@ from batch_scorer.storage import Conformance
 _FILES_SHOWN = 40
 _LAYOUTS_SHOWN = 8
 _CHARACTERS_SHOWN = 600
+_VALUE_SHOWN = 80
 
 
 # Before a run
@@ -76,6 +78,7 @@ def check_view(report: CheckReport) -> Iterator[Block]:
         ],
         words=(0, 1),
     )
+    yield Table("Text", (), _text_rows(report), words=(0, 1))
     text = report.rendered
     if len(text) > _CHARACTERS_SHOWN:
         half = _CHARACTERS_SHOWN // 2
@@ -103,6 +106,29 @@ def check_view(report: CheckReport) -> Iterator[Block]:
     )
     if parity.agrees:
         yield Line("", "The engine gives the model's own scores.", Tone.GOOD)
+
+
+def _text_rows(report: CheckReport) -> list[tuple[str, str]]:
+    """How rows become text: what the template does, and the settings that are not as usual."""
+    rows = []
+    if (facts := report.template) is not None:
+        contents = {"text": "text; parts are joined", "parts": "parts", "both": "text and parts"}
+        rows = [
+            ("system message", facts.system),
+            ("judged answer", facts.answer),
+            ("its reasoning_content", facts.reasoning_field),
+            ("its <think>…</think>", facts.reasoning_text),
+            ("tools", facts.tools),
+            ("content", contents[facts.content]),
+            ("added before the first turn", repr(facts.added) if facts.added else "nothing"),
+        ]
+    usual = Prompt().to_json()
+    changed = {name: value for name, value in report.text.items() if value != usual[name]}
+    return rows + [(name, _short(str(value))) for name, value in changed.items()]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _VALUE_SHOWN else f"{text[:_VALUE_SHOWN]} […]"
 
 
 def _pooling(report: CheckReport) -> str:
@@ -190,6 +216,8 @@ def run_view(report: RunReport) -> Iterator[Block]:
     rows = [("rows", f"{totals['rows']:,}"), ("  scored", f"{totals['rows_scored']:,}")]
     for reason, count in sorted(totals["marked"].items()):
         rows.append((f"  marked: {reason}", f"{count:,}"))
+    for note, count in sorted(totals["notes"].items()):
+        rows.append((f"  noted: {note}", f"{count:,}"))
     if totals["shards_failed"]:
         rows.append(("  in failed shards", f"{totals['rows_failed']:,}"))
     if totals["shards_left"]:
@@ -199,6 +227,8 @@ def run_view(report: RunReport) -> Iterator[Block]:
         start_up = f"{report.start_up_s:.1f} s of it start-up"
         rows.append(("time", f"{report.elapsed_s:.1f} s, {start_up}"))
         rows += figure_rows(report.metrics)
+    if report.lost:
+        rows.append(("the template leaves out", ", ".join(report.lost)))
     if (parity := report.parity) is not None:
         verdict = "agrees" if parity["agrees"] else "DIFFERS"
         text = (

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from batch_scorer.evaluation import Benchmark
 from batch_scorer.evaluation.result import Estimate, Evaluation, Subset
+from batch_scorer.models.adapter import Prompt
 from batch_scorer.nightly.drift import Figures, Mover, Ranks
 from batch_scorer.nightly.foresee import Prospect
 from batch_scorer.nightly.record import (
@@ -30,6 +31,7 @@ from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
 from batch_scorer.parity.gate import Compared
 from batch_scorer.records import PairCounts
+from batch_scorer.render import TemplateFacts
 from batch_scorer.reports.blocks import Line, Table, Tone
 from batch_scorer.reports.console import show
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
@@ -98,6 +100,10 @@ def check(text: str) -> CheckReport:
         leading_bos=1,
         truncated=0,
         marked={"too_long": 1},
+        template=TemplateFacts(
+            "kept", "kept", "lost", "kept", "refused", text, "text", True, asks_for_date=True
+        ),
+        text={**Prompt().to_json(), "date": text},
         parity=ParityReport(
             "hf", "float32", "float32", 1e-6, 1e-3, 1e-6, 1e-3, 1, 1,
             (Compared(text, 12, 1.25, 1.25, 1e-6),), (),
@@ -119,14 +125,14 @@ def run(text: str) -> RunReport:
     totals = {
         "rows": 10, "rows_scored": 8, "rows_marked": 1, "rows_failed": 1, "rows_left": 0,
         "shards": 2, "shards_failed": 1, "shards_left": 0, "sequences": 18, "tokens": 1_500,
-        "marked": {"too_long": 1}, "pairs": {
+        "marked": {"too_long": 1}, "notes": {"answer_rewritten": 2}, "pairs": {
             text: {"pairs": 6, "chosen_higher": 3, "ties": 1},
             f"{text}2": {"pairs": 2, "chosen_higher": 1, "ties": 0},
         },
     }  # fmt: skip
     metrics = Metrics.of([ONE, OTHER]).to_json(RUN)
     parity = check(text).parity.to_json()
-    return RunReport(text, totals, False, 12.0, metrics, parity, (text,), (failed(text),))
+    return RunReport(text, totals, False, 12.0, metrics, parity, (text,), (text,), (failed(text),))
 
 
 def verification(text: str) -> VerifyReport:

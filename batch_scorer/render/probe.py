@@ -1,0 +1,146 @@
+"""What this model's template does to a conversation, found with marker words.
+
+Templates drop what they do not know without a word: a system message, the reasoning of the judged
+answer, tools. So the words below are rendered once before a job, and looked for.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal
+
+from batch_scorer.records import Conversation, RowError
+from batch_scorer.render.messages import with_parts
+from batch_scorer.render.template import ChatTemplate, Content
+
+PROBES: tuple[Conversation, ...] = (
+    [
+        {"role": "user", "content": "How many sides does a square have?"},
+        {"role": "assistant", "content": "Four."},
+    ],
+    [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Green."},
+        {"role": "user", "content": "Another one, please."},
+        {"role": "assistant", "content": "Blue."},
+    ],
+)
+"""Conversations whose rendering stands for the template in the fingerprint. Public templates may
+put today's date into the prompt, which no file digest shows."""
+
+_SYSTEM, _USER, _AGAIN = "markersystem", "markeruser", "markeragain"
+_REASONING, _TOOL = "markerreasoning", "markertool"
+_ANSWER = "markeranswer\n\n  - of two lines"
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": _TOOL,
+            "description": _TOOL,
+            "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
+        },
+    }
+]
+_LONGEST_SHOWN = 200
+
+Fate = Literal["kept", "lost", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFacts:
+    """What the template does with the parts of a conversation.
+
+    `system`, `answer` (with its blanks and line feeds), `tools`, `reasoning_field` (the judged
+    answer's `reasoning_content`) and `reasoning_text` (`<think>…</think>` in its text) are kept
+    as they are, or lost, or the template refuses them. `added` is what it puts before the first
+    turn unasked, such as a system message of its own; `content` what it takes as content.
+    `has_text`: the words of the user stand in the text at all.
+    """
+
+    system: Fate
+    answer: Fate
+    reasoning_field: Fate
+    reasoning_text: Fate
+    tools: Fate
+    added: str
+    content: Content
+    has_text: bool
+    asks_for_date: bool
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """What it leaves out or rewrites without a word, so that no score depends on it."""
+        fates = {
+            "system messages": self.system,
+            "blanks of the answer": self.answer,
+            "the answer's reasoning_content": self.reasoning_field,
+            "<think> in the answer": self.reasoning_text,
+            "tools": self.tools,
+        }
+        return tuple(name for name, fate in fates.items() if fate == "lost")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How this tokenizer and template treat `PROBES`, and what the template does to marker words
+    (None without a template); recorded with the run."""
+
+    texts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    template: TemplateFacts | None = None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr((self.texts, self.token_ids)).encode()).hexdigest()
+
+
+def look_at(template: ChatTemplate, special: re.Pattern[str]) -> TemplateFacts:
+    """Render the marker words; `special` finds the tokenizer's special tokens in a text."""
+    user = {"role": "user", "content": _USER}
+    answer = {"role": "assistant", "content": _ANSWER}
+    thought = f"<think>\n{_REASONING}\n</think>\n\n{_ANSWER}"
+
+    def rendered(conversation: Conversation, **arguments: Any) -> str | RowError:
+        if template.content == "parts":
+            conversation = [with_parts(message) for message in conversation]
+        return template.render([conversation], [arguments])[0]
+
+    def fate(text: str | RowError, *words: str) -> Fate:
+        if isinstance(text, RowError):
+            return "refused"
+        return "kept" if all(word in text for word in words) else "lost"
+
+    plain = rendered([user, answer])
+    return TemplateFacts(
+        system=fate(rendered([{"role": "system", "content": _SYSTEM}, user, answer]), _SYSTEM),
+        answer=fate(plain, _ANSWER),
+        reasoning_field=fate(
+            rendered([user, {**answer, "reasoning_content": _REASONING}]), _REASONING
+        ),
+        reasoning_text=fate(rendered([user, {**answer, "content": thought}]), thought),
+        tools=fate(rendered([user, answer], tools=_TOOLS), _TOOL),
+        added=_added(rendered, special),
+        content=template.content,
+        has_text=fate(plain, _USER) == "kept",
+        asks_for_date=template.asks_for_date,
+    )
+
+
+def _added(rendered: Any, special: re.Pattern[str]) -> str:
+    """What stands before the first turn and not before the second one, special tokens aside."""
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (
+            ("user", _USER), ("assistant", _ANSWER), ("user", _AGAIN), ("assistant", _ANSWER),
+        )
+    ]  # fmt: skip
+    text = rendered(turns)
+    if isinstance(text, RowError) or not all(word in text for word in (_USER, _ANSWER, _AGAIN)):
+        return ""
+    first, rest = text.split(_USER, 1)
+    second = rest.split(_AGAIN, 1)[0].rsplit(_ANSWER, 1)[-1]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False))
+    heading = sum(1 for _ in same)  # characters of the user's turn before its text
+    added = special.sub(" ", first[: len(first) - heading]).strip()
+    return added[:_LONGEST_SHOWN]

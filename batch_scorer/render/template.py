@@ -1,0 +1,127 @@
+"""The chat template of one model: conversation → text, as transformers applies it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from batch_scorer.errors import ModelError, RowReason
+from batch_scorer.models.adapter import Prompt
+from batch_scorer.records import Conversation, RowError
+from batch_scorer.render.messages import with_parts
+
+Content = Literal["text", "parts", "both"]
+
+_TODAY = "strftime_now"
+"""The function by which a template asks for the date (transformers 5.19 knows no other)."""
+
+
+class ChatTemplate:
+    """A tokenizer's template, or the one that takes its place, with the job's arguments and date.
+
+    Raises ModelError for the name of a template that the tokenizer does not have.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Prompt, model_dir: Path) -> None:
+        self._tokenizer = tokenizer
+        self._model_dir = model_dir
+        own = tokenizer.chat_template
+        self._named: Mapping[str, str] = own if isinstance(own, dict) else {}
+        name = prompt.template_name
+        if prompt.template is None and name is not None and name not in self._named:
+            has = f"its templates are {_names(self._named)}" if own else "it has no chat template"
+            raise ModelError(
+                f"{model_dir}: chat_template: {name!r} is neither a file nor a template of this "
+                f"tokenizer; {has}"
+            )
+        self._chosen = prompt.template or name
+        date = prompt.date or datetime.now()
+        self._arguments = {**json.loads(prompt.arguments), _TODAY: date.strftime}
+
+    @property
+    def problem(self) -> str | None:
+        """Why conversations cannot be rendered; None: they can."""
+        if self._chosen is not None or "default" in self._named:
+            return None
+        if self._named:
+            return (
+                f"{self._model_dir}: the tokenizer has several chat templates and no default: "
+                f"choose one with chat_template: {_names(self._named)}"
+            )
+        if self._tokenizer.chat_template:
+            return None
+        return (
+            f"{self._model_dir}: the tokenizer has no chat template, so conversations cannot be "
+            "rendered; add chat_template.jinja, name a file with --chat-template, or score "
+            "pre-rendered text (--format text)"
+        )
+
+    @property
+    def asks_for_date(self) -> bool:
+        """Whether a template that may be used prints today's date."""
+        if self._chosen is not None:
+            templates = [self._named.get(self._chosen, self._chosen)]
+        else:
+            templates = [*self._named.values()] or [self._tokenizer.chat_template or ""]
+        return any(_TODAY in template for template in templates)
+
+    def render(
+        self, conversations: Sequence[Conversation], arguments: Sequence[Mapping[str, Any]]
+    ) -> list[str | RowError]:
+        """The text of each conversation, given the arguments of its row; a template's error in
+        place of the text that it refuses."""
+        texts: list[str | RowError] = [""] * len(conversations)
+        alike = [place for place, own in enumerate(arguments) if not own]
+        try:
+            found = self._apply([conversations[i] for i in alike], {}) if alike else []
+            texts_alike: Sequence[str | RowError] = found
+        except Exception:  # a template may raise anything; find out which rows it refuses
+            texts_alike = [self._render_one(conversations[i], {}) for i in alike]
+        for place, text in zip(alike, texts_alike, strict=True):
+            texts[place] = text
+        for place, own in enumerate(arguments):
+            if own:
+                texts[place] = self._render_one(conversations[place], own)
+        return texts
+
+    def _render_one(
+        self, conversation: Conversation, arguments: Mapping[str, Any]
+    ) -> str | RowError:
+        try:
+            return self._apply([conversation], arguments)[0]
+        except Exception as error:  # a template is foreign code: raise_exception, type errors, …
+            return RowError(RowReason.TEMPLATE_ERROR, f"{type(error).__name__}: {error}"[:200])
+
+    def _apply(
+        self, conversations: Sequence[Conversation], arguments: Mapping[str, Any]
+    ) -> list[str]:
+        given = {**self._arguments, **arguments}
+        return cast(
+            list[str],
+            self._tokenizer.apply_chat_template(
+                conversations, chat_template=self._chosen, tokenize=False, **given
+            ),
+        )
+
+    @cached_property
+    def content(self) -> Content:
+        """Which content the template takes: texts, lists of parts, or both alike."""
+        words = ("markerquestion", "markeranswer")
+        talk: Conversation = [
+            {"role": "user", "content": words[0]},
+            {"role": "assistant", "content": words[1]},
+        ]
+        as_text, as_parts = self.render([talk, [with_parts(m) for m in talk]], [{"_": 0}, {"_": 0}])
+        has_text, has_parts = (
+            isinstance(text, str) and all(word in text for word in words)
+            for text in (as_text, as_parts)
+        )
+        if has_parts and not has_text:
+            return "parts"
+        return "both" if has_parts and as_text == as_parts else "text"
+
+
+def _names(templates: Mapping[str, str]) -> str:
+    return ", ".join(sorted(templates))

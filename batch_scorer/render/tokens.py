@@ -1,0 +1,146 @@
+"""Text → token ids: where BOS and EOS stand, and what is cut of a sequence that is too long."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_scorer.config import OverLength
+from batch_scorer.errors import ModelError
+from batch_scorer.models.adapter import Prompt
+from batch_scorer.models.directory import read_json
+
+Ids: TypeAlias = npt.NDArray[np.int32]
+Read: TypeAlias = Callable[[str], list[int]]
+
+_TEXTS_AT_ONCE = 64
+"""What the tokenizer gives back takes a hundred bytes a token and more, of which the id is four:
+2.5 million tokens at once take 220 MB and 15 % longer than in pieces."""
+
+
+class Encoder:
+    """One tokenizer, and the rules of a prompt about the ends of a sequence.
+
+    Raises ModelError where a rule needs a token that the model does not have.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Prompt, model_dir: Path) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._suffix_id = _suffix_id(model_dir, prompt)
+        self._bos_id = cast(int | None, tokenizer.bos_token_id)
+        self._eos_id = cast(int | None, tokenizer.eos_token_id)
+        if prompt.bos == "always" and self._bos_id is None:
+            raise ModelError(f"{model_dir}: bos: always, but the tokenizer has no BOS")
+        if prompt.eos in ("append", "openrlhf") and self._eos_id is None:
+            raise ModelError(f"{model_dir}: eos: {prompt.eos}, but the tokenizer has no EOS")
+
+    @property
+    def last_id(self) -> int | None:
+        """The id that ends every sequence; None where any may."""
+        if self._suffix_id is not None:
+            return self._suffix_id
+        return self._eos_id if self._prompt.eos in ("append", "openrlhf") else None
+
+    def encode(self, texts: Sequence[str], read: Read | None = None) -> list[Ids]:
+        """int32 ids of each text, as the prompt's rules for BOS and EOS have it.
+
+        `read` gives the ids of a text without what the tokenizer puts around it; default: as the
+        tokenizer reads it.
+        """
+        if self._prompt.eos == "openrlhf":
+            texts = [self._ended(text) for text in texts]
+        return [self._with_ends(ids) for ids in self._with_bos(texts, read)]
+
+    def with_suffix(self, ids: Ids) -> Ids:
+        """The same with the suffix token last."""
+        if self._suffix_id is None or not len(ids) or ids[-1] == self._suffix_id:
+            return ids
+        return np.append(ids, np.int32(self._suffix_id))
+
+    def _ended(self, text: str) -> str:
+        """As OpenRLHF ends its training texts (0.11)."""
+        text, eos = text.rstrip("\n"), cast(str, self._tokenizer.eos_token)
+        return text if text.endswith(eos) else f"{text} {eos}"
+
+    def _with_ends(self, ids: Ids) -> Ids:
+        bos, eos = self._prompt.bos, self._prompt.eos
+        if bos == "always" and ids[:1].tolist() != [self._bos_id]:
+            ids = np.concatenate([np.array([self._bos_id], np.int32), ids])
+        if bos == "never":
+            while len(ids) and ids[0] == self._bos_id:
+                ids = ids[1:]
+        if eos == "append" and ids[-1:].tolist() != [self._eos_id]:
+            ids = np.append(ids, np.array([self._eos_id], np.int32))
+        if eos == "never":
+            while len(ids) and ids[-1] == self._eos_id:
+                ids = ids[:-1]
+        return ids
+
+    def _with_bos(self, texts: Sequence[str], read: Read | None) -> list[Ids]:
+        """Ids of each text; BOS once where the tokenizer or the template has one."""
+        bos = self._tokenizer.bos_token
+        is_whole = [
+            self._prompt.bos == "template" or (bool(bos) and text.startswith(bos)) for text in texts
+        ]
+        ids = [np.empty(0, dtype=np.int32)] * len(texts)
+        for flag in (True, False):
+            where = [i for i, whole in enumerate(is_whole) if whole == flag]
+            # A text that starts with BOS must not get another one from the tokenizer.
+            some = [texts[i] for i in where]
+            encoded = self._encode(some, add_special_tokens=not flag, read=read)
+            for index, row in zip(where, encoded, strict=True):
+                ids[index] = row
+        return ids
+
+    def _encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, read: Read | None
+    ) -> Iterator[Ids]:
+        if read is not None:
+            for text in texts:
+                ids = read(text)
+                yield np.array(self._added(ids) if add_special_tokens else ids, dtype=np.int32)
+            return
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = texts[start : start + _TEXTS_AT_ONCE]
+            if self._tokenizer.is_fast:
+                encode = self._tokenizer.backend_tokenizer.encode_batch_fast
+                rows = [row.ids for row in encode(some, add_special_tokens=add_special_tokens)]
+            else:
+                rows = self._tokenizer(some, add_special_tokens=add_special_tokens)["input_ids"]
+            for row in rows:
+                yield np.array(row, dtype=np.int32)
+
+    def _added(self, ids: list[int]) -> list[int]:
+        """The ids between those that the tokenizer puts around every text."""
+        core = self._tokenizer.backend_tokenizer
+        bare = core.encode("a", add_special_tokens=False).ids
+        full = core.encode("a", add_special_tokens=True).ids
+        before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        return [*full[:before], *ids, *full[before + len(bare) :]]
+
+
+def cut(ids: Ids, most: int, how: OverLength, bos_id: int | None, last_id: int | None) -> Ids:
+    """int32[most] of int32[n], n > most: a leading BOS stays, and a `last_id` stays last.
+
+    The middle is cut so that half of what stays, rounded up, is of the front.
+    """
+    if how is OverLength.TRUNCATE_MIDDLE:
+        front = (most + 1) // 2
+        return np.concatenate([ids[:front], ids[len(ids) - (most - front) :]])
+    if how is OverLength.TRUNCATE_RIGHT:
+        tail = ids[-1:] if last_id is not None and ids[-1] == last_id else ids[:0]
+        return np.concatenate([ids[: most - len(tail)], tail])
+    head = ids[:1] if bos_id is not None and ids[0] == bos_id else ids[:0]
+    return np.concatenate([head, ids[len(ids) - (most - len(head)) :]])
+
+
+def _suffix_id(model_dir: Path, prompt: Prompt) -> int | None:
+    if prompt.suffix_id_of is None:
+        return None
+    config = read_json(model_dir / "config.json")
+    if prompt.suffix_id_of not in config:
+        raise ModelError(f"{model_dir}: config.json has no {prompt.suffix_id_of}")
+    return int(config[prompt.suffix_id_of])
