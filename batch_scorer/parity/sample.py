@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
+from batch_scorer.inputs.files import row_numbers
 from batch_scorer.job import Job
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_json
@@ -83,7 +84,8 @@ def choose_sample(job: Job, shards: Sequence[Shard]) -> Sample | None:
     for place, row in choose_rows([rows for *_, rows in read], SAMPLE_TOKENS[job.device]):
         shard, parsed, rows = read[place]
         inputs, ids = _take(parsed.sequences, rows, row)
-        parts.append((f"{shard.source.key} row {shard.first_row + row}", inputs, ids))
+        number = row_numbers(shard, job.config.store_options)[row]
+        parts.append((f"{shard.source.key} row {number}", inputs, ids))
     if not parts:
         template = [e for e in refused if e.reason is RowReason.TEMPLATE_ERROR]
         if template:
