@@ -350,7 +350,8 @@ def _gaps(receipts: Iterable[Receipt]) -> Iterable[tuple[str, int, int]]:
 
     What lies after them nobody knows here: the plan is not kept.
     """
-    commits = [receipt.commit for receipt in receipts if receipt.commit]
+    # Of rows picked by `where` nobody knows here which lie between two shards.
+    commits = [r.commit for r in receipts if r.commit and r.commit.where is None]
     reached: dict[str, int] = {}
     for commit in sorted(commits, key=lambda commit: (commit.input, commit.first_row)):
         start = reached.get(commit.input, 0)

@@ -1,13 +1,17 @@
 """Rows of a stored file, pinned to the version that was planned."""
 
 import io
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.errors import ShardError, ShardReason, StorageError
+from batch_scorer.inputs.where import Where, where_of
 from batch_scorer.records import RowError, Shard, Source
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, open_store
 
@@ -74,13 +78,19 @@ def read_rows(
     skip_rows: int,
     num_rows: int,
     columns: list[str] | None = None,
+    where: Where | None = None,
 ) -> pa.Table:
     """Rows of a Parquet file, out of the row groups [start, stop); of all columns, or of some.
+
+    With `where` the first ones that match; row groups that hold none by their statistics are not
+    read.
 
     A part of a row group is decoded from its beginning up to there, batch by batch: a group may
     hold a million rows. (1,600 rows from the middle of 103,428: 14 MB and 0.12 s of CPU; the whole
     group at once took 427 MB and 0.24 s.)
     """
+    if where is not None:
+        return _read_matching(store, source, row_groups, skip_rows, num_rows, columns, where)
     file = open_parquet(store, source)
     groups = list(range(*row_groups))
     if num_rows == sum(file.metadata.row_group(group).num_rows for group in groups):
@@ -100,6 +110,49 @@ def read_rows(
     return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
 
 
+def _read_matching(
+    store: Store,
+    source: Source,
+    row_groups: tuple[int, int],
+    skip_rows: int,
+    num_rows: int,
+    columns: list[str] | None,
+    where: Where,
+) -> pa.Table:
+    """As `read_rows`, the first `num_rows` rows that match."""
+    file = open_parquet(store, source)
+    schema = file.schema_arrow
+    if source.size_bytes > _WHOLE_BYTES:
+        file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
+    names = [name for name in schema.names if columns is None or name in columns]
+    batches: list[pa.RecordBatch] = []
+    missing = num_rows
+    for first, batch in matching_batches(file, where, range(*row_groups), names):
+        rows = where.matches(batch)
+        rows = rows[first + rows >= skip_rows][:missing]
+        if len(rows):
+            batches.append(batch.select(names).take(pa.array(rows)))
+            missing -= len(rows)
+        if not missing:
+            break
+    return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
+
+
+def matching_batches(
+    file: pq.ParquetFile, where: Where, groups: Sequence[int], columns: Sequence[str] = ()
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Those of the row groups that may hold a match, in batches, each with the number of rows
+    before it in `groups`; these columns, and those that `where` reads."""
+    sizes = [file.metadata.row_group(group).num_rows for group in groups]
+    begins = dict(zip(groups, accumulate(sizes, initial=0), strict=False))
+    names = [*dict.fromkeys([*columns, *where.columns])]
+    for group in where.row_groups(file.metadata, groups):
+        first = begins[group]
+        for batch in file.iter_batches(_BATCH_ROWS, [group], names, use_threads=False):
+            yield first, batch
+            first += batch.num_rows
+
+
 # Reading
 
 
@@ -112,6 +165,7 @@ def rows_of_shard(
     """
     source = shard.source
     store = open_store(source.root, store_options)
+    where = None if shard.where is None else where_of(shard.where)
     try:
         if shard.row_groups is None:
             if shard.lines is not None:
@@ -119,12 +173,14 @@ def rows_of_shard(
             else:
                 data = store.read_whole(source.key, source.version, source.size_bytes)
                 table, malformed = formats.read_json_table(data, source.key)
+            places = rows_asked(shard, table)
             table = table if columns is None else table.select(columns)
-            start, stop = shard.skip_rows, shard.skip_rows + shard.num_rows
-            kept = {row - start: error for row, error in malformed.items() if start <= row < stop}
-            return table.slice(start, shard.num_rows), kept
+            kept = {row: malformed[place] for row, place in enumerate(places) if place in malformed}
+            if isinstance(places, range):
+                return table.slice(places.start, len(places)), kept
+            return table.take(pa.array(places)), kept
         return read_rows(
-            store, source, shard.row_groups, shard.skip_rows, shard.num_rows, columns
+            store, source, shard.row_groups, shard.skip_rows, shard.num_rows, columns, where
         ), {}
     except ObjectChanged as error:
         raise ShardError(
@@ -139,3 +195,22 @@ def rows_of_shard(
             ShardReason.UNREADABLE_FILE,
             f"rows {shard.first_row} to {shard.first_row + shard.num_rows}: {error}",
         ) from error
+
+
+def rows_asked(shard: Shard, rows: pa.Table) -> Sequence[int]:
+    """Which rows are the shard's, of those that its `skip_rows` are the first of."""
+    if shard.where is None:
+        return range(shard.skip_rows, min(shard.skip_rows + shard.num_rows, rows.num_rows))
+    places = where_of(shard.where).matches(rows)
+    asked: list[int] = places[places >= shard.skip_rows][: shard.num_rows].tolist()
+    return asked
+
+
+def row_numbers(shard: Shard, store_options: Mapping[str, str]) -> Sequence[int]:
+    """The numbers of the shard's rows in the file, from 0. Raises as `rows_of_shard`."""
+    if shard.where is None:
+        return range(shard.first_row, shard.first_row + shard.num_rows)
+    where = where_of(shard.where)
+    all_rows = replace(shard, where=None, num_rows=sys.maxsize)
+    rows, _ = rows_of_shard(all_rows, store_options, where.columns)
+    return [shard.first_row + place for place in where.matches(rows)[: shard.num_rows].tolist()]

@@ -5,11 +5,14 @@ can be resumed with more workers.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import accumulate
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from batch_scorer import formats
@@ -17,8 +20,25 @@ from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ShardError, ShardReason, StorageError
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.files import BYTES_PER_TOKEN, open_parquet, scan_json
+from batch_scorer.inputs.selection import (
+    kept_columns,
+    matching_rows,
+    refuse_unknown,
+    rows_of_bits,
+    spread,
+)
 from batch_scorer.inputs.sources import PARQUET, list_inputs
-from batch_scorer.records import SCALAR, Layout, Outputs, Receipt, Shard, Source, Status
+from batch_scorer.inputs.where import IntArray, where_of
+from batch_scorer.records import (
+    SCALAR,
+    Layout,
+    Outputs,
+    Receipt,
+    Shard,
+    Source,
+    Status,
+    layout_to_json,
+)
 from batch_scorer.records.digest import digest_of
 from batch_scorer.storage import Store, in_threads, open_store
 
@@ -32,17 +52,30 @@ _INSPECTORS = 16
 @dataclass(frozen=True, slots=True)
 class InputFile:
     """What the plan knows of one file. `row_groups` is (rows, estimated tokens) of each, and of
-    each run of `lines` where there are lines; a JSON array counts as one."""
+    each run of `lines` where there are lines; a JSON array counts as one.
+
+    `where` is the expression that rows have to match, and `matching` one bit a row
+    (`selection.matching_rows`); None without it. With a `limit` only so many of them are asked for.
+    """
 
     source: Source
     schema: pa.Schema
     layout: Layout
     row_groups: tuple[tuple[int, int], ...]
     lines: formats.Lines | None = None
+    where: str | None = None
+    matching: bytes | None = field(default=None, repr=False)
+    limit: int | None = None
 
     @property
     def num_rows(self) -> int:
         return sum(rows for rows, _ in self.row_groups)
+
+    def asked(self) -> range | IntArray:
+        """The rows that are asked for, in order."""
+        if self.matching is None:
+            return range(self.num_rows)[: self.limit]
+        return rows_of_bits(self.matching, self.num_rows)[: self.limit]
 
     @property
     def is_parquet(self) -> bool:
@@ -53,13 +86,15 @@ class InputFile:
 class Plan:
     """All work of a run: what will be scored, and what cannot be, with the reason.
 
-    `aside` are inputs by key that are there but were not looked at.
+    `aside` are inputs by key that are there but were not looked at. `not_asked` are the files of
+    which no row is asked for, each with its rows.
     """
 
     files: list[InputFile]
     shards: list[Shard]
     failed: list[Receipt]
     aside: Mapping[str, Source] = field(default_factory=dict)
+    not_asked: list[Receipt] = field(default_factory=list)
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -70,7 +105,14 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
+        """The rows that are asked for."""
         return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def rows_not_asked(self) -> int:
+        """The other rows of the files."""
+        between = sum(shard.rows_not_asked for shard in self.shards)
+        return between + sum(receipt.rows_not_asked for receipt in self.not_asked)
 
     @property
     def estimated_tokens(self) -> int:
@@ -89,9 +131,12 @@ Choice: TypeAlias = Callable[[Source, datetime], bool | None]
 def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None = None) -> Plan:
     """List and inspect the inputs and cut them into shards, in the order of their keys.
 
-    Raises InputError if there is nothing to score at all. A file that cannot be used is a failed
+    Raises InputError if there is nothing to score at all, and ConfigError for a `where` that is no
+    expression or a column to keep or drop that no file has. A file that cannot be used is a failed
     receipt; the others go on. With `choose` only some are looked at, perhaps none.
     """
+    if config.where is not None:
+        where_of(config.where)  # raises, before any file is read
     files: list[InputFile] = []
     failed: list[Receipt] = []
     shared: dict[Any, Any] = {}
@@ -100,7 +145,7 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
     aside: dict[str, Source] = {}
     if choose is not None:
         aside = {s.key: s for s, changed in listed if choose(s, changed) is False}
-    for found in in_threads(lambda s: _inspect(s, config, outputs), sources, _INSPECTORS):
+    for found in in_threads(lambda s: _look(s, config, outputs), sources, _INSPECTORS):
         if isinstance(found, InputFile):
             files.append(_with_shared_parts(found, shared))
         elif found is not None:
@@ -111,19 +156,33 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
         first = failed[0]
         more = f"\n({len(failed) - 1} more files fail too)" if len(failed) > 1 else ""
         raise InputError(f"{first.input}: {first.detail}{more}")
+    if files and not aside:  # those aside may have them
+        names = [file.schema.names for file in files]
+        refuse_unknown(config.keep_columns, config.drop_columns, names)
+    if config.limit is not None:
+        shares = spread(config.limit, [len(file.asked()) for file in files])
+        files = [replace(file, limit=n) for file, n in zip(files, shares, strict=True)]
     shards = [
         shard for file in files for shard in cut(file, config.shard_rows, config.shard_tokens)
     ]
+    if not shards and files and choose is None:
+        raise InputError(f"where: no row of {', '.join(config.inputs)} matches {config.where}")
     _refuse_collisions(shards)
+    used = {shard.source.key for shard in shards}
+    unused = [
+        Receipt.of_file(file.source, Status.NOT_ASKED, rows_not_asked=file.num_rows)
+        for file in files
+        if file.source.key not in used
+    ]
     pa.default_memory_pool().release_unused()  # it keeps some 14 MB for each thread that has read
-    return Plan(files, shards, failed, aside)
+    return Plan(files, shards, failed, aside, unused)
 
 
 def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
     """The file, with one schema and layout for all files that have equal ones: a plan of as many
     files as shards takes 1.6 kB each, instead of 5.6."""
     schema = file.schema.remove_metadata()
-    key = (file.layout.format, tuple(file.layout.columns.items()), file.layout.text_style)
+    key = digest_of(layout_to_json(file.layout))
     return replace(
         file,
         schema=shared.setdefault(schema, schema),
@@ -132,49 +191,89 @@ def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
 
 
 def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:
-    """Cut a file at row groups, and inside a row group that alone is too large.
+    """Cut the rows that are asked for at row groups, and inside a group that alone is too large.
 
-    A file that fits is one shard under its own name; an empty file is one empty shard.
+    A file that fits is one shard under its own name; an empty file is one empty shard. A file of
+    which nothing is asked for has none.
     """
-    ranges = list(_ranges(file.row_groups, shard_rows, shard_tokens))
-    whole = len(ranges) <= 1
+    rows = file.asked()
+    ends = list(accumulate(num_rows for num_rows, _ in file.row_groups))
+    counts = np.diff([0, *(bisect_left(rows, end) for end in ends)]).tolist()
+    groups = [
+        (asked, tokens * asked // num_rows if num_rows else tokens)
+        for asked, (num_rows, tokens) in zip(counts, file.row_groups, strict=True)
+    ]
+    ranges = list(_ranges(groups, shard_rows, shard_tokens))
+    if not file.num_rows:
+        ranges = [(0, 0, 0)]
     stem = file.source.key.removesuffix(".parquet")
-    for first_row, num_rows, groups, skip_rows, tokens in ranges or [(0, 0, (0, 0), 0, 0)]:
-        suffix = "" if whole else f".rows{first_row}-{first_row + num_rows}"
+    for place, num_rows, tokens in ranges:
+        first, last = (int(rows[i]) for i in (place, place + num_rows - 1)) if num_rows else (0, -1)
+        after = int(rows[place + num_rows]) if place + num_rows < len(rows) else file.num_rows
+        start, stop = parts_holding(ends, first, last + 1)
+        suffix = "" if len(ranges) == 1 else f".rows{first}-{last + 1}"
         yield Shard(
             source=file.source,
             layout=file.layout,
-            first_row=first_row,
+            first_row=first,
             num_rows=num_rows,
-            row_groups=groups if file.is_parquet else None,
-            skip_rows=skip_rows,
+            row_groups=(start, stop) if file.is_parquet else None,
+            skip_rows=first - (ends[start - 1] if start else 0),
             estimated_tokens=tokens,
             output_key=f"{stem}{suffix}.parquet",
-            lines=file.lines and file.lines.part(*groups),
+            lines=file.lines and file.lines.part(start, stop),
+            where=file.where,
+            rows_not_asked=after - (first if place else 0) - num_rows,
         )
 
 
+def parts_holding(ends: Sequence[int], first_row: int, stop_row: int) -> tuple[int, int]:
+    """Which parts [start, stop) of a file hold the rows [first_row, stop_row); `ends` has for each
+    part the number of rows up to its end."""
+    if stop_row <= first_row:
+        return 0, 0
+    return bisect_right(ends, first_row), bisect_right(ends, stop_row - 1) + 1
+
+
 def _ranges(
-    row_groups: tuple[tuple[int, int], ...], shard_rows: int, shard_tokens: int
-) -> Iterator[tuple[int, int, tuple[int, int], int, int]]:
-    """(first row, rows, row groups [start, stop), rows to skip in the first, tokens)."""
-    start_group, first_row, rows, tokens = 0, 0, 0, 0
-    for group, (group_rows, group_tokens) in enumerate(row_groups):
+    groups: Sequence[tuple[int, int]], shard_rows: int, shard_tokens: int
+) -> Iterator[tuple[int, int, int]]:
+    """(first row, rows, tokens) of each shard, out of (rows, tokens) of each row group."""
+    first_row, rows, tokens = 0, 0, 0
+    for group_rows, group_tokens in groups:
         if rows and (rows + group_rows > shard_rows or tokens + group_tokens > shard_tokens):
-            yield first_row, rows, (start_group, group), 0, tokens
-            start_group, first_row, rows, tokens = group, first_row + rows, 0, 0
+            yield first_row, rows, tokens
+            first_row, rows, tokens = first_row + rows, 0, 0
         if group_rows > shard_rows or group_tokens > shard_tokens:
             pieces = max(-(-group_rows // shard_rows), -(-group_tokens // shard_tokens))
             step = max(1, -(-group_rows // pieces))
             for skip in range(0, group_rows, step):
                 part = min(step, group_rows - skip)
-                part_tokens = group_tokens * part // group_rows
-                yield first_row + skip, part, (group, group + 1), skip, part_tokens
-            start_group, first_row = group + 1, first_row + group_rows
+                yield first_row + skip, part, group_tokens * part // group_rows
+            first_row += group_rows
         else:
             rows, tokens = rows + group_rows, tokens + group_tokens
     if rows:
-        yield first_row, rows, (start_group, len(row_groups)), 0, tokens
+        yield first_row, rows, tokens
+
+
+def _look(source: Source, config: Config, outputs: Outputs) -> InputFile | Receipt | None:
+    """What the plan knows of a file, the rows that match `where` among it."""
+    found = _inspect(source, config, outputs)
+    if config.where is None or not isinstance(found, InputFile):
+        return found
+    where, store = where_of(config.where), open_store(source.root, config.store_options)
+    try:
+        where.check(found.schema)
+        bits = matching_rows(store, source, found.num_rows, where, found.lines, found.is_parquet)
+        return replace(found, where=config.where, matching=bits)
+    except ShardError as error:
+        return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
+    except StorageError as error:
+        return Receipt.of_file(source, Status.FAILED, ShardReason.STORE_FAILED, str(error))
+    except (pa.ArrowException, OSError) as error:
+        detail = f"where: cannot be read: {error}"
+        return Receipt.of_file(source, Status.FAILED, ShardReason.UNREADABLE_FILE, detail)
 
 
 def _inspect(source: Source, config: Config, outputs: Outputs) -> InputFile | Receipt | None:
@@ -246,7 +345,8 @@ def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Output
         text_style=config.text_style,
     )
     added = shape_of(layout.format).added_columns(config.column_prefix, config.over_length, outputs)
-    taken = sorted(set(added) & set(schema.names))
+    written = kept_columns(schema.names, config.keep_columns, config.drop_columns)
+    taken = sorted(set(added) & set(written))
     if taken:
         raise ShardError(
             ShardReason.COLUMN_COLLISION,

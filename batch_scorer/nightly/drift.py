@@ -301,7 +301,11 @@ def _flips(part: Scored) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the rows of a scored shard come from: a file of the inputs, and the first row there."""
+    """Where the rows of a scored shard come from: a file of the inputs, and the first row there.
+
+    Of rows picked by `where` the shard itself is the `input`, as they do not follow each other in
+    the file; `etag` then stands for the choice, too.
+    """
 
     input: str
     etag: str
@@ -323,7 +327,7 @@ def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
                 continue
             commit = stored.commit
             if found is None:
-                origin = Origin(commit.input, commit.input_etag, commit.first_row)
+                origin = _first_origin(receipt.output_key, commit)
             elif (above := found.get((commit.input, commit.input_etag))) is not None:
                 origin = replace(above, first_row=above.first_row + commit.first_row)
             else:
@@ -332,6 +336,13 @@ def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
             ours[receipt.output_key, stored.version.etag] = origin
         found = ours
     return known
+
+
+def _first_origin(output_key: str, commit: Commit) -> Origin:
+    if commit.where is None:
+        return Origin(commit.input, commit.input_etag, commit.first_row)
+    choice = [commit.input_etag, commit.where, commit.first_row, commit.num_rows]
+    return Origin(output_key, digest_of(choice), 0)
 
 
 def read_both(

@@ -37,6 +37,7 @@ class Prospect:
     rows_committed: int = 0
     rows_to_do: int = 0
     rows_left: int = 0
+    rows_not_asked: int = 0
 
     def to_json(self) -> dict[str, Any]:
         fields = asdict(self)
@@ -45,8 +46,9 @@ class Prospect:
 
 def foresee_night(config: Config, night: Night) -> list[Prospect]:
     """Show what `run_night` would do. Writes nothing, takes no lease, starts no Ray."""
-    first, *others = series_of(config)
-    plan = plan_night(first, night)
+    series = series_of(config)
+    first, *others = series
+    plan = plan_night(series, night)
     try:
         root = open_store(config.output, config.store_options)
     except ObjectMissing:
@@ -76,6 +78,7 @@ def foresee_night(config: Config, night: Night) -> list[Prospect]:
             rows_committed=sum(receipt.num_rows for receipt in done),
             rows_to_do=sum(shard.num_rows for shard in work.todo),
             rows_left=sum(receipt.num_rows for receipt in work.left),
+            rows_not_asked=plan.rows_not_asked,
         )
     return [
         prospect,
@@ -98,4 +101,5 @@ def _of_new(series: Series, plan: Plan, night: Night) -> Prospect:
         shards_left=len(later),
         rows_to_do=sum(shard.num_rows for shard in now),
         rows_left=sum(shard.num_rows for shard in later),
+        rows_not_asked=plan.rows_not_asked,
     )

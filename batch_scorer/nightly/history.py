@@ -99,6 +99,7 @@ def describe(root: Store, step: Step) -> SeriesRecord:
             marked=totals["rows_marked"],
             failed=totals["rows_failed"],
             left=totals["rows_left"],
+            not_asked=totals["rows_not_asked"],
         ),
         shards=ShardCounts(
             total=totals["shards"], failed=totals["shards_failed"], left=totals["shards_left"]

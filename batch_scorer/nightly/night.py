@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
 
-from batch_scorer import logs
+from batch_scorer import formats, logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
 from batch_scorer.inputs.plan import Plan, make_plan
+from batch_scorer.inputs.selection import kept_columns
 from batch_scorer.job import Job, outputs_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.nightly.generations import (
@@ -58,6 +59,7 @@ log = logging.getLogger("batch_scorer")
 
 _DATE = re.compile(r"(?<!\d)\d{4}-\d{2}-\d{2}(?!\d)")
 _POLLS = 10
+_SELECTION = ("limit", "where", "keep_columns", "drop_columns")
 
 Listen = Callable[[str], AbstractContextManager[Listener | None]]
 """The listener for the scoring of a generation, given the generation's path."""
@@ -151,7 +153,7 @@ def run_night(config: Config, night: Night, listen: Listen | None = None) -> End
         session = stack.enter_context(RaySession(config))
         number = max(numbers(root), default=0) + 1
         stack.enter_context(logs.fields(night=number))
-        plan = plan_night(series[0], night)
+        plan = plan_night(series, night)
         run = _NightlyRun(root, number, night, session, listen or _to_nobody, series, plan)
         return run.score_all(lease)
 
@@ -179,8 +181,21 @@ def _open_root(config: Config) -> Store:
     return root
 
 
-def plan_night(first: Series, night: Night) -> Plan:
-    return make_plan(first.config, outputs_of(first.config, first.model), night.holds)
+def plan_night(series: Sequence[Series], night: Night) -> Plan:
+    """The plan of the first series. Raises ConfigError where it would not write columns that the
+    others score, too."""
+    first, *others = series
+    config = first.config
+    plan = make_plan(config, outputs_of(config, first.model), night.holds)
+    for file in plan.files if others else ():
+        kept = kept_columns(file.schema.names, config.keep_columns, config.drop_columns)
+        for name in formats.columns_needed(file.layout):
+            if name not in kept:
+                raise ConfigError(
+                    f"keep_columns, drop_columns: {name!r} of {file.source.key} has to be kept, as "
+                    "the models of `also` score it too"
+                )
+    return plan
 
 
 @contextmanager
@@ -262,7 +277,10 @@ class _NightlyRun:
         if above is None:
             return series.config
         folder = self._root.url(f"generations/{series.name}")
-        return series.config.model_copy(update={"inputs": (above.store.root,), "output": folder})
+        # Above, rows and columns have been chosen already.
+        every = {name: Config.model_fields[name].default for name in _SELECTION}
+        places = {"inputs": (above.store.root,), "output": folder}
+        return series.config.model_copy(update=every | places)
 
     def _score(self, series: Series, plan: Plan, above: Step | None) -> None:
         """Choose the series' generation, and score what it lacks."""
@@ -363,10 +381,11 @@ class _NightlyRun:
             there = held(chain)
             here = held([step.summary.receipts for step in self._steps])
             now = self._plan.inputs
+            not_asked = {receipt.input for receipt in self._plan.not_asked}
             absent = [
                 key
                 for key, etag in sorted(there.items())
-                if key in now and here.get(key, "") not in (etag, now[key])
+                if key in now.keys() - not_asked and here.get(key, "") not in (etag, now[key])
             ]
             if absent:
                 more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""

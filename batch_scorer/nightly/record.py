@@ -17,7 +17,7 @@ _LEVELS_SHOWN = (0.05, 0.5, 0.95)
 @dataclass(frozen=True, slots=True)
 class RowCounts:
     """The rows of a generation after a nightly run; `new`, `reused`, `kept`, `gone` as in
-    `Figures`."""
+    `Figures`. `not_asked` are rows of its inputs that `limit` and `where` leave out."""
 
     total: int
     new: int
@@ -27,6 +27,7 @@ class RowCounts:
     marked: int
     failed: int
     left: int
+    not_asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)

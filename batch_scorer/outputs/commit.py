@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.formats.shape import shape_of
-from batch_scorer.inputs.files import rows_of_shard
+from batch_scorer.inputs.files import row_numbers, rows_of_shard
+from batch_scorer.inputs.selection import kept_columns
 from batch_scorer.job import Job
 from batch_scorer.outputs.by_source import Sources, pair_counts, row_sources, spread_by_source
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
@@ -40,7 +41,8 @@ _COMMIT_TRIES = 5
 
 
 def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Receipt:
-    """Join the scores to the untouched input columns and publish the shard with one PUT.
+    """Join the scores to the untouched input columns, or to those that are kept, and publish the
+    shard with one PUT.
 
     The file is encoded whole before anything is sent, so a reader never sees a part of it.
     Raises ShardError: SUPERSEDED when a newer run holds the output, INPUT_CHANGED when the
@@ -48,21 +50,25 @@ def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Rece
     """
     config = job.config
     table, _ = rows_of_shard(shard, config.store_options, None)
-    if table.num_rows != scored.num_rows:
+    if not table.num_rows == scored.num_rows == shard.num_rows:
         raise ShardError(
-            ShardReason.INTERNAL, f"{scored.num_rows} rows scored, {table.num_rows} rows read back"
+            ShardReason.INTERNAL,
+            f"{shard.num_rows} rows planned, {scored.num_rows} scored, {table.num_rows} read back",
         )
     columns = score_columns(
         scored, job.outputs, table, shard.layout, config.column_prefix, config.over_length
     )
     sources = row_sources(table)
     commit = _describe(job, epoch, shard, scored, columns, sources)
-    data = _encode(table, columns, column_metadata(job.outputs, config.column_prefix), commit)
+    kept = table.select(kept_columns(table.column_names, config.keep_columns, config.drop_columns))
+    data = _encode(kept, columns, column_metadata(job.outputs, config.column_prefix), commit)
     try:
         store = open_store(config.output, config.store_options, create=True)
         stands = publish_shard(store, shard.output_key, data, commit, shard.replaces)
     except StorageError as error:
         raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
+    errors = scored.errors_by_row()
+    numbers = row_numbers(shard, config.store_options) if errors else ()
     return Receipt(
         output_key=shard.output_key,
         input=shard.source.key,
@@ -73,12 +79,13 @@ def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Rece
         detail=stands.note,
         engine=record_engine(config.output, config.store_options, scored.engine),
         examples=[
-            (shard.first_row + row, error.reason.value, error.detail)
-            for row, error in islice(scored.errors_by_row().items(), _EXAMPLES_PER_SHARD)
+            (numbers[row], error.reason.value, error.detail)
+            for row, error in islice(errors.items(), _EXAMPLES_PER_SHARD)
         ],
         epoch=epoch,
         estimated_tokens=shard.estimated_tokens,
         reused=_reused(scored, sources),
+        rows_not_asked=shard.rows_not_asked,
     )
 
 
@@ -147,6 +154,8 @@ def _describe(
         layout=layout_to_json(shard.layout),
         added_columns=list(columns),
         spread=spread_by_source(scored, sources, has_scores=job.outputs.embedding_size is None),
+        where=shard.where,
+        rows_not_asked=shard.rows_not_asked,
     )
 
 

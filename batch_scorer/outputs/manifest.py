@@ -58,6 +58,7 @@ _MANIFEST = pa.schema(
         "rows": pa.int64(),
         "rows_scored": pa.int64(),
         "rows_marked": pa.int64(),
+        "rows_not_asked": pa.int64(),
         "size_bytes": pa.int64(),
         "sha256": pa.string(),
         "receipt": pa.string(),
@@ -109,6 +110,7 @@ def committed(
             input=commit.input,
             input_root="",  # the caller knows it from the plan
             num_rows=commit.num_rows,
+            rows_not_asked=commit.rows_not_asked,
             status=Status.COMMITTED,
             stored=Stored(commit, info.version, info.size_bytes, sha256),
         )
@@ -205,10 +207,11 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
 
 
 def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
-    """Sums over shards. `rows == rows_scored + rows_marked + rows_failed + rows_left`, always."""
+    """Sums over shards. `rows` are those of the input files, and always `rows == rows_scored +
+    rows_marked + rows_not_asked + rows_failed + rows_left`."""
     totals: dict[str, Any] = dict.fromkeys(
         ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
-         "rows_failed", "rows_left", "sequences", "tokens"),
+         "rows_not_asked", "rows_failed", "rows_left", "sequences", "tokens"),
         0,
     )  # fmt: skip
     marked: dict[str, int] = {}
@@ -217,18 +220,22 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
+        totals["rows"] += receipt.num_rows + receipt.rows_not_asked
+        totals["rows_not_asked"] += receipt.rows_not_asked
+        if receipt.status is Status.NOT_ASKED:
+            continue
         totals["shards"] += 1
-        totals["rows"] += receipt.num_rows
         commit = receipt.commit
         if commit is None:
             how = "left" if receipt.status is Status.LEFT else "failed"
             totals[f"shards_{how}"] += 1
             totals[f"rows_{how}"] += receipt.num_rows
             continue
-        if commit.rows_scored + commit.rows_marked != receipt.num_rows:
+        parts = (commit.rows_scored, commit.rows_marked, commit.rows_not_asked)
+        if sum(parts) != receipt.num_rows + receipt.rows_not_asked:
             raise IntegrityError(
-                f"{receipt.output_key}: {receipt.num_rows} rows went in, "
-                f"{commit.rows_scored} scored + {commit.rows_marked} marked came out"
+                f"{receipt.output_key}: {receipt.num_rows + receipt.rows_not_asked} rows went in, "
+                "{} scored + {} marked + {} not asked for came out".format(*parts)
             )
         for name in ("rows_scored", "rows_marked", "sequences", "tokens"):
             totals[name] += getattr(commit, name)
@@ -319,6 +326,7 @@ def _manifest_rows(receipts: list[Receipt]) -> pa.Table:
             "rows": [r.num_rows for r in receipts],
             "rows_scored": [c and c.rows_scored for c in commits],
             "rows_marked": [c and c.rows_marked for c in commits],
+            "rows_not_asked": [r.rows_not_asked for r in receipts],
             "size_bytes": [r.stored.size_bytes if r.stored else 0 for r in receipts],
             "sha256": [r.stored.sha256 if r.stored else "" for r in receipts],
             "receipt": [json.dumps(r.to_json()) for r in receipts],

@@ -111,8 +111,8 @@ def read_earlier(
 ) -> tuple[TokenizedRows, Scores] | None:
     """The rows of a scored object as token ids, and their scores.
 
-    None, with a line in the log, for what cannot be read or was scored otherwise: it is only
-    spared work.
+    None for an object that does not hold what was scored (`keep_columns`), and, with a line in the
+    log, for what cannot be read or was scored otherwise: it is only spared work.
     """
     try:
         info = store.head(key)
@@ -126,6 +126,8 @@ def read_earlier(
             log.warning("%s holds other scores than expected; not used", store.url(key))
             return None
         columns = [*formats.columns_needed(layout), *commit.added_columns]
+        if not set(columns) <= set(file.schema_arrow.names):
+            return None  # the columns that were scored are not among those that are kept
         table = file.read(columns=columns, use_threads=False)
         rows = renderer.tokenize(formats.parse(table, layout))
         return rows, sequence_scores(table, layout, commit.column_prefix, outputs, rows.row_offsets)

@@ -2,22 +2,30 @@
 
 For every shard of the manifest it reads the object and, where the input is still the one that was
 scored, the input, and checks that the bytes are those that were committed, that every row is
-scored or marked, and that the input's columns came back as they were.
+scored or marked, and that the input's columns came back as they were. Where only some rows were
+asked for, it counts those of each input anew: its rows are those of its shards and those that are
+not asked for.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_scorer import formats
 from batch_scorer.errors import ExitCode, ShardError, StorageError
 from batch_scorer.inputs.files import open_parquet, read_json, read_rows, scan_json
+from batch_scorer.inputs.plan import parts_holding
+from batch_scorer.inputs.selection import kept_columns, matching_rows, rows_of_bits
 from batch_scorer.inputs.sources import PARQUET
+from batch_scorer.inputs.where import where_of
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.columns import digest_columns
 from batch_scorer.outputs.manifest import SUCCESS_KEY, read_commit, read_parquet
@@ -32,14 +40,16 @@ _READERS = 8
 class Verdict:
     """What was found. `rows_*` are recounted from the data; `problems` name object and cause.
 
-    `unfinished` lists shards that failed or are not there yet; `inputs_compared` counts shards
-    whose input was still there to be compared with.
+    `rows` are those of the inputs: `rows_scored + rows_marked + rows_not_asked`. `unfinished` lists
+    shards that failed or are not there yet; `inputs_compared` counts shards whose input was still
+    there to be compared with.
     """
 
     shards: int
     rows: int
     rows_scored: int
     rows_marked: int
+    rows_not_asked: int
     inputs_compared: int
     problems: list[str]
     unfinished: list[str]
@@ -86,31 +96,76 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
         if receipt.status is Status.LEFT
         else f"{receipt.input}: {receipt.reason}: {receipt.detail}"
         for receipt in receipts
-        if receipt.commit is None
+        if receipt.status in (Status.LEFT, Status.FAILED)
     ]
     counted = [
         check
         for check, receipt in zip(checks, committed, strict=True)
         if receipt.status is Status.COMMITTED
     ]
-    rows, scored = sum(check.rows for check in counted), sum(check.scored for check in counted)
+    written, scored = sum(check.rows for check in counted), sum(check.scored for check in counted)
+    not_asked, lost = _recount_inputs(receipts, options, record["layout"], success is not None)
+    problems += lost
+    rows = written + not_asked
     if success is None:
         unfinished.append(f"no {SUCCESS_KEY}: the run is not finished")
         # The run may have ended between a commit and the record of it.
         strangers = [info for info in strangers if read_commit(store, info)[0] is None]
-    elif (success["rows"], success["rows_scored"]) != (rows, scored):
-        claim = f"{success['rows']} rows, {success['rows_scored']} scored"
-        problems.append(f"{SUCCESS_KEY} counts {claim}; the data {rows} rows, {scored} scored")
+    elif (claim := (success["rows"], success["rows_scored"])) != (rows, scored):
+        problems.append(
+            "{} counts {} rows, {} scored; the data {} rows, {} scored".format(
+                SUCCESS_KEY, *claim, rows, scored
+            )
+        )
     problems += [f"{info.key}: not in the manifest" for info in strangers]
     return Verdict(
         shards=len(counted),
         rows=rows,
         rows_scored=scored,
-        rows_marked=rows - scored,
+        rows_marked=written - scored,
+        rows_not_asked=not_asked,
         inputs_compared=sum(check.compared for check in checks),
         problems=problems,
         unfinished=unfinished,
     )
+
+
+def _recount_inputs(
+    receipts: list[Receipt],
+    options: Mapping[str, str],
+    layout: Mapping[str, Any],
+    is_complete: bool,
+) -> tuple[int, list[str]]:
+    """The rows that are not asked for, and which inputs have rows that nothing accounts for.
+
+    The inputs of a complete output are counted anew where they are still those that were scored;
+    of others the receipts are believed.
+    """
+    counted = (Status.COMMITTED, Status.NOT_ASKED)
+    by_input: dict[tuple[str, str], list[Receipt]] = defaultdict(list)
+    for receipt in receipts:
+        if receipt.status in counted:
+            by_input[receipt.input_root, receipt.input].append(receipt)
+    if not is_complete or not (layout.get("limit") or layout.get("where")):
+        return sum(r.rows_not_asked for group in by_input.values() for r in group), []
+
+    def recount(group: list[Receipt]) -> tuple[int, str | None]:
+        asked = sum(receipt.num_rows for receipt in group)
+        not_asked = sum(receipt.rows_not_asked for receipt in group)
+        found = _Inputs(options, layout).count(group[0])
+        if found is None:
+            return not_asked, None
+        rows, matching = found
+        if rows != asked + not_asked:
+            problem = f"{rows} rows; {asked} in its shards and {not_asked} not asked for"
+        elif asked > matching or (layout.get("limit") is None and asked < matching):
+            problem = f"{matching} rows match `where`; {asked} in its shards"
+        else:
+            return not_asked, None
+        return rows - asked, f"{group[0].input}: {problem}"
+
+    found = list(in_threads(recount, by_input.values(), _READERS))
+    return sum(rows for rows, _ in found), [problem for _, problem in found if problem]
 
 
 def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
@@ -124,33 +179,79 @@ def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
 
 class _Inputs:
     """The rows that were scored. How a JSON file is cut is found once; an array, which is parsed
-    whole, is kept for its next shard."""
+    whole, is kept for its next shard, and so are the places of rows that match `where`."""
 
     def __init__(self, options: Mapping[str, str], layout: Mapping[str, Any]) -> None:
         self._options = options
         self._max_rows, self._max_tokens = layout["shard_rows"], layout["shard_tokens"]
+        self._keep, self._drop = layout.get("keep_columns", ()), layout.get("drop_columns", ())
+        where = layout.get("where")
+        self._where = None if where is None else where_of(where)
         self._json: tuple[Source, formats.Lines | pa.Table] | None = None
+        self._matching = np.zeros(0, np.int64)  # of the same file
 
     def rows(self, receipt: Receipt, commit: Commit) -> pa.Table | None:
-        """None if the file is gone, not readable, or no longer the one that was scored."""
+        """In the columns that were kept. None if the file is gone, not readable, or no longer the
+        one that was scored."""
         try:
-            store = open_store(receipt.input_root, self._options)
-            info = store.head(receipt.input)
-            if info.version != Version(commit.input_etag):
+            if (found := self._find(receipt)) is None:
                 return None
-            source = Source(receipt.input_root, info.key, info.size_bytes, info.version)
             read = self._of_parquet if _is_parquet(receipt) else self._of_json
-            return read(store, source, commit.first_row, commit.num_rows)
+            table = read(*found, commit.first_row, commit.num_rows)
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
+        return table.select(kept_columns(table.column_names, self._keep, self._drop))
+
+    def count(self, receipt: Receipt) -> tuple[int, int] | None:
+        """All rows of a receipt's input, and those that match `where`; None as for `rows`."""
+        try:
+            if (found := self._find(receipt)) is None:
+                return None
+            if not _is_parquet(receipt):
+                num_rows = _num_rows(self._scanned(*found))
+                return num_rows, num_rows if self._where is None else len(self._matching)
+            file = open_parquet(*found)
+            num_rows = file.metadata.num_rows
+            if self._where is None:
+                return num_rows, num_rows
+            # All of the rows, whatever the statistics of their groups say.
+            batches = file.iter_batches(columns=self._where.columns, use_threads=False)
+            return num_rows, sum(len(self._where.matches(batch)) for batch in batches)
+        except (StorageError, ShardError, pa.ArrowException, OSError):
+            return None
+
+    def _find(self, receipt: Receipt) -> tuple[Store, Source] | None:
+        """The input, if it is still the one that was looked at."""
+        store = open_store(receipt.input_root, self._options)
+        info = store.head(receipt.input)
+        if info.version != Version(receipt.input_etag):
+            return None
+        return store, Source(receipt.input_root, info.key, info.size_bytes, info.version)
 
     def _of_parquet(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
         metadata = open_parquet(store, source).metadata
         groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        start, stop, skipped = _holding(groups, first_row, num_rows)
-        return read_rows(store, source, (start, stop), first_row - skipped, num_rows)
+        ends = list(accumulate(groups))
+        # Nobody knows where the last one of some rows that match is.
+        stop_row = first_row + num_rows if self._where is None else metadata.num_rows
+        start, stop = parts_holding(ends, first_row, stop_row if num_rows else first_row)
+        skip_rows = first_row - (ends[start - 1] if start else 0)
+        return read_rows(store, source, (start, stop), skip_rows, num_rows, None, self._where)
 
     def _of_json(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+        found = self._scanned(store, source)
+        rows = np.arange(first_row, first_row + num_rows)
+        if self._where is not None:
+            rows = self._matching[self._matching >= first_row][:num_rows]
+        if isinstance(found, pa.Table):
+            return found.take(pa.array(rows))
+        ends = list(accumulate(run.num_rows for run in found.runs))
+        start, stop = parts_holding(ends, int(rows[0]), int(rows[-1]) + 1)
+        table, _ = read_json(store, source, found.part(start, stop))
+        return table.take(pa.array(rows - (ends[start - 1] if start else 0)))
+
+    def _scanned(self, store: Store, source: Source) -> formats.Lines | pa.Table:
+        """How a file of JSON lines is cut, or the rows of an array."""
         if self._json is None or self._json[0] != source:
             scanned = scan_json(store, source, self._max_rows, self._max_tokens)
             if scanned is None:
@@ -158,22 +259,23 @@ class _Inputs:
                 self._json = source, formats.read_json_table(data, source.key)[0]
             else:
                 self._json = source, scanned[0]
-        found = self._json[1]
-        if not isinstance(found, formats.Lines):
-            return found.slice(first_row, num_rows)
-        start, stop, skipped = _holding([run.num_rows for run in found.runs], first_row, num_rows)
-        table, _ = read_json(store, source, found.part(start, stop))
-        return table.slice(first_row - skipped, num_rows)
+            self._matching = self._matches(store, source, self._json[1])
+        return self._json[1]
+
+    def _matches(
+        self, store: Store, source: Source, found: formats.Lines | pa.Table
+    ) -> npt.NDArray[np.int64]:
+        if self._where is None:
+            return np.zeros(0, np.int64)
+        if isinstance(found, pa.Table):
+            return self._where.matches(found)
+        num_rows = _num_rows(found)
+        bits = matching_rows(store, source, num_rows, self._where, found, is_parquet=False)
+        return rows_of_bits(bits, num_rows)
 
 
-def _holding(sizes: list[int], first_row: int, num_rows: int) -> tuple[int, int, int]:
-    """Which parts [start, stop) hold the rows, and the number of rows before these parts; `sizes`
-    counts the rows of each part."""
-    if not num_rows:
-        return 0, 0, first_row
-    ends = np.cumsum(sizes)
-    start, last = np.searchsorted(ends, [first_row, first_row + num_rows - 1], side="right")
-    return int(start), int(last) + 1, int(ends[start] - sizes[start])
+def _num_rows(found: formats.Lines | pa.Table) -> int:
+    return found.num_rows if isinstance(found, pa.Table) else sum(r.num_rows for r in found.runs)
 
 
 def _is_parquet(receipt: Receipt) -> bool:

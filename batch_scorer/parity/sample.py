@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
+from batch_scorer.inputs.files import row_numbers
 from batch_scorer.job import Job
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import read_json
@@ -79,16 +80,17 @@ class Sample:
 class _Window:
     """Some rows of a shard: as the product reads and tokenises them, and as the gate reads them.
 
-    `raw` has the rows that can be scored.
+    `numbers` are those of its rows in the file; `raw` has the rows that can be scored.
     """
 
     shard: Shard
+    numbers: Sequence[int]
     parsed: ParsedRows
     rows: TokenizedRows
     raw: Mapping[int, Sequence[RawSequence | None]]
 
     def name(self, row: int) -> str:
-        return f"{self.shard.source.key} row {self.shard.first_row + row}"
+        return _name(self.shard, self.numbers[row])
 
     def compared(self, row: int) -> ComparedRow:
         start, stop = self.rows.row_offsets[row : row + 2].tolist()
@@ -169,12 +171,13 @@ def _windows(
         try:
             parsed = read(part, job.config.store_options)
             rows = renderer.tokenize(parsed)
-            raw = _raw(part, job.config.store_options, _scorable(rows))
+            numbers = row_numbers(part, job.config.store_options)
+            raw = _raw(part, job.config.store_options, numbers, _scorable(rows))
         except ShardError as error:
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue
         refused += [*rows.sequence_errors.values(), *rows.row_errors.values()]
-        found.append(_Window(part, parsed, rows, raw))
+        found.append(_Window(part, numbers, parsed, rows, raw))
     return found, refused
 
 
@@ -198,27 +201,30 @@ def parts_of(shard: Shard) -> list[Shard]:
 
 
 def _raw(
-    shard: Shard, store_options: Mapping[str, str], rows: Sequence[int]
+    shard: Shard, store_options: Mapping[str, str], numbers: Sequence[int], rows: Sequence[int]
 ) -> dict[int, Sequence[RawSequence | None]]:
     """These rows, read by the gate itself. Raises ParityError for one that it cannot read."""
     if not rows:
         return {}
-    numbers = row_numbers(shard, store_options)
     places = {row: numbers[row] - shard.first_row for row in rows}
     store = open_store(shard.source.root, store_options)
     found = read_raw_rows(store, shard, list(places.values()))
     sequences: dict[int, Sequence[RawSequence | None]] = {}
     for row, place in places.items():
-        name = f"{shard.source.key} row {numbers[row]}"
+        name = _name(shard, numbers[row])
         if place not in found:
             raise ParityError(f"{name}: it is scored, but the file has no such row")
         try:
             sequences[row] = raw_sequences(found[place], shard.layout)
         except (LookupError, TypeError, ValueError, SyntaxError) as error:
             raise ParityError(
-                f"{name}: it is scored, but not what its layout says: {error}"
+                f"{name}: it is scored, but is not what it is read as: {error}"
             ) from error
     return sequences
+
+
+def _name(shard: Shard, number: int) -> str:
+    return f"{shard.source.key} row {number}"
 
 
 def _scorable(rows: TokenizedRows) -> list[int]:

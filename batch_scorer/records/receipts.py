@@ -60,7 +60,9 @@ class Commit:
     Holds no clock, host or attempt, so the object's bytes are a function of input, model and
     plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
     columns. `notes` counts rows by note (`errors.RowNote`), and as `special_tokens` those whose
-    messages spell any. `pairs` and `spread` are by source (`outputs.by_source`).
+    messages spell any. `pairs` and `spread` are by source (`outputs.by_source`). `num_rows`,
+    `where` and `rows_not_asked` are the shard's: the object has the rows that are asked for, and
+    the others are counted.
     """
 
     identity: str
@@ -82,6 +84,8 @@ class Commit:
     layout: dict[str, Any]
     added_columns: list[str]
     spread: dict[str, Spread]
+    where: str | None = None
+    rows_not_asked: int = 0
 
     @property
     def column_prefix(self) -> str:
@@ -111,13 +115,15 @@ class Commit:
 
 
 class Status(StrEnum):
-    """How a shard stands. LEFT: this run was to score fewer shards (`max_shards`). INPUT_GONE:
-    committed by an earlier run, its input is no longer there; kept and named in the manifest, but
-    not counted in any total."""
+    """How a shard stands. LEFT: this run was to score fewer shards (`max_shards`). NOT_ASKED: no
+    shard, but a whole file of which no row is asked for (`limit`, `where`). INPUT_GONE: committed
+    by an earlier run, its input is no longer there; kept and named in the manifest, but not counted
+    in any total."""
 
     COMMITTED = "committed"
     FAILED = "failed"
     LEFT = "left"
+    NOT_ASKED = "not_asked"
     INPUT_GONE = "input_gone"
 
 
@@ -169,8 +175,10 @@ class Reused:
 class Receipt:
     """How one shard ended; `stored` is None where it is not committed.
 
-    `input` is relative to `input_root`, so that a verifier can find the file. `engine` names the
-    record of what scored the shard (device, versions, attention kernel).
+    `input` is relative to `input_root`, so that a verifier can find the file. Of its rows
+    `num_rows` are the shard's, and `rows_not_asked` are counted with it (`Shard`). `file_etag` is
+    the version of a file that was not cut into shards. `engine` names the record of what scored the
+    shard (device, versions, attention kernel).
     `examples` names up to a few marked rows as [row of the file, reason, detail].
     `epoch` is that of the run that did the work, 0 where no record shows it. `estimated_tokens` are
     those of the plan.
@@ -190,10 +198,17 @@ class Receipt:
     estimated_tokens: int = 0
     reused: Reused = field(default_factory=Reused)
     spent: Spent = field(default_factory=Spent)
+    rows_not_asked: int = 0
+    file_etag: str = ""
 
     @property
     def commit(self) -> Commit | None:
         return None if self.stored is None else self.stored.commit
+
+    @property
+    def input_etag(self) -> str:
+        """The version of the input that was looked at."""
+        return self.file_etag if self.commit is None else self.commit.input_etag
 
     @classmethod
     def of_shard(
@@ -215,13 +230,20 @@ class Receipt:
             detail=detail,
             estimated_tokens=shard.estimated_tokens,
             spent=spent or Spent(),
+            rows_not_asked=shard.rows_not_asked,
         )
 
     @classmethod
     def of_file(
-        cls, source: Source, status: Status, reason: ShardReason | None = None, detail: str = ""
+        cls,
+        source: Source,
+        status: Status,
+        reason: ShardReason | None = None,
+        detail: str = "",
+        rows_not_asked: int = 0,
     ) -> Self:
-        """The receipt of a file that was not cut into shards: nobody knows its rows."""
+        """The receipt of a file that was not cut into shards: nobody knows its rows, or none of
+        them is asked for."""
         return cls(
             output_key=source.key,
             input=source.key,
@@ -230,6 +252,8 @@ class Receipt:
             status=status,
             reason=reason,
             detail=detail,
+            rows_not_asked=rows_not_asked,
+            file_etag=source.version.etag,
         )
 
     def to_json(self) -> dict[str, Any]:

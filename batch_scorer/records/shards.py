@@ -65,11 +65,14 @@ class Lines:
 class Shard:
     """A row range of one input file: the unit of work and of commit.
 
-    Rows [first_row, first_row + num_rows) of the file. They lie in the Parquet row groups
-    [start, stop) of `row_groups`, or in the `lines` of a file of JSON lines, or (both are None) in
-    a JSON array; `skip_rows` is how many rows come before them there. `replaces` is the stale
-    object to be replaced, if any. `earlier` are scored objects, as (root, key), that may hold rows
-    of this shard with their scores (`reuse`).
+    `num_rows` rows from row `first_row` of the file on: those that follow each other, or, with a
+    `where`, the first that match it. They lie in the Parquet row groups [start, stop) of
+    `row_groups`, or in the `lines` of a file of JSON lines, or (both are None) in a JSON array;
+    `skip_rows` is how many rows come before them there. `rows_not_asked` counts the rows between
+    this shard and the next one that no shard has, and for a file's first shard those before it:
+    the shards of a file add up to its rows. `replaces` is the stale object to be replaced, if any.
+    `earlier` are scored objects, as (root, key), that may hold rows of this shard with their scores
+    (`reuse`).
     """
 
     source: Source
@@ -81,6 +84,8 @@ class Shard:
     estimated_tokens: int
     output_key: str
     lines: Lines | None = None
+    where: str | None = None
+    rows_not_asked: int = 0
     replaces: Version | None = None
     earlier: tuple[tuple[str, str], ...] = ()
 
@@ -91,7 +96,8 @@ class Shard:
                 "input": self.source.key,
                 "etag": self.source.version.etag,
                 "size_bytes": self.source.size_bytes,
-                "rows": [self.first_row, self.num_rows],
+                "rows": [self.first_row, self.num_rows, self.rows_not_asked],
+                "where": self.where,
                 "layout": layout_to_json(self.layout),
                 "column_prefix": column_prefix,
                 "fingerprint": fingerprint,

@@ -15,8 +15,8 @@ class Started:
     """What a run sets out to do: all `files`, `shards` and `rows` of its plan, of which
     `shards_done` were committed before, and the `todo_*` that are scored now.
 
-    `layouts` lists the files by what their rows are; `input_gone` the stored shards whose input is
-    no longer there.
+    `rows_not_asked` are the files' other rows. `layouts` lists the files by what their rows are;
+    `input_gone` the stored shards whose input is no longer there.
     """
 
     files: int
@@ -29,6 +29,7 @@ class Started:
     layouts: Mapping[str, tuple[str, ...]]
     failed: tuple[FailedShard, ...]
     input_gone: tuple[str, ...]
+    rows_not_asked: int = 0
 
 
 def started(work: Work) -> Started:
@@ -48,6 +49,7 @@ def started(work: Work) -> Started:
         layouts=layouts,
         failed=tuple(map(failed_shard, plan.failed)),
         input_gone=tuple(receipt.output_key for receipt in work.gone),
+        rows_not_asked=plan.rows_not_asked,
     )
 
 

@@ -43,7 +43,8 @@ def failed_shard(receipt: Receipt) -> FailedShard:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """An input file; `tokens` are the plan's estimate, `layout` is `layout_to_json`."""
+    """An input file; `rows` are those that are asked for, `tokens` the plan's estimate for them,
+    `layout` is `layout_to_json`."""
 
     key: str
     url: str
@@ -52,6 +53,7 @@ class PlannedFile:
     tokens: int
     rows_are: str
     layout: Mapping[str, Any]
+    rows_not_asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class PlanReport:
     estimate: Estimate | None
     unknown: str | None
     failed: tuple[FailedShard, ...]
+    rows_not_asked: int = 0
 
     @property
     def computed_ratio(self) -> float | None:
@@ -75,11 +78,18 @@ class PlanReport:
     def to_json(self) -> dict[str, Any]:
         return {
             "files": [
-                {"input": file.url, "rows": file.rows, "rows_are": file.rows_are, **file.layout}
+                {
+                    "input": file.url,
+                    "rows": file.rows,
+                    "rows_not_asked": file.rows_not_asked,
+                    "rows_are": file.rows_are,
+                    **file.layout,
+                }
                 for file in self.files
             ],
             "shards": self.shards,
             "rows": self.rows,
+            "rows_not_asked": self.rows_not_asked,
             "estimated_tokens": self.estimated_tokens,
             "estimate": None if self.estimate is None else asdict(self.estimate),
             "estimate_unknown": self.unknown,
@@ -93,16 +103,19 @@ class PlanReport:
 def plan_report(ahead: Outlook) -> PlanReport:
     plan = ahead.plan
     shards: dict[str, int] = defaultdict(int)
+    rows: dict[str, int] = defaultdict(int)
     tokens: dict[str, int] = defaultdict(int)
     for shard in plan.shards:
         shards[shard.source.url] += 1
+        rows[shard.source.url] += shard.num_rows
         tokens[shard.source.url] += shard.estimated_tokens
     return PlanReport(
         files=tuple(
             PlannedFile(
                 key=file.source.key,
                 url=file.source.url,
-                rows=file.num_rows,
+                rows=rows[file.source.url],
+                rows_not_asked=file.num_rows - rows[file.source.url],
                 shards=shards[file.source.url],
                 tokens=tokens[file.source.url],
                 rows_are=formats.describe(file.layout, file.schema),
@@ -116,6 +129,7 @@ def plan_report(ahead: Outlook) -> PlanReport:
         estimate=ahead.estimate,
         unknown=ahead.unknown,
         failed=tuple(map(failed_shard, plan.failed)),
+        rows_not_asked=plan.rows_not_asked,
     )
 
 

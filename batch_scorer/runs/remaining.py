@@ -73,7 +73,7 @@ def remaining(
         key: shard.identity(job.fingerprint.digest, job.config.column_prefix)
         for key, shard in wanted.items()
     }
-    inputs = {shard.source.key for shard in plan.shards}
+    inputs = {part.input for part in plan.not_asked} | {s.source.key for s in plan.shards}
     unusable = {receipt.input for receipt in plan.failed}
 
     def fate_of(key: str, commit: Commit) -> Fate:
@@ -175,7 +175,8 @@ def remove_strays(epoch: int, output: Store, receipts: Sequence[Receipt]) -> Non
     if epoch == 1:
         return  # there is no older plan
     named = {receipt.output_key for receipt in receipts}
-    inputs = {receipt.input for receipt in receipts if receipt.status is Status.COMMITTED}
+    now = (Status.COMMITTED, Status.NOT_ASKED)
+    inputs = {receipt.input for receipt in receipts if receipt.status in now}
     others = (info for info in OutputState(output).objects() if info.key not in named)
     for info, receipt in committed(output, others, {}):
         commit = receipt.commit if receipt else None

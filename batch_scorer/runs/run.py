@@ -181,7 +181,7 @@ def _run(
 ) -> Summary:
     started = time.perf_counter()
     ledger = Ledger(output, lease.epoch, lease.holder_id)
-    receipts = [*work.done, *work.gone, *work.left, *work.plan.failed]
+    receipts = [*work.done, *work.gone, *work.left, *work.plan.failed, *work.plan.not_asked]
     fresh: list[Receipt] = []
     metrics = Metrics()
     try:

@@ -16,7 +16,8 @@ from batch_scorer.runs.metrics import Metrics, newest_run
 @dataclass(frozen=True, slots=True)
 class OutputStatus:
     """`state` is complete, running or interrupted. Counts come from the records, which lag a
-    running job by a few seconds; `planned_*` are the newest run's. `marked` counts rows by reason,
+    running job by a few seconds; `planned_*` are the newest run's, without rows that are not asked
+    for (`limit`, `where`). `marked` counts rows by reason,
     `failed` lists each failed shard's input, reason and detail; `shards_left` are those that the
     newest run left because of `max_shards`.
 
@@ -37,6 +38,7 @@ class OutputStatus:
     shards_left: int
     rows_scored: int
     rows_marked: int
+    rows_not_asked: int
     marked: dict[str, int]
     failed: list[dict[str, str | None]]
     tokens: int
@@ -69,6 +71,7 @@ def read_status(output: str, store_options: Mapping[str, str] | None = None) -> 
         shards_left=totals["shards_left"],
         rows_scored=totals["rows_scored"],
         rows_marked=totals["rows_marked"],
+        rows_not_asked=totals["rows_not_asked"],
         marked=totals["marked"],
         failed=[
             {"input": r.input, "reason": r.reason, "detail": r.detail}

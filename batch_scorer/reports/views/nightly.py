@@ -36,6 +36,8 @@ def nightly_plan_view(plan: NightlyPlan) -> Iterator[Block]:
             ("left", each.shards_left, each.rows_left),
         ):
             yield Line(f"  {text}: {shards:,} shards, {rows:,} rows")
+        if each.rows_not_asked:
+            yield Line(f"  not asked for: {each.rows_not_asked:,} rows")
 
 
 def nightly_view(report: NightlyReport) -> Iterator[Block]:
@@ -50,11 +52,11 @@ def nightly_view(report: NightlyReport) -> Iterator[Block]:
 
 def nightly_record_view(record: NightlyRecord) -> Iterator[Block]:
     counts = [asdict(each.rows) for each in record.series]
-    names = ("total", "new", "reused", "kept", "gone", "marked", "failed", "left")
+    names = ("total", "new", "reused", "kept", "gone", "marked", "not_asked", "failed", "left")
     yield Table(
         f"Nightly run {record.night}",
         ("rows", *(each.path for each in record.series)),
-        [(name, *(f"{rows[name]:,}" for rows in counts)) for name in names],
+        [(name.replace("_", " "), *(f"{rows[name]:,}" for rows in counts)) for name in names],
     )
     if record.latest:
         path = list(record.latest.values())[-1]

@@ -42,8 +42,8 @@ def plan_view(report: PlanReport) -> Iterator[Block]:
     for each in report.failed:
         yield _failure("cannot be scored", each)
     yield Line(
-        f"{len(report.files):,} files, {report.shards:,} shards, {report.rows:,} rows, "
-        f"about {report.estimated_tokens:,} tokens by their size"
+        f"{len(report.files):,} files, {report.shards:,} shards, {report.rows:,} rows"
+        f"{_besides(report.rows_not_asked)}, about {report.estimated_tokens:,} tokens by their size"
     )
     if (found := report.estimate) is not None:
         flop = "" if found.flop is None else f", {scaled(found.flop, 'FLOP')}"
@@ -54,6 +54,10 @@ def plan_view(report: PlanReport) -> Iterator[Block]:
         )
     elif report.unknown is not None:
         yield Line(report.unknown, "computed tokens are not known:", Tone.WARNING)
+
+
+def _besides(rows_not_asked: int) -> str:
+    return f" ({rows_not_asked:,} more are not asked for)" if rows_not_asked else ""
 
 
 def check_view(report: CheckReport) -> Iterator[Block]:
@@ -154,8 +158,8 @@ def _marked(marked: Mapping[str, int]) -> str:
 
 def started_view(start: Started) -> Iterator[Block]:
     yield Line(
-        f"{start.files} files, {start.shards} shards, {start.rows:,} rows; "
-        f"{start.shards_done} shards are done"
+        f"{start.files} files, {start.shards} shards, {start.rows:,} rows"
+        f"{_besides(start.rows_not_asked)}; {start.shards_done} shards are done"
     )
     for layout, keys in list(start.layouts.items())[:_LAYOUTS_SHOWN]:
         which = keys[0] if len(keys) == 1 else f"{len(keys)} files"
@@ -218,6 +222,8 @@ def run_view(report: RunReport) -> Iterator[Block]:
         rows.append((f"  marked: {reason}", f"{count:,}"))
     for note, count in sorted(totals["notes"].items()):
         rows.append((f"  noted: {note}", f"{count:,}"))
+    if totals["rows_not_asked"]:
+        rows.append(("  not asked for", f"{totals['rows_not_asked']:,}"))
     if totals["shards_failed"]:
         rows.append(("  in failed shards", f"{totals['rows_failed']:,}"))
     if totals["shards_left"]:
@@ -258,9 +264,10 @@ def verify_view(report: VerifyReport) -> Iterator[Block]:
         yield Line(problem, "wrong", Tone.BAD)
     for each in verdict.unfinished:
         yield Line(each, "unfinished", Tone.WARNING)
+    not_asked = f" + {verdict.rows_not_asked:,} not asked for" if verdict.rows_not_asked else ""
     yield Line(
         f"{report.output}: {verdict.shards:,} shards, {verdict.rows:,} rows = "
-        f"{verdict.rows_scored:,} scored + {verdict.rows_marked:,} marked; "
+        f"{verdict.rows_scored:,} scored + {verdict.rows_marked:,} marked{not_asked}; "
         f"{verdict.inputs_compared:,} shards compared with their input"
     )
     if report.is_right:
@@ -290,6 +297,8 @@ def status_view(status: OutputStatus) -> Iterator[Block]:
         f"{status.shards_failed:,} failed{left}; {status.rows_scored:,} rows scored, "
         f"{status.rows_marked:,} marked, of {status.planned_rows:,}"
     )
+    if status.rows_not_asked:
+        yield Line(f"  not asked for: {status.rows_not_asked:,} rows")
     if status.left_s is not None:
         yield Line(f"about {duration(status.left_s)} left")
     for reason, count in sorted(status.marked.items()):

@@ -78,6 +78,7 @@ def plan(text: str) -> PlanReport:
         estimate=None,
         unknown=text,
         failed=(failed(text),),
+        rows_not_asked=4_321,
     )
 
 
@@ -113,7 +114,7 @@ def check(text: str) -> CheckReport:
 
 def started(text: str) -> Started:
     return Started(
-        3, 4, 50, 1, 3, 40, 4000, {f"pairs in {text}": (text,)}, (failed(text),), (text,)
+        3, 4, 50, 1, 3, 40, 4000, {f"pairs in {text}": (text,)}, (failed(text),), (text,), 70
     )
 
 
@@ -123,7 +124,8 @@ def failed(text: str) -> FailedShard:
 
 def run(text: str) -> RunReport:
     totals = {
-        "rows": 10, "rows_scored": 8, "rows_marked": 1, "rows_failed": 1, "rows_left": 0,
+        "rows": 13, "rows_scored": 8, "rows_marked": 1, "rows_not_asked": 3, "rows_failed": 1,
+        "rows_left": 0,
         "shards": 2, "shards_failed": 1, "shards_left": 0, "sequences": 18, "tokens": 1_500,
         "marked": {"too_long": 1}, "notes": {"answer_rewritten": 2}, "pairs": {
             text: {"pairs": 6, "chosen_higher": 3, "ties": 1},
@@ -136,7 +138,7 @@ def run(text: str) -> RunReport:
 
 
 def verification(text: str) -> VerifyReport:
-    return VerifyReport(text, Verdict(2, 10, 9, 1, 2, [f"{text}: missing"], [f"{text}: left"]))
+    return VerifyReport(text, Verdict(2, 13, 9, 1, 3, 2, [f"{text}: missing"], [f"{text}: left"]))
 
 
 def conformance(text: str) -> Conformance:
@@ -147,6 +149,7 @@ def status(text: str) -> OutputStatus:
     return OutputStatus(
         output=text, state="running", holder=text, renewed_s=3.2, planned_shards=5, planned_rows=50,
         shards_committed=2, shards_failed=1, shards_left=0, rows_scored=19, rows_marked=1,
+        rows_not_asked=6,
         marked={"too_long": 1}, failed=[{"input": text, "reason": "internal", "detail": text}],
         tokens=1500, metrics=Metrics.of([ONE]).to_json(RUN), left_s=754.0, provenance={},
     )  # fmt: skip
@@ -169,7 +172,7 @@ def nightly_plan(text: str) -> NightlyPlan:
 
 
 def record(text: str) -> NightlyRecord:
-    rows, shards = RowCounts(65, 8, 27, 30, 3, 0, 0, 2), ShardCounts(5, 0, 1)
+    rows, shards = RowCounts(75, 8, 27, 30, 3, 0, 0, 2, 8), ShardCounts(5, 0, 1)
     series = SeriesRecord("main", text, text, "m", rows, shards, {text: figures()}, {})
     return NightlyRecord(
         7, "2026-11-21T01:00:00+00:00", "2026-11-21T01:10:00+00:00", {}, 0, (series,),
@@ -293,7 +296,7 @@ def test_machines_and_people_see_the_same_figures() -> None:
     report = run("web")
     value = json.loads(json.dumps(report.to_json()))
     shown = printed(report)
-    assert (value["rows"], value["complete"]) == (10, False)
+    assert (value["rows"], value["complete"]) == (13, False)
     assert value["pairs"]["web"] == {"pairs": 6, "chosen_higher": 3, "ties": 1}
     assert value["failed"] == [
         {"input": "web", "output_key": "web", "reason": "unreadable_file", "detail": "web"}
@@ -302,6 +305,21 @@ def test_machines_and_people_see_the_same_figures() -> None:
     assert (report.pairs["web"].accuracy, report.all_pairs.accuracy) == (0.5, 0.5)
     (web2,) = [line.split() for line in shown.splitlines() if "web2" in line]
     assert web2 == ["web2", "2", "1", "0", "0.500"]
+
+
+def test_rows_that_are_not_asked_for_are_shown_wherever_rows_are() -> None:
+    assert "1,234 rows (4,321 more are not asked for)" in printed(plan("a"))
+    assert "50 rows (70 more are not asked for)" in printed(started("a"))
+    (row,) = [line.split() for line in printed(run("a")).splitlines() if "not asked" in line]
+    assert row == ["not", "asked", "for", "3"]
+    assert "13 rows = 9 scored + 1 marked + 3 not asked for" in printed(verification("a"))
+    assert "not asked for: 6 rows" in printed(status("a"))
+    (row,) = [line.split() for line in printed(record("a")).splitlines() if "not asked" in line]
+    assert row == ["not", "asked", "8"]
+    ahead = NightlyPlan([Prospect("main", "m", "g", rows_to_do=5, rows_not_asked=9)])
+    assert "not asked for: 9 rows" in printed(ahead)
+    everything = printed(replace(plan("a"), rows_not_asked=0))
+    assert "1,234 rows, about" in everything
 
 
 def test_a_status_shows_the_last_heartbeat_and_the_time_left() -> None:
