@@ -261,7 +261,7 @@ def _joined(message: Message) -> str:
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content if "text" in part)
-    return content or ""
+    return str(content or "")
 
 
 def _without_reasoning(message: Message) -> Message:
@@ -275,7 +275,7 @@ def _without_reasoning(message: Message) -> Message:
 def _whole(answer: Message) -> str:
     """The answer's text behind its reasoning."""
     text = _joined(answer)
-    thought = next((answer[name] for name in _REASONING_FIELDS if answer.get(name)), None)
+    thought = next((str(answer[name]) for name in _REASONING_FIELDS if answer.get(name)), None)
     if thought is None or _THOUGHT.match(text):
         return text
     return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + text

@@ -6,7 +6,7 @@ Legend: S sampled sequences, O outputs, E errors as a share of the scores' sprea
 import json
 import logging
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -86,7 +86,11 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """The result of a comparison. `problems` is empty exactly if the engine agrees."""
+    """The result of a comparison. `problems` is empty exactly if the engine agrees.
+
+    `rows_compared`, `covered` and `explained` are of the rows whose token ids were compared, as in
+    `Sample`.
+    """
 
     backend: str
     dtype: str
@@ -99,6 +103,9 @@ class ParityReport:
     pairs_agree: int
     compared: tuple[Compared, ...]
     problems: tuple[str, ...]
+    rows_compared: int = 0
+    covered: dict[str, int] = field(default_factory=dict)
+    explained: dict[str, int] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
@@ -270,6 +277,9 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> P
             )
         ),
         problems=tuple(problems),
+        rows_compared=sample.compared,
+        covered=sample.covered,
+        explained=sample.explained,
     )
 
 

@@ -38,7 +38,7 @@ def raw_sequences(row: RawRow, layout: Layout) -> list[RawSequence | None]:
     says.
     """
     kind = KINDS[layout.format]
-    values = {name: row.get(column) for name, column in layout.columns.items()}
+    values: dict[str, Any] = {name: row.get(column) for name, column in layout.columns.items()}
     for name, column in layout.columns.items():
         if column in layout.encoded:
             values[name] = _decoded(values[name])
