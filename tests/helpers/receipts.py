@@ -22,7 +22,6 @@ from batch_scorer.runs.metrics import Run
 from batch_scorer.storage import Version
 
 COMMIT = Commit(
-    notes={},
     identity="i",
     fingerprint="f",
     epoch=1,
@@ -33,6 +32,7 @@ COMMIT = Commit(
     rows_scored=9,
     rows_marked=1,
     marked={"too_long": 1},
+    notes={},
     sequences=19,
     tokens=500,
     rows_digest="r",

@@ -1,9 +1,11 @@
+from datetime import datetime
 from typing import Any
 
 import pytest
 
 from batch_scorer.config import Config, load_config
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
+from batch_scorer.models.adapter import Prompt
 
 FACTS: dict[str, Any] = {
     "model_digest": "d",
@@ -12,6 +14,7 @@ FACTS: dict[str, Any] = {
     "embedding": None,
     "dtype": "float32",
     "max_tokens": 100,
+    "text": Prompt().to_json(),
     "probe_digest": "p",
 }
 
@@ -31,6 +34,9 @@ def _fingerprint(config: Config | None = None, **facts: Any) -> Fingerprint:
         {"dtype": "bfloat16"},
         {"max_tokens": 99},
         {"probe_digest": "q"},
+        {"text": Prompt(date=datetime(2026, 11, 28)).to_json()},
+        {"text": Prompt(template="{{ messages }}").to_json()},
+        {"text": Prompt(eos="openrlhf").to_json()},
         {"config": _config(over_length="truncate_left")},
         {"config": _config(attention="eager")},
         {"config": _config(step_aggregation="mean")},
@@ -52,5 +58,6 @@ def test_how_fast_and_where_does_not(settings: dict[str, Any]) -> None:
 
 
 def test_differences_name_the_part_and_both_values() -> None:
-    lines = _fingerprint(dtype="float32").differences(_fingerprint(dtype="bfloat16"))
-    assert lines == ["dtype: bfloat16 there, float32 here"]
+    there = _fingerprint(dtype="bfloat16", text={**FACTS["text"], "bos": "never"})
+    lines = _fingerprint(dtype="float32").differences(there)
+    assert lines == ["dtype: bfloat16 there, float32 here", "text.bos: never there, auto here"]

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_scorer.config import OverLength
-from batch_scorer.errors import RowReason
+from batch_scorer.errors import RowNote, RowReason
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.outputs.by_source import pair_counts, row_sources
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
@@ -78,6 +78,8 @@ def test_pairs() -> None:
         "score_error": [None, "too_long", "null_value"],
         "num_tokens_chosen": [1, 3, None],
         "num_tokens_rejected": [2, 4, None],
+        "score_notes": [None] * 3,
+        "num_special_tokens": [None] * 3,
     }
 
 
@@ -92,6 +94,8 @@ def test_rollout_groups_keep_the_place_of_a_response_without_a_score() -> None:
         "scores": [[1.0, None, 3.0], None, [4.0]],
         "score_error": ["too_long", "null_value", None],
         "num_tokens": [[1, 2, 3], None, [4]],
+        "score_notes": [None] * 3,
+        "num_special_tokens": [None] * 3,
     }
 
 
@@ -110,15 +114,29 @@ def test_single_sequences() -> None:
         "score": [1.0, None, 2.0],
         "score_error": [None, "null_value", None],
         "num_tokens": [1, None, 2],
+        "score_notes": [None] * 3,
+        "num_special_tokens": [None] * 3,
     }
 
 
-def test_truncation_is_summed_per_row() -> None:
+def test_notes_and_special_tokens_stand_in_their_rows() -> None:
+    rows = scored([1.0, 2.0], [0, 1, 1, 2], row_errors={1: NULL})
+    rows.notes = {2: (RowNote.ANSWER_REWRITTEN, RowNote.ROLE_RENAMED)}
+    rows.special_tokens = {0: 3}
+    made = columns(Format.TEXT, rows)
+    assert list(made)[-2:] == ["score_notes", "num_special_tokens"]
+    assert made["score_notes"] == [None, None, ["answer_rewritten", "role_renamed"]]
+    assert made["num_special_tokens"] == [3, None, None]
+
+
+def test_truncation_is_counted_for_each_sequence() -> None:
     rows = scored([1.0, 2.0, 3.0, 4.0], [0, 2, 4], truncated=[5, 7, 0, 0])
     layout = Layout(Format.PREFERENCE_PAIR, {})
     table = pa.table({"x": [0, 0]})
-    made = score_columns(rows, SCALAR, table, layout, "rm_", OverLength.TRUNCATE_LEFT)
-    assert made["rm_num_truncated_tokens"].to_pylist() == [12, 0]
+    for policy in (policy for policy in OverLength if policy.cuts):
+        made = score_columns(rows, SCALAR, table, layout, "rm_", policy)
+        assert made["rm_num_truncated_tokens_chosen"].to_pylist() == [5, 0]
+        assert made["rm_num_truncated_tokens_rejected"].to_pylist() == [7, 0]
 
 
 @pytest.mark.parametrize("format", list(Format))
@@ -172,6 +190,8 @@ def test_embeddings_are_vectors_without_a_score() -> None:
         "embedding": [[1.0, 0.0], None],
         "score_error": [None, "too_long"],
         "num_tokens": [1, 2],
+        "score_notes": [None] * 2,
+        "num_special_tokens": [None] * 2,
     }
 
 
@@ -192,6 +212,7 @@ def test_the_digest_survives_parquet_and_sees_every_change() -> None:
         "score_error": pa.array([None, "too_long", None]),
         "rewards": pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32(), 2)),
         "step_scores": pa.array([[[1.0], None], None, []], pa.list_(pa.list_(pa.float32()))),
+        "score_notes": pa.array([["a", "b"], None, ["c"]]),
     }
     sink = io.BytesIO()
     pq.write_table(pa.table(made), sink)
@@ -205,6 +226,7 @@ def test_the_digest_survives_parquet_and_sees_every_change() -> None:
         "score_error": pa.array([None, "too_long", "empty"]),
         "rewards": pa.array([[1.0, 2.0], None, [3.0, 5.0]], pa.list_(pa.float32(), 2)),
         "step_scores": pa.array([[[1.0], []], None, []], pa.list_(pa.list_(pa.float32()))),
+        "score_notes": pa.array([["a"], None, ["b", "c"]]),
     }
     for name, column in changes.items():
         assert digest_columns({**made, name: column}) != digest
