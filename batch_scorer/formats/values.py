@@ -25,8 +25,8 @@ _KEPT_NULLS = (("role", "content"), ("from", "value"))
 templates ask for its content."""
 
 
-def columns_of(table: pa.Table, names: Iterable[str]) -> dict[str, list[Any]]:
-    """The values of these columns, R each.
+def columns_of(table: pa.Table, names: Iterable[str] | None = None) -> dict[str, list[Any]]:
+    """The values of these columns, R each; None: of all that have a name of their own.
 
     Structs are dicts without the fields that are null, at any depth, except for the content of a
     message; maps are dicts with all their items; lists of every kind are lists, and dictionaries
@@ -35,8 +35,9 @@ def columns_of(table: pa.Table, names: Iterable[str]) -> dict[str, list[Any]]:
     there, or there twice, and (UNREADABLE_FILE) for text of the JSON type that is none.
     """
     columns = {}
-    for name in names:
-        if table.schema.get_field_index(name) < 0:
+    once = [name for name in table.column_names if table.schema.get_field_index(name) >= 0]
+    for name in once if names is None else names:
+        if name not in once:
             raise ShardError(ShardReason.WRONG_SCHEMA, f"no column {name!r}")
         columns[name] = values_of(table.column(name))
     return columns

@@ -125,9 +125,9 @@ def read_earlier(
         ):
             log.warning("%s holds other scores than expected; not used", store.url(key))
             return None
-        columns = [*formats.columns_needed(layout), *commit.added_columns]
-        table = file.read(columns=columns, use_threads=False)
-        rows = renderer.tokenize(formats.parse(table, layout))
+        needed = formats.columns_needed(layout)
+        table = file.read(columns=[*needed, *commit.added_columns], use_threads=False)
+        rows = renderer.tokenize(formats.parse(formats.columns_of(table, needed), layout))
         return rows, sequence_scores(table, layout, commit.column_prefix, outputs, rows.row_offsets)
     except (StorageError, ShardError, pa.ArrowException, OSError) as error:
         log.warning("%s: its scores are not used: %s", store.url(key), error)
