@@ -21,7 +21,7 @@ import numpy.typing as npt
 from batch_scorer import formats
 from batch_scorer.backends.base import Backend
 from batch_scorer.errors import RowReason, ShardError, ShardReason
-from batch_scorer.inputs.files import rows_of_shard
+from batch_scorer.inputs.files import columns_of_shard
 from batch_scorer.job import Job
 from batch_scorer.outputs.reuse import find_known, read_earlier, score_unknown
 from batch_scorer.records import (
@@ -49,8 +49,9 @@ def read_shard(shard: Shard, store_options: Mapping[str, str], renderer: Rendere
 
 def parse_shard(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
     """The shard's rows cut into sequences, before rendering. Raises as `read_shard`."""
-    table, malformed = rows_of_shard(shard, store_options, formats.columns_needed(shard.layout))
-    parsed = formats.parse(table, shard.layout)
+    needed = formats.columns_needed(shard.layout)
+    columns, malformed = columns_of_shard(shard, store_options, needed)
+    parsed = formats.parse(columns, shard.layout)
     parsed.row_errors.update(malformed)
     return parsed
 

@@ -8,12 +8,15 @@ tables of `kinds.py`, or a new text style beside `hh.py`.
 from batch_scorer.formats.detect import columns_needed, describe, detect
 from batch_scorer.formats.jsonl import read_json_table, read_lines, scan_lines, unpack_lines
 from batch_scorer.formats.parse import parse
+from batch_scorer.formats.values import Columns, columns_of
 from batch_scorer.records import LineRun, Lines
 
 __all__ = [
+    "Columns",
     "LineRun",
     "Lines",
     "columns_needed",
+    "columns_of",
     "describe",
     "detect",
     "parse",

@@ -1,22 +1,23 @@
-"""The row kinds and their usual column names: one table, read by detection and parsing."""
+"""The row kinds and the usual names of their columns: tables read by detection and parsing, and
+shown in `docs/formats.md`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TypeAlias
 
-import pyarrow as pa
-
 from batch_scorer.records import Format
 
 
 class Part(StrEnum):
-    """What one value of a column is, by its Arrow type."""
+    """What one value of a column is."""
 
     TEXT = "text"
     MESSAGE = "one message"
     MESSAGES = "messages"
     TOKEN_IDS = "token ids"
+    STEPS = "steps"
+    PROBLEM = "a problem"  # PRM800K's question: an object whose `problem` is the text
 
 
 class Prompt(Enum):
@@ -48,12 +49,14 @@ class Kind:
         return self.responses if self.prompt is Prompt.NEVER else ("prompt", *self.responses)
 
 
-_ANY = frozenset(Part)
+_ANY = frozenset({Part.TEXT, Part.MESSAGE, Part.MESSAGES, Part.TOKEN_IDS})
 _MANY = frozenset({Part.TEXT, Part.MESSAGES, Part.TOKEN_IDS})
 _TEXT = frozenset({Part.TEXT})
 _MESSAGES = frozenset({Part.MESSAGES})
 _TOKEN_IDS = frozenset({Part.TOKEN_IDS})
 _DIALOGUE = frozenset({Part.TEXT, Part.MESSAGES})
+_STEPS = frozenset({Part.STEPS})
+_PROBLEM = frozenset({Part.PROBLEM})
 
 KINDS: Mapping[Format, Kind] = {
     Format.PREFERENCE_PAIR: Kind(
@@ -66,6 +69,7 @@ KINDS: Mapping[Format, Kind] = {
         "rollout groups", ("responses",), _MANY, Prompt.OPTIONAL, rank=0, is_group=True
     ),
     Format.ROLLOUT: Kind("rollouts", ("response",), _ANY, Prompt.REQUIRED, rank=0),
+    Format.STEPS: Kind("answers in steps", ("steps",), _STEPS, Prompt.REQUIRED, rank=0),
     Format.CONVERSATION: Kind("conversations", ("messages",), _DIALOGUE, Prompt.NEVER, rank=1),
     Format.TEXT: Kind("texts", ("text",), _TEXT, Prompt.NEVER, rank=2),
     Format.TOKEN_IDS: Kind("sequences", ("token_ids",), _TOKEN_IDS, Prompt.NEVER, rank=2),
@@ -76,6 +80,7 @@ PROMPT_PARTS: Mapping[Part, frozenset[Part]] = {
     Part.MESSAGE: _DIALOGUE,
     Part.MESSAGES: _DIALOGUE,
     Part.TOKEN_IDS: _TOKEN_IDS,
+    Part.STEPS: _DIALOGUE | _PROBLEM,
 }
 """The prompts that a response of each part can follow."""
 
@@ -86,29 +91,72 @@ KNOWN_NAMES: Mapping[str, tuple[Tier, ...]] = {
     "prompt": (
         (_ANY, ("prompt",)),
         (_TEXT, ("instruction", "question")),
+        (_PROBLEM, ("question",)),
         (_MESSAGES, ("messages", "conversations", "conversation")),
         (_MESSAGES, ("context", "trajectory", "input")),
+        (_TEXT, ("problem",)),
     ),
-    "chosen": ((_ANY, ("chosen",)),),
-    "rejected": ((_ANY, ("rejected",)),),
+    "chosen": ((_ANY, ("chosen",)), (_TOKEN_IDS, ("input_ids_chosen", "chosen_input_ids"))),
+    "rejected": ((_ANY, ("rejected",)), (_TOKEN_IDS, ("input_ids_rejected", "rejected_input_ids"))),
     "responses": (
         (_ANY, ("responses", "completions", "outputs", "generations")),
         (_MESSAGES, ("conversations",)),
     ),
     "response": ((_ANY, ("response", "completion", "output")),),
+    "steps": ((_STEPS, ("steps", "completions", "label")),),
     "messages": ((_MESSAGES, ("messages", "conversations", "conversation")),),
     "text": ((_TEXT, ("text",)),),
     "token_ids": ((_TOKEN_IDS, ("input_ids", "token_ids")),),
 }
 """Field → names in tiers: an earlier tier wins, two names of one tier are ambiguous."""
 
-CONTEXT_NAMES = ("system", "system_prompt", "history", "tools", "input")
-"""Columns that belong to the conversation in some layouts; no row kind here reads them."""
+STEP_LABELS = "labels"
+"""A list of this name says that `completions` are the steps of one answer, not several answers."""
+
+CONTEXT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "system": ("system_prompt", "system_message"),
+    "history": ("history",),
+    "input": (),
+    "tools": ("tools",),
+    "documents": ("documents",),
+    "template_arguments": ("chat_template_kwargs",),
+}
+"""Fields of the conversation around prompt and responses → columns that are read as such, because
+their meaning is agreed. `--column` names others."""
+
+WATCHED_NAMES: Mapping[str, str] = {
+    "system": "--column system=system (it is the system message)",
+    "input": "--column input=input (it continues the instruction)",
+    "context": "write it into the prompt",
+    "functions": "--column tools=functions (they are tools as chat templates take them)",
+    "history": "write it into the prompt",
+    "tools": "write them as a list of objects",
+    "documents": "write them as a list of objects",
+    "chat_template_kwargs": "write them as an object",
+    "system_prompt": "write it as text",
+    "system_message": "write it as text",
+}
+"""Columns that may belong to the conversation → what else to do than to ignore them. Where one is
+not read as a field and holds something, the file or the row is not scored."""
+
+MEDIA_NAMES = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""Columns of a row and keys of a message that hold what no text model reads."""
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 """Names of a message's two fields: the usual ones, and ShareGPT's."""
 
-ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+def mask_field(field: str) -> str:
+    """The field that says which token ids of another field are padding."""
+    return "attention_mask" if field == "token_ids" else f"attention_mask_{field}"
+
+
+def mask_names(field: str) -> tuple[str, ...]:
+    """The usual names of that field's column."""
+    own = mask_field(field)
+    return (own,) if field == "token_ids" else (own, f"{field}_attention_mask")
+
+
 _ROLE_ALIASES = {
     "human": "user",
     "prompter": "user",
@@ -116,68 +164,21 @@ _ROLE_ALIASES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "developer": "system",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
 }
-
-
-def role_of(raw: str | None) -> str:
-    """One of ROLES, in any case and by any alias; "" for other names."""
-    name = (raw or "").strip().lower()
-    name = _ROLE_ALIASES.get(name, name)
-    return name if name in ROLES else ""
+_USUAL_ROLES = ("system", "user", "assistant", "tool")
+_MEANINGS = _ROLE_ALIASES | {role: role for role in _USUAL_ROLES}
 
 
 def role_alias(role: str) -> str:
-    """The usual name of a role that goes by another; any other role as it is."""
-    return role if role in ROLES else role_of(role) or role
+    """The usual role (system, user, assistant, tool) that this one stands for, in any case; the
+    role itself where it stands for none."""
+    return _MEANINGS.get(role) or _MEANINGS.get(role.strip().lower(), role)
 
 
-def message_keys(dtype: pa.DataType) -> tuple[str, str] | None:
-    """The names of role and content in a struct, or None where it is not a message."""
-    if not pa.types.is_struct(dtype):
-        return None
-    for keys in MESSAGE_KEYS:
-        # get_field_index is -1 for a name that is missing or there twice.
-        at = [dtype.get_field_index(key) for key in keys]
-        if min(at) >= 0 and all(is_text(dtype.field(i).type) for i in at):
-            return keys
-    return None
-
-
-def is_text(dtype: pa.DataType) -> bool:
-    if pa.types.is_dictionary(dtype):
-        return is_text(dtype.value_type)
-    return bool(
-        pa.types.is_string(dtype)
-        or pa.types.is_large_string(dtype)
-        or pa.types.is_string_view(dtype)
-    )
-
-
-def item_type(dtype: pa.DataType) -> pa.DataType | None:
-    """The type of a list's items, or None where it is not a list."""
-    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return dtype.value_type if any(check(dtype) for check in is_list) else None
-
-
-def part_of(dtype: pa.DataType) -> Part | None:
-    """What a value of this type is, or None where it cannot be part of a sequence."""
-    if is_text(dtype):
-        return Part.TEXT
-    if message_keys(dtype):
-        return Part.MESSAGE
-    item = item_type(dtype)
-    if item is None:
-        return None
-    if message_keys(item):
-        return Part.MESSAGES
-    return Part.TOKEN_IDS if pa.types.is_integer(item) else None
-
-
-def response_part(kind: Kind, dtype: pa.DataType) -> Part | None:
-    """`part_of` for a response column of `kind`; for a group, of the list's items."""
-    if not kind.is_group:
-        return part_of(dtype)
-    item = item_type(dtype)
-    return None if item is None else part_of(item)
+def is_assistant(role: str) -> bool:
+    """Whether the turns of this role are the model's."""
+    return role == "assistant" or role_alias(role) == "assistant"

@@ -1,39 +1,31 @@
 """Raw rows to conversations, one pass over the columns and one over the rows.
 
 Legend: R rows, S sequences (see `records`). A *part* is a column's value as a sequence can
-use it: messages, text or token ids. prompt + response makes a sequence, whichever they are.
+use it: messages, text, token ids or steps. prompt + response makes a sequence, whichever they are.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from typing import Any, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.formats import hh
-from batch_scorer.formats.kinds import KINDS, Part, item_type, message_keys, part_of, role_of
+from batch_scorer.formats.context import Context, contexts
+from batch_scorer.formats.encoded import decoded
+from batch_scorer.formats.kinds import KINDS, Part, is_assistant, mask_field
+from batch_scorer.formats.messages import asked, bad, judged, message_of, messages_of
 from batch_scorer.formats.shape import RowShape, shape_of
-from batch_scorer.records import (
-    Conversation,
-    Layout,
-    Message,
-    ParsedRows,
-    RowError,
-    TextStyle,
-)
+from batch_scorer.formats.steps import problem_of, steps_of
+from batch_scorer.formats.tokens import ids_of, without_padding
+from batch_scorer.formats.values import Columns
+from batch_scorer.records import Conversation, Format, Layout, ParsedRows, RowError, TextStyle
 
-# A SequenceInput or a RowError. Any, because all values of a column are of one kind and only
-# the column's type decides which.
+# A SequenceInput, a tuple of steps or a RowError. Any, because the columns of a file hold one kind
+# of them, and a row that differs is found where it is joined.
 Value: TypeAlias = Any
 ReadText: TypeAlias = Callable[[str], Value]
-
-_MAX_TOKEN_ID = np.iinfo(np.int32).max
 
 
 @dataclass(slots=True)
@@ -49,72 +41,192 @@ class _Responses:
     row_errors: dict[int, RowError] = field(default_factory=dict)
 
 
-def parse(table: pa.Table, layout: Layout) -> ParsedRows:
-    """Cut the rows of `table` into sequences by `layout`.
+def parse(columns: Columns, layout: Layout) -> ParsedRows:
+    """Cut the rows of these columns into sequences by `layout`.
 
     A pair gives chosen, then rejected; a best-of-n row all chosen, then all rejected. One
     value that cannot be read is an error in its place. A row is an error as a whole where its
-    prompt cannot be read, it has no response, or none of its responses can be read.
+    prompt or its context cannot be read, it has no response, or none of its responses can be read.
 
     Sequences of a row share the message objects of its prompt: copy before changing one.
-    Raises ShardError if a column is missing or of another type than its field can have.
+    Raises ShardError if a column is missing.
     """
     kind = KINDS[layout.format]
-    prompt_name = layout.columns.get("prompt")
-    prompts: list[Value] = [None] * table.num_rows
-    if prompt_name is not None:
-        read = partial(_read, read_text=_prompt_reader(layout.text_style, prompt_name))
-        prompts = _each(_column(table, prompt_name), prompt_name, read)
-    responses = [_responses(table, layout, layout.columns[name]) for name in kind.responses]
-    return _assemble(shape_of(layout.format), prompts, responses)
+    missing = [name for name in (*layout.columns.values(), *layout.watched) if name not in columns]
+    if missing:
+        raise ShardError(ShardReason.WRONG_SCHEMA, f"no column {missing[0]!r}")
+    num_rows = len(columns[layout.columns[kind.responses[0]]])
+    prompts: list[Value] = [None] * num_rows
+    given = prompts
+    if "prompt" in layout.columns:
+        name = layout.columns["prompt"]
+        given = _prompts(columns, layout)
+        read = partial(_read, label=name, read_text=_prompt_reader(layout.text_style, name))
+        prompts = [read(value) for value in given]
+    before = given if layout.prompt_inside else None
+    responses = [_responses(columns, layout, field, before) for field in kind.responses]
+    around, row_errors = contexts(columns, layout)
+    parsed = _assemble(shape_of(layout.format), prompts, responses, around, row_errors)
+    for row, context in around.items():
+        if context.arguments and row not in parsed.row_errors:
+            parsed.arguments[row] = context.arguments
+    if layout.format is Format.STEPS:
+        for row, steps in enumerate(responses[0].values):
+            if row not in parsed.row_errors:
+                parsed.steps[int(parsed.row_offsets[row])] = steps
+    return parsed
 
 
-def _responses(table: pa.Table, layout: Layout, name: str) -> _Responses:
-    column = _column(table, name)
+# Columns to values
+
+
+def _column(columns: Columns, layout: Layout, field: str) -> list[Any]:
+    """The values of a field: decoded, and token ids without their padding."""
+    name = layout.columns[field]
+    values = list(columns[name])
+    if name in layout.encoded:
+        values = [decoded(value, name) for value in values]
+    if mask := layout.columns.get(mask_field(field)):
+        pairs = zip(values, columns[mask], strict=True)
+        values = [without_padding(ids, flags, name) for ids, flags in pairs]
+    return values
+
+
+def _prompts(columns: Columns, layout: Layout) -> list[Any]:
+    values = _column(columns, layout, "prompt")
+    values = [value if (text := problem_of(value)) is None else text for value in values]
+    if "input" not in layout.columns:
+        return values
+    more = columns[layout.columns["input"]]
+    return [_continued(*pair) for pair in zip(values, more, strict=True)]
+
+
+def _continued(prompt: Any, text: Any) -> Any:
+    """An instruction and its input, as LLaMA-Factory and others join them."""
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return prompt
+    if not isinstance(text, str):
+        return bad("the input is no text")
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        return text
+    return f"{prompt}\n{text}" if isinstance(prompt, str) else bad("the instruction is no text")
+
+
+def _responses(
+    columns: Columns, layout: Layout, field: str, before: list[Any] | None
+) -> _Responses:
+    """The values of a response field; each text begins with its row's in `before`, if there are
+    any."""
+    name = layout.columns[field]
+    cells = _column(columns, layout, field)
+    if layout.format is Format.STEPS:
+        steps = [steps_of(value, name) for value in cells]
+        return _Responses(name, steps, list(range(len(cells) + 1)))
     if not KINDS[layout.format].is_group:
-        read = partial(_read, read_text=_response_reader(layout, name))
-        return _Responses(name, _each(column, name, read), list(range(table.num_rows + 1)))
+        if before is not None:
+            pairs = zip(before, cells, strict=True)
+            cells = [_after(prompt, value, name) for prompt, value in pairs]
+        read = partial(_read, label=name, read_text=_response_reader(layout, name))
+        return _Responses(name, [read(value) for value in cells], list(range(len(cells) + 1)))
     label = f"an item of {name}"
-    read = partial(_read, read_text=_response_reader(layout, label))
+    read = partial(_read, label=label, read_text=_response_reader(layout, label))
     values: list[Value] = []
     sizes: list[int] = []
-    for chunk in column.chunks:
-        if item_type(chunk.type) is not None:
-            values.extend(read(chunk.flatten(), label))
-        elif not pa.types.is_null(chunk.type):
-            raise _wrong_type(name, chunk.type)
-        sizes.extend(_sizes(chunk).tolist())
-    null = RowError(RowReason.NULL_VALUE, f"{name} is null")
-    nulls = np.flatnonzero(column.is_null().to_numpy())
-    return _Responses(
-        label, values, list(accumulate(sizes, initial=0)), dict.fromkeys(nulls.tolist(), null)
-    )
-
-
-def _assemble(shape: RowShape, prompts: list[Value], responses: list[_Responses]) -> ParsedRows:
-    rows: list[list[list[Value]]] = []
     row_errors: dict[int, RowError] = {}
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, list):
+            row_errors[row] = _no_list(cell, name)
+            cell = []
+        if before is not None:
+            cell = [_after(before[row], value, label) for value in cell]
+        values.extend(map(read, cell))
+        sizes.append(len(cell))
+    return _Responses(label, values, list(accumulate(sizes, initial=0)), row_errors)
+
+
+def _no_list(cell: Any, name: str) -> RowError:
+    if isinstance(cell, RowError):
+        return cell
+    if cell is None:
+        return RowError(RowReason.NULL_VALUE, f"{name} is null")
+    return bad(f"{name} is no list")
+
+
+def _after(prompt: Any, response: Any, label: str) -> Any:
+    """What follows the prompt in a text that begins with it."""
+    if not isinstance(prompt, str) or not isinstance(response, str) or not response.strip():
+        return response
+    start = prompt.strip()
+    text = response.lstrip()
+    if not text.startswith(start):
+        return bad(f"{label} does not begin with its prompt, as others of its file do")
+    return text[len(start) :].lstrip()
+
+
+def _read(value: Any, label: str, read_text: ReadText) -> Value:
+    """What a value is to a sequence."""
+    if isinstance(value, str):
+        if value.strip():
+            return read_text(value)
+        return RowError(RowReason.EMPTY, f"{label} is empty")
+    if isinstance(value, list):
+        if not value:
+            return RowError(RowReason.EMPTY, f"{label} is an empty list")
+        first = value[0]
+        if first is None:
+            first = next((item for item in value if item is not None), None)
+        if isinstance(first, int):
+            return ids_of(value, label)
+        if isinstance(first, dict) or first is None:
+            return messages_of(value, label)
+    if isinstance(value, dict):
+        message = message_of(value, label)
+        return message if isinstance(message, RowError) else [message]
+    if value is None:
+        return RowError(RowReason.NULL_VALUE, f"{label} is null")
+    if isinstance(value, RowError):
+        return value
+    return bad(f"{label} is neither text, messages nor token ids")
+
+
+# Values to sequences
+
+
+def _assemble(
+    shape: RowShape,
+    prompts: list[Value],
+    responses: list[_Responses],
+    around: dict[int, Context],
+    row_errors: dict[int, RowError],
+) -> ParsedRows:
+    rows: list[list[list[Value]]] = []
+    errors = dict(row_errors)
     for row, prompt in enumerate(prompts):
-        found = _sides(row, prompt, responses)
+        found = errors.get(row) or _sides(row, prompt, responses, around.get(row))
         if isinstance(found, RowError):
-            row_errors[row], found = found, []
+            errors[row], found = found, []
         rows.append(found)
     sequences, row_offsets = shape.cut(rows)
-    return ParsedRows(sequences, row_offsets, row_errors)
+    return ParsedRows(sequences, row_offsets, dict(sorted(errors.items())))
 
 
-def _sides(row: int, prompt: Value, responses: list[_Responses]) -> list[list[Value]] | RowError:
+def _sides(
+    row: int, prompt: Value, responses: list[_Responses], context: Context | None
+) -> list[list[Value]] | RowError:
     """The row's sequences by side, in the order of the format's fields."""
+    if context is not None and prompt is not None and _is_conversation(prompt):
+        prompt = context.around(prompt)
+        context = None
     if isinstance(prompt, RowError):
         return prompt
-    if _ends_with_assistant(prompt):
-        return _bad("the prompt ends with the assistant's message")
+    if prompt and _is_conversation(prompt) and is_assistant(prompt[-1]["role"]):
+        return bad("the prompt ends with the assistant's message")
     sides: list[list[Value]] = []
     for column in responses:
         if row in column.row_errors:
             return column.row_errors[row]
         values = column.values[column.offsets[row] : column.offsets[row + 1]]
-        sides.append([_join(prompt, value, column.label) for value in values])
+        sides.append([_join(prompt, value, column.label, context) for value in values])
     found = [value for side in sides for value in side]
     if not found:
         return RowError(RowReason.EMPTY, "the row holds no response")
@@ -123,167 +235,72 @@ def _sides(row: int, prompt: Value, responses: list[_Responses]) -> list[list[Va
     return sides
 
 
-def _join(prompt: Value, response: Value, label: str) -> Value:
+def _join(prompt: Value, response: Value, label: str, context: Context | None) -> Value:
     """The sequence of a prompt (None: it is in the response) and a response."""
     if isinstance(response, RowError):
         return response
-    if not _is_conversation(response):
-        return response if prompt is None else prompt + response
+    if isinstance(response, tuple):  # steps, which stand beside their message
+        if not _is_conversation(prompt):
+            return bad(f"the prompt of {label} is neither text nor messages")
+        return asked(prompt, label) or [*prompt, {"role": "assistant", "content": ""}]
     if prompt is None:
-        return _judged(response, label)
-    if response[0]["role"] != "assistant":
-        return _bad(f"{label} does not begin with the assistant, though the prompt is apart")
-    return _judged(prompt + response, label)
+        if not _is_conversation(response):
+            return response
+        if context is not None:
+            response = context.around(response)
+        return response if isinstance(response, RowError) else judged(response, label)
+    if _kind(prompt) is not _kind(response):
+        return bad(f"the prompt is {_kind(prompt)}, {label} is {_kind(response)}")
+    if not _is_conversation(response):
+        return prompt + response
+    if not is_assistant(response[0]["role"]):
+        return bad(f"{label} does not begin with the assistant, though the prompt is apart")
+    return judged(prompt + response, label)
 
 
-def _judged(conversation: Conversation, label: str) -> Conversation | RowError:
-    """The conversation, if it is a prompt and an assistant's answer to score."""
-    last = conversation[-1]
-    if last["role"] != "assistant":
-        return _bad(f"{label} does not end with the assistant's message")
-    if not last["content"].strip():
-        return RowError(RowReason.EMPTY, f"the last message of {label} is empty")
-    asked = [message for message in conversation if message["role"] != "assistant"]
-    if not asked:
-        return _bad(f"{label} holds no prompt before the assistant's message")
-    if not any(message["content"].strip() for message in asked):
-        return RowError(RowReason.EMPTY, f"the prompt of {label} is empty")
-    return conversation
+def _kind(value: Value) -> Part:
+    if isinstance(value, str):
+        return Part.TEXT
+    return Part.MESSAGES if _is_conversation(value) else Part.TOKEN_IDS
 
 
 def _is_conversation(value: Value) -> bool:
     return isinstance(value, list) and isinstance(value[0], dict)
 
 
-def _ends_with_assistant(prompt: Value) -> bool:
-    return bool(prompt) and _is_conversation(prompt) and prompt[-1]["role"] == "assistant"
-
-
-# Columns to values. Each reader takes one chunk, so that no column outgrows Arrow's offsets.
-
-
-def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise ShardError(ShardReason.WRONG_SCHEMA, f"no column {name!r}")
-    return table.column(name)
-
-
-def _each(
-    column: pa.ChunkedArray, label: str, read: Callable[[pa.Array, str], list[Value]]
-) -> list[Value]:
-    return list(chain.from_iterable(read(chunk, label) for chunk in column.chunks))
-
-
-def _read(array: pa.Array, label: str, read_text: ReadText) -> list[Value]:
-    """One value per slot of `array`, by its type."""
-    if pa.types.is_null(array.type):
-        return [RowError(RowReason.NULL_VALUE, f"{label} is null")] * len(array)
-    match part_of(array.type):
-        case Part.TEXT:
-            return _read_text(array, label, read_text)
-        case Part.MESSAGE:
-            messages, bad = _messages(array, label)
-            return [bad.get(i) or [message] for i, message in enumerate(messages)]
-        case Part.MESSAGES:
-            return _slices(array, label, *_messages(array.flatten(), f"a message of {label}"))
-        case Part.TOKEN_IDS:
-            return _slices(array, label, *_token_ids(array.flatten(), label))
-    raise _wrong_type(label, array.type)
-
-
-def _read_text(array: pa.Array, label: str, read_text: ReadText) -> list[Value]:
-    null = RowError(RowReason.NULL_VALUE, f"{label} is null")
-    empty = RowError(RowReason.EMPTY, f"{label} is empty")
-    return [
-        null if text is None else empty if not text.strip() else read_text(text)
-        for text in array.to_pylist()
-    ]
-
-
-def _slices(
-    array: pa.Array, label: str, items: list[Any], bad: Mapping[int, RowError]
-) -> list[Value]:
-    """The flattened `items` as one list per slot; the first bad item makes its slot an error."""
-    ends = np.cumsum(_sizes(array))
-    found: list[Value] = [items[a:b] for a, b in pairwise(chain([0], ends.tolist()))]
-    for item in sorted(bad, reverse=True):
-        found[int(np.searchsorted(ends, item, side="right"))] = bad[item]
-    nulls = array.is_null().to_pylist()
-    for slot, value in enumerate(found):
-        if nulls[slot]:
-            found[slot] = RowError(RowReason.NULL_VALUE, f"{label} is null")
-        elif value == []:
-            found[slot] = RowError(RowReason.EMPTY, f"{label} is an empty list")
-    return found
-
-
-def _messages(array: pa.Array, label: str) -> tuple[list[Message], dict[int, RowError]]:
-    """A struct array's messages; those in the second result must not be used."""
-    keys = message_keys(array.type)
-    assert keys is not None  # the caller chose by type
-    roles, contents = (pc.struct_field(array, key).to_pylist() for key in keys)
-    known = {role: role_of(role) for role in set(roles)}
-    messages = [
-        {"role": known[role], "content": content}
-        for role, content in zip(roles, contents, strict=True)
-    ]
-    bad = {i: _bad(f"{label} has tool calls beside its text") for i in _with_tool_calls(array)}
-    if "" in known.values() or None in contents:
-        for i, (role, content) in enumerate(zip(roles, contents, strict=True)):
-            if role is None or content is None:
-                missing = keys[0] if role is None else keys[1]
-                bad[i] = RowError(RowReason.NULL_VALUE, f"{label} has no {missing}")
-            elif not known[role]:
-                bad[i] = RowError(RowReason.UNKNOWN_ROLE, f"{label} has an unknown role")
-    return messages, bad
-
-
-def _with_tool_calls(array: pa.Array) -> Iterable[int]:
-    """Messages with tool calls: their text alone would get a score for something else."""
-    if array.type.get_field_index("tool_calls") < 0:
-        return []
-    calls = pc.struct_field(array, "tool_calls").to_pylist()
-    return [i for i, call in enumerate(calls) if call]
-
-
-def _token_ids(array: pa.Array, label: str) -> tuple[list[int], dict[int, RowError]]:
-    wrong = pc.or_(pc.less(array, 0), pc.greater(array, _MAX_TOKEN_ID)).fill_null(True)
-    error = RowError(RowReason.BAD_TOKEN_ID, f"{label} holds a null or impossible token id")
-    at = np.flatnonzero(wrong.to_numpy(zero_copy_only=False))
-    return array.to_pylist(), dict.fromkeys(at.tolist(), error)
-
-
-def _sizes(array: pa.Array) -> npt.NDArray[np.int64]:
-    """int64[len(array)], the items of each list; 0 for a null."""
-    if pa.types.is_null(array.type):
-        return np.zeros(len(array), dtype=np.int64)
-    sizes = pc.fill_null(pc.list_value_length(array), 0)
-    return sizes.to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
-
-
 # What a string becomes, by the text style and by what its column holds.
 
 
 def _prompt_reader(style: TextStyle | None, label: str) -> ReadText:
-    if style is TextStyle.RENDERED:
-        return _as_is
-    if style is TextStyle.HH:
-        return partial(hh.cut_prompt, name=label)
-    return partial(_plain_prompt, label=label)
+    match style:
+        case TextStyle.RENDERED:
+            return _as_is
+        case TextStyle.HH:
+            return partial(hh.cut_prompt, name=label)
+        case TextStyle.PLAIN:
+            return partial(_plain_prompt, label=label)
+    return partial(_unexpected_text, label=label)
 
 
 def _response_reader(layout: Layout, label: str) -> ReadText:
-    if layout.text_style is TextStyle.RENDERED:
-        return _as_is
-    if layout.text_style is not TextStyle.HH:
-        return partial(_one_message, role="assistant")
-    if "prompt" not in layout.columns:
-        return partial(hh.cut, name=label)
-    return partial(_hh_reply, label=label)
+    match layout.text_style:
+        case TextStyle.RENDERED:
+            return _as_is
+        case TextStyle.PLAIN:
+            return partial(_one_message, role="assistant")
+        case TextStyle.HH:
+            if "prompt" not in layout.columns:
+                return partial(hh.cut, name=label)
+            return partial(_hh_reply, label=label)
+    return partial(_unexpected_text, label=label)
 
 
 def _as_is(text: str) -> str:
     return text
+
+
+def _unexpected_text(text: str, label: str) -> RowError:
+    return bad(f"{label} is text, unlike the rows that its file was judged by")
 
 
 def _one_message(text: str, role: str) -> Conversation:
@@ -293,22 +310,12 @@ def _one_message(text: str, role: str) -> Conversation:
 def _plain_prompt(text: str, label: str) -> Conversation | RowError:
     """The user's message; HH text that the sampled rows did not show is not scored as one."""
     if hh.is_dialogue(text):
-        return _bad(f"{label} is HH dialogue text in a file of plain text")
+        return bad(f"{label} is HH dialogue text in a file of plain text")
     return _one_message(text, "user")
 
 
 def _hh_reply(text: str, label: str) -> Conversation | RowError:
     """The reply to an HH prompt: all of it, even where the model wrote turn marks itself."""
     if hh.is_dialogue(text):
-        return _bad(f"{label} is a whole dialogue, though the prompt is apart")
+        return bad(f"{label} is a whole dialogue, though the prompt is apart")
     return _one_message(text.strip(), "assistant")
-
-
-def _bad(detail: str) -> RowError:
-    return RowError(RowReason.BAD_STRUCTURE, detail)
-
-
-def _wrong_type(name: str, dtype: pa.DataType) -> ShardError:
-    return ShardError(
-        ShardReason.WRONG_SCHEMA, f"{name} is {dtype}: neither text, messages nor ids"
-    )

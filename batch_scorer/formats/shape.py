@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_scorer.config import OverLength
+from batch_scorer.formats.encoded import decoded
 from batch_scorer.formats.kinds import KINDS
+from batch_scorer.formats.values import is_list, values_of
 from batch_scorer.records import SCALAR, Format, Outputs, gather
 
 T = TypeVar("T")
@@ -172,5 +174,8 @@ def _offsets(counts: IntArray) -> IntArray:
 
 
 def _list_lengths(column: pa.Array | pa.ChunkedArray) -> IntArray:
+    if not is_list(column.type):  # lists in JSON or in Python's spelling, among other values
+        cells = [decoded(value, "") for value in values_of(column)]
+        return np.array([len(v) if isinstance(v, list) else 0 for v in cells], np.int64)
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     return np.asarray(lengths).astype(np.int64)

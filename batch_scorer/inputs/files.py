@@ -156,6 +156,17 @@ def matching_batches(
 # Reading
 
 
+def columns_of_shard(
+    shard: Shard, store_options: Mapping[str, str], names: list[str]
+) -> tuple[formats.Columns, dict[int, RowError]]:
+    """The values of some columns of the shard, and the errors of rows that were no JSON.
+
+    Raises as `rows_of_shard`.
+    """
+    table, malformed = rows_of_shard(shard, store_options, names)
+    return formats.columns_of(table, names), malformed
+
+
 def rows_of_shard(
     shard: Shard, store_options: Mapping[str, str], columns: list[str] | None
 ) -> tuple[pa.Table, dict[int, RowError]]:

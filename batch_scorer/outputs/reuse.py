@@ -125,11 +125,12 @@ def read_earlier(
         ):
             log.warning("%s holds other scores than expected; not used", store.url(key))
             return None
-        columns = [*formats.columns_needed(layout), *commit.added_columns]
+        needed = formats.columns_needed(layout)
+        columns = [*needed, *commit.added_columns]
         if not set(columns) <= set(file.schema_arrow.names):
             return None  # the columns that were scored are not among those that are kept
         table = file.read(columns=columns, use_threads=False)
-        rows = renderer.tokenize(formats.parse(table, layout))
+        rows = renderer.tokenize(formats.parse(formats.columns_of(table, needed), layout))
         return rows, sequence_scores(table, layout, commit.column_prefix, outputs, rows.row_offsets)
     except (StorageError, ShardError, pa.ArrowException, OSError) as error:
         log.warning("%s: its scores are not used: %s", store.url(key), error)

@@ -38,7 +38,8 @@ def model_dir() -> Iterator[Path]:
 
 def tokenized(model_dir: Path, count: int) -> TokenizedRows:
     pairs = pq.read_table(PAIRS).slice(0, count)
-    rows = Renderer(model_dir, 8192, OverLength.MARK).tokenize(formats.parse(pairs, LAYOUT))
+    parsed = formats.parse(formats.columns_of(pairs), LAYOUT)
+    rows = Renderer(model_dir, 8192, OverLength.MARK).tokenize(parsed)
     assert rows.num_sequences == 2 * count
     return rows
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from batch_scorer.config import Config
-from batch_scorer.errors import RowReason, ShardReason
+from batch_scorer.errors import RowNote, RowReason, ShardReason
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.families import ADAPTERS
 from batch_scorer.models.families.attribute_regression import labels
@@ -263,12 +263,13 @@ def test_every_trap_names_a_test() -> None:
 
 def test_every_reason_is_explained() -> None:
     text = (ROOT / "docs" / "reasons.md").read_text()
-    for reason in (*RowReason, *ShardReason):
+    for reason in (*RowReason, *RowNote, *ShardReason):
         assert f"`{reason.value}`" in text, reason
 
 
 def test_flags_in_the_documents_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
+    known |= {"--ignore-column", "--template-argument"}
     known |= {"--column", "--store-option", "--no-ray", "--ray", "--config", "--json", "--help"}
     known |= {"--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before

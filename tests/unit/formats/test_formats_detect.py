@@ -9,7 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_scorer.errors import ShardError, ShardReason
-from batch_scorer.formats import columns_needed, describe, detect, parse, read_json_table
+from batch_scorer.formats import (
+    columns_needed,
+    columns_of,
+    describe,
+    detect,
+    parse,
+    read_json_table,
+)
 from batch_scorer.records import Format, Layout, RowError, TextStyle
 
 FILES = Path(__file__).parents[2] / "data" / "formats"
@@ -68,12 +75,20 @@ def found(
     format: Format | None = None,
     named: dict[str, str] | None = None,
     style: TextStyle | None = None,
+    ignore: tuple[str, ...] = (),
 ) -> Layout:
     """The layout of a table of one row (values given), or of a whole table."""
     table = columns
     if not isinstance(table, pa.Table):
         table = pa.table({name: pa.array([value]) for name, value in columns.items()})
-    return detect(table.schema, table, format=format, columns=named or {}, text_style=style)
+    return detect(
+        table.schema,
+        columns_of(table),
+        format=format,
+        columns=named or {},
+        text_style=style,
+        ignore=ignore,
+    )
 
 
 def refused(columns: dict[str, Any] | pa.Table, **overrides: Any) -> str:
@@ -162,7 +177,8 @@ def test_unknown_columns_are_listed_with_what_to_pass() -> None:
 
 def test_types_that_hold_no_text_fit_no_field() -> None:
     refused({"chosen": 1, "rejected": 2})
-    refused({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]})
+    refused({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}})
+    refused({"prompt": b"q", "response": b"a"})
     refused({"chosen": "q", "rejected": DIALOGUE})
 
 
@@ -246,9 +262,9 @@ def test_two_possible_prompts_are_refused() -> None:
 
 def test_strings_without_a_prompt_must_be_hh_or_named() -> None:
     assert found({"chosen": HH, "rejected": HH}).text_style == TextStyle.HH
-    message = refused({"chosen": "<s>a", "rejected": "<s>b"})
+    message = refused({"chosen": "a", "rejected": "b"})
     assert "--text-style rendered" in message
-    rendered = found({"chosen": "<s>a", "rejected": "<s>b"}, style=TextStyle.RENDERED)
+    rendered = found({"chosen": "a", "rejected": "b"}, style=TextStyle.RENDERED)
     assert rendered.text_style == TextStyle.RENDERED
     refused({"chosen": "a", "rejected": "b"}, style=TextStyle.PLAIN)
     empty = pa.table({"chosen": [HH], "rejected": [HH]}).slice(0, 0)
@@ -325,24 +341,6 @@ def test_format_whose_columns_are_missing_is_refused() -> None:
     )
 
 
-# Context that would be lost.
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        {"instruction": "i", "input": "x", "output": "a"},
-        {"prompt": "q", "response": "a", "system": "be brief"},
-        {"messages": DIALOGUE, "tools": [{"name": "f"}]},
-    ],
-)
-def test_unread_part_of_the_conversation_is_refused_until_declined(columns: dict[str, Any]) -> None:
-    (name,) = {"input", "system", "tools"} & set(columns)
-    assert f"--column {name}=" in refused(columns)
-    found(columns, named={name: ""})
-    found({**columns, name: ""})
-
-
 def test_input_text_is_no_known_prompt() -> None:
     refused({"input": "user\nq\nassistant\n", "output": "a"})
     assert found({"input": PROMPT, "output": "a"}).columns["prompt"] == "input"
@@ -359,7 +357,7 @@ def test_examples_in_the_docs_are_detected_as_the_docs_say() -> None:
         table, _ = read_json_table(row.encode(), "formats.md")
         layout = found(table)
         assert describe(layout, table.schema) == line
-        parsed = parse(table, layout)
+        parsed = parse(columns_of(table), layout)
         assert parsed.row_errors == {}
         assert not any(isinstance(sequence, RowError) for sequence in parsed.sequences)
     for format in Format:

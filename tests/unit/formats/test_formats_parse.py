@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_scorer.errors import RowReason, ShardError, ShardReason
-from batch_scorer.formats import columns_needed, detect, parse, read_json_table
+from batch_scorer import formats
+from batch_scorer.formats import columns_needed, columns_of, detect, read_json_table
 from batch_scorer.formats.hh import cut
 from batch_scorer.records import Conversation, Format, Layout, ParsedRows, RowError, TextStyle
 
@@ -30,9 +31,18 @@ def read(name: str) -> pa.Table:
     return table
 
 
+def parse(table: pa.Table, layout: Layout) -> ParsedRows:
+    return formats.parse(columns_of(table), layout)
+
+
+def layout_of(table: pa.Table) -> Layout:
+    rows = columns_of(table.slice(0, 32))
+    return detect(table.schema, rows, format=None, columns={}, text_style=None)
+
+
 def parse_file(name: str) -> ParsedRows:
     table = read(name)
-    layout = detect(table.schema, table.slice(0, 32), format=None, columns={}, text_style=None)
+    layout = layout_of(table)
     return parse(table.select(columns_needed(layout)), layout)
 
 
@@ -144,14 +154,14 @@ def test_many_chunks_and_a_slice_read_like_one_table() -> None:
 
 def test_a_table_without_rows_gives_none() -> None:
     table = read("rollouts-wide.parquet").slice(0, 0)
-    layout = detect(table.schema, table, format=None, columns={}, text_style=None)
+    layout = layout_of(table)
     parsed = parse(table, layout)
     assert (parsed.num_rows, parsed.sequences, parsed.row_offsets.tolist()) == (0, [], [0])
 
 
 def test_unread_columns_may_have_any_type() -> None:
     table = read("skywork.parquet").append_column("extra", pa.array([{"a": [1]}] * 48))
-    layout = detect(table.schema, table, format=None, columns={}, text_style=None)
+    layout = layout_of(table)
     assert rows_of(parse(table, layout)) == pairs()
 
 
@@ -253,21 +263,28 @@ def test_hh_text_among_plain_prompts_is_marked() -> None:
 # Messages.
 
 
+@pytest.mark.parametrize("role", ["observation", "ipython", "developer", "SYSTEM", "narrator"])
+def test_roles_stay_as_the_row_has_them(role: str) -> None:
+    messages = [{"role": role, "content": "x"}, user("q"), {"role": "Assistant", "content": "a"}]
+    assert parse_one(Format.CONVERSATION, messages=messages).sequences == [messages]
+
+
 @pytest.mark.parametrize(
     ("raw", "role"),
-    [
-        ("User", "user"),
-        ("human", "user"),
-        ("prompter", "user"),
-        ("SYSTEM", "system"),
-        ("tool", "tool"),
-        ("observation", "tool"),
-    ],
+    [("human", "user"), ("GPT", "assistant"), ("observation", "tool"), ("function_call", None)],
 )
-def test_roles_are_known_by_their_aliases_in_any_case(raw: str, role: str) -> None:
-    asked = {"role": raw, "content": "q"}
-    parsed = parse_one(Format.CONVERSATION, messages=[asked, {"role": "GPT", "content": "a"}])
-    assert parsed.sequences == [[{"role": role, "content": "q"}, assistant("a")]]
+def test_roles_of_sharegpt_get_their_usual_names(raw: str, role: str | None) -> None:
+    messages = [
+        {"from": "human", "value": "q", "weight": 1},
+        {"from": raw, "value": "x", "weight": 0},
+        {"from": "gpt", "value": "a", "weight": 1},
+    ]
+    (found,) = parse_one(Format.CONVERSATION, messages=messages).sequences
+    assert found == [
+        {"role": "user", "content": "q", "weight": 1},
+        {"role": role or raw, "content": "x", "weight": 0},
+        {"role": "assistant", "content": "a", "weight": 1},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +295,7 @@ def test_roles_are_known_by_their_aliases_in_any_case(raw: str, role: str) -> No
         (conversation(user("q"), None, assistant("a")), RowReason.NULL_VALUE),
         (conversation(user(None), assistant("a")), RowReason.NULL_VALUE),
         (conversation({"role": None, "content": "q"}, assistant("a")), RowReason.NULL_VALUE),
-        (conversation({"role": "narrator", "content": "q"}), RowReason.UNKNOWN_ROLE),
+        (conversation({"role": "narrator", "content": "q"}), RowReason.BAD_STRUCTURE),
         (conversation({"role": "", "content": "q"}), RowReason.UNKNOWN_ROLE),
         (conversation(user("q"), assistant(" \n")), RowReason.EMPTY),
         (conversation(user(""), assistant("a")), RowReason.EMPTY),
@@ -298,19 +315,15 @@ def test_empty_system_message_is_kept() -> None:
     assert parse_one(Format.CONVERSATION, messages=messages).sequences == [messages]
 
 
-def test_tool_calls_are_marked_rather_than_left_out() -> None:
-    message = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}]}
-    parsed = parse_one(Format.CONVERSATION, messages=[{**user("q"), "tool_calls": []}, message])
-    assert reason_of(parsed) == RowReason.BAD_STRUCTURE
-    silent = {**message, "tool_calls": []}
-    fine = parse_one(
-        Format.CONVERSATION,
-        messages=pa.array(
-            [[user("q"), silent]],
-            pa.list_(pa.struct([*MESSAGE, pa.field("tool_calls", pa.list_(pa.string()))])),
-        ),
-    )
-    assert fine.sequences == [[user("q"), assistant("let me see")]]
+def test_an_answer_may_be_a_tool_call_or_a_thought_alone() -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": '{"x": null}'}}]
+    for field, value in {"tool_calls": calls, "reasoning_content": "hm", "thinking": "hm"}.items():
+        answer = {"role": "assistant", "content": None, field: value}
+        parsed = parse_one(Format.CONVERSATION, messages=[user("q"), answer])
+        assert parsed.sequences == [[user("q"), answer]]
+    silent = {"role": "assistant", "content": None, "tool_calls": []}
+    parsed = parse_one(Format.CONVERSATION, messages=[user("q"), silent])
+    assert reason_of(parsed) == RowReason.NULL_VALUE
 
 
 @pytest.mark.parametrize(
@@ -484,10 +497,12 @@ def test_pairs_and_groups_of_token_ids_follow_their_prompt() -> None:
 
 @pytest.mark.parametrize("column", [pa.array([1]), pa.array([[1.5]])])
 @pytest.mark.parametrize("format", [Format.PREFERENCE_PAIR, Format.BEST_OF_N])
-def test_column_of_another_type_fails_the_shard(format: Format, column: pa.Array) -> None:
-    with pytest.raises(ShardError, match="chosen is") as raised:
-        parse_one(format, chosen=column, rejected=column)
-    assert raised.value.reason == ShardReason.WRONG_SCHEMA
+def test_values_that_are_no_part_of_a_sequence_are_marked(
+    format: Format, column: pa.Array
+) -> None:
+    parsed = parse_one(format, chosen=column, rejected=column)
+    assert reason_of(parsed) == RowReason.BAD_STRUCTURE
+    assert "chosen is" in parsed.row_errors[0].detail
 
 
 def test_missing_column_fails_the_shard() -> None:

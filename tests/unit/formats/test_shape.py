@@ -68,7 +68,7 @@ def test_the_value_of_a_sequence_returns_to_the_place_that_it_was_cut_from(
     if kind.prompt is not Prompt.NEVER:
         table = table.append_column("prompt", pa.array(["a question"] * len(rows), pa.string()))
         layout = Layout(format, {**layout.columns, "prompt": "prompt"}, TextStyle.PLAIN)
-    parsed = formats.parse(table, layout)
+    parsed = formats.parse(formats.columns_of(table), layout)
 
     values = pa.array([place_of(sequence) for sequence in parsed.sequences], pa.string())
     counts = shape.counts(table, layout.columns, parsed.row_offsets)
