@@ -1,10 +1,10 @@
 """The gate: are the engine's scores plain Hugging Face's, on some of this job's rows?
 
 `sample` reads some of the job's rows again, on a road of the gate's own: the raw row (`raw_rows`),
-its conversation (`raw_sequences`), transformers' call (`backends.plain_tokenizer`). Token ids have to
-be the same, or a recorded setting is why (`rendering`). `gate` scores fewer of them again, with plain
-Hugging Face: eager, one sequence at a time, float32 where it fits; scores may differ by rounding. How
-much rounding is usual is measured: plain Hugging Face runs in the engine's dtype too.
+its conversation (`raw_sequences`), transformers' call (`backends.plain_tokenizer`). Token ids have
+to be the same, or a recorded setting is why (`rendering`). `gate` scores fewer of them again, with
+plain Hugging Face: eager, one sequence at a time, float32 where it fits; scores may differ by
+rounding. How much rounding is usual is measured: plain Hugging Face runs in the engine's dtype too.
 
     sample = choose_sample(job, shards)           on the driver; raises for a wrong rendering
     reference = reference_of(job, sample)         on a worker, before its engine takes the memory

@@ -95,8 +95,8 @@ def _difference(plain: "PlainTokenizer", row: ComparedRow, place: int, wanted: l
     raw, parsed, ids = row.raw[place], row.parsed[place], row.ids[place]
     assert raw is not None
     return (
-        _of_content(raw, parsed, row.arguments)
-        or _of_sides(plain, row, place)
+        _of_sides(plain, row, place)
+        or _of_content(raw, parsed, row.arguments)
         or _of_ends("BOS", plain.bos_id, ids, wanted)
         or _of_ends("EOS", plain.eos_id, ids[::-1], wanted[::-1])
         or _of_date(plain, raw, ids)
@@ -124,13 +124,11 @@ def _of_content(
             return f"message {number} {problem}"
     for name in {**raw.arguments, **arguments}:
         if name not in arguments:
-            return (
-                f"the row's {name} is missing" if name != "tools" else "the row's tools are missing"
-            )
+            return f"it lacks the row's {name}"
         if name not in raw.arguments:
-            return f"{name} is given, and is not in the row"
+            return f"it has {name}, which the row has not"
         if raw.arguments[name] != arguments[name]:
-            return f"the row's {name} is another"
+            return f"it has another {name} than the row"
     return None
 
 

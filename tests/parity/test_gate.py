@@ -25,7 +25,7 @@ from batch_scorer.job import Job
 from batch_scorer.models.adapter import LastToken
 from batch_scorer.parity import gate
 from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
-from batch_scorer.render import Renderer
+from batch_scorer.render.tokens import Encoder
 from batch_scorer.runs.preview import check
 from batch_scorer.runs.run import score
 from tests.helpers.in_process import run_cli
@@ -172,7 +172,7 @@ def test_sdpa_on_gemma_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_caught(config_for(model, tmp_path, attention="sdpa"), "of the spread")
 
 
-@pytest.mark.parametrize(("keep", "trap"), [(True, "BOS twice"), (False, "not those of")])
+@pytest.mark.parametrize(("keep", "trap"), [(True, "BOS twice"), (False, "BOS is lost")])
 def test_bos_doubled_or_lost(
     keep: bool, trap: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,12 +184,12 @@ def test_bos_doubled_or_lost(
         (copied / "chat_template.jinja").write_text("{{ bos_token }}" + template)
         model = copied
         assert check(config_for(model, tmp_path)).sample.leading_bos == 1
-    encode = Renderer._encode
+    encode = Encoder._encode
 
-    def wrong(self: Renderer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-        return encode(self, texts, add_special_tokens=keep)
+    def wrong(self: Encoder, texts: list[str], *, add_special_tokens: bool, read: Any) -> Any:
+        return encode(self, texts, add_special_tokens=keep, read=read)
 
-    monkeypatch.setattr(Renderer, "_encode", wrong)
+    monkeypatch.setattr(Encoder, "_encode", wrong)
     with pytest.raises(ParityError, match=trap):
         check(config_for(model, tmp_path))
     with pytest.raises(ParityError, match=trap):
