@@ -59,19 +59,22 @@ def _settings_of(plain: "PlainTokenizer", row: ComparedRow, place: int) -> tuple
     raw, ids = row.raw[place], row.ids[place]
     if raw is None:
         raise ParityError(f"{row.name}: sequence {place + 1} is scored, but the row has none there")
-    wanted: list[int] = []
-    try:
-        # A note is the row's: of two sides one may be renamed or joined, and the other not.
-        for notes in ([], row.notes) if row.notes else ([],):
+    wanted: list[int] | None = None
+    refused = ""
+    # A note is the row's: of two sides one may be renamed or joined, and the other not.
+    for notes in ([], row.notes) if row.notes else ([],):
+        try:
             there = plain.token_ids(raw.content, raw.arguments, raw.steps, notes)
-            if same_ids(ids, there.ids, row.truncated[place]):
-                return there.settings
-            wanted = there.ids
-    except Exception as error:  # a template may raise anything
-        if not wanted:
-            raise ParityError(
-                f"{row.name}: the chat template refuses the row as its file has it: {error}"
-            ) from error
+        except Exception as error:  # a template may raise anything
+            refused = refused or str(error)
+            continue
+        if same_ids(ids, there.ids, row.truncated[place]):
+            return there.settings
+        wanted = there.ids
+    if wanted is None:
+        raise ParityError(
+            f"{row.name}: the chat template refuses the row as its file has it: {refused}"
+        )
     raise ParityError(
         f"{row.name}: token ids are not those of the tokenizer's own call on the row: "
         + _difference(plain, row, place, wanted)
