@@ -104,7 +104,10 @@ def settle(format: Format, hits: Mapping[str, list[str]], sample: Sample, wanted
     begun = [text for text in pairs if is_plain and part is Part.TEXT and _begins(*text)]
     layout = Layout(
         format,
-        {field: names[field] for field in kind.fields if field in names} | masks,
+        {field: names[field] for field in kind.fields if field in names}
+        | {
+            mask: column for mask, column in masks.items() if prompt or mask != mask_field("prompt")
+        },
         style,
         prompt_inside=not is_named and 2 * len(begun) > len(pairs),
         encoded=tuple(sorted(sample.encoded & set(names.values()))),

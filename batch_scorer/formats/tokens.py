@@ -36,12 +36,13 @@ def without_padding(values: Any, mask: Any, label: str) -> Any:
         return [without_padding(*pair, label) for pair in zip(values, mask, strict=True)]
     if not _MASK_VALUES.issuperset(mask):
         return bad(f"the attention mask of {label} holds something else than 0 and 1")
-    kept = [place for place, flag in enumerate(mask) if flag]
-    if not kept:
+    if 1 not in mask:
         return RowError(RowReason.EMPTY, f"the attention mask of {label} is 0 everywhere")
-    if kept[-1] - kept[0] + 1 != len(kept):
+    first = mask.index(1)
+    stop = first + mask.count(1)
+    if 0 in mask[first:stop]:
         return bad(f"the attention mask of {label} has zeros between ones")
-    return values[kept[0] : kept[-1] + 1]
+    return values[first:stop]
 
 
 def look_padded(rows: Sequence[Sequence[Any]]) -> bool:

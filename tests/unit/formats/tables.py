@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from batch_scorer.errors import RowReason, ShardError, ShardReason
-from batch_scorer.formats import columns_needed, columns_of, detect, parse
+from batch_scorer.formats import columns_judged, columns_needed, columns_of, detect, parse
 from batch_scorer.records import Format, Layout, ParsedRows, RowError, TextStyle
 
 SAMPLED = 32
@@ -45,7 +45,7 @@ def found(
     table = table_of(columns)
     return detect(
         table.schema,
-        columns_of(table.slice(0, SAMPLED)),
+        columns_of(table.slice(0, SAMPLED), columns_judged(table.schema, named or {})),
         format=format,
         columns=named or {},
         text_style=style,
