@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from batch_scorer.config import Config, OverLength
 from batch_scorer.errors import ModelError, RowReason, ShardError, ShardReason
+from batch_scorer.formats.messages import text_of
 from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.models.directory import ModelFacts, read_json
 from batch_scorer.records import Conversation, ParsedRows, RowError, TokenizedRows
@@ -190,7 +191,7 @@ class Renderer:
         """tokenizer(question, answer); the turns before the answer are joined by blank lines."""
         for index, sequence in enumerate(sequences):
             if _is_conversation(sequence):
-                turns = [message["content"] for message in sequence]
+                turns = [text_of(message) for message in sequence]
                 question, answer = "\n\n".join(turns[:-1]), turns[-1]
                 sequences[index] = self._tokenizer(question, answer)["input_ids"]
 
@@ -269,9 +270,10 @@ def _is_conversation(sequence: object) -> bool:
 def _with_steps(conversation: Conversation, steps: Steps) -> Conversation | RowError:
     """The answer cut into steps, each followed or answered by the tag (`models.adapter.Steps`)."""
     *before, answer = conversation
-    is_tagged = steps.layout == "tagged" and steps.tag in answer["content"]
+    text = text_of(answer)
+    is_tagged = steps.layout == "tagged" and steps.tag in text
     mark = steps.tag if is_tagged else steps.separator
-    parts = [part.strip() for part in answer["content"].split(mark)]
+    parts = [part.strip() for part in text.split(mark)]
     parts = [part for part in parts if part]
     if not parts:
         return RowError(RowReason.NO_STEPS, "the answer has no step that could be judged")

@@ -46,13 +46,18 @@ def without_padding(values: Any, mask: Any, label: str) -> Any:
 
 
 def look_padded(rows: Sequence[Sequence[Any]]) -> bool:
-    """Whether these rows of ids seem to be filled up to one length: all are equally long, and some
-    begin or end in a run of one id, a long one or as other rows do."""
-    if len(rows) < 2 or len({len(row) for row in rows}) > 1 or not rows[0]:
+    """Whether these rows of ids, none of them empty, seem to be filled up. Either all are equally
+    long, and some begin or end in a run of one id, a long one or as other rows do; or most of them
+    do so in a long run of the same id."""
+    if len(rows) < 2:
         return False
+    are_equally_long = len({len(row) for row in rows}) == 1
     for side in (rows, [row[::-1] for row in rows]):
         ends = [(row[0], sum(1 for _ in takewhile(row[0].__eq__, row))) for row in side]
         often = Counter(end for end, _ in ends)
-        if any(run > 2 or (run == 2 and often[end] > 1) for end, run in ends):
+        runs = Counter(end for end, run in ends if run > 2)
+        if any(2 * count > len(rows) for count in runs.values()):
+            return True
+        if are_equally_long and any(run > 2 or (run == 2 and often[end] > 1) for end, run in ends):
             return True
     return False

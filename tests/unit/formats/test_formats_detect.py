@@ -151,6 +151,13 @@ def test_two_columns_of_one_name_are_not_guessed_at() -> None:
     refused(pa.table([column, column], names=["messages", "messages"]))
 
 
+def test_what_unread_columns_hold_does_not_matter() -> None:
+    # No datetime of Python reaches this year.
+    far = pa.array([10**15], pa.timestamp("s"))
+    table = pa.table({"messages": [DIALOGUE], "made": far})
+    assert found(table).columns == {"messages": "messages"}
+
+
 # Where the prompt is.
 
 

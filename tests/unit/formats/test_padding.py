@@ -81,6 +81,7 @@ def test_a_mask_that_does_not_fit_marks_its_row(
         [[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]],
         [[0, 0, 0, 4, 5], [1, 2, 3, 4, 5]],
         [[1, 2, 3, 0, 0], [1, 2, 3, 4, 0], [1, 2, 3, 4, 5]],
+        [[1, 0, 0, 0], [2, 3, 0, 0, 0], [1, 2, 3]],
     ],
 )
 def test_ids_that_look_padded_are_refused_without_a_mask(rows: list[list[int]]) -> None:
@@ -88,7 +89,7 @@ def test_ids_that_look_padded_are_refused_without_a_mask(rows: list[list[int]]) 
     message = refused(table)
     assert "input_ids look padded" in message and "--column attention_mask=" in message
     assert sequences(table, ignore=("attention_mask",)) == rows
-    masks = pa.array([[1, 1, 1, 1, 1]] * len(rows))
+    masks = pa.array([[1] * len(row) for row in rows])
     own = table.append_column("my_mask", masks)
     assert describe(found(own, named={"attention_mask": "my_mask"})).endswith(
         "attention mask in my_mask)"

@@ -54,6 +54,16 @@ def test_a_few_answers_that_begin_with_their_prompt_are_kept_whole() -> None:
     assert [one[-1]["content"] for one in sequences(most)] == ["there", ", you", ", he"]
 
 
+def test_plain_answers_that_hold_their_prompt_elsewhere_are_refused() -> None:
+    row = {"prompt": "What is it about?", "response": "Q: What is it about?\nA: A fox."}
+    assert "--column prompt=prompt" in refused(row)
+    apart = [user(row["prompt"]), assistant(row["response"])]
+    assert sequences(row, named={"prompt": "prompt"}) == [apart]
+    assert sequences(row, style=TextStyle.RENDERED) == [row["response"]]
+    short = {"prompt": "What is it?", "response": "Q: What is it? A: A fox."}
+    assert sequences(short) == [[user(short["prompt"]), assistant(short["response"])]]
+
+
 def test_rendered_answers_that_contain_their_prompt_are_whole() -> None:
     whole = {"prompt": "What is it?", "response": RENDERED + "A fox.<|im_end|>"}
     layout = found(whole)
