@@ -5,7 +5,7 @@ rows into conversations. `docs/formats.md` shows every layout. A new one is an e
 tables of `kinds.py`, or a new text style beside `hh.py`.
 """
 
-from batch_scorer.formats.detect import columns_needed, describe, detect
+from batch_scorer.formats.detect import columns_judged, columns_needed, describe, detect
 from batch_scorer.formats.jsonl import read_json_table, read_lines, scan_lines, unpack_lines
 from batch_scorer.formats.parse import parse
 from batch_scorer.formats.values import Columns, columns_of
@@ -15,6 +15,7 @@ __all__ = [
     "Columns",
     "LineRun",
     "Lines",
+    "columns_judged",
     "columns_needed",
     "columns_of",
     "describe",

@@ -11,12 +11,15 @@ from batch_scorer.formats.kinds import (
     CONTEXT_NAMES,
     KINDS,
     KNOWN_NAMES,
+    MEDIA_NAMES,
     PROMPT_PARTS,
     STEP_LABELS,
+    WATCHED_NAMES,
     Kind,
     Part,
     Prompt,
     mask_field,
+    mask_names,
 )
 from batch_scorer.formats.settle import Undecided, Wanted, settle
 from batch_scorer.formats.values import Columns, is_list
@@ -72,6 +75,17 @@ def detect(
         raise ShardError(
             ShardReason.WRONG_SCHEMA, f"{error}. Columns: {', '.join(listed) or 'none'}"
         ) from None
+
+
+def columns_judged(schema: pa.Schema, columns: Mapping[str, str]) -> list[str]:
+    """The columns whose values `detect` looks at; the others may hold what they like.
+
+    `columns` are those that are named, by field.
+    """
+    known = {name for tiers in KNOWN_NAMES.values() for _, names in tiers for name in names}
+    known |= {STEP_LABELS, *WATCHED_NAMES, *MEDIA_NAMES, *columns.values()}
+    known |= {name for field in KNOWN_NAMES for name in mask_names(field)}
+    return [name for name in schema.names if name in known and schema.get_field_index(name) >= 0]
 
 
 def describe(layout: Layout, schema: pa.Schema | None = None) -> str:

@@ -29,6 +29,9 @@ _CONTROL_MARK = re.compile(
 )
 """What begins text that went through a chat template."""
 
+_NO_CHANCE = 12
+"""Characters of a prompt that no answer holds unless it repeats the prompt."""
+
 
 class Undecided(Exception):
     """What is unclear, and what to pass; `detect` adds the columns."""
@@ -101,12 +104,23 @@ def settle(format: Format, hits: Mapping[str, list[str]], sample: Sample, wanted
         style = _default_style(format, [text for _, text in pairs], has_prompt=bool(prompt))
     _check_parts(part, style, prompt, prompt_is_text=prompt_is_text)
     is_plain = bool(prompt) and prompt_is_text and style is TextStyle.PLAIN
-    begun = [text for text in pairs if is_plain and part is Part.TEXT and _begins(*text)]
+    inside = 0
+    if is_plain and part is Part.TEXT and not is_named:
+        inside = sum(_begins(*pair) for pair in pairs)
+        if 2 * inside <= len(pairs) < 2 * sum(_repeats(*pair) for pair in pairs):
+            raise Undecided(
+                f"most responses hold the text of {prompt}, though not at their beginning",
+                f"pass --column prompt={prompt} to put it before them even so, or --text-style "
+                "rendered where a chat template was applied",
+            )
     layout = Layout(
         format,
-        {field: names[field] for field in kind.fields if field in names} | masks,
+        {field: names[field] for field in kind.fields if field in names}
+        | {
+            mask: column for mask, column in masks.items() if prompt or mask != mask_field("prompt")
+        },
         style,
-        prompt_inside=not is_named and 2 * len(begun) > len(pairs),
+        prompt_inside=2 * inside > len(pairs),
         encoded=tuple(sorted(sample.encoded & set(names.values()))),
     )
     is_dialogue = part is not Part.TOKEN_IDS and style is not TextStyle.RENDERED
@@ -150,6 +164,12 @@ def _begins(prompt: Any, response: Any) -> bool:
     """Whether a text begins with its prompt."""
     both_text = isinstance(prompt, str) and isinstance(response, str)
     return both_text and bool(prompt.strip()) and response.lstrip().startswith(prompt.strip())
+
+
+def _repeats(prompt: Any, response: Any) -> bool:
+    """Whether a text holds its prompt anywhere, and not by chance as it may hold a short one."""
+    both_text = isinstance(prompt, str) and isinstance(response, str)
+    return both_text and len(prompt.strip()) >= _NO_CHANCE and prompt.strip() in response
 
 
 def _role(message: Any) -> str | None:

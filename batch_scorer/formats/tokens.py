@@ -36,22 +36,28 @@ def without_padding(values: Any, mask: Any, label: str) -> Any:
         return [without_padding(*pair, label) for pair in zip(values, mask, strict=True)]
     if not _MASK_VALUES.issuperset(mask):
         return bad(f"the attention mask of {label} holds something else than 0 and 1")
-    kept = [place for place, flag in enumerate(mask) if flag]
-    if not kept:
+    if 1 not in mask:
         return RowError(RowReason.EMPTY, f"the attention mask of {label} is 0 everywhere")
-    if kept[-1] - kept[0] + 1 != len(kept):
+    first = mask.index(1)
+    stop = first + mask.count(1)
+    if 0 in mask[first:stop]:
         return bad(f"the attention mask of {label} has zeros between ones")
-    return values[kept[0] : kept[-1] + 1]
+    return values[first:stop]
 
 
 def look_padded(rows: Sequence[Sequence[Any]]) -> bool:
-    """Whether these rows of ids seem to be filled up to one length: all are equally long, and some
-    begin or end in a run of one id, a long one or as other rows do."""
-    if len(rows) < 2 or len({len(row) for row in rows}) > 1 or not rows[0]:
+    """Whether these rows of ids, none of them empty, seem to be filled up. Either all are equally
+    long, and some begin or end in a run of one id, a long one or as other rows do; or most of them
+    do so in a long run of the same id."""
+    if len(rows) < 2:
         return False
+    are_equally_long = len({len(row) for row in rows}) == 1
     for side in (rows, [row[::-1] for row in rows]):
         ends = [(row[0], sum(1 for _ in takewhile(row[0].__eq__, row))) for row in side]
         often = Counter(end for end, _ in ends)
-        if any(run > 2 or (run == 2 and often[end] > 1) for end, run in ends):
+        runs = Counter(end for end, run in ends if run > 2)
+        if any(2 * count > len(rows) for count in runs.values()):
+            return True
+        if are_equally_long and any(run > 2 or (run == 2 and often[end] > 1) for end, run in ends):
             return True
     return False

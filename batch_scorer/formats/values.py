@@ -31,8 +31,8 @@ def columns_of(table: pa.Table, names: Iterable[str] | None = None) -> dict[str,
     Structs are dicts without the fields that are null, at any depth, except for the content of a
     message; maps are dicts with all their items; lists of every kind are lists, and dictionaries
     what they stand for. Arrow's JSON type is what its text says; other extension types are their
-    storage. Binary values stay bytes. Raises ShardError(WRONG_SCHEMA) for a column that is not
-    there, or there twice, and (UNREADABLE_FILE) for text of the JSON type that is none.
+    storage. Binary values stay bytes, and text of the JSON type that is no JSON stays text. Raises
+    ShardError(WRONG_SCHEMA) for a column that is not there, or there twice.
     """
     columns = {}
     once = [name for name in table.column_names if table.schema.get_field_index(name) >= 0]
@@ -78,7 +78,7 @@ def _values(array: pa.Array) -> list[Any]:
     dtype = array.type
     if isinstance(dtype, pa.BaseExtensionType):
         values = _values(array.storage)
-        return _decoded(values) if is_json(dtype) else values
+        return [_decoded(text) for text in values] if is_json(dtype) else values
     if pa.types.is_struct(dtype):
         return _objects(array)
     if pa.types.is_map(dtype):
@@ -149,10 +149,8 @@ def _with_nulls(array: pa.Array, values: list[Any]) -> list[Any]:
     return values
 
 
-def _decoded(texts: list[Any]) -> list[Any]:
+def _decoded(text: str | None) -> Any:
     try:
-        return [None if text is None else json.loads(text) for text in texts]
-    except (ValueError, RecursionError) as error:
-        raise ShardError(
-            ShardReason.UNREADABLE_FILE, f"a value of the JSON type is no JSON: {error}"
-        ) from error
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # no message, so its row is marked where it is read

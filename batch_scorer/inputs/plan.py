@@ -340,7 +340,7 @@ def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outp
 def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Outputs) -> Layout:
     layout = formats.detect(
         schema,
-        formats.columns_of(sample),
+        formats.columns_of(sample, formats.columns_judged(schema, config.columns)),
         format=config.format,
         columns=config.columns,
         text_style=config.text_style,

@@ -50,7 +50,7 @@ REASONS = {
     "a side is an empty list": "empty",
     "a content is null": "null_value",
     "an answer is empty": "empty",
-    "a role is unknown": "unknown_role",
+    "a role is unknown": "template_error",
     "the last message is not the assistant's": "bad_structure",
     "a side is too long": "too_long",
     "also good": None,

@@ -8,16 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer.errors import ShardError, ShardReason
-from batch_scorer.formats import (
-    columns_needed,
-    columns_of,
-    describe,
-    detect,
-    parse,
-    read_json_table,
-)
+from batch_scorer.formats import columns_needed, columns_of, describe, parse, read_json_table
 from batch_scorer.records import Format, Layout, RowError, TextStyle
+from tests.unit.formats.tables import found, refused
 
 FILES = Path(__file__).parents[2] / "data" / "formats"
 DIALOGUE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -67,35 +60,6 @@ def read(name: str) -> pa.Table:
     if path.suffix == ".parquet":
         return pq.read_table(path)
     return read_json_table(path.read_bytes(), name)[0]
-
-
-def found(
-    columns: dict[str, Any] | pa.Table,
-    *,
-    format: Format | None = None,
-    named: dict[str, str] | None = None,
-    style: TextStyle | None = None,
-    ignore: tuple[str, ...] = (),
-) -> Layout:
-    """The layout of a table of one row (values given), or of a whole table."""
-    table = columns
-    if not isinstance(table, pa.Table):
-        table = pa.table({name: pa.array([value]) for name, value in columns.items()})
-    return detect(
-        table.schema,
-        columns_of(table),
-        format=format,
-        columns=named or {},
-        text_style=style,
-        ignore=ignore,
-    )
-
-
-def refused(columns: dict[str, Any] | pa.Table, **overrides: Any) -> str:
-    with pytest.raises(ShardError) as raised:
-        found(columns, **overrides)
-    assert raised.value.reason == ShardReason.WRONG_SCHEMA
-    return raised.value.detail
 
 
 def test_no_format_file_is_left_out() -> None:
@@ -185,6 +149,13 @@ def test_types_that_hold_no_text_fit_no_field() -> None:
 def test_two_columns_of_one_name_are_not_guessed_at() -> None:
     column = pa.array([DIALOGUE])
     refused(pa.table([column, column], names=["messages", "messages"]))
+
+
+def test_what_unread_columns_hold_does_not_matter() -> None:
+    # No datetime of Python reaches this year.
+    far = pa.array([10**15], pa.timestamp("s"))
+    table = pa.table({"messages": [DIALOGUE], "made": far})
+    assert found(table).columns == {"messages": "messages"}
 
 
 # Where the prompt is.

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer import formats
+from batch_scorer.errors import RowReason, ShardError
 from batch_scorer.formats import columns_needed, columns_of, detect, read_json_table
 from batch_scorer.formats.hh import cut
 from batch_scorer.records import Conversation, Format, Layout, ParsedRows, RowError, TextStyle
@@ -497,9 +497,7 @@ def test_pairs_and_groups_of_token_ids_follow_their_prompt() -> None:
 
 @pytest.mark.parametrize("column", [pa.array([1]), pa.array([[1.5]])])
 @pytest.mark.parametrize("format", [Format.PREFERENCE_PAIR, Format.BEST_OF_N])
-def test_values_that_are_no_part_of_a_sequence_are_marked(
-    format: Format, column: pa.Array
-) -> None:
+def test_values_that_are_no_part_of_a_sequence_are_marked(format: Format, column: pa.Array) -> None:
     parsed = parse_one(format, chosen=column, rejected=column)
     assert reason_of(parsed) == RowReason.BAD_STRUCTURE
     assert "chosen is" in parsed.row_errors[0].detail

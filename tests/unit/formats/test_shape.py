@@ -1,9 +1,11 @@
 """What `formats.parse` cuts, `RowShape` puts back in its place."""
 
+import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +89,16 @@ def test_the_value_of_a_sequence_returns_to_the_place_that_it_was_cut_from(
     ]
     assert shape.from_columns(columns, counts).equals(values)
     assert np.array_equal(counts.sum(axis=1), np.diff(parsed.row_offsets))
+
+
+@pytest.mark.parametrize("is_json", [True, False])
+def test_lists_in_writing_are_as_long_as_what_they_spell(is_json: bool) -> None:
+    cells = [[["a"], ["b"]], [], None, [["c"]]]
+    texts = pa.array([None if cell is None else json.dumps(cell) for cell in cells], pa.string())
+    column = pa.ExtensionArray.from_storage(pa.json_(pa.string()), texts) if is_json else texts
+    table = pa.table({"chosen": column, "rejected": column})
+    offsets = np.array([0, 4, 5, 5, 7], dtype=np.int64)
+    counts = shape_of(Format.BEST_OF_N).counts(
+        table, {"chosen": "chosen", "rejected": "rejected"}, offsets
+    )
+    assert counts.tolist() == [[2, 2], [0, 1], [0, 0], [1, 1]]
