@@ -246,6 +246,8 @@ def _text(adapter: Adapter) -> str:
         parts.append(f"{steps} `{tag}`")
     if prompt.suffix_id_of is not None:
         parts.append(f"the config's `{prompt.suffix_id_of}` at the end")
+    if prompt.eos == "openrlhf":
+        parts.append("line feeds at the end stripped, then a blank and EOS unless it ends in EOS")
     return "; ".join(parts)
 
 
@@ -269,6 +271,7 @@ def test_every_reason_is_explained() -> None:
 
 def test_flags_in_the_documents_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
+    known |= {"--template-argument"}
     known |= {"--column", "--store-option", "--no-ray", "--ray", "--config", "--json", "--help"}
     known |= {"--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before
