@@ -12,7 +12,8 @@ from batch_scorer.formats.kinds import role_alias
 from batch_scorer.models.adapter import Steps
 from batch_scorer.records import Conversation, Message, RowError
 
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Fields in which a message may hold its reasoning."""
 _REASONING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _NO_REASONING = re.compile(r"<think>\s*</think>\s*$")
 
@@ -112,7 +113,7 @@ def _is_renamed(message: Message) -> bool:
 
 def reasoning_of(message: Message) -> str:
     """A message's reasoning: of its own field, or of `<think>…</think>` before the text."""
-    for key in _REASONING_KEYS:
+    for key in REASONING_KEYS:
         if isinstance(reasoning := message.get(key), str) and reasoning.strip():
             return reasoning
     found = _REASONING.match(joined_text(message))
@@ -120,7 +121,7 @@ def reasoning_of(message: Message) -> str:
 
 
 def without_reasoning(message: Message) -> Message:
-    kept = {key: value for key, value in message.items() if key not in _REASONING_KEYS}
+    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
     content = kept.get("content")
     if isinstance(content, str):
         kept["content"] = _REASONING.sub("", content, count=1) if _starts(content) else content
@@ -138,7 +139,7 @@ def _starts(text: str) -> bool:
 
 def judged_texts(answer: Message) -> list[str]:
     """What of the answer has to stand in the rendered text: its reasoning and its texts."""
-    reasoning = next((answer[k] for k in _REASONING_KEYS if isinstance(answer.get(k), str)), "")
+    reasoning = next((answer[k] for k in REASONING_KEYS if isinstance(answer.get(k), str)), "")
     return [reasoning.strip(), *texts_of(answer)]
 
 

@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from batch_scorer.records import Conversation, RowError
-from batch_scorer.render.messages import with_parts
+from batch_scorer.render.messages import REASONING_KEYS, with_parts
 from batch_scorer.render.template import ChatTemplate, Content
 
 PROBES: tuple[Conversation, ...] = (
@@ -51,17 +51,18 @@ Fate = Literal["kept", "lost", "refused"]
 class TemplateFacts:
     """What the template does with the parts of a conversation.
 
-    `system`, `answer` (with its blanks and line feeds), `tools`, `reasoning_field` (the judged
-    answer's `reasoning_content`) and `reasoning_text` (`<think>…</think>` in its text) are kept
-    as they are, or lost, or the template refuses them. `added` is what it puts before the first
-    turn unasked, such as a system message of its own; `content` what it takes as content.
+    `system`, `answer` (with its blanks and line feeds), `tools` and `reasoning_text`
+    (`<think>…</think>` in the judged answer) are kept as they are, or lost, or the template refuses
+    them. `reasoning_fields` are the fields for reasoning that it writes out. `added` is what it
+    puts before the first turn unasked, such as a system message of its own; `content` what it takes
+    as content.
     `has_text`: the words of the user stand in the text at all.
     """
 
     system: Fate
     answer: Fate
-    reasoning_field: Fate
     reasoning_text: Fate
+    reasoning_fields: tuple[str, ...]
     tools: Fate
     added: str
     content: Content
@@ -74,7 +75,7 @@ class TemplateFacts:
         fates = {
             "system messages": self.system,
             "blanks of the answer": self.answer,
-            "the answer's reasoning_content": self.reasoning_field,
+            "the answer's reasoning fields": "kept" if self.reasoning_fields else "lost",
             "<think> in the answer": self.reasoning_text,
             "tools": self.tools,
         }
@@ -115,10 +116,12 @@ def look_at(template: ChatTemplate, special: re.Pattern[str]) -> TemplateFacts:
     return TemplateFacts(
         system=fate(rendered([{"role": "system", "content": _SYSTEM}, user, answer]), _SYSTEM),
         answer=fate(plain, _ANSWER),
-        reasoning_field=fate(
-            rendered([user, {**answer, "reasoning_content": _REASONING}]), _REASONING
-        ),
         reasoning_text=fate(rendered([user, {**answer, "content": thought}]), thought),
+        reasoning_fields=tuple(
+            key
+            for key in REASONING_KEYS
+            if fate(rendered([user, {**answer, key: _REASONING}]), _REASONING) == "kept"
+        ),
         tools=fate(rendered([user, answer], tools=_TOOLS), _TOOL),
         added=_added(rendered, special),
         content=template.content,
@@ -140,7 +143,7 @@ def _added(rendered: Any, special: re.Pattern[str]) -> str:
         return ""
     first, rest = text.split(_USER, 1)
     second = rest.split(_AGAIN, 1)[0].rsplit(_ANSWER, 1)[-1]
+    first, second = special.sub(" ", first), special.sub(" ", second)
     same = takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False))
     heading = sum(1 for _ in same)  # characters of the user's turn before its text
-    added = special.sub(" ", first[: len(first) - heading]).strip()
-    return added[:_LONGEST_SHOWN]
+    return first[: len(first) - heading].strip()[:_LONGEST_SHOWN]

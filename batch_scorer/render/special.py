@@ -15,6 +15,8 @@ from batch_scorer.render.messages import all_texts, map_text
 
 _FIRST = 0x100000
 """Plane 16 is for private use: 65,534 characters that no text has to hold."""
+_NOTHING = r"(?!)"
+"""A pattern that no text has."""
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 
 
@@ -31,14 +33,15 @@ class SpecialText:
         spellings = sorted(set(tokens) - set(tags), key=lambda spelling: (-len(spelling), spelling))
         self._stand_ins = {text: chr(_FIRST + place) for place, text in enumerate(spellings)}
         self._spellings = {stand_in: text for text, stand_in in self._stand_ins.items()}
-        self._in_messages = _any_of(map(re.escape, spellings))
+        self._in_messages = re.compile(_one_of(spellings) or _NOTHING)
         # As the tokenizer does it, a token may take in the blanks beside it.
-        self._in_text = _any_of(
+        patterns = [
             (r"\s*" if tokens[text].lstrip else "")
             + f"({re.escape(text)})"
             + (r"\s*" if tokens[text].rstrip else "")
             for text in sorted(tokens, key=lambda spelling: (-len(spelling), spelling))
-        )
+        ]
+        self._in_text = re.compile("|".join(patterns) or _NOTHING)
 
     @property
     def spellings(self) -> re.Pattern[str]:
@@ -90,5 +93,20 @@ class SpecialText:
             core.encode_special_tokens = False
 
 
-def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(patterns) or r"(?!)")  # without any: what nothing matches
+def _one_of(words: Iterable[str]) -> str:
+    """A pattern for the longest of these words, each character of a common beginning tried once: a
+    plain list of a hundred tokens that begin with `<` reads 12 MB/s of text that has many."""
+    rests: dict[str, list[str]] = {}
+    is_end = False
+    for word in words:
+        if word:
+            rests.setdefault(word[0], []).append(word[1:])
+        else:
+            is_end = True
+    if not rests:
+        return ""
+    if len(rests) == 1 and not is_end:
+        ((first, rest),) = rests.items()
+        return re.escape(first) + _one_of(rest)
+    branches = "|".join(re.escape(first) + _one_of(rest) for first, rest in rests.items())
+    return f"(?:{branches})" + ("?" if is_end else "")

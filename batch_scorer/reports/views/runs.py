@@ -120,8 +120,8 @@ def _text_rows(report: CheckReport) -> list[tuple[str, str]]:
         rows = [
             ("system message", facts.system),
             ("judged answer", facts.answer),
-            ("its reasoning_content", facts.reasoning_field),
             ("its <think>…</think>", facts.reasoning_text),
+            ("fields of reasoning", ", ".join(facts.reasoning_fields) or "none is read"),
             ("tools", facts.tools),
             ("content", contents[facts.content]),
             ("added before the first turn", repr(facts.added) if facts.added else "nothing"),

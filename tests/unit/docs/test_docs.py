@@ -246,6 +246,8 @@ def _text(adapter: Adapter) -> str:
         parts.append(f"{steps} `{tag}`")
     if prompt.suffix_id_of is not None:
         parts.append(f"the config's `{prompt.suffix_id_of}` at the end")
+    if prompt.eos == "openrlhf":
+        parts.append("line feeds at the end stripped, then a blank and EOS unless it ends in EOS")
     return "; ".join(parts)
 
 

@@ -36,15 +36,15 @@ def test_a_plain_template(tmp_path: Path) -> None:
     assert found == TemplateFacts(
         system="kept",
         answer="kept",
-        reasoning_field="lost",
         reasoning_text="kept",
+        reasoning_fields=(),
         tools="lost",
         added="",
         content="text",
         has_text=True,
         asks_for_date=False,
     )
-    assert found.lost == ("the answer's reasoning_content", "tools")
+    assert found.lost == ("the answer's reasoning fields", "tools")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_plain_template(tmp_path: Path) -> None:
         (NO_SYSTEM, "reasoning_text", "lost"),
         (REFUSES, "system", "refused"),
         (TOOLS, "tools", "kept"),
-        (THINKS, "reasoning_field", "kept"),
+        (THINKS, "reasoning_fields", ("reasoning_content",)),
         (ADDS, "added", "system\nBe good."),
         ("{{ bos_token }}" + TEMPLATE, "added", ""),
         ("Today {{ strftime_now('%Y') }} " + TEMPLATE, "asks_for_date", True),

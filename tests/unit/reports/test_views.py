@@ -102,7 +102,7 @@ def check(text: str) -> CheckReport:
         truncated=0,
         marked={"too_long": 1},
         template=TemplateFacts(
-            "kept", "kept", "lost", "kept", "refused", text, "text", True, asks_for_date=True
+            "kept", "kept", "lost", (text,), "refused", text, "text", True, asks_for_date=True
         ),
         text={**Prompt().to_json(), "date": text},
         parity=ParityReport(
