@@ -21,7 +21,8 @@ _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 
 
 class SpecialText:
-    """The special tokens of one tokenizer, but for those that are steps' tags."""
+    """The special tokens of one tokenizer, but for those that belong into messages: the `tags` of
+    steps, and the marks of reasoning, which some tokenizers call special."""
 
     def __init__(self, tokenizer: Any, tags: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -30,7 +31,7 @@ class SpecialText:
             for token in tokenizer.added_tokens_decoder.values()
             if token.special and token.content
         }
-        spellings = sorted(set(tokens) - set(tags), key=lambda spelling: (-len(spelling), spelling))
+        spellings = sorted(set(tokens) - {*tags, "<think>", "</think>"})
         self._stand_ins = {text: chr(_FIRST + place) for place, text in enumerate(spellings)}
         self._spellings = {stand_in: text for text, stand_in in self._stand_ins.items()}
         self._in_messages = re.compile(_one_of(spellings) or _NOTHING)

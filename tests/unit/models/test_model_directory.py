@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from batch_scorer.config import load_config
 from batch_scorer.errors import ModelError
 from batch_scorer.models.directory import find_model, inspect_model
+from batch_scorer.render import max_tokens_of
+from batch_scorer.runs.derive import look_at_model
 
 
 @pytest.fixture
@@ -42,7 +45,20 @@ def test_any_changed_byte_is_another_model(model: Path, name: str) -> None:
 def test_the_tokenizer_may_lower_the_limit(model: Path) -> None:
     file = model / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 512}))
-    assert inspect_model(model).max_tokens == 512
+    facts = inspect_model(model)
+    assert (facts.max_tokens, facts.positions) == (512, 4096)
+
+
+@pytest.mark.parametrize(("asked", "most"), [(None, 512), (100, 100), (1024, 1024), (9000, 4096)])
+def test_a_setting_goes_before_the_tokenizers_limit(
+    model: Path, asked: int | None, most: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limit is often a leftover of training; the positions are what the model can read."""
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 512}))
+    config = load_config(model=str(model), inputs=("in",), output="out", max_tokens=asked)
+    assert max_tokens_of(config, look_at_model(config)) == most
+    assert ("4096 positions" in caplog.text) == (asked == 9000)
 
 
 def test_a_causal_model_has_no_head(model: Path) -> None:

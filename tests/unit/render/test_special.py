@@ -94,6 +94,22 @@ def test_a_tag_of_a_step_is_no_special_text(tmp_path: Path) -> None:
     assert made.sequence_errors == {} and made.special_tokens == {}
 
 
+def test_marks_of_reasoning_are_no_special_text(tmp_path: Path) -> None:
+    """Some tokenizers call them special."""
+    from transformers import AutoTokenizer
+
+    tiny_tokenizer(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.save_pretrained(tmp_path)
+    prompt = Prompt(special_text="mark")
+    made = Renderer(tmp_path, 1000, OverLength.MARK, prompt).tokenize(
+        parsed(talk("<think>\nHm.\n</think>\n\nYes."))
+    )
+    assert made.sequence_errors == {} and made.special_tokens == {}
+    assert {len(tokenizer) - 1, len(tokenizer) - 2} < set(made.token_ids.tolist())
+
+
 def test_a_tokenizer_that_reads_pieces_otherwise_is_refused(tmp_path: Path) -> None:
     """As Llama-2's does, which puts a blank before the first word of a text only."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
