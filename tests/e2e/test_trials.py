@@ -50,8 +50,8 @@ class Trial:
 
     def run(self, *flags: object, command: str = "score", output: str = "out") -> Ended:
         return run_cli(
-            command, "--model", self.model, self.inputs.url, "--output", f"{self.place.url}/{output}",
-            "--no-ray", "--backend", "fake", "--shard-rows", 4, *self.place.flags, *flags,
+            command, "--model", self.model, self.inputs.url,
+            "--output", (self.place / output).url, "--no-ray", "--backend", "fake", "--shard-rows", 4, *self.place.flags, *flags,
         )  # fmt: skip
 
     def score(self, *flags: object) -> dict[str, Any]:
@@ -95,6 +95,25 @@ def test_rows_that_match_are_scored_and_the_others_are_counted(trial: Trial) -> 
         by_input[row["input"]] = there + row["rows"] + row["rows_not_asked"]
     assert by_input == {"a.parquet": 30, "b.jsonl": 12, "c.parquet": 6}
     assert {row["status"] for row in manifest.to_pylist()} == {"committed", "not_asked"}
+
+
+def test_a_trial_ends_right_in_every_store(store_place: Place, tiny_model: Path) -> None:
+    trial = Trial(store_place, tiny_model)
+    totals = trial.score("--where", MATH, "--limit", 9, "--keep-columns", "id")
+    assert (totals["rows_scored"], totals["rows_not_asked"]) == (9, 39)
+    assert trial.ids("a.parquet", "b.jsonl") == [0, 3, 6, 9, 12, 15, 40, 43, 46]
+    assert "48 rows = 9 scored + 0 marked + 39 not asked for" in trial.verify()
+
+
+def test_check_takes_its_sample_from_rows_that_are_asked_for(trial: Trial) -> None:
+    flags = ("--where", MATH, "--max-tokens", 4096, "--json")
+    checked = run_cli("check", trial.model, trial.inputs.url, *flags)
+    assert checked.exit_code == 0, checked.err
+    names = [compared["name"] for compared in checked.json["parity"]["compared"]]
+    files = {"a.parquet": set(range(0, 30, 3)), "b.jsonl": set(range(0, 12, 3))}
+    for name in names:
+        file, _, row, *_ = name.replace(",", "").split()
+        assert int(row) in files[file]
 
 
 def test_a_limit_takes_the_first_rows_of_every_file(trial: Trial) -> None:
