@@ -50,8 +50,8 @@ class Trial:
 
     def run(self, *flags: object, command: str = "score", output: str = "out") -> Ended:
         return run_cli(
-            command, "--model", self.model, self.inputs.url,
-            "--output", (self.place / output).url, "--no-ray", "--backend", "fake", "--shard-rows", 4, *self.place.flags, *flags,
+            command, self.inputs.url, "--model", self.model, "--output", (self.place / output).url,
+            "--no-ray", "--backend", "fake", "--shard-rows", 4, *self.place.flags, *flags,
         )  # fmt: skip
 
     def score(self, *flags: object) -> dict[str, Any]:
