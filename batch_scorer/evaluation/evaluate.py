@@ -321,7 +321,12 @@ def _what_is_missing(state: OutputState, output: str) -> list[str]:
     """Lines for people: how much is scored, which shards failed, which rows were not reached."""
     there = [r for _, r in state.shards() if r and r.status is Status.COMMITTED]
     keys = {receipt.output_key for receipt in there}
-    failed = [r for r in state.receipts.values() if r.commit is None and r.output_key not in keys]
+    lacking = (Status.FAILED, Status.LEFT)
+    failed = [
+        receipt
+        for receipt in state.receipts.values()
+        if receipt.status in lacking and receipt.output_key not in keys
+    ]
     if (plan := state.plan) is None:
         return [f"{output} is not scored: its run has not planned anything yet"]
     advice = (

@@ -7,7 +7,7 @@ can be resumed with more workers.
 import json
 import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import accumulate
@@ -158,8 +158,8 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
         more = f"\n({len(failed) - 1} more files fail too)" if len(failed) > 1 else ""
         raise InputError(f"{first.input}: {first.detail}{more}")
     if files and not aside:  # those aside may have them
-        names = [file.schema.names for file in files]
-        refuse_unknown(config.keep_columns, config.drop_columns, names)
+        columns = [file.schema.names for file in files]
+        refuse_unknown(config.keep_columns, config.drop_columns, columns)
     if config.limit is not None:
         shares = spread(config.limit, [len(file.asked()) for file in files])
         files = [replace(file, limit=n) for file, n in zip(files, shares, strict=True)]
@@ -168,15 +168,16 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
     ]
     if not shards and files and choose is None:
         raise InputError(f"where: no row of {', '.join(config.inputs)} matches {config.where}")
-    _refuse_collisions(shards)
     used = {shard.source.key for shard in shards}
-    unused = [
+    unused = [file for file in files if file.source.key not in used]
+    names = [(shard.output_key, shard.source) for shard in shards]
+    _refuse_collisions(names + [(file.source.key, file.source) for file in unused])
+    not_asked = [
         Receipt.of_file(file.source, Status.NOT_ASKED, rows_not_asked=file.num_rows)
-        for file in files
-        if file.source.key not in used
+        for file in unused
     ]
     pa.default_memory_pool().release_unused()  # it keeps some 14 MB for each thread that has read
-    return Plan(files, shards, failed, aside, unused)
+    return Plan(files, shards, failed, aside, not_asked)
 
 
 def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
@@ -358,12 +359,12 @@ def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Output
     return layout
 
 
-def _refuse_collisions(shards: list[Shard]) -> None:
-    seen: dict[str, Shard] = {}
-    for shard in shards:
-        other = seen.setdefault(shard.output_key, shard)
-        if other is not shard:
+def _refuse_collisions(names: Iterable[tuple[str, Source]]) -> None:
+    seen: dict[str, Source] = {}
+    for key, source in names:
+        other = seen.setdefault(key, source)
+        if other is not source:
             raise InputError(
-                f"{other.source.url} and {shard.source.url} would both be written to "
-                f"{shard.output_key}; score them to different outputs"
+                f"{other.url} and {source.url} would both be written to {key}; score them to "
+                "different outputs"
             )

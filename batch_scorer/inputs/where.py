@@ -85,8 +85,9 @@ class Where:
     """A parsed expression. `columns` are the columns that it reads, each once."""
 
     def __init__(self, text: str) -> None:
+        # In one line, as YAML may fold it: Python would end the expression at a line's end.
+        self._text = text.strip().replace("\n", " ")
         try:
-            self._text = text.strip()
             self._body = ast.parse(self._text, mode="eval").body
             builder = _Builder(self._text, None)
             builder.value(self._body)
@@ -101,9 +102,9 @@ class Where:
     def check(self, schema: pa.Schema) -> None:
         """Raise ShardError where a column is missing, or its type does not fit."""
         for name in self.columns:
-            if name not in schema.names:
-                there = ", ".join(schema.names)
-                raise _wrong_schema(f"there is no column {name!r}; there are {there}")
+            if (number := schema.names.count(name)) != 1:
+                found = "there are two columns" if number else "there is no column"
+                raise _wrong_schema(f"{found} {name!r}; there are {', '.join(schema.names)}")
         self.matches(schema.empty_table())
 
     def matches(self, rows: pa.Table | pa.RecordBatch) -> IntArray:
@@ -279,9 +280,8 @@ class _Builder:
 
     def _refused(self, node: ast.AST, why: str) -> ConfigError:
         part = ast.get_source_segment(self._text, node) or self._text
-        before = "".join(self._text.splitlines(keepends=True)[: getattr(node, "lineno", 1) - 1])
-        line = self._text[len(before) :].encode()[: getattr(node, "col_offset", 0)].decode()
-        return ConfigError(f"where: at character {len(before + line) + 1}, `{part}`: {why}")
+        before = self._text.encode()[: getattr(node, "col_offset", 0)].decode()
+        return ConfigError(f"where: at character {len(before) + 1}, `{part}`: {why}")
 
 
 def _name(function: ast.AST) -> str:

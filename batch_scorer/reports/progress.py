@@ -127,6 +127,7 @@ class ProgressLog:
             shards=start.todo_shards,
             shards_done=start.shards_done,
             rows=start.todo_rows,
+            rows_not_asked=start.rows_not_asked,
             estimated_tokens=start.todo_tokens,
         ):
             log.info("planned")

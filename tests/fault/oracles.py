@@ -5,7 +5,7 @@ pyarrow, and what is expected follows from the inputs and from docs/commit-proto
 
 O1  every row of the inputs is there once, each with the bits of an undisturbed run
 O2  every shard has the bytes of an undisturbed run
-O3  rows in = rows scored + rows marked, for every file and in `_SUCCESS`
+O3  rows in = rows scored + rows marked, for every file and in `_SUCCESS`; all rows are asked for
 O4  what a glob finds is what the manifest names
 """
 
@@ -162,6 +162,7 @@ def _judge_counts(output: Folder, inputs: Folder, found: Found, findings: Findin
         "rows": scored + marked,
         "rows_scored": scored,
         "rows_marked": marked,
+        "rows_not_asked": 0,
         "rows_failed": 0,
         "shards": len(found.shards),
         "shards_failed": 0,

@@ -146,7 +146,7 @@ class Histories(RuleBasedStateMachine):
         ended = self.run(night or Night())
         for summary in ended.summaries:
             totals = summary.totals
-            parts = ("rows_scored", "rows_marked", "rows_failed", "rows_left")
+            parts = ("rows_scored", "rows_marked", "rows_not_asked", "rows_failed", "rows_left")
             assert totals["rows"] == sum(totals[name] for name in parts)
             gone = [r for r in summary.receipts if r.status is Status.INPUT_GONE]
             there = [r for r in summary.receipts if r.status is not Status.INPUT_GONE]

@@ -191,6 +191,20 @@ def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
     assert origins([first, second]) == {"x.rows10-20.rows5-10": Origin("x", '"e"', 15)}
 
 
+def test_rows_picked_by_where_are_compared_with_the_same_rows_only() -> None:
+    """They do not follow each other in the file, so a shard of them is compared as a whole."""
+
+    def of(**changes: Any) -> Receipt:
+        commit = replace(COMMIT, first_row=3, where="w", rows_not_asked=5)
+        return replace(DONE, output_key="x", stored=stored(replace(commit, **changes)))
+
+    ((_, origin),) = origins([[of()]]).items()
+    assert (origin.input, origin.first_row) == ("x", 0)
+    assert origins([[of(identity="of another model")]]) == {"x": origin}
+    for other in ({"where": "v"}, {"first_row": 4}, {"num_rows": 9}, {"input_etag": "f"}):
+        assert origins([[of(**other)]])["x"].etag != origin.etag
+
+
 def test_a_drift_report_is_kept_as_json() -> None:
     now = Figures(120, 20, 10, 90, 5, 240, 1.5, 1.0, tuple(range(7)), PairCounts(100, 75, 0))
     quantiles = tuple(q - 0.25 for q in range(7))

@@ -50,6 +50,8 @@ def test_another_input_range_or_layout_is_another_identity(other: Shard) -> None
 def test_identity_takes_fingerprint_and_prefix_but_not_place_or_time() -> None:
     assert SHARD.identity("f", "") != SHARD.identity("g", "")
     assert SHARD.identity("f", "") != SHARD.identity("f", "rm_")
+    others = (replace(SHARD, where="w"), replace(SHARD, rows_not_asked=1))
+    assert len({shard.identity("f", "") for shard in (SHARD, *others)}) == 3
     moved = replace(SHARD, source=replace(SHARD.source, root="s3://b"), replaces=Version("x"))
     assert moved.identity("f", "") == SHARD.identity("f", "")
 
@@ -66,6 +68,22 @@ def test_totals_account_for_every_row() -> None:
     assert totals["pairs"] == {"web": {"pairs": 9, "chosen_higher": 6, "ties": 1}}
 
 
+def test_rows_that_are_not_asked_for_are_rows_of_the_inputs(store: Store) -> None:
+    """Those of a committed shard, of one that failed, and of a file without a shard."""
+    commit = replace(COMMIT, where="w", rows_not_asked=20)
+    done = replace(DONE, stored=stored(commit), rows_not_asked=20)
+    failed = replace(FAILED, rows_not_asked=3)
+    unused = Receipt.of_file(SHARD.source, Status.NOT_ASKED, rows_not_asked=7)
+    totals = total([done, failed, unused])
+    parts = ("rows_scored", "rows_marked", "rows_not_asked", "rows_failed")
+    assert [totals[name] for name in parts] == [9, 1, 30, 4]
+    assert totals["rows"] == 44
+    assert totals["shards"] == 2
+    _finish(store, [replace(done, output_key="b.parquet"), unused])
+    assert [receipt.rows_not_asked for receipt in current_manifest(store)] == [7, 20]
+    assert read_success(store) is not None
+
+
 def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:
     gone = replace(DONE, output_key="old.parquet", status=Status.INPUT_GONE)
     assert total([DONE, gone]) == total([DONE])
@@ -76,6 +94,8 @@ def test_a_shard_without_input_is_named_but_not_counted(store: Store) -> None:
 def test_rows_that_do_not_add_up_are_an_integrity_error() -> None:
     with pytest.raises(IntegrityError, match="10 rows went in, 8 scored"):
         total([replace(DONE, stored=stored(replace(COMMIT, rows_scored=8)))])
+    with pytest.raises(IntegrityError, match=r"12 rows went in, 9 scored .* 1 not asked"):
+        total([replace(DONE, stored=stored(replace(COMMIT, rows_not_asked=1)), rows_not_asked=2)])
 
 
 def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
