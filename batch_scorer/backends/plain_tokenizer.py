@@ -195,13 +195,13 @@ class PlainTokenizer:
     ) -> str | None:
         """The text with the answer's reasoning in it; None where it is there already."""
         *before, answer = conversation
-        whole = _whole(answer)
-        wanted = [str(answer.get(name, "")).strip() for name in _REASONING_FIELDS]
-        if all(part in text for part in (*wanted, _joined(answer).strip())):
+        if _thought(answer).strip() in text:
             return None
         stand_in = {**_without_reasoning(answer), "content": _HERE}
         start, found, end = self._text([*before, stand_in], arguments).partition(_HERE)
-        return re.sub(r"<think>\s*</think>\s*$", "", start) + whole + end if found else None
+        return (
+            re.sub(r"<think>\s*</think>\s*$", "", start) + _whole(answer) + end if found else None
+        )
 
     # Special tokens that a message spells, kept as text
 
@@ -272,13 +272,21 @@ def _without_reasoning(message: Message) -> Message:
     return kept
 
 
+def _thought(answer: Message) -> str:
+    """The answer's reasoning: of a field of its own, or before its text."""
+    for name in _REASONING_FIELDS:
+        if str(answer.get(name) or "").strip():
+            return str(answer[name])
+    found = _THOUGHT.match(_joined(answer))
+    return found[1] if found else ""
+
+
 def _whole(answer: Message) -> str:
     """The answer's text behind its reasoning."""
-    text = _joined(answer)
-    thought = next((str(answer[name]) for name in _REASONING_FIELDS if answer.get(name)), None)
-    if thought is None or _THOUGHT.match(text):
+    text, thought = _joined(answer), _thought(answer).strip("\n")
+    if not thought or _THOUGHT.match(text):
         return text
-    return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + text
+    return "<think>\n" + thought + "\n</think>\n\n" + text
 
 
 def _in_steps(

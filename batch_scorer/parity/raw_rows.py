@@ -4,9 +4,11 @@ Nothing here is shared with the readers whose work it checks (`inputs`, `formats
 a shard lies in its file. It is short and slow, for a few rows.
 """
 
+import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, BinaryIO, TypeAlias
 
 import pyarrow as pa
@@ -21,6 +23,8 @@ RawRow: TypeAlias = dict[str, Any]
 _BATCH_ROWS = 256
 _READ_BYTES = 1 << 22
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_PARQUET, _ARROW = b"PAR1", b"ARROW1"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -32,7 +36,7 @@ def read_raw_rows(store: Store, shard: Shard, rows: Sequence[int]) -> dict[int, 
     wanted = sorted(set(rows))
     columns = set(shard.layout.columns.values())
     if shard.row_groups is not None:
-        found = _from_parquet(store, shard, wanted)
+        found = _from_batches(store, shard, wanted)
     elif shard.lines is not None:
         found = _from_lines(store, shard, wanted)
     else:
@@ -44,20 +48,36 @@ def read_raw_rows(store: Store, shard: Shard, rows: Sequence[int]) -> dict[int, 
     }
 
 
-def _from_parquet(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[int, RawRow]]:
-    source = shard.source
-    file = pq.ParquetFile(store.open(source.key, source.size_bytes, source.version, _READ_BYTES))
-    names = [name for name in file.schema_arrow.names if name in shard.layout.columns.values()]
-    assert shard.row_groups is not None
-    last = shard.skip_rows + rows[-1]
+def _from_batches(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[int, RawRow]]:
     position = -shard.skip_rows
-    for batch in file.iter_batches(_BATCH_ROWS, range(*shard.row_groups), names, use_threads=False):
+    for batch in _batches(store, shard):
         for row in rows:
             if 0 <= row - position < batch.num_rows:
                 yield row, _row_of(batch, row - position)
         position += batch.num_rows
-        if position + shard.skip_rows > last:
+        if position > rows[-1]:
             return
+
+
+def _batches(store: Store, shard: Shard) -> Iterator[pa.RecordBatch]:
+    """The rows of the shard's row groups, or of the record batches of an Arrow file."""
+    source = shard.source
+    assert shard.row_groups is not None
+    file = store.open(source.key, source.size_bytes, source.version, _READ_BYTES)
+    magic = file.read(len(_ARROW))
+    file.seek(0)
+    if magic.startswith(_PARQUET):
+        parquet = pq.ParquetFile(file)
+        columns = set(shard.layout.columns.values())
+        names = [name for name in parquet.schema_arrow.names if name in columns]
+        groups = range(*shard.row_groups)
+        yield from parquet.iter_batches(_BATCH_ROWS, groups, names, use_threads=False)
+    elif magic == _ARROW:
+        arrow = pa.ipc.open_file(pa.PythonFile(file, mode="r"))
+        for number in range(*shard.row_groups):
+            yield arrow.get_batch(number)
+    else:
+        yield from islice(pa.ipc.open_stream(pa.PythonFile(file, mode="r")), *shard.row_groups)
 
 
 def _row_of(batch: pa.RecordBatch, row: int) -> RawRow:
@@ -101,20 +121,28 @@ def _from_lines(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[i
         stream = io.BytesIO(data)
     else:
         packed = store.open(source.key, source.size_bytes, source.version, _READ_BYTES)
-        stream = pa.CompressedInputStream(packed, compression)
+        stream = io.BufferedReader(pa.CompressedInputStream(packed, compression), _READ_BYTES)
         left = lines.start
-        while left:
-            left -= len(stream.read(min(left, _READ_BYTES)))
-    numbers = {shard.skip_rows + row: row for row in rows}
-    number = -1
-    for line in stream:
-        if not line.strip():
-            continue
-        number += 1
-        if number in numbers:
-            yield numbers.pop(number), _object(line)
-        if not numbers:
-            return
+        while left and (skipped := stream.read(min(left, _READ_BYTES))):
+            left -= len(skipped)
+    last = shard.skip_rows + rows[-1]
+    values = islice(_values(stream, source.key, lines.schema.names), last + 1)
+    wanted = {shard.skip_rows + row: row for row in rows}
+    for number, value in enumerate(values):
+        if number in wanted:
+            yield wanted[number], value
+
+
+def _values(stream: Iterable[bytes], key: str, names: list[str]) -> Iterator[Any]:
+    """What each line says, or in CSV and TSV each record; blank lines say nothing."""
+    delimiter = next((mark for ends, mark in _DELIMITERS.items() if ends in key.lower()), None)
+    if delimiter is None:
+        yield from (_object(line) for line in stream if line.strip())
+        return
+    texts = (line.decode(errors="replace") for line in stream)
+    for record in csv.reader(texts, delimiter=delimiter):
+        if record:
+            yield dict(zip(names, record, strict=False))
 
 
 def _from_array(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[int, Any]]:

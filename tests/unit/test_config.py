@@ -44,7 +44,7 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
         ({"inputs": ()}, "inputs: .*at least 1 item"),
         ({"dtype": "int8"}, "dtype: .*'bfloat16', 'float32' or 'float16'.*'int8'"),
         ({"shard_rows": 0}, "shard_rows: .*greater than 0.*got 0"),
-        ({"over_length": "cut"}, "over_length: .*'mark', 'error', 'truncate_left', 'truncate_middle' or 'truncate_right'"),
+        ({"over_length": "cut"}, "over_length: .*'mark', 'error', .* or 'truncate_right'"),
         ({"store_options": {"aws_secret_access_key": "x"}}, "credentials are not settings"),
         ({"backend": "fake", "compile": True}, "compile: the fake .* set backend: hf or vllm"),
         (
