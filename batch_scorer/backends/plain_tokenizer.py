@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,6 +85,9 @@ class PlainTokenizer:
             return PlainIds(pair, ("pair",))
         used: list[str] = []
         prepared = self._prepared(conversation, steps, notes, used)
+        if self._needs_parts:
+            used.append("parts_wrapped")
+            prepared = list(map(_wrapped, prepared))
         if self._prompt.special_text == "literal" and self._spells(prepared):
             return self._literally(prepared, arguments, [*used, "special_text"])
         text = self._text(prepared, arguments)
@@ -101,6 +105,21 @@ class PlainTokenizer:
         shown = self.visible(ids)
         pieces = [re.escape(piece) for piece in text.split(mark)]
         return len(pieces) > 1 and re.search(r"[\w ,:/.-]{4,40}".join(pieces), shown) is not None
+
+    @cached_property
+    def _needs_parts(self) -> bool:
+        """Whether the template renders no text but that of parts."""
+        talk: Conversation = [
+            {"role": "user", "content": "aquestion"},
+            {"role": "assistant", "content": "ananswer"},
+        ]
+        found: list[bool] = []
+        for messages in (talk, list(map(_wrapped, talk))):
+            try:
+                found.append("aquestion" in self._text(messages, {}))
+            except Exception:  # a template may raise anything
+                found.append(False)
+        return found == [False, True]
 
     # transformers' call
 
@@ -262,6 +281,14 @@ def _joined(message: Message) -> str:
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content if "text" in part)
     return str(content or "")
+
+
+def _wrapped(message: Message) -> Message:
+    """The same, text as a list of one part."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
 
 
 def _without_reasoning(message: Message) -> Message:

@@ -89,6 +89,17 @@ def check_view(report: CheckReport) -> Iterator[Block]:
         text = f"{text[:half]} […] {text[-half:]}"
     yield Line("", f"{report.example}, as the model sees it:")
     yield Line(text)
+    explained = ", ".join(f"{name} ({count})" for name, count in parity.explained.items())
+    yield Table(
+        "Token ids",
+        (),
+        [
+            ("rows compared", f"{parity.rows_compared}, each read again from its file"),
+            ("they hold", ", ".join(f"{name} ({n})" for name, n in parity.covered.items()) or "-"),
+            ("other than transformers' call by", explained or "nothing"),
+        ],
+        words=(0, 1),
+    )
     yield Table(
         "Compared",
         ("sequence", "tokens", "plain", parity.backend, "error, of the spread"),
