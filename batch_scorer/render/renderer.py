@@ -83,6 +83,11 @@ class Renderer:
         self._encoder = Encoder(self._tokenizer, prompt, model_dir)
         if prompt.special_text == "literal":
             self._require_literal()
+        if self._pairs and (prompt.bos, prompt.eos) != ("auto", "keep"):
+            raise ModelError(
+                f"{model_dir}: bos and eos: question and answer are given to this tokenizer as a "
+                "pair, and it puts its own tokens around them; leave bos and eos out"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -196,7 +201,7 @@ class Renderer:
                         talks.append(talk)
         if self._pairs:
             for talk in talks:
-                sequences[talk.place] = self._encode_pair(talk.messages)
+                sequences[talk.place] = self._encode_pair(talk)
         else:
             self._render(talks)
             for talk in talks:
@@ -298,10 +303,15 @@ class Renderer:
         for talk, text in zip(talks, texts, strict=True):
             talk.text = text
 
-    def _encode_pair(self, conversation: Conversation) -> list[int]:
+    def _encode_pair(self, talk: _Talk) -> list[int]:
         """tokenizer(question, answer); the turns before the answer are joined by blank lines."""
-        *turns, answer = map(messages.joined_text, conversation)
-        return cast(list[int], self._tokenizer("\n\n".join(turns), answer)["input_ids"])
+        *turns, last = talk.messages
+        keeps = self._prompt.reasoning == "keep"
+        answer = messages.whole_answer(last) if keeps else messages.joined_text(last)
+        if not _holds(answer, last):
+            talk.notes.add(RowNote.ANSWER_REWRITTEN)
+        question = "\n\n".join(map(messages.joined_text, turns))
+        return cast(list[int], self._tokenizer(question, answer)["input_ids"])
 
     def _encode(self, sequences: list[Any], rendered: Iterable[int]) -> None:
         """Texts → ids, in place; those at the places `rendered` are the template's."""
@@ -319,6 +329,8 @@ class Renderer:
         """Raise ModelError where special tokens cannot be told from text that spells them: where a
         text in pieces does not give the tokenizer's own ids."""
         problem = None if self._tokenizer.is_fast else "the tokenizer is a slow one"
+        if self._pairs:
+            problem = "question and answer are given to the tokenizer as a pair"
         if self._tokenizer.is_fast and self._template.problem is None:
             talks = [_Talk(place, place, list(each), {}) for place, each in enumerate(PROBES)]
             self._apply(talks)
