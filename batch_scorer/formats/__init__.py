@@ -5,20 +5,36 @@ rows into conversations. `docs/formats.md` shows every layout. A new one is an e
 tables of `kinds.py`, or a new text style beside `hh.py`.
 """
 
+from batch_scorer.formats.delimited import read_delimited, scan_delimited
 from batch_scorer.formats.detect import columns_needed, describe, detect
-from batch_scorer.formats.jsonl import read_json_table, read_lines, scan_lines, unpack_lines
+from batch_scorer.formats.jsonl import (
+    read_json_table,
+    read_json_values,
+    read_line_values,
+    read_lines,
+    scan_lines,
+    unpack_lines,
+)
 from batch_scorer.formats.parse import parse
+from batch_scorer.formats.storable import as_stored, lost_types, stored_schema
 from batch_scorer.records import LineRun, Lines
 
 __all__ = [
     "LineRun",
     "Lines",
+    "as_stored",
     "columns_needed",
     "describe",
     "detect",
+    "lost_types",
     "parse",
+    "read_delimited",
     "read_json_table",
+    "read_json_values",
+    "read_line_values",
     "read_lines",
+    "scan_delimited",
     "scan_lines",
+    "stored_schema",
     "unpack_lines",
 ]

@@ -1,13 +1,17 @@
 """Rows of a stored file, pinned to the version that was planned."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.errors import ShardError, ShardReason, StorageError
+from batch_scorer.inputs.arrow_files import open_arrow, read_batches
+from batch_scorer.inputs.sources import FileKind, kind_of
 from batch_scorer.records import RowError, Shard, Source
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, open_store
 
@@ -15,31 +19,39 @@ BYTES_PER_TOKEN = 4
 """Of English text, roughly; only for estimates."""
 _STREAM_BYTES = 1 << 22
 _BATCH_ROWS = 1024
+_DELIMITERS: dict[FileKind | None, str] = {FileKind.CSV: ",", FileKind.TSV: "\t"}
 _WHOLE_BYTES = 1 << 22
 """A file up to this size, a few shards at most, is read in one request and not in one for each
 column and footer: 3 for a shard of its own instead of 23 (five leaf columns)."""
 
 
-def scan_json(
+def scan_lines(
     store: Store, source: Source, max_rows: int, max_tokens: int
 ) -> tuple[formats.Lines, pa.Table] | None:
-    """`formats.scan_lines` of a stored file."""
+    """How a stored file of lines is cut, and the rows of its first run; None for a JSON array."""
+    limits = {"max_rows": max_rows, "max_bytes": max_tokens * BYTES_PER_TOKEN}
+    delimiter = _DELIMITERS.get(kind_of(source.key))
     with _open_stream(store, source) as file:
-        return formats.scan_lines(
-            file, source.key, max_rows=max_rows, max_bytes=max_tokens * BYTES_PER_TOKEN
-        )
+        if delimiter is not None:
+            return formats.scan_delimited(file, source.key, delimiter=delimiter, **limits)
+        return formats.scan_lines(file, source.key, **limits)
 
 
-def read_json(
+def read_lines(
     store: Store, source: Source, lines: formats.Lines
 ) -> tuple[pa.Table, dict[int, RowError]]:
-    """Some of a file's lines as rows, and which of them are no JSON."""
-    if not lines.is_gzip:
-        data = store.read_range(source.key, source.version, lines.start, lines.stop)
-    else:
-        with _open_stream(store, source) as file:
-            data = formats.unpack_lines(file, source.key, lines)
-    return formats.read_lines(data, source.key, lines)
+    """Some of a file's lines as rows, and what is wrong with those that are none."""
+    data = _line_bytes(store, source, lines)
+    if lines.delimiter is not None:
+        return formats.read_delimited(data, source.key, lines)
+    return formats.read_lines(data, lines)
+
+
+def _line_bytes(store: Store, source: Source, lines: formats.Lines) -> bytes:
+    if lines.codec is None:
+        return store.read_range(source.key, source.version, lines.start, lines.stop)
+    with _open_stream(store, source) as file:
+        return formats.unpack_lines(file, source.key, lines)
 
 
 def _open_stream(store: Store, source: Source) -> io.BufferedReader:
@@ -67,6 +79,15 @@ def open_parquet(
     return pq.ParquetFile(file, metadata=metadata, pre_buffer=False, buffer_size=buffer_bytes)
 
 
+def group_rows(store: Store, source: Source) -> list[int]:
+    """The number of rows of each row group, or record batch."""
+    if kind_of(source.key) is FileKind.ARROW:
+        with open_arrow(store, source) as file:
+            return [batch.num_rows for batch in file.batches(columns=[])]
+    metadata = open_parquet(store, source).metadata
+    return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+
+
 def read_rows(
     store: Store,
     source: Source,
@@ -75,12 +96,14 @@ def read_rows(
     num_rows: int,
     columns: list[str] | None = None,
 ) -> pa.Table:
-    """Rows of a Parquet file, out of the row groups [start, stop); of all columns, or of some.
+    """Rows out of the row groups (or record batches) [start, stop); of all columns, or of some.
 
     A part of a row group is decoded from its beginning up to there, batch by batch: a group may
     hold a million rows. (1,600 rows from the middle of 103,428: 14 MB and 0.12 s of CPU; the whole
     group at once took 427 MB and 0.24 s.)
     """
+    if kind_of(source.key) is FileKind.ARROW:
+        return read_batches(store, source, row_groups, skip_rows, num_rows, columns)
     file = open_parquet(store, source)
     groups = list(range(*row_groups))
     if num_rows == sum(file.metadata.row_group(group).num_rows for group in groups):
@@ -106,26 +129,65 @@ def read_rows(
 def rows_of_shard(
     shard: Shard, store_options: Mapping[str, str], columns: list[str] | None
 ) -> tuple[pa.Table, dict[int, RowError]]:
-    """The shard's rows, in all columns or in some, and the errors of rows that were no JSON.
+    """The shard's rows, in all columns or in some, with the types that they have in the output; and
+    the errors of rows that could not be read.
 
     Raises ShardError: the file is unreadable, gone, or changed since it was planned.
     """
-    source = shard.source
-    store = open_store(source.root, store_options)
+    with _reading(shard):
+        source = shard.source
+        store = open_store(source.root, store_options)
+        if shard.row_groups is not None:
+            place = shard.row_groups, shard.skip_rows, shard.num_rows
+            return formats.as_stored(read_rows(store, source, *place, columns)), {}
+        if shard.lines is not None:
+            table, malformed = read_lines(store, source, shard.lines)
+        else:
+            table, malformed = formats.read_json_table(_whole(store, source), source.key)
+        table = table if columns is None else table.select(columns)
+        return table.slice(shard.skip_rows, shard.num_rows), _errors_of(shard, malformed)
+
+
+def columns_of_shard(
+    shard: Shard, store_options: Mapping[str, str], names: Sequence[str]
+) -> tuple[Mapping[str, list[Any]], dict[int, RowError]]:
+    """The values of some columns, a Python value for each row; and errors as `rows_of_shard` gives
+    them. Of JSON they are what `json.loads` gives, with None for an absent key.
+
+    Raises ShardError as `rows_of_shard` does.
+    """
+    is_json = kind_of(shard.source.key) is FileKind.JSON
+    if not is_json:
+        table, malformed = rows_of_shard(shard, store_options, list(names))
+        return {name: table[name].to_pylist() for name in names}, malformed
+    with _reading(shard):
+        source = shard.source
+        store = open_store(source.root, store_options)
+        if shard.lines is not None:
+            data = _line_bytes(store, source, shard.lines)
+            columns, malformed = formats.read_line_values(data, shard.lines, names)
+        else:
+            data = _whole(store, source)
+            columns, malformed = formats.read_json_values(data, source.key, names)
+        rows = slice(shard.skip_rows, shard.skip_rows + shard.num_rows)
+        return {name: columns[name][rows] for name in names}, _errors_of(shard, malformed)
+
+
+def _whole(store: Store, source: Source) -> bytes:
+    return store.read_whole(source.key, source.version, source.size_bytes)
+
+
+def _errors_of(shard: Shard, errors: Mapping[int, RowError]) -> dict[int, RowError]:
+    """The errors of the shard's rows, of all those that were read."""
+    start, stop = shard.skip_rows, shard.skip_rows + shard.num_rows
+    return {row - start: error for row, error in errors.items() if start <= row < stop}
+
+
+@contextmanager
+def _reading(shard: Shard) -> Iterator[None]:
+    """What goes wrong with the shard's file, as ShardError."""
     try:
-        if shard.row_groups is None:
-            if shard.lines is not None:
-                table, malformed = read_json(store, source, shard.lines)
-            else:
-                data = store.read_whole(source.key, source.version, source.size_bytes)
-                table, malformed = formats.read_json_table(data, source.key)
-            table = table if columns is None else table.select(columns)
-            start, stop = shard.skip_rows, shard.skip_rows + shard.num_rows
-            kept = {row - start: error for row, error in malformed.items() if start <= row < stop}
-            return table.slice(start, shard.num_rows), kept
-        return read_rows(
-            store, source, shard.row_groups, shard.skip_rows, shard.num_rows, columns
-        ), {}
+        yield
     except ObjectChanged as error:
         raise ShardError(
             ShardReason.INPUT_CHANGED, "the file changed after the run was planned; run again"

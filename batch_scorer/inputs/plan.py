@@ -5,7 +5,7 @@ can be resumed with more workers.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -16,8 +16,9 @@ from batch_scorer import formats
 from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ShardError, ShardReason, StorageError
 from batch_scorer.formats.shape import shape_of
-from batch_scorer.inputs.files import BYTES_PER_TOKEN, open_parquet, scan_json
-from batch_scorer.inputs.sources import PARQUET, list_inputs
+from batch_scorer.inputs.arrow_files import open_arrow
+from batch_scorer.inputs.files import BYTES_PER_TOKEN, open_parquet, scan_lines
+from batch_scorer.inputs.sources import FileKind, kind_of, list_inputs
 from batch_scorer.records import SCALAR, Layout, Outputs, Receipt, Shard, Source, Status
 from batch_scorer.records.digest import digest_of
 from batch_scorer.storage import Store, in_threads, open_store
@@ -27,39 +28,46 @@ log = logging.getLogger("batch_scorer")
 _SAMPLE_ROWS = 32
 _SAMPLE_BYTES = 1 << 20
 _INSPECTORS = 16
+_NAMED = 20
+"""Files in a line of the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """What the plan knows of one file. `row_groups` is (rows, estimated tokens) of each, and of
-    each run of `lines` where there are lines; a JSON array counts as one."""
+    """What the plan knows of one file. `row_groups` is (rows, estimated tokens) of each, or of each
+    record batch, or of each run of `lines` where there are lines; a JSON array counts as one.
+    `lost_types` names the columns whose Parquet type the output cannot have."""
 
     source: Source
     schema: pa.Schema
     layout: Layout
     row_groups: tuple[tuple[int, int], ...]
     lines: formats.Lines | None = None
+    lost_types: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
         return sum(rows for rows, _ in self.row_groups)
 
     @property
-    def is_parquet(self) -> bool:
-        return self.source.key.endswith(PARQUET)
+    def has_groups(self) -> bool:
+        kind = kind_of(self.source.key)
+        return kind is not None and kind.has_groups
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All work of a run: what will be scored, and what cannot be, with the reason.
 
-    `aside` are inputs by key that are there but were not looked at.
+    `aside` are inputs by key that are there but were not looked at; `skipped` are the URLs of files
+    beside the inputs that are none.
     """
 
     files: list[InputFile]
     shards: list[Shard]
     failed: list[Receipt]
     aside: Mapping[str, Source] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -95,7 +103,8 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
     files: list[InputFile] = []
     failed: list[Receipt] = []
     shared: dict[Any, Any] = {}
-    listed = list_inputs(config)
+    listing = list_inputs(config)
+    listed = listing.found
     sources = [source for source, changed in listed if choose is None or choose(source, changed)]
     aside: dict[str, Source] = {}
     if choose is not None:
@@ -116,7 +125,24 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
     ]
     _refuse_collisions(shards)
     pa.default_memory_pool().release_unused()  # it keeps some 14 MB for each thread that has read
-    return Plan(files, shards, failed, aside)
+    _warn(files, listing.skipped)
+    return Plan(files, shards, failed, aside, listing.skipped)
+
+
+def _warn(files: Sequence[InputFile], skipped: Sequence[str]) -> None:
+    """What of the inputs will not be in the output."""
+    if skipped:
+        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        log.warning("not read: %s%s", ", ".join(skipped[:_NAMED]), more)
+    for lost in sorted({file.lost_types for file in files if file.lost_types}):
+        (first, *others) = [file.source.url for file in files if file.lost_types == lost]
+        more = f" and {len(others)} more files" if others else ""
+        log.warning(
+            "%s%s: %s: the values are kept, but not their type in Parquet",
+            first,
+            more,
+            "; ".join(lost),
+        )
 
 
 def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
@@ -138,18 +164,19 @@ def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:
     """
     ranges = list(_ranges(file.row_groups, shard_rows, shard_tokens))
     whole = len(ranges) <= 1
-    stem = file.source.key.removesuffix(".parquet")
+    key, suffix = file.source.key, ".parquet"
+    stem = key[: -len(suffix)] if key.lower().endswith(suffix) else key
     for first_row, num_rows, groups, skip_rows, tokens in ranges or [(0, 0, (0, 0), 0, 0)]:
-        suffix = "" if whole else f".rows{first_row}-{first_row + num_rows}"
+        rows = "" if whole else f".rows{first_row}-{first_row + num_rows}"
         yield Shard(
             source=file.source,
             layout=file.layout,
             first_row=first_row,
             num_rows=num_rows,
-            row_groups=groups if file.is_parquet else None,
+            row_groups=groups if file.has_groups else None,
             skip_rows=skip_rows,
             estimated_tokens=tokens,
-            output_key=f"{stem}{suffix}.parquet",
+            output_key=f"{stem}{rows}{suffix}",
             lines=file.lines and file.lines.part(*groups),
         )
 
@@ -179,20 +206,23 @@ def _ranges(
 
 def _inspect(source: Source, config: Config, outputs: Outputs) -> InputFile | Receipt | None:
     store = open_store(source.root, config.store_options)
+    kind = kind_of(source.key)
     try:
-        if source.key.endswith(PARQUET):
+        if kind is FileKind.PARQUET:
             return _inspect_parquet(store, source, config, outputs)
-        return _inspect_json(store, source, config, outputs)
+        if kind is FileKind.ARROW:
+            return _inspect_arrow(store, source, config, outputs)
+        return _inspect_lines(store, source, config, outputs)
     except ShardError as error:
         return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
     except StorageError as error:
         return Receipt.of_file(source, Status.FAILED, ShardReason.STORE_FAILED, str(error))
 
 
-def _inspect_json(
+def _inspect_lines(
     store: Store, source: Source, config: Config, outputs: Outputs
 ) -> InputFile | None:
-    scanned = scan_json(store, source, config.shard_rows, config.shard_tokens)
+    scanned = scan_lines(store, source, config.shard_rows, config.shard_tokens)
     if scanned is None:
         lines = None
         data = store.read_whole(source.key, source.version, source.size_bytes)
@@ -234,6 +264,26 @@ def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outp
             if column.path_in_schema.split(".")[0] in needed
         )
         groups.append((group.num_rows, needed_bytes // BYTES_PER_TOKEN))
+    return InputFile(source, schema, layout, tuple(groups), lost_types=formats.lost_types(file))
+
+
+def _inspect_arrow(store: Store, source: Source, config: Config, outputs: Outputs) -> InputFile:
+    try:
+        with open_arrow(store, source) as file:
+            schema = formats.stored_schema(file.schema)
+            filled = (batch for batch in file.batches() if batch.num_rows)
+            first = next(filled, None)
+            sample = schema.empty_table()
+            if first is not None:
+                rows = pa.Table.from_batches([first.slice(0, _SAMPLE_ROWS)])
+                sample = formats.as_stored(rows)
+            layout = _layout(schema, sample, config, outputs)
+            groups = []
+            for batch in file.batches(columns=formats.columns_needed(layout)):
+                batch.validate(full=True)  # a torn file ends the process that reads it
+                groups.append((batch.num_rows, batch.nbytes // BYTES_PER_TOKEN))
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(ShardReason.UNREADABLE_FILE, f"not readable as Arrow: {error}") from error
     return InputFile(source, schema, layout, tuple(groups))
 
 

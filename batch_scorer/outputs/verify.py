@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from batch_scorer import formats
 from batch_scorer.errors import ExitCode, ShardError, StorageError
-from batch_scorer.inputs.files import open_parquet, read_json, read_rows, scan_json
-from batch_scorer.inputs.sources import PARQUET
+from batch_scorer.inputs.files import group_rows, read_lines, read_rows, scan_lines
+from batch_scorer.inputs.sources import kind_of
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.columns import digest_columns
 from batch_scorer.outputs.manifest import SUCCESS_KEY, read_commit, read_parquet
@@ -114,10 +114,10 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
 
 
 def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
-    """What one thread checks: all shards of a JSON file, or one shard of a Parquet file."""
+    """What one thread checks: all shards of a file of lines, or one shard of another file."""
     together: dict[tuple[str, str], list[Receipt]] = {}
     for receipt in receipts:
-        name = receipt.output_key if _is_parquet(receipt) else receipt.input
+        name = receipt.output_key if _has_groups(receipt) else receipt.input
         together.setdefault((receipt.input_root, name), []).append(receipt)
     return list(together.values())
 
@@ -139,20 +139,19 @@ class _Inputs:
             if info.version != Version(commit.input_etag):
                 return None
             source = Source(receipt.input_root, info.key, info.size_bytes, info.version)
-            read = self._of_parquet if _is_parquet(receipt) else self._of_json
+            read = self._of_groups if _has_groups(receipt) else self._of_lines
             return read(store, source, commit.first_row, commit.num_rows)
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
 
-    def _of_parquet(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
-        metadata = open_parquet(store, source).metadata
-        groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        start, stop, skipped = _holding(groups, first_row, num_rows)
-        return read_rows(store, source, (start, stop), first_row - skipped, num_rows)
+    def _of_groups(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+        start, stop, skipped = _holding(group_rows(store, source), first_row, num_rows)
+        rows = read_rows(store, source, (start, stop), first_row - skipped, num_rows)
+        return formats.as_stored(rows)
 
-    def _of_json(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+    def _of_lines(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
         if self._json is None or self._json[0] != source:
-            scanned = scan_json(store, source, self._max_rows, self._max_tokens)
+            scanned = scan_lines(store, source, self._max_rows, self._max_tokens)
             if scanned is None:
                 data = store.read(source.key, source.version)
                 self._json = source, formats.read_json_table(data, source.key)[0]
@@ -162,7 +161,7 @@ class _Inputs:
         if not isinstance(found, formats.Lines):
             return found.slice(first_row, num_rows)
         start, stop, skipped = _holding([run.num_rows for run in found.runs], first_row, num_rows)
-        table, _ = read_json(store, source, found.part(start, stop))
+        table, _ = read_lines(store, source, found.part(start, stop))
         return table.slice(first_row - skipped, num_rows)
 
 
@@ -176,8 +175,9 @@ def _holding(sizes: list[int], first_row: int, num_rows: int) -> tuple[int, int,
     return int(start), int(last) + 1, int(ends[start] - sizes[start])
 
 
-def _is_parquet(receipt: Receipt) -> bool:
-    return receipt.input.endswith(PARQUET)
+def _has_groups(receipt: Receipt) -> bool:
+    kind = kind_of(receipt.input)
+    return kind is not None and kind.has_groups
 
 
 def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
