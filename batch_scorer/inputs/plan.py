@@ -133,7 +133,7 @@ def _warn(files: Sequence[InputFile], skipped: Sequence[str]) -> None:
     """What of the inputs will not be in the output."""
     if skipped:
         more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
-        log.warning("not read: %s%s", ", ".join(skipped[:_NAMED]), more)
+        log.info("not read: %s%s", ", ".join(skipped[:_NAMED]), more)
     for lost in sorted({file.lost_types for file in files if file.lost_types}):
         (first, *others) = [file.source.url for file in files if file.lost_types == lost]
         more = f" and {len(others)} more files" if others else ""

@@ -43,13 +43,18 @@ class FileKind(StrEnum):
 
 SUFFIXES = {
     ".parquet": FileKind.PARQUET,
-    ".jsonl": FileKind.JSON, ".jsonl.gz": FileKind.JSON, ".jsonl.zst": FileKind.JSON,
-    ".json": FileKind.JSON, ".json.gz": FileKind.JSON, ".json.zst": FileKind.JSON,
-    ".ndjson": FileKind.JSON, ".ndjson.gz": FileKind.JSON, ".ndjson.zst": FileKind.JSON,
-    ".csv": FileKind.CSV, ".tsv": FileKind.TSV,
-    ".arrow": FileKind.ARROW, ".feather": FileKind.ARROW,
-}  # fmt: skip
+    ".jsonl": FileKind.JSON,
+    ".json": FileKind.JSON,
+    ".ndjson": FileKind.JSON,
+    ".csv": FileKind.CSV,
+    ".tsv": FileKind.TSV,
+    ".arrow": FileKind.ARROW,
+    ".feather": FileKind.ARROW,
+}
 """In upper case or lower case."""
+_PACKED = (".gz", ".zst")
+"""What may follow the suffix of a file of lines."""
+_READ = f"{', '.join(SUFFIXES)} (of lines also {', '.join(_PACKED)})"
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """What `datasets` puts beside the rows. Where a file is named by itself, it is data."""
@@ -58,7 +63,10 @@ _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 def kind_of(key: str) -> FileKind | None:
     """The kind of the file with this name; None: it is not read."""
     name = key.lower()
-    return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    if packed := next((suffix for suffix in _PACKED if name.endswith(suffix)), ""):
+        name = name.removesuffix(packed)
+    kind = next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    return None if packed and kind and kind.has_groups else kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +113,10 @@ def list_inputs(config: Config) -> Listing:
 def _expand(spec: str, config: Config, skipped: set[str]) -> Iterator[tuple[str, ObjectInfo]]:
     """The files that one input names, with the root their keys are relative to; adds the URLs of
     the others beside them to `skipped`."""
-    url = pinned(_absolute(spec))
+    try:
+        url = pinned(_absolute(spec))
+    except (AccessDenied, PlaceMissing) as error:
+        raise InputError(str(error)) from error
     if kind_of(url) or _has_marks(url):
         folder, _, name = url.rpartition("/")
         if (info := _head(folder, name, config)) is not None:
@@ -115,7 +126,7 @@ def _expand(spec: str, config: Config, skipped: set[str]) -> Iterator[tuple[str,
             raise _unknown_type(spec)
     elif not is_remote(url) and Path(url).is_file():
         raise _unknown_type(spec)
-    root, problem = url, f"holds no {', '.join(SUFFIXES)} files"
+    root, problem = url, f"holds no {_READ} files"
     if _has_marks(url) and not (listed := _list_if_there(url, config)):
         root, pattern = _split_glob(url)
         matches = glob_pattern(pattern)
@@ -136,7 +147,7 @@ def _expand(spec: str, config: Config, skipped: set[str]) -> Iterator[tuple[str,
 
 
 def _unknown_type(spec: str) -> InputError:
-    return InputError(f"{spec}: unknown file type; {', '.join(SUFFIXES)} are read")
+    return InputError(f"{spec}: unknown file type; {_READ} are read")
 
 
 def _head(folder: str, name: str, config: Config) -> ObjectInfo | None:

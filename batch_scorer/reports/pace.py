@@ -16,7 +16,7 @@ class Started:
     `shards_done` were committed before, and the `todo_*` that are scored now.
 
     `layouts` lists the files by what their rows are; `input_gone` the stored shards whose input is
-    no longer there.
+    no longer there, `skipped` files beside the inputs that are not read.
     """
 
     files: int
@@ -29,6 +29,7 @@ class Started:
     layouts: Mapping[str, tuple[str, ...]]
     failed: tuple[FailedShard, ...]
     input_gone: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def started(work: Work) -> Started:
@@ -48,6 +49,7 @@ def started(work: Work) -> Started:
         layouts=layouts,
         failed=tuple(map(failed_shard, plan.failed)),
         input_gone=tuple(receipt.output_key for receipt in work.gone),
+        skipped=tuple(plan.skipped),
     )
 
 

@@ -42,7 +42,8 @@ def failed_shard(receipt: Receipt) -> FailedShard:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """An input file; `tokens` are the plan's estimate, `layout` is `layout_to_json`."""
+    """An input file; `tokens` are the plan's estimate, `layout` is `layout_to_json`. `lost_types`
+    names the columns whose Parquet type the output cannot have."""
 
     key: str
     url: str
@@ -51,11 +52,15 @@ class PlannedFile:
     tokens: int
     rows_are: str
     layout: Mapping[str, Any]
+    lost_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What a run would do. Without an `estimate`, `unknown` is the reason; None: no model given."""
+    """What a run would do. Without an `estimate`, `unknown` is the reason; None: no model given.
+
+    `skipped` are the URLs of files beside the inputs that are not read.
+    """
 
     files: tuple[PlannedFile, ...]
     shards: int
@@ -64,6 +69,7 @@ class PlanReport:
     estimate: Estimate | None
     unknown: str | None
     failed: tuple[FailedShard, ...]
+    skipped: tuple[str, ...]
 
     @property
     def computed_ratio(self) -> float | None:
@@ -74,7 +80,13 @@ class PlanReport:
     def to_json(self) -> dict[str, Any]:
         return {
             "files": [
-                {"input": file.url, "rows": file.rows, "rows_are": file.rows_are, **file.layout}
+                {
+                    "input": file.url,
+                    "rows": file.rows,
+                    "rows_are": file.rows_are,
+                    "lost_types": list(file.lost_types),
+                    **file.layout,
+                }
                 for file in self.files
             ],
             "shards": self.shards,
@@ -86,6 +98,7 @@ class PlanReport:
                 {"input": each.input, "reason": each.reason, "detail": each.detail}
                 for each in self.failed
             ],
+            "skipped": list(self.skipped),
         }
 
 
@@ -106,6 +119,7 @@ def plan_report(ahead: Outlook) -> PlanReport:
                 tokens=tokens[file.source.url],
                 rows_are=formats.describe(file.layout, file.schema),
                 layout=layout_to_json(file.layout),
+                lost_types=file.lost_types,
             )
             for file in plan.files
         ),
@@ -115,6 +129,7 @@ def plan_report(ahead: Outlook) -> PlanReport:
         estimate=ahead.estimate,
         unknown=ahead.unknown,
         failed=tuple(map(failed_shard, plan.failed)),
+        skipped=tuple(plan.skipped),
     )
 
 

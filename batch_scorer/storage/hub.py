@@ -20,13 +20,14 @@ from batch_scorer.storage.store import HUB, Store
 from batch_scorer.storage.versions import ObjectInfo, Version
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import DatasetInfo, HfApi
 
 _URL = re.compile(
     r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
     r"(?:/(?P<path>.*))?"
 )
 _KIND = "dataset"
+_NO_DATE = datetime.fromtimestamp(0, UTC)
 
 
 def pinned(url: str) -> str:
@@ -34,12 +35,7 @@ def pinned(url: str) -> str:
 
     Raises ConfigError for what is no data set's URL, PlaceMissing and AccessDenied.
     """
-    if not url.startswith(HUB):
-        return url
-    repo, revision, path = _parts(url)
-    with _translated(url):
-        commit = _api().dataset_info(repo, revision=revision).sha
-    return f"{HUB}datasets/{repo}@{commit}/{path}".rstrip("/")
+    return HubStore(url).pinned_root() if url.startswith(HUB) else url
 
 
 class HubStore(Store):
@@ -49,30 +45,43 @@ class HubStore(Store):
     """
 
     def __init__(self, root: str, *, create: bool = False) -> None:
-        if create:
-            raise ConfigError(f"{root}: the hub can be read only; choose another output")
         self.root = root.rstrip("/")
+        if create:
+            raise self._read_only()
         self._options = {}
-        self._local = None
-        self._repo, commit, path = _parts(self.root)
-        self._commit = commit or "main"
-        self._folder = f"{path}/" if path else ""
+        self._local = self._store = None
+        self._repo, self._revision, self._path = _parts(self.root)
+        self._folder = f"{self._path}/" if self._path else ""
+
+    def pinned_root(self) -> str:
+        """The root with the commit in place of the revision."""
+        commit = self._asked("", self._describe).sha
+        return f"{HUB}datasets/{self._repo}@{commit}/{self._path}".rstrip("/")
+
+    def _describe(self) -> "DatasetInfo":
+        return _api().dataset_info(self._repo, revision=self._revision)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         path = f"{self._folder}{prefix}".strip("/")
 
         def tree() -> Sequence[Any]:
             entries = _api().list_repo_tree(
-                self._repo, path or None, recursive=True, revision=self._commit, repo_type=_KIND
+                self._repo, path or None, recursive=True, revision=self._revision, repo_type=_KIND
             )
             return [*entries]
 
-        yield from self._infos(self._asked(prefix, tree))
+        try:
+            found = self._asked(prefix, tree)
+        except PlaceMissing:
+            raise
+        except ObjectMissing:  # no such folder: in other stores' terms, nothing below this prefix
+            return
+        yield from self._infos(found)
 
     def head(self, key: str) -> ObjectInfo:
         def paths() -> Sequence[Any]:
             return _api().get_paths_info(
-                self._repo, [self._folder + key], revision=self._commit, repo_type=_KIND
+                self._repo, [self._folder + key], revision=self._revision, repo_type=_KIND
             )
 
         found = next(self._infos(self._asked(key, paths)), None)
@@ -92,8 +101,7 @@ class HubStore(Store):
     @cached_property
     def _date(self) -> datetime:
         """Of the commit: the hub says of no file at once when it was changed."""
-        asked = self._asked("", lambda: _api().dataset_info(self._repo, revision=self._commit))
-        return asked.last_modified or datetime.fromtimestamp(0, UTC)
+        return self._asked("", self._describe).last_modified or _NO_DATE
 
     def _get(
         self, key: str, version: Version | None = None, part: tuple[int, int] | None = None
@@ -102,8 +110,12 @@ class HubStore(Store):
 
         # A commit's files never change, so one that is in the cache is not asked for again.
         name = self._folder + key
-        file = Path(hf_hub_download(self._repo, name, revision=self._commit, repo_type=_KIND))
-        info = self.head(key) if version is None else self._pinned_info(key, version, file)
+        file = Path(hf_hub_download(self._repo, name, revision=self._revision, repo_type=_KIND))
+        info = (
+            self.head(key)
+            if version is None
+            else ObjectInfo(key, file.stat().st_size, version, _NO_DATE)
+        )
         start, stop = part or (0, info.size_bytes)
         with file.open("rb") as opened:
             opened.seek(start)
@@ -111,9 +123,6 @@ class HubStore(Store):
         if len(data) != stop - start:
             raise StorageError(f"{self.url(key)}: {len(data)} bytes came of {stop - start}")
         return data, info
-
-    def _pinned_info(self, key: str, version: Version, file: Path) -> ObjectInfo:
-        return ObjectInfo(key, file.stat().st_size, version, datetime.fromtimestamp(0, UTC))
 
     def create(self, key: str, data: bytes) -> NoReturn:
         raise self._read_only()
@@ -132,7 +141,7 @@ class HubStore(Store):
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
-        with _translated(self.url(key)):
+        with _translated(self.url(key).rstrip("/")):
             yield
 
 

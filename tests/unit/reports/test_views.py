@@ -69,13 +69,18 @@ def figures(mean: float = 1.5) -> Figures:
 
 def plan(text: str) -> PlanReport:
     return PlanReport(
-        files=(PlannedFile(text, f"s3://in/{text}", 1_234, 2, 5_678_901, f"pairs in {text}", {}),),
+        files=(
+            PlannedFile(
+                text, f"s3://in/{text}", 1_234, 2, 5_678_901, f"pairs in {text}", {}, (text,)
+            ),
+        ),
         shards=2,
         rows=1_234,
         estimated_tokens=5_678_901,
         estimate=None,
         unknown=text,
         failed=(failed(text),),
+        skipped=(text,),
     )
 
 
@@ -107,7 +112,7 @@ def check(text: str) -> CheckReport:
 
 def started(text: str) -> Started:
     return Started(
-        3, 4, 50, 1, 3, 40, 4000, {f"pairs in {text}": (text,)}, (failed(text),), (text,)
+        3, 4, 50, 1, 3, 40, 4000, {f"pairs in {text}": (text,)}, (failed(text),), (text,), (text,)
     )
 
 
