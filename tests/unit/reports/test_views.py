@@ -346,6 +346,6 @@ def test_a_plan_with_a_model_shows_what_is_computed() -> None:
 
 
 def test_an_empty_table_is_no_error() -> None:
-    empty = replace(plan("a"), files=(), failed=(), unknown=None)
+    empty = replace(plan("a"), files=(), failed=(), skipped=(), unknown=None)
     assert "0 files" in printed(empty)
     assert [type(block) for block in blocks_of(empty)] == [Table, Line]
