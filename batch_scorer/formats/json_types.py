@@ -64,7 +64,7 @@ def joined(a: Kind, b: Kind) -> Kind:
     if isinstance(a, ListOf) and isinstance(b, ListOf):
         return ListOf(joined(a.item, b.item))
     if isinstance(a, ObjectOf) and isinstance(b, ObjectOf):
-        return ObjectOf(joined_fields(a.fields, b.fields))
+        return _object(joined_fields(a.fields, b.fields))
     return Mixed()
 
 
@@ -93,7 +93,11 @@ def kind_of_value(value: Any, level: int = 0) -> Kind:
             return ListOf(str)
         items = (kind_of_value(inner, level + 1) for inner in value)
         return ListOf(reduce(joined, items, None))
-    return ObjectOf({name: kind_of_value(inner, level + 1) for name, inner in value.items()})
+    return _object({name: kind_of_value(inner, level + 1) for name, inner in value.items()})
+
+
+def _object(fields: Mapping[str, Kind]) -> Kind:
+    return ObjectOf(fields) if len(fields) <= _MAX_FIELDS else Mixed()
 
 
 def kind_of_array(array: pa.Array, level: int = 0) -> Kind:
@@ -116,7 +120,7 @@ def kind_of_array(array: pa.Array, level: int = 0) -> Kind:
         return ListOf(kind_of_array(array.values, level + 1))
     if pa.types.is_struct(dtype):
         fields = {f.name: kind_of_array(array.field(i), level + 1) for i, f in enumerate(dtype)}
-        return ObjectOf(fields)
+        return _object(fields)
     return str  # timestamps, too: Arrow makes them of text that looks like dates
 
 
@@ -127,6 +131,15 @@ def is_mixed(kind: Kind) -> bool:
     if isinstance(kind, ObjectOf):
         return any(map(is_mixed, kind.fields.values()))
     return isinstance(kind, Mixed)
+
+
+def most_fields(kind: Kind) -> int:
+    """The most keys that an object in these values has, over all rows."""
+    if isinstance(kind, ListOf):
+        return most_fields(kind.item)
+    if isinstance(kind, ObjectOf):
+        return max([len(kind.fields), *map(most_fields, kind.fields.values())])
+    return 0
 
 
 def column_type(kind: Kind) -> pa.DataType:
@@ -144,7 +157,7 @@ def _arrow_type(kind: Kind) -> pa.DataType | None:
     if isinstance(kind, ListOf):
         item = _arrow_type(kind.item)
         return item and pa.list_(item)
-    if isinstance(kind, ObjectOf) and 0 < len(kind.fields) <= _MAX_FIELDS:
+    if isinstance(kind, ObjectOf) and kind.fields:
         types = {name: _arrow_type(inner) for name, inner in kind.fields.items()}
         return pa.struct(list(types.items())) if all(types.values()) else None
     return None

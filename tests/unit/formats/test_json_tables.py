@@ -93,6 +93,12 @@ def test_malformed_first_and_last_lines_are_marked() -> None:
     assert list(errors) == [0, 2]
 
 
+def test_as_many_objects_as_lines_are_not_yet_one_a_line() -> None:
+    tables, errors = in_runs(b'{"b": 1}\n{"a": 1} {"a": 2}\n{"a":\n3}\n', 10, 10**6)
+    assert [table.to_pylist() for table in tables] == [[{"b": 1}, *[{"b": None}] * 3]]
+    assert [*errors] == [1, 2, 3]
+
+
 def test_object_over_two_lines_is_two_malformed_rows() -> None:
     table, errors = read_json_table(b'{"a": 1}\n{"a": 2\n}\n', "a")
     assert table.to_pylist() == [{"a": 1}, {"a": None}, {"a": None}]
@@ -176,6 +182,15 @@ def test_types_hold_every_value_exactly(values: list[Any], dtype: pa.DataType) -
     table, _ = read_json_table(lines(*({"a": value} for value in values)), "a")
     assert table.schema.field("a").type == dtype
     assert table["a"].to_pylist() == values
+
+
+def test_an_object_with_new_keys_in_every_row_is_json_text() -> None:
+    rows = [{"m": {f"key {row}": {"x": row}}, "n": row} for row in range(1500)]
+    tables, errors = in_runs(lines(*rows), 400, 10**6)
+    table = pa.concat_tables(tables)
+    assert (json_text(table, "m"), errors) == ([row["m"] for row in rows], {})
+    few, _ = in_runs(lines(*rows[:90]), 400, 10**6)
+    assert pa.types.is_struct(few[0].schema.field("m").type)
 
 
 def test_nan_is_a_number() -> None:
