@@ -72,7 +72,7 @@ def kind_of(key: str) -> FileKind | None:
 @dataclass(frozen=True, slots=True)
 class Listing:
     """The input files and the times of their last changes, sorted by key; and the URLs of other
-    files in their folders, which are not read. Hidden files are not listed."""
+    files in their folders, which are not read."""
 
     found: list[tuple[Source, datetime]]
     skipped: list[str] = field(default_factory=list)
@@ -104,9 +104,10 @@ def list_inputs(config: Config) -> Listing:
         sources.append((source, info.last_modified))
     if not sources:
         raise InputError(f"{', '.join(config.inputs)}: nothing to score there")
-    inside = f"{output}/" if output else None
+    others = skipped - urls.keys()
     return Listing(
-        sources, sorted(url for url in skipped if not (inside and url.startswith(inside)))
+        sources,
+        sorted(url for url in others if not (output and url.startswith(f"{output}/"))),
     )
 
 
@@ -117,37 +118,45 @@ def _expand(spec: str, config: Config, skipped: set[str]) -> Iterator[tuple[str,
         url = pinned(_absolute(spec))
     except (AccessDenied, PlaceMissing) as error:
         raise InputError(str(error)) from error
-    if kind_of(url) or _has_marks(url):
-        folder, _, name = url.rpartition("/")
-        if (info := _head(folder, name, config)) is not None:
-            if kind_of(url):
-                yield folder, info
-                return
-            raise _unknown_type(spec)
-    elif not is_remote(url) and Path(url).is_file():
-        raise _unknown_type(spec)
-    root, problem = url, f"holds no {_READ} files"
-    if _has_marks(url) and not (listed := _list_if_there(url, config)):
-        root, pattern = _split_glob(url)
-        matches = glob_pattern(pattern)
-        listed = [info for info in _list(root, config) if matches.fullmatch(info.key)]
+    file = _file(spec, url, config)
+    if file is not None:
+        root, listed, problem = url.rpartition("/")[0], [file], ""
+    elif _has_marks(url):
+        root, listed = _matching(url, config)
         problem = "no file matches"
-    elif not _has_marks(url):
-        listed = _list(url, config)
+    else:
+        root, listed = url, _list(url, config)
+        problem = f"holds no {_READ} files"
     excluded = [glob_pattern(pattern) for pattern in config.exclude]
     hits = [info for info in listed if not any(glob.fullmatch(info.key) for glob in excluded)]
-    if listed and not hits:
-        raise InputError(f"{spec}: every file is excluded")
-    data = [info for info in hits if _is_data(info.key)]
-    if not data:
-        raise InputError(f"{spec}: {problem}")
-    others = (info.key for info in hits if not _is_data(info.key) and not _is_hidden(info.key))
+    data = hits if file is not None else [info for info in hits if _is_data(info.key)]
+    if not data and file is None:
+        is_excluded = bool(listed) and not hits
+        raise InputError(f"{spec}: {'every file is excluded' if is_excluded else problem}")
+    others = (info.key for info in hits if info not in data and _is_shown(info.key))
     skipped.update(f"{root.rstrip('/')}/{key}" for key in others)
     yield from ((root, info) for info in data)
 
 
-def _unknown_type(spec: str) -> InputError:
-    return InputError(f"{spec}: unknown file type; {_READ} are read")
+def _file(spec: str, url: str, config: Config) -> ObjectInfo | None:
+    """The file of this name, if there is one. Raises InputError where it is of no kind we read."""
+    found = None
+    if kind_of(url) or _has_marks(url):
+        folder, _, name = url.rpartition("/")
+        found = _head(folder, name, config)
+    is_there = found is not None or (not is_remote(url) and Path(url).is_file())
+    if is_there and kind_of(url) is None:
+        raise InputError(f"{spec}: unknown file type; {_READ} are read")
+    return found
+
+
+def _matching(url: str, config: Config) -> tuple[str, list[ObjectInfo]]:
+    """What a folder of this very name holds, or what the pattern matches; and the root of both."""
+    if listed := _list_if_there(url, config):
+        return url, listed
+    root, pattern = _split_glob(url)
+    matches = glob_pattern(pattern)
+    return root, [info for info in _list(root, config) if matches.fullmatch(info.key)]
 
 
 def _head(folder: str, name: str, config: Config) -> ObjectInfo | None:
@@ -208,7 +217,7 @@ def _common_root(roots: set[str]) -> str | None:
     if len(roots) == 1:
         return next(iter(roots))
     places = {place_of(root) for root in roots}
-    if len(places) > 1:
+    if len(places) != 1:
         return None
     (place,) = places
     below = commonpath([f"/{root.removeprefix(place).lstrip('/')}" for root in roots])
@@ -218,6 +227,12 @@ def _common_root(roots: set[str]) -> str | None:
 def _is_data(key: str) -> bool:
     is_known = key.rpartition("/")[2].lower() in _NOT_DATA
     return kind_of(key) is not None and not is_known and not _is_hidden(key)
+
+
+def _is_shown(key: str) -> bool:
+    """Whether a file that is not read is named: all but hidden ones, unless they look like data."""
+    folder, _, name = key.rpartition("/")
+    return not _is_hidden(key) or (kind_of(name) is not None and not _is_hidden(folder))
 
 
 def _is_hidden(key: str) -> bool:

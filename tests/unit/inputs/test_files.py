@@ -188,16 +188,18 @@ def test_what_lies_beside_the_data_is_named_and_not_read(tmp_path: Path) -> None
         tmp_path, "data/train.parquet", "data/more.arrow", "README.md", "notes.txt",
         "dataset_infos.json", "data/state.json", "data/dataset_info.json", "dataset_dict.json",
         ".gitattributes", "_SUCCESS", ".cache/huggingface/x.json", "_tmp/y.parquet",
-        "old.parquet.gz",
+        "old.parquet.gz", "data/_late.parquet",
     )  # fmt: skip
     plan = make_plan(_config(tmp_path))
     assert [file.source.key for file in plan.files] == ["data/more.arrow", "data/train.parquet"]
     assert [url.removeprefix(f"{tmp_path}/") for url in plan.skipped] == [
-        "README.md", "data/dataset_info.json", "data/state.json", "dataset_dict.json",
-        "dataset_infos.json", "notes.txt", "old.parquet.gz",
+        "README.md", "data/_late.parquet", "data/dataset_info.json", "data/state.json",
+        "dataset_dict.json", "dataset_infos.json", "notes.txt", "old.parquet.gz",
     ]  # fmt: skip
     (tmp_path / "state.json").write_bytes(FILES["a.json"])
     assert make_plan(_config(tmp_path / "state.json")).num_rows == len(ROWS)
+    both = make_plan(_config(tmp_path, tmp_path / "data" / "_late.parquet"))
+    assert len(both.files) == 3 and f"{tmp_path}/data/_late.parquet" not in both.skipped
 
 
 def test_excluded_files_are_left_out(tmp_path: Path) -> None:
@@ -213,6 +215,11 @@ def test_excluded_files_are_left_out(tmp_path: Path) -> None:
     assert keys("**/a.parquet") == ["c.csv", "test/deep/b.parquet"]
     with pytest.raises(InputError, match="every file is excluded"):
         keys("**")
+    files = [tmp_path / name for name in ("train/a.parquet", "test/a.parquet", "c.csv")]
+    named = list_inputs(_config(*files, exclude=("c.*",))).found  # as a shell expands a pattern
+    assert [source.key for source, _ in named] == ["test/a.parquet", "train/a.parquet"]
+    with pytest.raises(InputError, match="nothing to score there"):
+        list_inputs(_config(*files, exclude=("**",)))
 
 
 NAMES = [
