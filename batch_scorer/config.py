@@ -99,8 +99,9 @@ class Config(BaseModel):
     files found there, not from this name."""
 
     inputs: tuple[str, ...] = _setting(..., "runtime", min_length=1)
-    """Files, directories, globs or s3://, gs://, az:// URLs. The output keeps their paths below
-    the longest common folder. An output may get more inputs later."""
+    """Files, directories, globs or s3://, gs://, az:// URLs, or hf://datasets/ORG/NAME@REVISION
+    (docs/formats.md). The output keeps their paths below the longest common folder. An output may
+    get more inputs later."""
 
     exclude: tuple[str, ...] = _setting((), "runtime")
     """Input files to leave out, as globs over their paths below the input: `--exclude "test/*"`."""

@@ -5,9 +5,18 @@ rows into conversations. `docs/formats.md` shows every layout. A new one is an e
 tables of `kinds.py`, or a new text style beside `hh.py`.
 """
 
+from batch_scorer.formats.delimited import read_delimited, scan_delimited
 from batch_scorer.formats.detect import columns_judged, columns_needed, describe, detect
-from batch_scorer.formats.jsonl import read_json_table, read_lines, scan_lines, unpack_lines
+from batch_scorer.formats.jsonl import (
+    read_json_table,
+    read_json_values,
+    read_line_values,
+    read_lines,
+    scan_lines,
+    unpack_lines,
+)
 from batch_scorer.formats.parse import parse
+from batch_scorer.formats.storable import as_stored, lost_types, stored_schema
 from batch_scorer.formats.values import Columns, columns_of
 from batch_scorer.records import LineRun, Lines
 
@@ -15,14 +24,21 @@ __all__ = [
     "Columns",
     "LineRun",
     "Lines",
+    "as_stored",
     "columns_judged",
     "columns_needed",
     "columns_of",
     "describe",
     "detect",
+    "lost_types",
     "parse",
+    "read_delimited",
     "read_json_table",
+    "read_json_values",
+    "read_line_values",
     "read_lines",
+    "scan_delimited",
     "scan_lines",
+    "stored_schema",
     "unpack_lines",
 ]

@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 
@@ -11,6 +12,8 @@ import pyarrow.parquet as pq
 
 from batch_scorer import formats
 from batch_scorer.errors import ShardError, ShardReason, StorageError
+from batch_scorer.inputs.arrow_files import open_arrow, read_batches
+from batch_scorer.inputs.sources import FileKind, kind_of
 from batch_scorer.inputs.where import Where, where_of
 from batch_scorer.records import RowError, Shard, Source
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, open_store
@@ -19,31 +22,39 @@ BYTES_PER_TOKEN = 4
 """Of English text, roughly; only for estimates."""
 _STREAM_BYTES = 1 << 22
 _BATCH_ROWS = 1024
+_DELIMITERS: dict[FileKind | None, str] = {FileKind.CSV: ",", FileKind.TSV: "\t"}
 _WHOLE_BYTES = 1 << 22
 """A file up to this size, a few shards at most, is read in one request and not in one for each
 column and footer: 3 for a shard of its own instead of 23 (five leaf columns)."""
 
 
-def scan_json(
+def scan_lines(
     store: Store, source: Source, max_rows: int, max_tokens: int
 ) -> tuple[formats.Lines, pa.Table] | None:
-    """`formats.scan_lines` of a stored file."""
+    """How a stored file of lines is cut, and the rows of its first run; None for a JSON array."""
+    limits = {"max_rows": max_rows, "max_bytes": max_tokens * BYTES_PER_TOKEN}
+    delimiter = _DELIMITERS.get(kind_of(source.key))
     with _open_stream(store, source) as file:
-        return formats.scan_lines(
-            file, source.key, max_rows=max_rows, max_bytes=max_tokens * BYTES_PER_TOKEN
-        )
+        if delimiter is not None:
+            return formats.scan_delimited(file, source.key, delimiter=delimiter, **limits)
+        return formats.scan_lines(file, source.key, **limits)
 
 
-def read_json(
+def read_lines(
     store: Store, source: Source, lines: formats.Lines
 ) -> tuple[pa.Table, dict[int, RowError]]:
-    """Some of a file's lines as rows, and which of them are no JSON."""
-    if not lines.is_gzip:
-        data = store.read_range(source.key, source.version, lines.start, lines.stop)
-    else:
-        with _open_stream(store, source) as file:
-            data = formats.unpack_lines(file, source.key, lines)
-    return formats.read_lines(data, source.key, lines)
+    """Some of a file's lines as rows, and what is wrong with those that are none."""
+    data = _line_bytes(store, source, lines)
+    if lines.delimiter is not None:
+        return formats.read_delimited(data, source.key, lines)
+    return formats.read_lines(data, lines)
+
+
+def _line_bytes(store: Store, source: Source, lines: formats.Lines) -> bytes:
+    if lines.codec is None:
+        return store.read_range(source.key, source.version, lines.start, lines.stop)
+    with _open_stream(store, source) as file:
+        return formats.unpack_lines(file, source.key, lines)
 
 
 def _open_stream(store: Store, source: Source) -> io.BufferedReader:
@@ -71,6 +82,15 @@ def open_parquet(
     return pq.ParquetFile(file, metadata=metadata, pre_buffer=False, buffer_size=buffer_bytes)
 
 
+def group_rows(store: Store, source: Source) -> list[int]:
+    """The number of rows of each row group, or record batch."""
+    if kind_of(source.key) is FileKind.ARROW:
+        with open_arrow(store, source) as file:
+            return [batch.num_rows for batch in file.batches(columns=[])]
+    metadata = open_parquet(store, source).metadata
+    return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+
+
 def read_rows(
     store: Store,
     source: Source,
@@ -80,7 +100,7 @@ def read_rows(
     columns: list[str] | None = None,
     where: Where | None = None,
 ) -> pa.Table:
-    """Rows of a Parquet file, out of the row groups [start, stop); of all columns, or of some.
+    """Rows out of the row groups (or record batches) [start, stop); of all columns, or of some.
 
     With `where` the first ones that match; row groups that hold none by their statistics are not
     read.
@@ -91,6 +111,8 @@ def read_rows(
     """
     if where is not None:
         return _read_matching(store, source, row_groups, skip_rows, num_rows, columns, where)
+    if kind_of(source.key) is FileKind.ARROW:
+        return read_batches(store, source, row_groups, skip_rows, num_rows, columns)
     file = open_parquet(store, source)
     groups = list(range(*row_groups))
     if num_rows == sum(file.metadata.row_group(group).num_rows for group in groups):
@@ -120,32 +142,46 @@ def _read_matching(
     where: Where,
 ) -> pa.Table:
     """As `read_rows`, the first `num_rows` rows that match."""
-    file = open_parquet(store, source)
-    schema = file.schema_arrow
-    if source.size_bytes > _WHOLE_BYTES:
-        file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
-    names = [name for name in schema.names if columns is None or name in columns]
+    empty = read_rows(store, source, (0, 0), 0, 0, columns)
     batches: list[pa.RecordBatch] = []
     missing = num_rows
-    for first, batch in matching_batches(file, where, range(*row_groups), names):
+    for first, batch in matching_batches(
+        store, source, where, range(*row_groups), empty.column_names
+    ):
         rows = where.matches(batch)
         rows = rows[first + rows >= skip_rows][:missing]
         if len(rows):
-            batches.append(batch.select(names).take(pa.array(rows)))
+            batches.append(batch.select(empty.column_names).take(pa.array(rows)))
             missing -= len(rows)
         if not missing:
             break
-    return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
+    return pa.Table.from_batches(batches, empty.schema)
 
 
 def matching_batches(
-    file: pq.ParquetFile, where: Where, groups: Sequence[int], columns: Sequence[str] = ()
+    store: Store,
+    source: Source,
+    where: Where,
+    groups: Sequence[int] | None = None,
+    columns: Sequence[str] = (),
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Those of the row groups that may hold a match, in batches, each with the number of rows
-    before it in `groups`; these columns, and those that `where` reads."""
+    """Those of the row groups (default: all) that may hold a match, in batches, each with the
+    number of rows before it in `groups`; these columns, and those that `where` reads."""
+    names = [*dict.fromkeys([*columns, *where.columns])]
+    if kind_of(source.key) is FileKind.ARROW:
+        first = 0
+        with open_arrow(store, source) as arrow:
+            for place, batch in enumerate(arrow.batches(columns=names)):
+                if groups is None or place in groups:
+                    yield first, batch
+                    first += batch.num_rows
+        return
+    file = open_parquet(store, source)
+    if source.size_bytes > _WHOLE_BYTES:
+        file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
+    groups = range(file.metadata.num_row_groups) if groups is None else groups
     sizes = [file.metadata.row_group(group).num_rows for group in groups]
     begins = dict(zip(groups, accumulate(sizes, initial=0), strict=False))
-    names = [*dict.fromkeys([*columns, *where.columns])]
     for group in where.row_groups(file.metadata, groups):
         first = begins[group]
         for batch in file.iter_batches(_BATCH_ROWS, [group], names, use_threads=False):
@@ -156,43 +192,108 @@ def matching_batches(
 # Reading
 
 
-def columns_of_shard(
-    shard: Shard, store_options: Mapping[str, str], names: list[str]
-) -> tuple[formats.Columns, dict[int, RowError]]:
-    """The values of some columns of the shard, and the errors of rows that were no JSON.
-
-    Raises as `rows_of_shard`.
-    """
-    table, malformed = rows_of_shard(shard, store_options, names)
-    return formats.columns_of(table, names), malformed
-
-
 def rows_of_shard(
     shard: Shard, store_options: Mapping[str, str], columns: list[str] | None
 ) -> tuple[pa.Table, dict[int, RowError]]:
-    """The shard's rows, in all columns or in some, and the errors of rows that were no JSON.
+    """The shard's rows, in all columns or in some, with the types that they have in the output; and
+    the errors of rows that could not be read.
 
     Raises ShardError: the file is unreadable, gone, or changed since it was planned.
     """
-    source = shard.source
-    store = open_store(source.root, store_options)
+    with _reading(shard):
+        if shard.row_groups is not None:
+            return formats.as_stored(_grouped_rows(shard, store_options, columns)), {}
+        table, malformed = _line_rows(shard, store_options)
+        places = _rows_asked(shard, table)
+        table = table if columns is None else table.select(columns)
+        if isinstance(places, range):
+            table = table.slice(places.start, len(places))
+        else:
+            table = table.take(pa.array(places))
+        return table, _errors_of(places, malformed)
+
+
+def columns_of_shard(
+    shard: Shard, store_options: Mapping[str, str], names: Sequence[str]
+) -> tuple[formats.Columns, dict[int, RowError]]:
+    """The values of some columns, and errors as `rows_of_shard` gives them. Of JSON they are what
+    `json.loads` gives, with None for an absent key.
+
+    Raises ShardError as `rows_of_shard` does.
+    """
+    names = list(names)
+    if kind_of(shard.source.key) is not FileKind.JSON:
+        table, malformed = rows_of_shard(shard, store_options, names)
+        return formats.columns_of(table, names), malformed
+    with _reading(shard):
+        source = shard.source
+        store = open_store(source.root, store_options)
+        if shard.lines is not None:
+            data = _line_bytes(store, source, shard.lines)
+            columns, malformed = formats.read_line_values(data, shard.lines, names)
+        else:
+            data = _whole(store, source)
+            columns, malformed = formats.read_json_values(data, source.key, names)
+        places: Sequence[int] = range(shard.skip_rows, shard.skip_rows + shard.num_rows)
+        if shard.where is not None:
+            places = _rows_asked(shard, _line_rows(shard, store_options)[0])
+        values = {name: [columns[name][place] for place in places] for name in names}
+        return values, _errors_of(places, malformed)
+
+
+def row_numbers(shard: Shard, store_options: Mapping[str, str]) -> Sequence[int]:
+    """The numbers of the shard's rows in the file, from 0. Raises as `rows_of_shard`."""
+    if shard.where is None:
+        return range(shard.first_row, shard.first_row + shard.num_rows)
+    where = where_of(shard.where)
+    all_rows = replace(shard, where=None, num_rows=sys.maxsize)
+    rows, _ = rows_of_shard(all_rows, store_options, where.columns)
+    return [shard.first_row + place for place in where.matches(rows)[: shard.num_rows].tolist()]
+
+
+def _grouped_rows(
+    shard: Shard, store_options: Mapping[str, str], columns: list[str] | None
+) -> pa.Table:
+    assert shard.row_groups is not None
+    store = open_store(shard.source.root, store_options)
     where = None if shard.where is None else where_of(shard.where)
+    place = shard.row_groups, shard.skip_rows, shard.num_rows
+    return read_rows(store, shard.source, *place, columns, where)
+
+
+def _line_rows(
+    shard: Shard, store_options: Mapping[str, str]
+) -> tuple[pa.Table, dict[int, RowError]]:
+    """All rows of the shard's lines, or of its array."""
+    store = open_store(shard.source.root, store_options)
+    if shard.lines is not None:
+        return read_lines(store, shard.source, shard.lines)
+    return formats.read_json_table(_whole(store, shard.source), shard.source.key)
+
+
+def _rows_asked(shard: Shard, rows: pa.Table) -> Sequence[int]:
+    """Which rows are the shard's, of those that its `skip_rows` are the first of."""
+    if shard.where is None:
+        return range(shard.skip_rows, min(shard.skip_rows + shard.num_rows, rows.num_rows))
+    places = where_of(shard.where).matches(rows)
+    asked: list[int] = places[places >= shard.skip_rows][: shard.num_rows].tolist()
+    return asked
+
+
+def _errors_of(places: Sequence[int], errors: Mapping[int, RowError]) -> dict[int, RowError]:
+    """The errors of the rows at these places, of all those that were read."""
+    return {row: errors[place] for row, place in enumerate(places) if place in errors}
+
+
+def _whole(store: Store, source: Source) -> bytes:
+    return store.read_whole(source.key, source.version, source.size_bytes)
+
+
+@contextmanager
+def _reading(shard: Shard) -> Iterator[None]:
+    """What goes wrong with the shard's file, as ShardError."""
     try:
-        if shard.row_groups is None:
-            if shard.lines is not None:
-                table, malformed = read_json(store, source, shard.lines)
-            else:
-                data = store.read_whole(source.key, source.version, source.size_bytes)
-                table, malformed = formats.read_json_table(data, source.key)
-            places = rows_asked(shard, table)
-            table = table if columns is None else table.select(columns)
-            kept = {row: malformed[place] for row, place in enumerate(places) if place in malformed}
-            if isinstance(places, range):
-                return table.slice(places.start, len(places)), kept
-            return table.take(pa.array(places)), kept
-        return read_rows(
-            store, source, shard.row_groups, shard.skip_rows, shard.num_rows, columns, where
-        ), {}
+        yield
     except ObjectChanged as error:
         raise ShardError(
             ShardReason.INPUT_CHANGED, "the file changed after the run was planned; run again"
@@ -206,22 +307,3 @@ def rows_of_shard(
             ShardReason.UNREADABLE_FILE,
             f"rows {shard.first_row} to {shard.first_row + shard.num_rows}: {error}",
         ) from error
-
-
-def rows_asked(shard: Shard, rows: pa.Table) -> Sequence[int]:
-    """Which rows are the shard's, of those that its `skip_rows` are the first of."""
-    if shard.where is None:
-        return range(shard.skip_rows, min(shard.skip_rows + shard.num_rows, rows.num_rows))
-    places = where_of(shard.where).matches(rows)
-    asked: list[int] = places[places >= shard.skip_rows][: shard.num_rows].tolist()
-    return asked
-
-
-def row_numbers(shard: Shard, store_options: Mapping[str, str]) -> Sequence[int]:
-    """The numbers of the shard's rows in the file, from 0. Raises as `rows_of_shard`."""
-    if shard.where is None:
-        return range(shard.first_row, shard.first_row + shard.num_rows)
-    where = where_of(shard.where)
-    all_rows = replace(shard, where=None, num_rows=sys.maxsize)
-    rows, _ = rows_of_shard(all_rows, store_options, where.columns)
-    return [shard.first_row + place for place in where.matches(rows)[: shard.num_rows].tolist()]

@@ -20,7 +20,8 @@ from batch_scorer import formats
 from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ShardError, ShardReason, StorageError
 from batch_scorer.formats.shape import shape_of
-from batch_scorer.inputs.files import BYTES_PER_TOKEN, open_parquet, scan_json
+from batch_scorer.inputs.arrow_files import open_arrow
+from batch_scorer.inputs.files import BYTES_PER_TOKEN, open_parquet, scan_lines
 from batch_scorer.inputs.selection import (
     kept_columns,
     matching_rows,
@@ -28,7 +29,7 @@ from batch_scorer.inputs.selection import (
     rows_of_bits,
     spread,
 )
-from batch_scorer.inputs.sources import PARQUET, list_inputs
+from batch_scorer.inputs.sources import FileKind, has_groups, kind_of, list_inputs
 from batch_scorer.inputs.where import IntArray, where_of
 from batch_scorer.records import (
     SCALAR,
@@ -48,12 +49,14 @@ log = logging.getLogger("batch_scorer")
 _SAMPLE_ROWS = 32
 _SAMPLE_BYTES = 1 << 20
 _INSPECTORS = 16
+_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """What the plan knows of one file. `row_groups` is (rows, estimated tokens) of each, and of
-    each run of `lines` where there are lines; a JSON array counts as one.
+    """What the plan knows of one file. `row_groups` is (rows, estimated tokens) of each, or of each
+    record batch, or of each run of `lines` where there are lines; a JSON array counts as one.
+    `lost_types` names the columns whose Parquet type the output cannot have.
 
     `where` is the expression that rows have to match, and `matching` one bit a row
     (`selection.matching_rows`); None without it. With a `limit` only so many of them are asked for.
@@ -67,6 +70,7 @@ class InputFile:
     where: str | None = None
     matching: bytes | None = field(default=None, repr=False)
     limit: int | None = None
+    lost_types: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -79,8 +83,8 @@ class InputFile:
         return rows_of_bits(self.matching, self.num_rows)[: self.limit]
 
     @property
-    def is_parquet(self) -> bool:
-        return self.source.key.endswith(PARQUET)
+    def has_groups(self) -> bool:
+        return has_groups(self.source.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,8 @@ class Plan:
     """All work of a run: what will be scored, and what cannot be, with the reason.
 
     `aside` are inputs by key that are there but were not looked at. `not_asked` are the files of
-    which no row is asked for, each with its rows.
+    which no row is asked for, each with its rows. `skipped` are the URLs of files beside the inputs
+    that are none.
     """
 
     files: list[InputFile]
@@ -96,6 +101,7 @@ class Plan:
     failed: list[Receipt]
     aside: Mapping[str, Source] = field(default_factory=dict)
     not_asked: list[Receipt] = field(default_factory=list)
+    skipped: Sequence[str] = ()
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -141,7 +147,8 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
     files: list[InputFile] = []
     failed: list[Receipt] = []
     shared: dict[Any, Any] = {}
-    listed = list_inputs(config)
+    listing = list_inputs(config)
+    listed = listing.found
     sources = [source for source, changed in listed if choose is None or choose(source, changed)]
     aside: dict[str, Source] = {}
     if choose is not None:
@@ -177,7 +184,24 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
         for file in unused
     ]
     pa.default_memory_pool().release_unused()  # it keeps some 14 MB for each thread that has read
-    return Plan(files, shards, failed, aside, not_asked)
+    _warn(files, listing.skipped)
+    return Plan(files, shards, failed, aside, not_asked, listing.skipped)
+
+
+def _warn(files: Sequence[InputFile], skipped: Sequence[str]) -> None:
+    """What of the inputs will not be in the output."""
+    if skipped:
+        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        log.info("not read: %s%s", ", ".join(skipped[:_NAMED]), more)
+    for lost in sorted({file.lost_types for file in files if file.lost_types}):
+        (first, *others) = [file.source.url for file in files if file.lost_types == lost]
+        more = f" and {len(others)} more files" if others else ""
+        log.warning(
+            "%s%s: %s: the values are kept, but not their type in Parquet",
+            first,
+            more,
+            "; ".join(lost),
+        )
 
 
 def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
@@ -208,21 +232,22 @@ def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:
     ranges = list(_ranges(groups, shard_rows, shard_tokens))
     if not file.num_rows:
         ranges = [(0, 0, 0)]
-    stem = file.source.key.removesuffix(".parquet")
+    key, suffix = file.source.key, ".parquet"
+    stem = key[: -len(suffix)] if key.lower().endswith(suffix) else key
     for place, num_rows, tokens in ranges:
         first, last = (int(rows[i]) for i in (place, place + num_rows - 1)) if num_rows else (0, -1)
         after = int(rows[place + num_rows]) if place + num_rows < len(rows) else file.num_rows
         start, stop = parts_holding(ends, first, last + 1)
-        suffix = "" if len(ranges) == 1 else f".rows{first}-{last + 1}"
+        cut_rows = "" if len(ranges) == 1 else f".rows{first}-{last + 1}"
         yield Shard(
             source=file.source,
             layout=file.layout,
             first_row=first,
             num_rows=num_rows,
-            row_groups=(start, stop) if file.is_parquet else None,
+            row_groups=(start, stop) if file.has_groups else None,
             skip_rows=first - (ends[start - 1] if start else 0),
             estimated_tokens=tokens,
-            output_key=f"{stem}{suffix}.parquet",
+            output_key=f"{stem}{cut_rows}{suffix}",
             lines=file.lines and file.lines.part(start, stop),
             where=file.where,
             rows_not_asked=after - (first if place else 0) - num_rows,
@@ -267,7 +292,7 @@ def _look(source: Source, config: Config, outputs: Outputs) -> InputFile | Recei
     where, store = where_of(config.where), open_store(source.root, config.store_options)
     try:
         where.check(found.schema)
-        bits = matching_rows(store, source, found.num_rows, where, found.lines, found.is_parquet)
+        bits = matching_rows(store, source, found.num_rows, where, found.lines)
         return replace(found, where=config.where, matching=bits)
     except ShardError as error:
         return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
@@ -280,20 +305,23 @@ def _look(source: Source, config: Config, outputs: Outputs) -> InputFile | Recei
 
 def _inspect(source: Source, config: Config, outputs: Outputs) -> InputFile | Receipt | None:
     store = open_store(source.root, config.store_options)
+    kind = kind_of(source.key)
     try:
-        if source.key.endswith(PARQUET):
+        if kind is FileKind.PARQUET:
             return _inspect_parquet(store, source, config, outputs)
-        return _inspect_json(store, source, config, outputs)
+        if kind is FileKind.ARROW:
+            return _inspect_arrow(store, source, config, outputs)
+        return _inspect_lines(store, source, config, outputs)
     except ShardError as error:
         return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
     except StorageError as error:
         return Receipt.of_file(source, Status.FAILED, ShardReason.STORE_FAILED, str(error))
 
 
-def _inspect_json(
+def _inspect_lines(
     store: Store, source: Source, config: Config, outputs: Outputs
 ) -> InputFile | None:
-    scanned = scan_json(store, source, config.shard_rows, config.shard_tokens)
+    scanned = scan_lines(store, source, config.shard_rows, config.shard_tokens)
     if scanned is None:
         lines = None
         data = store.read_whole(source.key, source.version, source.size_bytes)
@@ -335,6 +363,26 @@ def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outp
             if column.path_in_schema.split(".")[0] in needed
         )
         groups.append((group.num_rows, needed_bytes // BYTES_PER_TOKEN))
+    return InputFile(source, schema, layout, tuple(groups), lost_types=formats.lost_types(file))
+
+
+def _inspect_arrow(store: Store, source: Source, config: Config, outputs: Outputs) -> InputFile:
+    try:
+        with open_arrow(store, source) as file:
+            schema = formats.stored_schema(file.schema)
+            filled = (batch for batch in file.batches() if batch.num_rows)
+            first = next(filled, None)
+            sample = schema.empty_table()
+            if first is not None:
+                rows = pa.Table.from_batches([first.slice(0, _SAMPLE_ROWS)])
+                sample = formats.as_stored(rows)
+            layout = _layout(schema, sample, config, outputs)
+            groups = []
+            for batch in file.batches(columns=formats.columns_needed(layout)):
+                batch.validate(full=True)  # a torn file ends the process that reads it
+                groups.append((batch.num_rows, batch.nbytes // BYTES_PER_TOKEN))
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(ShardReason.UNREADABLE_FILE, f"not readable as Arrow: {error}") from error
     return InputFile(source, schema, layout, tuple(groups))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from batch_scorer import formats
 from batch_scorer.errors import ConfigError
-from batch_scorer.inputs.files import matching_batches, open_parquet, read_json
+from batch_scorer.inputs.files import matching_batches, read_lines
+from batch_scorer.inputs.sources import has_groups
 from batch_scorer.inputs.where import IntArray, Where
 from batch_scorer.records import Lines, Source
 from batch_scorer.storage import Store
@@ -17,23 +18,21 @@ _PACKED_RUNS = 64
 
 
 def matching_rows(
-    store: Store, source: Source, num_rows: int, where: Where, lines: Lines | None, is_parquet: bool
+    store: Store, source: Source, num_rows: int, where: Where, lines: Lines | None
 ) -> bytes:
     """One bit for each of a file's `num_rows` rows, as `numpy.packbits` has them: whether `where`
     is true for it."""
     matches = np.zeros(num_rows, np.bool_)
-    if is_parquet:
-        file = open_parquet(store, source)
-        groups = range(file.metadata.num_row_groups)
-        for first, batch in matching_batches(file, where, groups):
+    if has_groups(source.key):
+        for first, batch in matching_batches(store, source, where):
             matches[first + where.matches(batch)] = True
     elif lines is None:
         data = store.read_whole(source.key, source.version, source.size_bytes)
         matches[where.matches(formats.read_json_table(data, source.key)[0])] = True
     else:
-        first, step = 0, _PACKED_RUNS if lines.is_gzip else 1
+        first, step = 0, _PACKED_RUNS if lines.codec else 1
         for start in range(0, len(lines.runs), step):
-            table, _ = read_json(store, source, lines.part(start, start + step))
+            table, _ = read_lines(store, source, lines.part(start, start + step))
             matches[first + where.matches(table)] = True
             first += table.num_rows
     return np.packbits(matches).tobytes()

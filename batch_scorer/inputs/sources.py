@@ -1,8 +1,10 @@
 """Which files the inputs name."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from posixpath import commonpath
 
@@ -17,19 +19,81 @@ from batch_scorer.storage import (
     glob_pattern,
     is_remote,
     open_store,
+    pinned,
+    place_of,
 )
 
-PARQUET = (".parquet",)
-JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
+_GLOB_MARKS = "*?["
 
 
-def list_inputs(config: Config) -> list[tuple[Source, datetime]]:
-    """All input files and the times of their last changes, sorted by key.
+class FileKind(StrEnum):
+    """What a file's name says of its contents."""
+
+    PARQUET = "parquet"
+    JSON = "json"
+    CSV = "csv"
+    TSV = "tsv"
+    ARROW = "arrow"
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether parts of it can be read by their number: row groups, record batches."""
+        return self in (FileKind.PARQUET, FileKind.ARROW)
+
+
+SUFFIXES = {
+    ".parquet": FileKind.PARQUET,
+    ".jsonl": FileKind.JSON,
+    ".json": FileKind.JSON,
+    ".ndjson": FileKind.JSON,
+    ".csv": FileKind.CSV,
+    ".tsv": FileKind.TSV,
+    ".arrow": FileKind.ARROW,
+    ".feather": FileKind.ARROW,
+}
+"""In upper case or lower case."""
+_PACKED = (".gz", ".zst")
+"""What may follow the suffix of a file of lines."""
+_READ = f"{', '.join(SUFFIXES)} (of lines also {', '.join(_PACKED)})"
+
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""What `datasets` puts beside the rows. Where a file is named by itself, it is data."""
+
+
+def kind_of(key: str) -> FileKind | None:
+    """The kind of the file with this name; None: it is not read."""
+    name = key.lower()
+    if packed := next((suffix for suffix in _PACKED if name.endswith(suffix)), ""):
+        name = name.removesuffix(packed)
+    kind = next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    return None if packed and kind and kind.has_groups else kind
+
+
+def has_groups(key: str) -> bool:
+    """Whether parts of the file with this name can be read by their number."""
+    kind = kind_of(key)
+    return kind is not None and kind.has_groups
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The input files and the times of their last changes, sorted by key; and the URLs of other
+    files in their folders, which are not read."""
+
+    found: list[tuple[Source, datetime]]
+    skipped: list[str] = field(default_factory=list)
+
+
+def list_inputs(config: Config) -> Listing:
+    """All input files but those that `exclude` names.
 
     Keys are relative to the longest common folder. Raises InputError for an input that is not there
     or holds no files that can be scored, ConfigError for an output that is an input's folder.
     """
-    found = [(root, info) for spec in config.inputs for root, info in _expand(spec, config)]
+    skipped: set[str] = set()
+    found = [
+        (root, info) for spec in config.inputs for root, info in _expand(spec, config, skipped)
+    ]
     output = _absolute(config.output) if config.output else None
     roots = {root for root, _ in found}
     if output in roots:
@@ -46,36 +110,74 @@ def list_inputs(config: Config) -> list[tuple[Source, datetime]]:
         sources.append((source, info.last_modified))
     if not sources:
         raise InputError(f"{', '.join(config.inputs)}: nothing to score there")
-    return sources
+    others = skipped - urls.keys()
+    return Listing(
+        sources,
+        sorted(url for url in others if not (output and url.startswith(f"{output}/"))),
+    )
 
 
-def _expand(spec: str, config: Config) -> Iterator[tuple[str, ObjectInfo]]:
-    """The files that one input names, with the root their keys are relative to."""
-    url = _absolute(spec)
-    if any(mark in url for mark in "*?["):
-        folder, pattern = _split_glob(url)
-        matches = glob_pattern(pattern)
-        hits = [(folder, i) for i in _list(folder, config) if matches.fullmatch(i.key)]
+def _expand(spec: str, config: Config, skipped: set[str]) -> Iterator[tuple[str, ObjectInfo]]:
+    """The files that one input names, with the root their keys are relative to; adds the URLs of
+    the others beside them to `skipped`."""
+    try:
+        url = pinned(_absolute(spec))
+    except (AccessDenied, PlaceMissing) as error:
+        raise InputError(str(error)) from error
+    file = _file(spec, url, config)
+    if file is not None:
+        root, listed, problem = url.rpartition("/")[0], [file], ""
+    elif _has_marks(url):
+        root, listed = _matching(url, config)
         problem = "no file matches"
     else:
-        if url.endswith(PARQUET + JSON):
-            folder, _, name = url.rpartition("/")
-            try:
-                yield folder, open_store(folder, config.store_options).head(name)
-                return
-            except ObjectMissing:
-                pass  # a folder may have such a name (Spark writes them)
-        elif not is_remote(url) and Path(url).is_file():
-            raise InputError(f"{spec}: unknown file type; {_suffixes()} are read")
-        hits = [(url, info) for info in _list(url, config)]
-        problem = f"holds no {_suffixes()} files"
-    hits = [(r, i) for r, i in hits if i.key.endswith(PARQUET + JSON) and not _is_hidden(i.key)]
-    if not hits:
-        raise InputError(f"{spec}: {problem}")
-    yield from hits
+        root, listed = url, _list(url, config)
+        problem = f"holds no {_READ} files"
+    excluded = [glob_pattern(pattern) for pattern in config.exclude]
+    hits = [info for info in listed if not any(glob.fullmatch(info.key) for glob in excluded)]
+    data = hits if file is not None else [info for info in hits if _is_data(info.key)]
+    if not data and file is None:
+        is_excluded = bool(listed) and not hits
+        raise InputError(f"{spec}: {'every file is excluded' if is_excluded else problem}")
+    others = (info.key for info in hits if info not in data and _is_shown(info.key))
+    skipped.update(f"{root.rstrip('/')}/{key}" for key in others)
+    yield from ((root, info) for info in data)
 
 
-def _list(root: str, config: Config) -> Iterable[ObjectInfo]:
+def _file(spec: str, url: str, config: Config) -> ObjectInfo | None:
+    """The file of this name, if there is one. Raises InputError where it is of no kind we read."""
+    found = None
+    if kind_of(url) or _has_marks(url):
+        folder, _, name = url.rpartition("/")
+        found = _head(folder, name, config)
+    is_there = found is not None or (not is_remote(url) and Path(url).is_file())
+    if is_there and kind_of(url) is None:
+        raise InputError(f"{spec}: unknown file type; {_READ} are read")
+    return found
+
+
+def _matching(url: str, config: Config) -> tuple[str, list[ObjectInfo]]:
+    """What a folder of this very name holds, or what the pattern matches; and the root of both."""
+    if listed := _list_if_there(url, config):
+        return url, listed
+    root, pattern = _split_glob(url)
+    matches = glob_pattern(pattern)
+    return root, [info for info in _list(root, config) if matches.fullmatch(info.key)]
+
+
+def _head(folder: str, name: str, config: Config) -> ObjectInfo | None:
+    """The file, if there is one; a folder may have such a name (Spark writes them)."""
+    try:
+        return open_store(folder, config.store_options).head(name)
+    except ObjectMissing:
+        return None
+    except AccessDenied:  # S3 says so of what is not there to those who may not list
+        if not _has_marks(name):
+            raise
+        return None
+
+
+def _list(root: str, config: Config) -> list[ObjectInfo]:
     try:
         return list(open_store(root, config.store_options).list())
     except (AccessDenied, PlaceMissing) as error:
@@ -84,10 +186,32 @@ def _list(root: str, config: Config) -> Iterable[ObjectInfo]:
         raise InputError(str(error)) from error
 
 
+def _list_if_there(root: str, config: Config) -> list[ObjectInfo]:
+    """What a folder holds whose own name has glob marks; nothing if there is no such folder."""
+    if not is_remote(root):
+        return _list(root, config) if Path(root).is_dir() else []
+    try:
+        return list(open_store(root, config.store_options).list())
+    except (AccessDenied, ObjectMissing):
+        return []
+
+
+def _has_marks(url: str) -> bool:
+    return any(mark in url for mark in _GLOB_MARKS)
+
+
 def _split_glob(url: str) -> tuple[str, str]:
+    """The folder above the first glob mark, and the pattern below it. A part of the path with
+    marks in its name that is there as it is written is no pattern."""
     parts = url.split("/")
-    first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    patterns = (i for i, part in enumerate(parts) if _has_marks(part) and not _is_there(parts, i))
+    first = next(patterns, len(parts) - 1)
     return "/".join(parts[:first]) or "/", "/".join(parts[first:])
+
+
+def _is_there(parts: list[str], last: int) -> bool:
+    folder = "/".join(parts[: last + 1])
+    return last < len(parts) - 1 and not is_remote(folder) and Path(folder).is_dir()
 
 
 def _absolute(spec: str) -> str:
@@ -98,19 +222,24 @@ def _common_root(roots: set[str]) -> str | None:
     """The deepest folder above all roots; None where they lie in different stores."""
     if len(roots) == 1:
         return next(iter(roots))
-    places = {root.split("/")[2] if is_remote(root) else "" for root in roots}
-    schemes = {root.split("://")[0] if is_remote(root) else "" for root in roots}
-    if len(places) > 1 or len(schemes) > 1:
+    places = {place_of(root) for root in roots}
+    if len(places) != 1:
         return None
-    if schemes == {""}:
-        return commonpath(roots)
-    scheme = next(iter(schemes))
-    return f"{scheme}://{commonpath([root.split('://', 1)[1] for root in roots])}"
+    (place,) = places
+    below = commonpath([f"/{root.removeprefix(place).lstrip('/')}" for root in roots])
+    return (place + below).rstrip("/") or "/"
+
+
+def _is_data(key: str) -> bool:
+    is_known = key.rpartition("/")[2].lower() in _NOT_DATA
+    return kind_of(key) is not None and not is_known and not _is_hidden(key)
+
+
+def _is_shown(key: str) -> bool:
+    """Whether a file that is not read is named: all but hidden ones, unless they look like data."""
+    folder, _, name = key.rpartition("/")
+    return not _is_hidden(key) or (kind_of(name) is not None and not _is_hidden(folder))
 
 
 def _is_hidden(key: str) -> bool:
     return any(part.startswith(("_", ".")) for part in key.split("/"))
-
-
-def _suffixes() -> str:
-    return ", ".join(PARQUET + JSON)

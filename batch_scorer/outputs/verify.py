@@ -21,10 +21,15 @@ import pyarrow.compute as pc
 
 from batch_scorer import formats
 from batch_scorer.errors import ExitCode, ShardError, StorageError
-from batch_scorer.inputs.files import open_parquet, read_json, read_rows, scan_json
+from batch_scorer.inputs.files import (
+    group_rows,
+    read_lines,
+    read_rows,
+    scan_lines,
+)
 from batch_scorer.inputs.plan import parts_holding
 from batch_scorer.inputs.selection import kept_columns, matching_rows, rows_of_bits
-from batch_scorer.inputs.sources import PARQUET
+from batch_scorer.inputs.sources import has_groups
 from batch_scorer.inputs.where import where_of
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.columns import digest_columns
@@ -169,10 +174,10 @@ def _recount_inputs(
 
 
 def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
-    """What one thread checks: all shards of a JSON file, or one shard of a Parquet file."""
+    """What one thread checks: all shards of a file of lines, or one shard of another file."""
     together: dict[tuple[str, str], list[Receipt]] = {}
     for receipt in receipts:
-        name = receipt.output_key if _is_parquet(receipt) else receipt.input
+        name = receipt.output_key if has_groups(receipt.input) else receipt.input
         together.setdefault((receipt.input_root, name), []).append(receipt)
     return list(together.values())
 
@@ -196,7 +201,7 @@ class _Inputs:
         try:
             if (found := self._find(receipt)) is None:
                 return None
-            read = self._of_parquet if _is_parquet(receipt) else self._of_json
+            read = self._of_groups if has_groups(receipt.input) else self._of_lines
             table = read(*found, commit.first_row, commit.num_rows)
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
@@ -207,16 +212,19 @@ class _Inputs:
         try:
             if (found := self._find(receipt)) is None:
                 return None
-            if not _is_parquet(receipt):
+            if not has_groups(receipt.input):
                 num_rows = _num_rows(self._scanned(*found))
                 return num_rows, num_rows if self._where is None else len(self._matching)
-            file = open_parquet(*found)
-            num_rows = file.metadata.num_rows
+            groups = group_rows(*found)
+            num_rows = sum(groups)
             if self._where is None:
                 return num_rows, num_rows
             # All of the rows, whatever the statistics of their groups say.
-            batches = file.iter_batches(columns=self._where.columns, use_threads=False)
-            return num_rows, sum(len(self._where.matches(batch)) for batch in batches)
+            store, source = found
+            rows = read_rows(
+                store, source, (0, len(groups)), 0, num_rows, list(self._where.columns)
+            )
+            return num_rows, len(self._where.matches(rows))
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
 
@@ -228,17 +236,17 @@ class _Inputs:
             return None
         return store, Source(receipt.input_root, info.key, info.size_bytes, info.version)
 
-    def _of_parquet(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
-        metadata = open_parquet(store, source).metadata
-        groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    def _of_groups(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+        groups = group_rows(store, source)
         ends = list(accumulate(groups))
         # Nobody knows where the last one of some rows that match is.
-        stop_row = first_row + num_rows if self._where is None else metadata.num_rows
+        stop_row = first_row + num_rows if self._where is None else sum(groups)
         start, stop = parts_holding(ends, first_row, stop_row if num_rows else first_row)
         skip_rows = first_row - (ends[start - 1] if start else 0)
-        return read_rows(store, source, (start, stop), skip_rows, num_rows, None, self._where)
+        place = (start, stop), skip_rows, num_rows
+        return formats.as_stored(read_rows(store, source, *place, None, self._where))
 
-    def _of_json(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
+    def _of_lines(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
         found = self._scanned(store, source)
         rows = np.arange(first_row, first_row + num_rows)
         if self._where is not None:
@@ -247,13 +255,13 @@ class _Inputs:
             return found.take(pa.array(rows))
         ends = list(accumulate(run.num_rows for run in found.runs))
         start, stop = parts_holding(ends, int(rows[0]), int(rows[-1]) + 1)
-        table, _ = read_json(store, source, found.part(start, stop))
+        table, _ = read_lines(store, source, found.part(start, stop))
         return table.take(pa.array(rows - (ends[start - 1] if start else 0)))
 
     def _scanned(self, store: Store, source: Source) -> formats.Lines | pa.Table:
-        """How a file of JSON lines is cut, or the rows of an array."""
+        """How a file of lines is cut, or the rows of an array."""
         if self._json is None or self._json[0] != source:
-            scanned = scan_json(store, source, self._max_rows, self._max_tokens)
+            scanned = scan_lines(store, source, self._max_rows, self._max_tokens)
             if scanned is None:
                 data = store.read(source.key, source.version)
                 self._json = source, formats.read_json_table(data, source.key)[0]
@@ -270,16 +278,12 @@ class _Inputs:
         if isinstance(found, pa.Table):
             return self._where.matches(found)
         num_rows = _num_rows(found)
-        bits = matching_rows(store, source, num_rows, self._where, found, is_parquet=False)
+        bits = matching_rows(store, source, num_rows, self._where, found)
         return rows_of_bits(bits, num_rows)
 
 
 def _num_rows(found: formats.Lines | pa.Table) -> int:
     return found.num_rows if isinstance(found, pa.Table) else sum(r.num_rows for r in found.runs)
-
-
-def _is_parquet(receipt: Receipt) -> bool:
-    return receipt.input.endswith(PARQUET)
 
 
 def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:

@@ -33,10 +33,11 @@ from batch_scorer.records.rows import (
     TokenizedRows,
     gather,
 )
-from batch_scorer.records.shards import LineRun, Lines, Shard, Source, layout_to_json
+from batch_scorer.records.shards import Codec, LineRun, Lines, Shard, Source, layout_to_json
 
 __all__ = [
     "SCALAR",
+    "Codec",
     "Commit",
     "Conversation",
     "Effort",

@@ -1,7 +1,7 @@
 """An input file, and a shard: a row range of one."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
@@ -28,25 +28,33 @@ class Source:
 class LineRun:
     """Lines that follow each other: bytes [start, stop) of the unpacked file, `num_rows` rows.
 
-    `first_line` counts all lines of the file from 1, blank ones too.
+    `first_line` counts all lines of the file from 1, blank ones too. `is_plain`: Arrow's own JSON
+    reader was seen to be right about them.
     """
 
     start: int
     stop: int
     first_line: int
     num_rows: int
+    is_plain: bool = False
+
+
+Codec: TypeAlias = Literal["gzip", "zstd"]
+"""How a file of lines is packed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Runs of a file of JSON lines, without a gap: all of them, or those of one shard.
+    """Runs of a file of lines, without a gap: all of them, or those of one shard.
 
-    `schema` has the columns of all rows of the file.
+    `schema` has the columns of all rows of the file. Values are JSON, or text between
+    `delimiter`s.
     """
 
     runs: tuple[LineRun, ...]
     schema: pa.Schema
-    is_gzip: bool
+    codec: Codec | None = None
+    delimiter: str | None = None
 
     @property
     def start(self) -> int:
@@ -66,9 +74,9 @@ class Shard:
     """A row range of one input file: the unit of work and of commit.
 
     `num_rows` rows from row `first_row` of the file on: those that follow each other, or, with a
-    `where`, the first that match it. They lie in the Parquet row groups [start, stop) of
-    `row_groups`, or in the `lines` of a file of JSON lines, or (both are None) in a JSON array;
-    `skip_rows` is how many rows come before them there. `rows_not_asked` counts the rows between
+    `where`, the first that match it. They lie in the row groups [start, stop) of
+    `row_groups` (record batches of an Arrow file), or in the `lines` of a file of lines, or (both
+    are None) in a JSON array; `skip_rows` is how many rows come before them there. `rows_not_asked` counts the rows between
     this shard and the next one that no shard has, and for a file's first shard those before it:
     the shards of a file add up to its rows. `replaces` is the stale object to be replaced, if any.
     `earlier` are scored objects, as (root, key), that may hold rows of this shard with their scores

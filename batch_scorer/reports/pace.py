@@ -16,7 +16,8 @@ class Started:
     `shards_done` were committed before, and the `todo_*` that are scored now.
 
     `rows_not_asked` are the files' other rows. `layouts` lists the files by what their rows are;
-    `input_gone` the stored shards whose input is no longer there.
+    `input_gone` the stored shards whose input is no longer there, `skipped` files beside the inputs
+    that are not read.
     """
 
     files: int
@@ -30,6 +31,7 @@ class Started:
     failed: tuple[FailedShard, ...]
     input_gone: tuple[str, ...]
     rows_not_asked: int = 0
+    skipped: tuple[str, ...] = ()
 
 
 def started(work: Work) -> Started:
@@ -50,6 +52,7 @@ def started(work: Work) -> Started:
         failed=tuple(map(failed_shard, plan.failed)),
         input_gone=tuple(receipt.output_key for receipt in work.gone),
         rows_not_asked=plan.rows_not_asked,
+        skipped=tuple(plan.skipped),
     )
 
 

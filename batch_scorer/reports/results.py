@@ -44,7 +44,8 @@ def failed_shard(receipt: Receipt) -> FailedShard:
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
     """An input file; `rows` are those that are asked for, `tokens` the plan's estimate for them,
-    `layout` is `layout_to_json`."""
+    `layout` is `layout_to_json`. `lost_types` names the columns whose Parquet type the output
+    cannot have."""
 
     key: str
     url: str
@@ -54,11 +55,15 @@ class PlannedFile:
     rows_are: str
     layout: Mapping[str, Any]
     rows_not_asked: int = 0
+    lost_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What a run would do. Without an `estimate`, `unknown` is the reason; None: no model given."""
+    """What a run would do. Without an `estimate`, `unknown` is the reason; None: no model given.
+
+    `skipped` are the URLs of files beside the inputs that are not read.
+    """
 
     files: tuple[PlannedFile, ...]
     shards: int
@@ -68,6 +73,7 @@ class PlanReport:
     unknown: str | None
     failed: tuple[FailedShard, ...]
     rows_not_asked: int = 0
+    skipped: tuple[str, ...] = ()
 
     @property
     def computed_ratio(self) -> float | None:
@@ -83,6 +89,7 @@ class PlanReport:
                     "rows": file.rows,
                     "rows_not_asked": file.rows_not_asked,
                     "rows_are": file.rows_are,
+                    "lost_types": list(file.lost_types),
                     **file.layout,
                 }
                 for file in self.files
@@ -97,6 +104,7 @@ class PlanReport:
                 {"input": each.input, "reason": each.reason, "detail": each.detail}
                 for each in self.failed
             ],
+            "skipped": list(self.skipped),
         }
 
 
@@ -120,6 +128,7 @@ def plan_report(ahead: Outlook) -> PlanReport:
                 tokens=tokens[file.source.url],
                 rows_are=formats.describe(file.layout, file.schema),
                 layout=layout_to_json(file.layout),
+                lost_types=file.lost_types,
             )
             for file in plan.files
         ),
@@ -130,6 +139,7 @@ def plan_report(ahead: Outlook) -> PlanReport:
         unknown=ahead.unknown,
         failed=tuple(map(failed_shard, plan.failed)),
         rows_not_asked=plan.rows_not_asked,
+        skipped=tuple(plan.skipped),
     )
 
 

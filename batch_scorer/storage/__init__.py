@@ -1,4 +1,5 @@
-"""One layer over every store: local disk, S3, GCS, Azure.
+"""One layer over every store: local disk, S3, GCS, Azure; data sets of the Hugging Face hub, to
+read.
 
 What the commit protocol needs and nothing more: reads pinned to a version, a conditional create, a
 conditional replace, and a listing that carries versions. What the stores show differently is made
@@ -13,12 +14,14 @@ from batch_scorer.storage.conformance import (
     require_conditional_writes,
 )
 from batch_scorer.storage.faults import AccessDenied, ObjectChanged, ObjectMissing, PlaceMissing
+from batch_scorer.storage.hub import pinned
 from batch_scorer.storage.store import (
     Store,
     glob_pattern,
     in_threads,
     is_remote,
     open_store,
+    place_of,
 )
 from batch_scorer.storage.versions import ObjectInfo, Version
 
@@ -37,5 +40,7 @@ __all__ = [
     "in_threads",
     "is_remote",
     "open_store",
+    "pinned",
+    "place_of",
     "require_conditional_writes",
 ]

@@ -50,6 +50,8 @@ _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.002
 _BUFFER_BYTES = 1 << 16
 _AHEAD = 4
+HUB = "hf://"
+"""What URLs of the Hugging Face hub begin with."""
 
 Kind: TypeAlias = Literal["local", "s3", "azure", "gcs", "other"]
 _KINDS: dict[type, Kind] = {
@@ -63,6 +65,17 @@ _KINDS: dict[type, Kind] = {
 def is_remote(url: str) -> bool:
     """Whether `url` names an object store; anything else is a local path."""
     return "://" in url
+
+
+def place_of(root: str) -> str:
+    """The bucket or container of a URL, or the data set of the hub; "" for a local path."""
+    parts = 5 if root.startswith(HUB) else 3
+    return "/".join(root.split("/")[:parts]) if is_remote(root) else ""
+
+
+def _as_url(root: str) -> str:
+    """A key may hold marks that end the path of a URL."""
+    return root.replace("?", "%3F").replace("#", "%23")
 
 
 class Store:
@@ -95,7 +108,7 @@ class Store:
             "retry_config": _RETRY,
         }
         try:
-            self._store = from_url(self.root, **settings)
+            self._store = from_url(_as_url(self.root), **settings)
         except (BaseError, ValueError) as error:
             raise ConfigError(f"{root}: {first_line(error)}") from error
 
@@ -336,6 +349,10 @@ class Store:
 
 @lru_cache(maxsize=64)
 def _cached_store(root: str, options: tuple[tuple[str, str], ...], create: bool) -> Store:
+    if root.startswith(HUB):
+        from batch_scorer.storage.hub import HubStore  # which is made of Store
+
+        return HubStore(root, create=create)
     return Store(root, dict(options), create=create)
 
 

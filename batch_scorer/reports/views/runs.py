@@ -1,6 +1,6 @@
 """Views of a run: before it, while it goes, after it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.records import PairCounts
@@ -41,6 +41,11 @@ def plan_view(report: PlanReport) -> Iterator[Block]:
     )
     for each in report.failed:
         yield _failure("cannot be scored", each)
+    for file in report.files:
+        if file.lost_types:
+            text = f"{file.key}: {', '.join(file.lost_types)}"
+            yield Line(text, "Parquet types that are lost", Tone.WARNING)
+    yield from _skipped(report.skipped)
     yield Line(
         f"{len(report.files):,} files, {report.shards:,} shards, {report.rows:,} rows"
         f"{_besides(report.rows_not_asked)}, about {report.estimated_tokens:,} tokens by their size"
@@ -177,6 +182,7 @@ def started_view(start: Started) -> Iterator[Block]:
         yield Line(f"  {which}: {layout}")
     if (more := len(start.layouts) - _LAYOUTS_SHOWN) > 0:
         yield Line(f"  … and {more} more kinds of rows")
+    yield from _skipped(start.skipped)
     for each in start.failed:
         yield _failure("failed", each)
     for key in start.input_gone:
@@ -185,6 +191,12 @@ def started_view(start: Started) -> Iterator[Block]:
 
 def failed_shard_view(shard: FailedShard) -> Iterator[Block]:
     yield _failure("failed", shard)
+
+
+def _skipped(urls: Sequence[str]) -> Iterator[Line]:
+    if urls:
+        more = f" and {len(urls) - _FILES_SHOWN:,} more" if len(urls) > _FILES_SHOWN else ""
+        yield Line(f"{', '.join(urls[:_FILES_SHOWN])}{more}", "not read:")
 
 
 def _failure(label: str, shard: FailedShard) -> Line:

@@ -3,15 +3,25 @@
 import gzip
 import io
 import json
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_scorer.errors import RowReason, ShardError, ShardReason
-from batch_scorer.formats import jsonl, read_json_table, read_lines, scan_lines, unpack_lines
+from batch_scorer.formats import packed as packing
+from batch_scorer.formats import (
+    read_json_table,
+    read_json_values,
+    read_line_values,
+    read_lines,
+    scan_lines,
+    unpack_lines,
+)
 from batch_scorer.records import RowError
 
 ROWS = [{"a": "x", "n": [1, 2]}, {"a": "ü\u2028", "n": []}]
@@ -83,6 +93,12 @@ def test_malformed_first_and_last_lines_are_marked() -> None:
     assert list(errors) == [0, 2]
 
 
+def test_as_many_objects_as_lines_are_not_yet_one_a_line() -> None:
+    tables, errors = in_runs(b'{"b": 1}\n{"a": 1} {"a": 2}\n{"a":\n3}\n', 10, 10**6)
+    assert [table.to_pylist() for table in tables] == [[{"b": 1}, *[{"b": None}] * 3]]
+    assert [*errors] == [1, 2, 3]
+
+
 def test_object_over_two_lines_is_two_malformed_rows() -> None:
     table, errors = read_json_table(b'{"a": 1}\n{"a": 2\n}\n', "a")
     assert table.to_pylist() == [{"a": 1}, {"a": None}, {"a": None}]
@@ -121,14 +137,72 @@ def test_types_are_found_from_all_rows() -> None:
     assert table.num_rows == 3001
 
 
+def json_text(table: pa.Table, name: str) -> list[Any]:
+    """The values of a column of JSON text."""
+    assert table.schema.field(name).type == pa.json_(pa.string())
+    return [None if text is None else json.loads(text) for text in table[name].to_pylist()]
+
+
 @pytest.mark.parametrize(
-    ("second", "third"),
-    [({"a": 1}, {"a": "x"}), ({"a": "x"}, {"a": [{"role": "user"}]}), ({"a": ["x"]}, {"a": [[1]]})],
+    "values",
+    [
+        [1, "x"],
+        [True, 1],
+        ["x", [{"role": "user"}]],
+        [["x"], [[1]]],
+        [{"answer": 1}, {"answer": "1"}],
+        [{}, {}],
+        [[{}], []],
+        [1.5, 2**53 + 1],
+        [-1, 2**63],
+        [2**64, 1],
+        [{"n": [0.5]}, {"n": [2**60]}],
+        [{str(key): 1 for key in range(1001)}, {"z": 1}],
+    ],
 )
-def test_rows_that_disagree_about_a_type_fail_the_file(second: Any, third: Any) -> None:
-    message = refused(b"\n" + lines(second, third))
-    assert "line 3: " in message
-    assert "changed from" in message
+def test_values_without_a_type_in_common_are_json_text(values: list[Any]) -> None:
+    rows = [{"a": value, "text": "t"} for value in [*values, None]]
+    table, errors = read_json_table(lines(*rows), "a")
+    assert errors == {}
+    assert json_text(table, "a") == [*values, None]
+    assert table["text"].to_pylist() == ["t"] * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([0, 2**64 - 1], pa.uint64()),
+        ([-(2**63), 2**63 - 1], pa.int64()),
+        ([2**53, 0.5, -3], pa.float64()),
+        ([[None, None], [None]], pa.list_(pa.null())),
+        ([float("inf"), -2.5], pa.float64()),
+    ],
+)
+def test_types_hold_every_value_exactly(values: list[Any], dtype: pa.DataType) -> None:
+    table, _ = read_json_table(lines(*({"a": value} for value in values)), "a")
+    assert table.schema.field("a").type == dtype
+    assert table["a"].to_pylist() == values
+
+
+def test_an_object_with_new_keys_in_every_row_is_json_text() -> None:
+    rows = [{"m": {f"key {row}": {"x": row}}, "n": row} for row in range(1500)]
+    tables, errors = in_runs(lines(*rows), 400, 10**6)
+    table = pa.concat_tables(tables)
+    assert (json_text(table, "m"), errors) == ([row["m"] for row in rows], {})
+    few, _ = in_runs(lines(*rows[:90]), 400, 10**6)
+    assert pa.types.is_struct(few[0].schema.field("m").type)
+
+
+def test_nan_is_a_number() -> None:
+    table, errors = read_json_table(b'{"a": NaN}\n{"a": 1}\n', "a")
+    assert errors == {} and str(table["a"].to_pylist()) == "[nan, 1.0]"
+
+
+def test_a_line_of_many_levels_is_kept_or_marked() -> None:
+    for levels, marked in ((200, []), (5_000, [1]), (50_000, [1])):
+        deep = b'{"a": ' + b"[" * levels + b"]" * levels + b"}"
+        tables, errors = in_runs(b'{"a": [[]]}\n' + deep + b"\n", 10, 10**6)
+        assert [sum(table.num_rows for table in tables), [*errors]] == [2, marked]
 
 
 @pytest.mark.parametrize(
@@ -171,11 +245,11 @@ def in_runs(
         assert run.num_rows <= max_rows
         assert run.num_rows == 1 or run.stop - run.start <= max_bytes
         part = lines.part(index, index + 1)
-        if lines.is_gzip:
+        if lines.codec:
             unpacked = unpack_lines(io.BytesIO(data), "in/a.jsonl", part)
         else:
             unpacked = data[part.start : part.stop]
-        table, bad = read_lines(unpacked, "in/a.jsonl", part)
+        table, bad = read_lines(unpacked, part)
         assert table.num_rows == run.num_rows
         tables.append(table)
         errors |= {before + row: error for row, error in bad.items()}
@@ -222,7 +296,7 @@ def test_runs_hold_what_the_whole_file_holds(
     data = b"\xef\xbb\xbf" * has_bom + b"\n".join(some) + b"\n" * ends_in_newline
     packed = gzip.compress(data, mtime=0) if is_zipped else data
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonl, "_READ_BYTES", read_bytes)
+        patch.setattr(packing, "_READ_BYTES", read_bytes)
         try:
             table, errors = read_json_table(packed, "in/a.jsonl")
         except ShardError as error:
@@ -247,11 +321,123 @@ def test_types_are_found_from_all_runs() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [({"a": 1}, {"a": "x"}), ({"a": [{"r": 1}]}, {"a": [{"r": "u"}]}), ({"a": {}}, {"a": []})],
+    [(1, "x"), ([{"r": 1}], [{"r": "u"}]), ({}, []), (0.5, 2**53 + 1), (2**63, -1)],
 )
-def test_runs_that_disagree_about_a_type_fail_the_file(first: Any, second: Any) -> None:
-    with pytest.raises(ShardError, match=r"in/a.jsonl: lines from 2: .* held .* before"):
-        in_runs(lines(first, second), 1, 10**6)
+def test_runs_without_a_type_in_common_are_json_text(first: Any, second: Any) -> None:
+    tables, _ = in_runs(lines({"a": first}, {"a": second}), 1, 10**6)
+    assert [json_text(table, "a") for table in tables] == [[first], [second]]
+
+
+VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from([2**53, 2**53 + 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1])
+    | st.floats(allow_nan=False)
+    | st.text(max_size=3)
+    | st.sampled_from(["2024-01-01", "null", "{}", "12345678901234567890"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(st.none() | inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "b", ""]), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+
+
+def as_in_table(value: Any, dtype: pa.DataType) -> Any:
+    """What a column of this type holds of a value: an absent key is a null there."""
+    if value is None or not (pa.types.is_struct(dtype) or pa.types.is_list(dtype)):
+        return value
+    if pa.types.is_list(dtype):
+        return [as_in_table(inner, dtype.value_type) for inner in value]
+    assert value.keys() <= {field.name for field in dtype}
+    return {field.name: as_in_table(value.get(field.name), field.type) for field in dtype}
+
+
+@given(
+    # Columns of like values, so that types are found, and of any.
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "any": VALUE,
+                "ints": st.lists(st.none() | st.integers(0, 2**64 - 1), max_size=3),
+                "turns": st.lists(
+                    st.none() | st.fixed_dictionaries({"r": st.none() | st.text(max_size=2)}),
+                    max_size=3,
+                ),
+                "n": st.none() | st.floats(allow_nan=False) | st.integers(-9, 9),
+            },
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(1, 8),
+)
+@settings(max_examples=300)
+def test_rows_are_what_json_gives_for_the_lines_in_their_order(
+    rows: list[dict[str, Any]], max_rows: int
+) -> None:
+    if not any(rows):
+        return
+    data = lines(*rows)
+    tables, errors = in_runs(data, max_rows, 10**6)
+    table = pa.concat_tables(tables)
+    assert errors == {} and table.num_rows == len(rows)
+    for field in table.schema:
+        if field.type == pa.json_(pa.string()):
+            assert json_text(table, field.name) == [row.get(field.name) for row in rows]
+        else:
+            want = [as_in_table(row.get(field.name), field.type) for row in rows]
+            assert table[field.name].to_pylist() == want
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)  # what cannot be written would fail after it was scored
+    assert pq.read_table(pa.BufferReader(sink.getvalue())).equals(table)
+
+
+@given(st.lists(LINE, max_size=12), st.integers(1, 5))
+def test_values_of_lines_are_what_json_gives(some: list[bytes], max_rows: int) -> None:
+    data = b"\n".join(some)
+    try:
+        scanned = scan_lines(io.BytesIO(data), "a", max_rows=max_rows, max_bytes=10**6)
+    except ShardError:
+        return
+    assert scanned is not None
+    found, _ = scanned
+    for index in range(len(found.runs)):
+        part = found.part(index, index + 1)
+        piece = data[part.start : part.stop]
+        columns, errors = read_line_values(piece, part, ["a", "b", "new"])
+        table, same = read_lines(piece, part)
+        assert errors == same
+        good = [line for line in piece.split(b"\n") if line and not line.isspace()]
+        for row, line in enumerate(good):
+            want = {} if row in errors else json.loads(line) or {}
+            assert [columns[name][row] for name in ("a", "b", "new")] == [
+                want.get("a"), want.get("b"), None,
+            ]  # fmt: skip
+        assert table.num_rows == len(good)
+
+
+def test_absent_keys_and_nulls_stay_apart_in_values() -> None:
+    rows = [{"m": [{"role": "user", "name": None}]}, {"m": [{"role": "user"}]}, {}]
+    scanned = scan_lines(io.BytesIO(lines(*rows)), "a", max_rows=9, max_bytes=10**6)
+    assert scanned is not None
+    columns, errors = read_line_values(lines(*rows), scanned[0], ["m"])
+    assert (columns, errors) == ({"m": [*(row["m"] for row in rows[:2]), None]}, {})
+    array, _ = read_json_values(json.dumps(rows).encode(), "a", ["m"])
+    assert array == columns
+
+
+@pytest.mark.parametrize("first", [[None, "x"], [None, None], [[None, 1]], [{"b": [None, 1]}]])
+def test_nulls_that_begin_a_list_stay_in_their_row(first: list[Any]) -> None:
+    rows = [{"a": first, "n": 1}, {"a": first[::-1], "n": 2}, {"a": [], "n": 3}]
+    for data in (lines(*rows), json.dumps(rows).encode()):
+        table, _ = read_json_table(data, "a")
+        assert table.to_pylist() == rows
+    tables, _ = in_runs(lines(*rows), 2, 10**6)
+    assert pa.concat_tables(tables).to_pylist() == rows
 
 
 def test_an_array_is_not_cut() -> None:
@@ -259,8 +445,25 @@ def test_an_array_is_not_cut() -> None:
     assert scan_lines(io.BytesIO(data), "a", max_rows=1, max_bytes=10) is None
 
 
-def test_broken_gzip_is_refused_wherever_it_breaks() -> None:
-    whole = gzip.compress(lines(*ROWS), mtime=0)
-    for broken in (whole[:-9], whole[:30], b"\x1f\x8bnonsense"):
-        with pytest.raises(ShardError, match="broken gzip"):
-            in_runs(broken, 10, 100)
+def zstd(data: bytes) -> bytes:
+    packed: bytes = pa.compress(data, "zstd", asbytes=True)
+    return packed
+
+
+def test_broken_files_are_refused_wherever_they_break() -> None:
+    for pack in (partial(gzip.compress, mtime=0), zstd):
+        whole = pack(lines(*ROWS) * 20)
+        for broken in (whole[:-3], whole[:30], whole[:5] + b"nonsense"):
+            with pytest.raises(ShardError, match=r"broken (gzip|zstd)"):
+                in_runs(broken, 10, 100)
+
+
+def test_packed_parts_that_follow_each_other_are_one_file() -> None:
+    skippable = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    for first, second in (
+        (gzip.compress(lines(ROWS[0])), gzip.compress(lines(ROWS[1]))),
+        (zstd(lines(ROWS[0])), skippable + zstd(lines(ROWS[1]))),
+        (skippable + zstd(lines(ROWS[0])[:7]), zstd(lines(ROWS[0])[7:] + lines(ROWS[1]))),
+    ):
+        tables, _ = in_runs(first + second, 1, 100)
+        assert pa.concat_tables(tables).to_pylist() == ROWS

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, InputError, ShardReason
 from batch_scorer.inputs import files
-from batch_scorer.inputs.files import read_json, read_rows
+from batch_scorer.inputs.files import read_lines, read_rows
 from batch_scorer.inputs.plan import InputFile, cut, make_plan
 from batch_scorer.inputs.sources import list_inputs
 from batch_scorer.records import Format, Layout, Source
@@ -96,7 +96,9 @@ def test_folders_globs_and_files_are_found_and_hidden_ones_left(tmp_path: Path) 
             (tmp_path / name).write_text("no")
 
     def keys(*inputs: str) -> list[str]:
-        return [source.key for source, _ in list_inputs(_config(*(tmp_path / i for i in inputs)))]
+        return [
+            source.key for source, _ in list_inputs(_config(*(tmp_path / i for i in inputs))).found
+        ]
 
     assert keys("a") == ["b/y.parquet", "x.parquet"]
     assert keys("a/x.parquet") == ["x.parquet"]
@@ -109,7 +111,7 @@ def test_an_output_inside_the_input_is_not_scored_again(tmp_path: Path) -> None:
     pq.write_table(pairs(2), tmp_path / "x.parquet")
     (tmp_path / "out").mkdir()
     pq.write_table(pairs(2), tmp_path / "out" / "x.parquet")
-    sources = list_inputs(_config(tmp_path, output=str(tmp_path / "out")))
+    sources = list_inputs(_config(tmp_path, output=str(tmp_path / "out"))).found
     assert [source.key for source, _ in sources] == ["x.parquet"]
     with pytest.raises(ConfigError, match="is the input folder"):
         list_inputs(_config(tmp_path, output=str(tmp_path)))
@@ -197,7 +199,7 @@ def test_a_part_of_a_row_group_is_what_the_whole_group_holds_there(
     file = tmp_path / "x.parquet"
     pq.write_table(MANY_TYPES, file, row_group_size=1300)
     monkeypatch.setattr(files, "_WHOLE_BYTES", 1 << 22 if is_small else 0)
-    ((source, _),) = list_inputs(_config(tmp_path))
+    ((source, _),) = list_inputs(_config(tmp_path)).found
     store = open_store(source.root, {})
     whole = pq.ParquetFile(file).read_row_groups(list(range(*groups)), columns=columns)
     part = read_rows(store, source, groups, skip, count, columns)
@@ -218,7 +220,7 @@ def test_json_lines_are_cut_at_lines_and_read_alone(tmp_path: Path, suffix: str)
         assert shard.lines is not None and shard.skip_rows == 0
         assert shard.first_row == len(found)
         assert shard.num_rows <= 20 and shard.estimated_tokens <= 100
-        table, errors = read_json(open_store(shard.source.root, {}), shard.source, shard.lines)
+        table, errors = read_lines(open_store(shard.source.root, {}), shard.source, shard.lines)
         assert errors == {} and table.num_rows == shard.num_rows
         found += table.to_pylist()
     assert found == rows

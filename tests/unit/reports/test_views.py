@@ -71,7 +71,11 @@ def figures(mean: float = 1.5) -> Figures:
 
 def plan(text: str) -> PlanReport:
     return PlanReport(
-        files=(PlannedFile(text, f"s3://in/{text}", 1_234, 2, 5_678_901, f"pairs in {text}", {}),),
+        files=(
+            PlannedFile(
+                text, f"s3://in/{text}", 1_234, 2, 5_678_901, f"pairs in {text}", {}, (text,)
+            ),
+        ),
         shards=2,
         rows=1_234,
         estimated_tokens=5_678_901,
@@ -79,6 +83,7 @@ def plan(text: str) -> PlanReport:
         unknown=text,
         failed=(failed(text),),
         rows_not_asked=4_321,
+        skipped=(text,),
     )
 
 
@@ -114,7 +119,8 @@ def check(text: str) -> CheckReport:
 
 def started(text: str) -> Started:
     return Started(
-        3, 4, 50, 1, 3, 40, 4000, {f"pairs in {text}": (text,)}, (failed(text),), (text,), 70
+        *(3, 4, 50, 1, 3, 40, 4000, {f"pairs in {text}": (text,)}),
+        *((failed(text),), (text,), 70, (text,)),
     )
 
 
@@ -365,6 +371,6 @@ def test_a_plan_with_a_model_shows_what_is_computed() -> None:
 
 
 def test_an_empty_table_is_no_error() -> None:
-    empty = replace(plan("a"), files=(), failed=(), unknown=None)
+    empty = replace(plan("a"), files=(), failed=(), skipped=(), unknown=None)
     assert "0 files" in printed(empty)
     assert [type(block) for block in blocks_of(empty)] == [Table, Line]

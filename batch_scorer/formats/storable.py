@@ -1,0 +1,127 @@
+"""What Parquet, as pyarrow writes it, can hold: of any Arrow type, and of Parquet's own types.
+
+Columns that are not scored come back in the output. Most types do unchanged. Run-end-encoded
+values are written out, a few types change as they are written (time in seconds to milliseconds,
+dictionaries of other values than text to these values), and what has no place in Parquet at all
+(unions, intervals, structs without fields) becomes JSON text in `arrow.json`.
+"""
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_scorer.formats.json_types import JSON_TEXT
+
+_NODE = re.compile(
+    r"(?P<indent> *)\w+ \S+ field_id=-?\d+ (?P<name>.*?)(?: \((?P<type>\w+).*\))?[;{ ]*"
+)
+_SAME = {"List", "Map", "Int"}
+"""Of these the lack means the same, or another part of the schema shows it."""
+
+
+def as_stored(table: pa.Table) -> pa.Table:
+    """The table with the types that it has in a Parquet file."""
+    for index, field in enumerate(table.schema):
+        wanted = stored_type(field.type)
+        if wanted != field.type:
+            column = _converted(table.column(index), wanted)
+            table = table.set_column(index, field.with_type(wanted), column)
+    return table
+
+
+def stored_schema(schema: pa.Schema) -> pa.Schema:
+    """As `as_stored`, of a schema."""
+    fields = [field.with_type(stored_type(field.type)) for field in schema]
+    return pa.schema(fields, schema.metadata)
+
+
+@lru_cache(maxsize=4096)
+def stored_type(dtype: pa.DataType) -> pa.DataType:
+    """The type that a column of this one has in Parquet: JSON text where there is no other."""
+    for candidate in (dtype, _without_runs(dtype)):
+        try:
+            return (
+                pq.ParquetFile(_empty_file(pa.schema([("c", candidate)])))
+                .schema_arrow.field(0)
+                .type
+            )
+        except pa.ArrowException:
+            continue
+    return JSON_TEXT
+
+
+def lost_types(file: pq.ParquetFile) -> tuple[str, ...]:
+    """The columns of a Parquet file with values of a type that its output would not have, as
+    "column (type)": their values come back, and what they mean is lost."""
+    schema = file.schema_arrow
+    given = _annotations(file)
+    kept = _annotations(pq.ParquetFile(_empty_file(stored_schema(schema))))
+    return tuple(
+        f"{name} ({', '.join(sorted(lost))})"
+        for name, types in given.items()
+        if (lost := types - kept.get(name, Counter()))
+    )
+
+
+def _empty_file(schema: pa.Schema) -> io.BytesIO:
+    sink = io.BytesIO()
+    pq.ParquetWriter(sink, schema).close()
+    return io.BytesIO(sink.getvalue())
+
+
+def _annotations(file: pq.ParquetFile) -> dict[str, Counter[str]]:
+    """The logical types in each column. pyarrow shows those of groups in the printed tree only."""
+    found: dict[str, Counter[str]] = {}
+    column = ""
+    for line in str(file.schema).splitlines():
+        if (node := _NODE.fullmatch(line)) and node["indent"]:
+            if len(node["indent"]) == 2:
+                column = node["name"]
+                found[column] = Counter()
+            if node["type"] and node["type"] not in _SAME:
+                found[column][node["type"]] += 1
+    return found
+
+
+def _without_runs(dtype: pa.DataType) -> pa.DataType:
+    """The type with run-end-encoded values written out, at any depth."""
+    if pa.types.is_run_end_encoded(dtype):
+        return _without_runs(dtype.value_type)
+    if pa.types.is_struct(dtype):
+        return pa.struct([field.with_type(_without_runs(field.type)) for field in dtype])
+    if pa.types.is_map(dtype):
+        return pa.map_(_without_runs(dtype.key_type), _without_runs(dtype.item_type))
+    if pa.types.is_fixed_size_list(dtype):
+        return pa.list_(_without_runs(dtype.value_type), dtype.list_size)
+    if pa.types.is_list(dtype) or pa.types.is_list_view(dtype):
+        return pa.list_(_without_runs(dtype.value_type))
+    if pa.types.is_large_list(dtype) or pa.types.is_large_list_view(dtype):
+        return pa.large_list(_without_runs(dtype.value_type))
+    return dtype
+
+
+def _converted(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    if wanted == JSON_TEXT:
+        texts = [
+            None if v is None else _text(v) for v in column.to_pylist(maps_as_pydicts="strict")
+        ]
+        return pa.ExtensionArray.from_storage(JSON_TEXT, pa.array(texts, pa.string()))
+    try:
+        return column.cast(wanted)
+    except pa.ArrowException:  # Arrow casts few nested types
+        return pa.array(column.to_pylist(), wanted)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain)
+
+
+def _plain(value: Any) -> str:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
