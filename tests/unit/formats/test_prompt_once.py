@@ -131,6 +131,12 @@ def test_messages_in_writing_are_read_as_messages(write: type[str]) -> None:
     assert sequences(group) == [DIALOGUE, [user("q"), assistant("b")]]
 
 
+def test_a_text_that_spells_messages_is_a_conversation() -> None:
+    layout = found({"text": json.dumps(DIALOGUE)})
+    assert describe(layout) == "conversations (messages in writing in text)"
+    assert sequences({"text": json.dumps(DIALOGUE)}) == [DIALOGUE]
+
+
 def test_a_row_whose_writing_cannot_be_read_is_marked() -> None:
     good = json.dumps(DIALOGUE)
     table = pa.table({"messages": [good, good, good[:-3], " ", None, "3"]})
