@@ -125,6 +125,8 @@ def test_messages_in_writing_are_read_as_messages(write: type[str]) -> None:
     line = "preference pairs (messages in writing in chosen, rejected; prompt inside)"
     assert describe(layout) == line
     assert sequences(row) == [chosen, rejected]
+    named = [{"name": "Ann", **user("q")}, assistant("a")]
+    assert sequences({"text": write(named)}) == [named]
     replies = {"prompt": write([user("q")]), "responses": [write([assistant("a")])]}
     assert sequences(replies) == [DIALOGUE]
     group = {"prompt": "q", "responses": write([[assistant("a")], [assistant("b")]])}
