@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer.inputs.sources import JSON, PARQUET
+from batch_scorer.inputs.sources import FileKind, kind_of
 from tests.helpers.in_process import run_cli
 from tests.helpers.places import Place, Stored, of_input, rows_scored_and_marked
 from tests.helpers.program import REPOSITORY, Program
@@ -39,9 +39,9 @@ def rows_by_file(root: Path, folders: Iterable[Path]) -> dict[str, int]:
     found = {}
     for path in sorted(path for folder in folders for path in folder.rglob("*")):
         key = str(path.relative_to(root))
-        if key.endswith(PARQUET):
+        if kind_of(key) is FileKind.PARQUET:
             found[key] = pq.read_metadata(path).num_rows
-        elif key.endswith(JSON):
+        elif kind_of(key) is FileKind.JSON:
             data = path.read_bytes()
             data = gzip.decompress(data) if key.endswith(".gz") else data
             is_array = data.lstrip().startswith(b"[")
