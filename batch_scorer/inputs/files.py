@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -142,46 +143,36 @@ def _read_matching(
     where: Where,
 ) -> pa.Table:
     """As `read_rows`, the first `num_rows` rows that match."""
-    empty = read_rows(store, source, (0, 0), 0, 0, columns)
+    if kind_of(source.key) is FileKind.ARROW:
+        rows = formats.as_stored(read_batches(store, source, row_groups, skip_rows, sys.maxsize))
+        rows = rows.take(pa.array(where.matches(rows)[:num_rows]))
+        return rows if columns is None else rows.select(columns)
+    file = open_parquet(store, source)
+    schema = file.schema_arrow
+    if source.size_bytes > _WHOLE_BYTES:
+        file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
+    names = [name for name in schema.names if columns is None or name in columns]
     batches: list[pa.RecordBatch] = []
     missing = num_rows
-    for first, batch in matching_batches(
-        store, source, where, range(*row_groups), empty.column_names
-    ):
+    for first, batch in matching_batches(file, where, range(*row_groups), names):
         rows = where.matches(batch)
         rows = rows[first + rows >= skip_rows][:missing]
         if len(rows):
-            batches.append(batch.select(empty.column_names).take(pa.array(rows)))
+            batches.append(batch.select(names).take(pa.array(rows)))
             missing -= len(rows)
         if not missing:
             break
-    return pa.Table.from_batches(batches, empty.schema)
+    return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
 
 
 def matching_batches(
-    store: Store,
-    source: Source,
-    where: Where,
-    groups: Sequence[int] | None = None,
-    columns: Sequence[str] = (),
+    file: pq.ParquetFile, where: Where, groups: Sequence[int], columns: Sequence[str] = ()
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Those of the row groups (default: all) that may hold a match, in batches, each with the
-    number of rows before it in `groups`; these columns, and those that `where` reads."""
-    names = [*dict.fromkeys([*columns, *where.columns])]
-    if kind_of(source.key) is FileKind.ARROW:
-        first = 0
-        with open_arrow(store, source) as arrow:
-            for place, batch in enumerate(arrow.batches(columns=names)):
-                if groups is None or place in groups:
-                    yield first, batch
-                    first += batch.num_rows
-        return
-    file = open_parquet(store, source)
-    if source.size_bytes > _WHOLE_BYTES:
-        file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
-    groups = range(file.metadata.num_row_groups) if groups is None else groups
+    """Those of the row groups that may hold a match, in batches, each with the number of rows
+    before it in `groups`; these columns, and those that `where` reads."""
     sizes = [file.metadata.row_group(group).num_rows for group in groups]
     begins = dict(zip(groups, accumulate(sizes, initial=0), strict=False))
+    names = [*dict.fromkeys([*columns, *where.columns])]
     for group in where.row_groups(file.metadata, groups):
         first = begins[group]
         for batch in file.iter_batches(_BATCH_ROWS, [group], names, use_threads=False):
@@ -201,29 +192,31 @@ def rows_of_shard(
     Raises ShardError: the file is unreadable, gone, or changed since it was planned.
     """
     with _reading(shard):
+        source = shard.source
+        store = open_store(source.root, store_options)
         if shard.row_groups is not None:
-            return formats.as_stored(_grouped_rows(shard, store_options, columns)), {}
-        table, malformed = _line_rows(shard, store_options)
-        places = _rows_asked(shard, table)
-        table = table if columns is None else table.select(columns)
-        if isinstance(places, range):
-            table = table.slice(places.start, len(places))
+            where = None if shard.where is None else where_of(shard.where)
+            place = shard.row_groups, shard.skip_rows, shard.num_rows
+            return formats.as_stored(read_rows(store, source, *place, columns, where)), {}
+        if shard.lines is not None:
+            table, malformed = read_lines(store, source, shard.lines)
         else:
-            table = table.take(pa.array(places))
-        return table, _errors_of(places, malformed)
+            table, malformed = formats.read_json_table(_whole(store, source), source.key)
+        places = rows_asked(shard, table)
+        table = table if columns is None else table.select(columns)
+        return _rows_at(places, table), _errors_at(places, malformed)
 
 
 def columns_of_shard(
     shard: Shard, store_options: Mapping[str, str], names: Sequence[str]
 ) -> tuple[formats.Columns, dict[int, RowError]]:
-    """The values of some columns, and errors as `rows_of_shard` gives them. Of JSON they are what
-    `json.loads` gives, with None for an absent key.
+    """The values of some columns, a Python value for each row; and errors as `rows_of_shard` gives
+    them. Of JSON they are what `json.loads` gives, with None for an absent key.
 
     Raises ShardError as `rows_of_shard` does.
     """
-    names = list(names)
     if kind_of(shard.source.key) is not FileKind.JSON:
-        table, malformed = rows_of_shard(shard, store_options, names)
+        table, malformed = rows_of_shard(shard, store_options, list(names))
         return formats.columns_of(table, names), malformed
     with _reading(shard):
         source = shard.source
@@ -231,62 +224,49 @@ def columns_of_shard(
         if shard.lines is not None:
             data = _line_bytes(store, source, shard.lines)
             columns, malformed = formats.read_line_values(data, shard.lines, names)
+            rows = formats.read_lines(data, shard.lines)[0] if shard.where else None
         else:
             data = _whole(store, source)
             columns, malformed = formats.read_json_values(data, source.key, names)
-        places: Sequence[int] = range(shard.skip_rows, shard.skip_rows + shard.num_rows)
-        if shard.where is not None:
-            places = _rows_asked(shard, _line_rows(shard, store_options)[0])
-        values = {name: [columns[name][place] for place in places] for name in names}
-        return values, _errors_of(places, malformed)
+            rows = formats.read_json_table(data, source.key)[0] if shard.where else None
+        places = rows_asked(shard, rows)
+        values = {name: _values_at(places, columns[name]) for name in names}
+        return values, _errors_at(places, malformed)
 
 
-def row_numbers(shard: Shard, store_options: Mapping[str, str]) -> Sequence[int]:
-    """The numbers of the shard's rows in the file, from 0. Raises as `rows_of_shard`."""
-    if shard.where is None:
-        return range(shard.first_row, shard.first_row + shard.num_rows)
-    where = where_of(shard.where)
-    all_rows = replace(shard, where=None, num_rows=sys.maxsize)
-    rows, _ = rows_of_shard(all_rows, store_options, where.columns)
-    return [shard.first_row + place for place in where.matches(rows)[: shard.num_rows].tolist()]
+def _whole(store: Store, source: Source) -> bytes:
+    return store.read_whole(source.key, source.version, source.size_bytes)
 
 
-def _grouped_rows(
-    shard: Shard, store_options: Mapping[str, str], columns: list[str] | None
-) -> pa.Table:
-    assert shard.row_groups is not None
-    store = open_store(shard.source.root, store_options)
-    where = None if shard.where is None else where_of(shard.where)
-    place = shard.row_groups, shard.skip_rows, shard.num_rows
-    return read_rows(store, shard.source, *place, columns, where)
-
-
-def _line_rows(
-    shard: Shard, store_options: Mapping[str, str]
-) -> tuple[pa.Table, dict[int, RowError]]:
-    """All rows of the shard's lines, or of its array."""
-    store = open_store(shard.source.root, store_options)
-    if shard.lines is not None:
-        return read_lines(store, shard.source, shard.lines)
-    return formats.read_json_table(_whole(store, shard.source), shard.source.key)
-
-
-def _rows_asked(shard: Shard, rows: pa.Table) -> Sequence[int]:
-    """Which rows are the shard's, of those that its `skip_rows` are the first of."""
-    if shard.where is None:
-        return range(shard.skip_rows, min(shard.skip_rows + shard.num_rows, rows.num_rows))
+def rows_asked(shard: Shard, rows: pa.Table | None) -> Sequence[int]:
+    """Which rows are the shard's, of those that its `skip_rows` are the first of. With a `where`
+    these `rows` are needed."""
+    if shard.where is None or rows is None:
+        return range(shard.skip_rows, shard.skip_rows + shard.num_rows)
     places = where_of(shard.where).matches(rows)
     asked: list[int] = places[places >= shard.skip_rows][: shard.num_rows].tolist()
     return asked
 
 
-def _errors_of(places: Sequence[int], errors: Mapping[int, RowError]) -> dict[int, RowError]:
-    """The errors of the rows at these places, of all those that were read."""
+def _rows_at(places: Sequence[int], table: pa.Table) -> pa.Table:
+    if isinstance(places, range):
+        return table.slice(places.start, len(places))
+    return table.take(pa.array(places, pa.int64()))
+
+
+def _values_at(places: Sequence[int], values: list[Any]) -> list[Any]:
+    if isinstance(places, range):
+        return values[places.start : places.stop]
+    return [values[place] for place in places]
+
+
+def _errors_at(places: Sequence[int], errors: Mapping[int, RowError]) -> dict[int, RowError]:
+    """The errors of these rows, of all those that were read."""
+    if not errors:
+        return {}
+    if isinstance(places, range):
+        return {place - places.start: e for place, e in errors.items() if place in places}
     return {row: errors[place] for row, place in enumerate(places) if place in errors}
-
-
-def _whole(store: Store, source: Source) -> bytes:
-    return store.read_whole(source.key, source.version, source.size_bytes)
 
 
 @contextmanager
@@ -307,3 +287,13 @@ def _reading(shard: Shard) -> Iterator[None]:
             ShardReason.UNREADABLE_FILE,
             f"rows {shard.first_row} to {shard.first_row + shard.num_rows}: {error}",
         ) from error
+
+
+def row_numbers(shard: Shard, store_options: Mapping[str, str]) -> Sequence[int]:
+    """The numbers of the shard's rows in the file, from 0. Raises as `rows_of_shard`."""
+    if shard.where is None:
+        return range(shard.first_row, shard.first_row + shard.num_rows)
+    where = where_of(shard.where)
+    all_rows = replace(shard, where=None, num_rows=sys.maxsize)
+    rows, _ = rows_of_shard(all_rows, store_options, where.columns)
+    return [shard.first_row + place for place in where.matches(rows)[: shard.num_rows].tolist()]

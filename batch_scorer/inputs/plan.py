@@ -4,7 +4,6 @@ The cut is a function of the files and the layout settings alone, never of the c
 can be resumed with more workers.
 """
 
-import json
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from batch_scorer.inputs.selection import (
     rows_of_bits,
     spread,
 )
-from batch_scorer.inputs.sources import FileKind, has_groups, kind_of, list_inputs
+from batch_scorer.inputs.sources import FileKind, kind_of, list_inputs
 from batch_scorer.inputs.where import IntArray, where_of
 from batch_scorer.records import (
     SCALAR,
@@ -50,6 +49,7 @@ _SAMPLE_ROWS = 32
 _SAMPLE_BYTES = 1 << 20
 _INSPECTORS = 16
 _NAMED = 20
+"""Files in a line of the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class InputFile:
     layout: Layout
     row_groups: tuple[tuple[int, int], ...]
     lines: formats.Lines | None = None
+    lost_types: tuple[str, ...] = ()
     where: str | None = None
     matching: bytes | None = field(default=None, repr=False)
     limit: int | None = None
-    lost_types: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -84,7 +84,8 @@ class InputFile:
 
     @property
     def has_groups(self) -> bool:
-        return has_groups(self.source.key)
+        kind = kind_of(self.source.key)
+        return kind is not None and kind.has_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Plan:
     """All work of a run: what will be scored, and what cannot be, with the reason.
 
     `aside` are inputs by key that are there but were not looked at. `not_asked` are the files of
-    which no row is asked for, each with its rows. `skipped` are the URLs of files beside the inputs
+    which no row is asked for, each with its rows; `skipped` are the URLs of files beside the inputs
     that are none.
     """
 
@@ -208,7 +209,7 @@ def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
     """The file, with one schema and layout for all files that have equal ones: a plan of as many
     files as shards takes 1.6 kB each, instead of 5.6."""
     schema = file.schema.remove_metadata()
-    key = json.dumps(layout_to_json(file.layout))
+    key = digest_of(layout_to_json(file.layout))
     return replace(
         file,
         schema=shared.setdefault(schema, schema),
@@ -238,7 +239,7 @@ def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:
         first, last = (int(rows[i]) for i in (place, place + num_rows - 1)) if num_rows else (0, -1)
         after = int(rows[place + num_rows]) if place + num_rows < len(rows) else file.num_rows
         start, stop = parts_holding(ends, first, last + 1)
-        cut_rows = "" if len(ranges) == 1 else f".rows{first}-{last + 1}"
+        piece = "" if len(ranges) == 1 else f".rows{first}-{last + 1}"
         yield Shard(
             source=file.source,
             layout=file.layout,
@@ -247,7 +248,7 @@ def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:
             row_groups=(start, stop) if file.has_groups else None,
             skip_rows=first - (ends[start - 1] if start else 0),
             estimated_tokens=tokens,
-            output_key=f"{stem}{cut_rows}{suffix}",
+            output_key=f"{stem}{piece}{suffix}",
             lines=file.lines and file.lines.part(start, stop),
             where=file.where,
             rows_not_asked=after - (first if place else 0) - num_rows,

@@ -4,11 +4,13 @@
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from batch_scorer import formats
 from batch_scorer.errors import ConfigError
-from batch_scorer.inputs.files import matching_batches, read_lines
-from batch_scorer.inputs.sources import has_groups
+from batch_scorer.inputs.arrow_files import open_arrow
+from batch_scorer.inputs.files import matching_batches, open_parquet, read_lines
+from batch_scorer.inputs.sources import FileKind, kind_of
 from batch_scorer.inputs.where import IntArray, Where
 from batch_scorer.records import Lines, Source
 from batch_scorer.storage import Store
@@ -23,14 +25,23 @@ def matching_rows(
     """One bit for each of a file's `num_rows` rows, as `numpy.packbits` has them: whether `where`
     is true for it."""
     matches = np.zeros(num_rows, np.bool_)
-    if has_groups(source.key):
-        for first, batch in matching_batches(store, source, where):
+    first = 0
+    if kind_of(source.key) is FileKind.PARQUET:
+        file = open_parquet(store, source)
+        groups = range(file.metadata.num_row_groups)
+        for first, batch in matching_batches(file, where, groups):
             matches[first + where.matches(batch)] = True
+    elif kind_of(source.key) is FileKind.ARROW:
+        with open_arrow(store, source) as arrow:
+            for batch in arrow.batches(columns=where.columns):
+                table = formats.as_stored(pa.Table.from_batches([batch]))
+                matches[first + where.matches(table)] = True
+                first += batch.num_rows
     elif lines is None:
         data = store.read_whole(source.key, source.version, source.size_bytes)
         matches[where.matches(formats.read_json_table(data, source.key)[0])] = True
     else:
-        first, step = 0, _PACKED_RUNS if lines.codec else 1
+        step = 1 if lines.codec is None else _PACKED_RUNS
         for start in range(0, len(lines.runs), step):
             table, _ = read_lines(store, source, lines.part(start, start + step))
             matches[first + where.matches(table)] = True

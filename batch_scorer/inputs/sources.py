@@ -69,12 +69,6 @@ def kind_of(key: str) -> FileKind | None:
     return None if packed and kind and kind.has_groups else kind
 
 
-def has_groups(key: str) -> bool:
-    """Whether parts of the file with this name can be read by their number."""
-    kind = kind_of(key)
-    return kind is not None and kind.has_groups
-
-
 @dataclass(frozen=True, slots=True)
 class Listing:
     """The input files and the times of their last changes, sorted by key; and the URLs of other

@@ -74,13 +74,13 @@ class Shard:
     """A row range of one input file: the unit of work and of commit.
 
     `num_rows` rows from row `first_row` of the file on: those that follow each other, or, with a
-    `where`, the first that match it. They lie in the row groups [start, stop) of
+    `where`, the first that match it. They lie in the Parquet row groups [start, stop) of
     `row_groups` (record batches of an Arrow file), or in the `lines` of a file of lines, or (both
-    are None) in a JSON array; `skip_rows` is how many rows come before them there. `rows_not_asked` counts the rows between
-    this shard and the next one that no shard has, and for a file's first shard those before it:
-    the shards of a file add up to its rows. `replaces` is the stale object to be replaced, if any.
-    `earlier` are scored objects, as (root, key), that may hold rows of this shard with their scores
-    (`reuse`).
+    are None) in a JSON array; `skip_rows` is how many rows come before them there. `rows_not_asked`
+    counts the rows between this shard and the next one that no shard has, and for a file's first
+    shard those before it: the shards of a file add up to its rows. `replaces` is the stale object
+    to be replaced, if any. `earlier` are scored objects, as (root, key), that may hold rows of this
+    shard with their scores (`reuse`).
     """
 
     source: Source
