@@ -21,8 +21,9 @@ from batch_scorer.formats.kinds import (
     mask_field,
     mask_names,
 )
-from batch_scorer.formats.settle import Undecided, Wanted, settle
+from batch_scorer.formats.settle import settle
 from batch_scorer.formats.values import Columns, is_list
+from batch_scorer.formats.wanted import Undecided, Wanted
 from batch_scorer.records import Format, Layout, TextStyle
 
 _MAX_COLUMNS_LISTED = 40
@@ -119,7 +120,8 @@ def describe(layout: Layout, schema: pa.Schema | None = None) -> str:
 
 def columns_needed(layout: Layout) -> list[str]:
     """The columns that `parse` reads, each once."""
-    return list(dict.fromkeys((*layout.columns.values(), *layout.watched)))
+    beside = () if layout.repeated is None else (layout.repeated,)
+    return list(dict.fromkeys((*layout.columns.values(), *beside, *layout.watched)))
 
 
 # Columns to fields.

@@ -9,7 +9,7 @@ from batch_scorer.errors import RowReason
 from batch_scorer.records import RowError
 
 _LIKE_MESSAGES = re.compile(
-    r"""[\s\[(]*(?:array\(\s*\[)?\s*\{\s*['"](?:role|content|from|value)['"]\s*:"""
+    r"""[\s\[(]*(?:array\([\s\[]*)?\{\s*['"](?:role|content|from|value)['"]\s*:"""
 )
 
 

@@ -58,14 +58,15 @@ def look_at(schema: pa.Schema, rows: Columns, *, decode: bool) -> Sample:
             continue  # its name is there twice
         own = list(rows.get(name, ()))
         texts = [text for value in own for text in _texts(value) if text.strip()]
-        if decode and _most(map(looks_encoded, texts), len(texts)):
+        if decode and _most((text.lstrip()[0] in "[{(" for text in texts), len(texts)):
             spelt = [decoded(value, name) for value in own]
             found = _by_values(spelt)
             if found.whole in _OF_MESSAGES or found.items in _OF_MESSAGES:
                 encoded.add(name)
                 held[name], values[name] = found, spelt
                 continue
-            unreadable.add(name)
+            if _most(map(looks_encoded, texts), len(texts)):
+                unreadable.add(name)
         held[name] = _held(field.type, own)
     return Sample(held, values, frozenset(encoded), frozenset(unreadable))
 

@@ -104,7 +104,10 @@ KNOWN_NAMES: Mapping[str, tuple[Tier, ...]] = {
     ),
     "response": ((_ANY, ("response", "completion", "output")),),
     "steps": ((_STEPS, ("steps", "completions", "label")),),
-    "messages": ((_MESSAGES, ("messages", "conversations", "conversation")),),
+    "messages": (
+        (_MESSAGES, ("messages", "conversations", "conversation")),
+        (_MESSAGES, ("text",)),
+    ),
     "text": ((_TEXT, ("text",)),),
     "token_ids": ((_TOKEN_IDS, ("input_ids", "token_ids")),),
 }

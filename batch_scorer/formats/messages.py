@@ -49,7 +49,7 @@ def message_of(value: Any, label: str) -> Message | RowError:
     if not isinstance(role, str) or not role.strip():
         return RowError(RowReason.UNKNOWN_ROLE, f"{label} has an empty role")
     if len(message) > 2:
-        for name in MEDIA_NAMES & message.keys():
+        for name in sorted(MEDIA_NAMES & message.keys()):
             if not is_empty(message[name]):
                 return _media(label, name)
     if isinstance(content, str):
@@ -123,11 +123,11 @@ def _fault_of_parts(parts: list[Any], label: str, *, is_result: bool) -> RowErro
                 continue
             return bad(f"a part of the content of {label} is no object")
         kind = part.get("type", "text")
-        media = next((name for name in MEDIA_NAMES & part.keys() if not is_empty(part[name])), None)
+        media = [name for name in sorted(MEDIA_NAMES & part.keys()) if not is_empty(part[name])]
         if media or kind != "text":
             if is_result and "type" not in part:
                 continue  # an item of a list that a tool gave
-            return _media(label, media or str(kind))
+            return _media(label, media[0] if media else str(kind))
         if not isinstance(part.get("text"), str) and not is_result:
             return bad(f"a part of the content of {label} has no text")
     return None

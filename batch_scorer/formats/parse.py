@@ -16,7 +16,8 @@ from batch_scorer.formats.context import Context, contexts
 from batch_scorer.formats.encoded import decoded
 from batch_scorer.formats.kinds import KINDS, Part, is_assistant, mask_field
 from batch_scorer.formats.messages import asked, bad, judged, message_of, messages_of
-from batch_scorer.formats.shape import RowShape, shape_of
+from batch_scorer.formats.repeated import Needed, lacking, needed_of
+from batch_scorer.formats.shape import shape_of
 from batch_scorer.formats.steps import problem_of, steps_of
 from batch_scorer.formats.tokens import ids_of, without_padding
 from batch_scorer.formats.values import Columns
@@ -52,9 +53,9 @@ def parse(columns: Columns, layout: Layout) -> ParsedRows:
     Raises ShardError if a column is missing.
     """
     kind = KINDS[layout.format]
-    missing = [name for name in (*layout.columns.values(), *layout.watched) if name not in columns]
-    if missing:
-        raise ShardError(ShardReason.WRONG_SCHEMA, f"no column {missing[0]!r}")
+    for name in (*layout.columns.values(), *layout.watched, *filter(None, [layout.repeated])):
+        if name not in columns:
+            raise ShardError(ShardReason.WRONG_SCHEMA, f"no column {name!r}")
     num_rows = len(columns[layout.columns[kind.responses[0]]])
     prompts: list[Value] = [None] * num_rows
     given = prompts
@@ -65,8 +66,20 @@ def parse(columns: Columns, layout: Layout) -> ParsedRows:
         prompts = [read(value) for value in given]
     before = given if layout.prompt_inside else None
     responses = [_responses(columns, layout, field, before) for field in kind.responses]
+    needed: dict[int, Needed] = {}
+    if layout.repeated is not None:
+        needed = needed_of(_values(columns, layout, layout.repeated))
     around, row_errors = contexts(columns, layout)
-    parsed = _assemble(shape_of(layout.format), prompts, responses, around, row_errors)
+    rows: list[list[list[Value]]] = []
+    for row, prompt in enumerate(prompts):
+        found = row_errors.get(row) or _sides(
+            row, prompt, responses, around.get(row), needed.get(row)
+        )
+        if isinstance(found, RowError):
+            row_errors[row], found = found, []
+        rows.append(found)
+    sequences, row_offsets = shape_of(layout.format).cut(rows)
+    parsed = ParsedRows(sequences, row_offsets, dict(sorted(row_errors.items())))
     for row, context in around.items():
         if context.arguments and row not in parsed.row_errors:
             parsed.arguments[row] = context.arguments
@@ -83,13 +96,17 @@ def parse(columns: Columns, layout: Layout) -> ParsedRows:
 def _column(columns: Columns, layout: Layout, field: str) -> list[Any]:
     """The values of a field: decoded, and token ids without their padding."""
     name = layout.columns[field]
-    values = list(columns[name])
-    if name in layout.encoded:
-        values = [decoded(value, name) for value in values]
+    values = _values(columns, layout, name)
     if mask := layout.columns.get(mask_field(field)):
         pairs = zip(values, columns[mask], strict=True)
         values = [without_padding(ids, flags, name) for ids, flags in pairs]
     return values
+
+
+def _values(columns: Columns, layout: Layout, name: str) -> list[Any]:
+    if name in layout.encoded:
+        return [decoded(value, name) for value in columns[name]]
+    return list(columns[name])
 
 
 def _prompts(columns: Columns, layout: Layout) -> list[Any]:
@@ -192,26 +209,12 @@ def _read(value: Any, label: str, read_text: ReadText) -> Value:
 # Values to sequences
 
 
-def _assemble(
-    shape: RowShape,
-    prompts: list[Value],
-    responses: list[_Responses],
-    around: dict[int, Context],
-    row_errors: dict[int, RowError],
-) -> ParsedRows:
-    rows: list[list[list[Value]]] = []
-    errors = dict(row_errors)
-    for row, prompt in enumerate(prompts):
-        found = errors.get(row) or _sides(row, prompt, responses, around.get(row))
-        if isinstance(found, RowError):
-            errors[row], found = found, []
-        rows.append(found)
-    sequences, row_offsets = shape.cut(rows)
-    return ParsedRows(sequences, row_offsets, dict(sorted(errors.items())))
-
-
 def _sides(
-    row: int, prompt: Value, responses: list[_Responses], context: Context | None
+    row: int,
+    prompt: Value,
+    responses: list[_Responses],
+    context: Context | None,
+    needed: Needed | None,
 ) -> list[list[Value]] | RowError:
     """The row's sequences by side, in the order of the format's fields."""
     if context is not None and prompt is not None and _is_conversation(prompt):
@@ -226,7 +229,7 @@ def _sides(
         if row in column.row_errors:
             return column.row_errors[row]
         values = column.values[column.offsets[row] : column.offsets[row + 1]]
-        sides.append([_join(prompt, value, column.label, context) for value in values])
+        sides.append([_join(prompt, value, column.label, context, needed) for value in values])
     found = [value for side in sides for value in side]
     if not found:
         return RowError(RowReason.EMPTY, "the row holds no response")
@@ -235,7 +238,9 @@ def _sides(
     return sides
 
 
-def _join(prompt: Value, response: Value, label: str, context: Context | None) -> Value:
+def _join(
+    prompt: Value, response: Value, label: str, context: Context | None, needed: Needed | None
+) -> Value:
     """The sequence of a prompt (None: it is in the response) and a response."""
     if isinstance(response, RowError):
         return response
@@ -244,11 +249,13 @@ def _join(prompt: Value, response: Value, label: str, context: Context | None) -
             return bad(f"the prompt of {label} is neither text nor messages")
         return asked(prompt, label) or [*prompt, {"role": "assistant", "content": ""}]
     if prompt is None:
-        if not _is_conversation(response):
-            return response
-        if context is not None:
+        if context is not None and _is_conversation(response):
             response = context.around(response)
-        return response if isinstance(response, RowError) else judged(response, label)
+        if isinstance(response, RowError):
+            return response
+        if needed is not None and (error := lacking(needed, response, label)) is not None:
+            return error
+        return judged(response, label) if _is_conversation(response) else response
     if _kind(prompt) is not _kind(response):
         return bad(f"the prompt is {_kind(prompt)}, {label} is {_kind(response)}")
     if not _is_conversation(response):

@@ -58,15 +58,17 @@ class Layout:
     `columns` maps the field names of the format (`prompt`, `chosen`, `responses`, …) and of the
     conversation around it (`system`, `tools`, …) to the file's column names. `text_style` is None
     where the columns hold messages or token ids. `prompt_inside`: plain responses begin with their
-    prompt, which is cut off them. `encoded` are columns whose text is JSON, or Python's spelling,
-    of messages. `watched` are columns that would belong to the conversation and are not read: a row
-    where one of them holds anything is marked.
+    prompt, which is cut off them. `repeated` is the column of a prompt that the responses hold and
+    that is no part of a sequence: a response that does not hold it is marked. `encoded` are columns
+    whose text is JSON, or Python's spelling, of messages. `watched` are columns that would belong
+    to the conversation and are not read: a row where one of them holds anything is marked.
     """
 
     format: Format
     columns: Mapping[str, str]
     text_style: TextStyle | None = None
     prompt_inside: bool = False
+    repeated: str | None = None
     encoded: tuple[str, ...] = ()
     watched: tuple[str, ...] = ()
 

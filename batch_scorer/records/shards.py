@@ -111,6 +111,7 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
         "columns": dict(layout.columns),
         "text_style": layout.text_style,
         "prompt_inside": layout.prompt_inside,
+        "repeated": layout.repeated,
         "encoded": list(layout.encoded),
         "watched": list(layout.watched),
     }

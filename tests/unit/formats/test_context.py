@@ -138,6 +138,12 @@ def test_an_input_that_is_the_prompt_is_not_watched() -> None:
     assert found({"input": [user("q")], "output": "a"}).columns["prompt"] == "input"
 
 
+def test_a_context_that_is_the_prompt_of_whole_dialogues_is_not_watched() -> None:
+    row = {"context": [user("q")], "chosen": DIALOGUE, "rejected": DIALOGUE}
+    assert sequences(row) == [DIALOGUE, DIALOGUE]
+    assert sequences({"context": [user("q")], "response": "a"}) == [DIALOGUE]
+
+
 def test_context_of_text_that_is_rendered_already_is_in_the_text() -> None:
     row = {"text": "<|im_start|>user\nq<|im_end|>", "system": "s", "tools": "[]"}
     assert found(row).watched == ()

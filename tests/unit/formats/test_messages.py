@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batch_scorer.errors import RowReason
 from batch_scorer.formats.kinds import is_assistant, role_alias
@@ -31,6 +33,35 @@ def through_parquet(rows: dict[str, list[Any]]) -> pa.Table:
     file = io.BytesIO()
     pq.write_table(pa.table(rows), file)
     return pq.read_table(file)
+
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
+NEW_FIELDS = {
+    "name": TEXT,
+    "reasoning_content": TEXT,
+    "weight": st.integers(0, 1),
+    "extra": st.dictionaries(st.sampled_from(["a", "b"]), TEXT, min_size=1),
+}
+ARGUMENTS = st.dictionaries(st.sampled_from(["city", "days"]), TEXT, min_size=1)
+CALLS = st.lists(st.fixed_dictionaries({"name": TEXT, "arguments": ARGUMENTS}), min_size=1)
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> dict[str, Any]:
+    """A message with some of the fields that others may have."""
+    role = draw(st.sampled_from(["system", "user", "assistant", "tool", "observation"]))
+    message = {"role": role, "content": draw(TEXT)}
+    message |= draw(st.fixed_dictionaries({}, optional=NEW_FIELDS))
+    if role == "assistant" and draw(st.booleans()):
+        message |= {"content": None, "tool_calls": draw(CALLS)}
+    return message
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(messages(), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_a_conversation_comes_out_of_a_file_as_it_went_in(talks: list[list[Any]]) -> None:
+    whole = [[user("q"), *talk, assistant("a")] for talk in talks]
+    assert sequences(through_parquet({"messages": whole})) == whole
 
 
 def json_column(values: list[Any]) -> pa.Array:

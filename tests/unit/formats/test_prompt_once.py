@@ -7,7 +7,7 @@ import pytest
 
 from batch_scorer.errors import RowReason
 from batch_scorer.formats import describe
-from batch_scorer.records import TextStyle
+from batch_scorer.records import RowError, TextStyle
 from tests.unit.formats.tables import (
     assistant,
     found,
@@ -69,6 +69,12 @@ def test_rendered_answers_that_contain_their_prompt_are_whole() -> None:
     layout = found(whole)
     assert (layout.text_style, "prompt" in layout.columns) == (TextStyle.RENDERED, False)
     assert sequences(whole) == [whole["response"]]
+    table = pa.table(
+        {"prompt": ["What is it?"] * 40, "response": [whole["response"]] * 39 + ["A fox."]}
+    )
+    assert reasons(parsed(table))[38:] == [None, RowReason.BAD_STRUCTURE]
+    ids = pa.table({"prompt": [[1, 2]] * 40, "response": [[1, 2, 3]] * 39 + [[3, 4, 5]]})
+    assert reasons(parsed(ids))[38:] == [None, RowReason.BAD_STRUCTURE]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +103,17 @@ def test_whole_dialogues_without_the_system_message_of_their_prompt_are_refused(
     assert sequences(row, ignore=("prompt",)) == [DIALOGUE, DIALOGUE]
     whole = [*prompt, assistant("a")]
     assert sequences({"prompt": prompt, "chosen": whole, "rejected": whole}) == [whole, whole]
+    table = pa.table(
+        {
+            "prompt": [prompt[1:]] * 39 + [prompt],
+            "chosen": [DIALOGUE] * 39 + [whole],
+            "rejected": [DIALOGUE] * 40,
+        }
+    )
+    assert found(table).repeated == "prompt"
+    last = parsed(table).sequences[-2:]
+    assert last[0] == whole
+    assert isinstance(last[1], RowError) and last[1].reason == RowReason.CONTEXT_NOT_READ
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
@@ -108,10 +125,18 @@ def test_messages_in_writing_are_read_as_messages(write: type[str]) -> None:
     line = "preference pairs (messages in writing in chosen, rejected; prompt inside)"
     assert describe(layout) == line
     assert sequences(row) == [chosen, rejected]
+    named = [{"name": "Ann", **user("q")}, assistant("a")]
+    assert sequences({"text": write(named)}) == [named]
     replies = {"prompt": write([user("q")]), "responses": [write([assistant("a")])]}
     assert sequences(replies) == [DIALOGUE]
     group = {"prompt": "q", "responses": write([[assistant("a")], [assistant("b")]])}
     assert sequences(group) == [DIALOGUE, [user("q"), assistant("b")]]
+
+
+def test_a_text_that_spells_messages_is_a_conversation() -> None:
+    layout = found({"text": json.dumps(DIALOGUE)})
+    assert describe(layout) == "conversations (messages in writing in text)"
+    assert sequences({"text": json.dumps(DIALOGUE)}) == [DIALOGUE]
 
 
 def test_a_row_whose_writing_cannot_be_read_is_marked() -> None:
