@@ -9,8 +9,7 @@ and V2 do (model cards).
 Legend: R rows, S sequences.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,28 +22,16 @@ from batch_scorer.config import Config, OverLength
 from batch_scorer.errors import ModelError, RowNote, RowReason, ShardError, ShardReason
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import ModelFacts
-from batch_scorer.records import Conversation, ParsedRows, RowError, TokenizedRows
+from batch_scorer.records import ParsedRows, RowError, TokenizedRows
 from batch_scorer.render import messages
 from batch_scorer.render.probe import PROBES, Probe, TemplateFacts, look_at
 from batch_scorer.render.special import SpecialText
 from batch_scorer.render.template import ChatTemplate
+from batch_scorer.render.text import Talk, TextWriter, holds
 from batch_scorer.render.tokens import Encoder, Ids, cut
 
 OWN_TEMPLATE = Prompt()
 """The tokenizer's own template and nothing else."""
-
-
-@dataclass(slots=True)
-class _Talk:
-    """A conversation on its way to a text: its place among the sequences, its row, what the
-    template is given, and what came of it."""
-
-    place: int
-    row: int
-    messages: Conversation
-    arguments: Mapping[str, Any]
-    text: str | RowError = ""
-    notes: set[RowNote] = field(default_factory=set)
 
 
 class Renderer:
@@ -80,9 +67,15 @@ class Renderer:
             self._tokenizer.backend_tokenizer.no_padding()
         self._template = ChatTemplate(self._tokenizer, prompt, model_dir)
         self._special = SpecialText(self._tokenizer, [prompt.steps.tag] if prompt.steps else [])
+        self._writer = TextWriter(self._template, self._special, prompt, in_pairs=self._pairs)
         self._encoder = Encoder(self._tokenizer, prompt, model_dir)
         if prompt.special_text == "literal":
             self._require_literal()
+        if self._pairs and (prompt.bos, prompt.eos) != ("auto", "keep"):
+            raise ModelError(
+                f"{model_dir}: bos and eos: question and answer are given to this tokenizer as a "
+                "pair, and it puts its own tokens around them; leave bos and eos out"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -111,11 +104,6 @@ class Renderer:
     @cached_property
     def _pairs(self) -> bool:
         return self._prompt.pair and self._template.problem is not None
-
-    @property
-    def _joins_parts(self) -> bool:
-        """Whether the model's text is made of texts alone."""
-        return self._pairs or self._template.content == "text"
 
     def probe(self) -> Probe:
         """Render and tokenise `PROBES`, and see what becomes of marker words.
@@ -183,130 +171,41 @@ class Renderer:
         """
         sequences: list[Any] = list(parsed.sequences)
         notes: dict[int, set[RowNote]] = {}
-        talks: list[_Talk] = []
+        talks: dict[int, Talk] = {}
         for row, (start, stop) in enumerate(pairwise(parsed.row_offsets.tolist())):
             for place in range(start, stop):
                 if _is_conversation(sequences[place]):
                     own = notes.setdefault(row, set())
-                    arguments = parsed.arguments.get(row, {})
-                    talk = _Talk(place, row, sequences[place], arguments, notes=own)
-                    if error := self._prepare(talk, parsed.steps.get(place), made):
-                        sequences[place] = error
-                    else:
-                        talks.append(talk)
-        if self._pairs:
-            for talk in talks:
-                sequences[talk.place] = self._encode_pair(talk.messages)
-        else:
-            self._render(talks)
-            for talk in talks:
-                sequences[talk.place] = talk.text
-        rendered = {talk.place for talk in talks}
-        self._encode(sequences, rendered)
+                    talk = Talk(sequences[place], parsed.arguments.get(row, {}), own)
+                    talks[place] = self._writer.prepare(talk, parsed.steps.get(place))
+                    if talk.special_tokens:
+                        made.special_tokens.setdefault(row, 0)
+                        made.special_tokens[row] += talk.special_tokens
+        if not self._pairs:
+            self._writer.write([talk for talk in talks.values() if talk.text == ""])
+        for place, talk in talks.items():
+            is_pair = self._pairs and talk.text == ""
+            sequences[place] = self._encode_pair(talk) if is_pair else talk.text
+        self._encode(sequences, talks)
         for place, ids in enumerate(sequences):
             if not isinstance(ids, RowError):
                 sequences[place] = self._encoder.with_suffix(np.asarray(ids, np.int32))
         return sequences, notes
 
-    def _prepare(
-        self, talk: _Talk, steps: Sequence[str] | None, made: TokenizedRows
-    ) -> RowError | None:
-        """What the template is given: system prompt, reasoning, parts and steps as the job has it;
-        or why the row is not scored."""
-        prompt, talk.messages = self._prompt, list(talk.messages)
-        if found := sum(map(self._special.count, talk.messages)) + sum(
-            self._special.count({"content": step}) for step in steps or ()
-        ):
-            made.special_tokens[talk.row] = made.special_tokens.get(talk.row, 0) + found
-            if prompt.special_text == "mark":
-                return RowError(
-                    RowReason.SPECIAL_TEXT, f"{found} times the text spells a special token"
-                )
-        if prompt.special_text == "literal":
-            if not all(map(self._special.is_hideable, talk.messages)):
-                detail = "the text has characters of private use, which `literal` needs itself"
-                return RowError(RowReason.SPECIAL_TEXT, detail)
-            talk.messages = list(map(self._special.hide, talk.messages))
-            steps = steps and [self._special.hide({"content": s})["content"] for s in steps]
-        if prompt.reasoning == "drop":
-            talk.messages = list(map(messages.without_reasoning, talk.messages))
-        if any(map(messages.has_parts, talk.messages)) and self._joins_parts:
-            talk.notes.add(RowNote.PARTS_JOINED)
-            talk.messages = list(map(messages.with_joined_parts, talk.messages))
-        if prompt.steps is not None:
-            cut_up = messages.with_steps(talk.messages, prompt.steps, steps)
-            if isinstance(cut_up, RowError):
-                return cut_up
-            talk.messages = cut_up
-        elif steps is not None:
-            talk.messages[-1] = {
-                **talk.messages[-1],
-                "content": prompt.step_separator.join(steps),
-            }
-        system = prompt.system
-        if system is not None and talk.messages[0].get("role") not in ("system", "developer"):
-            talk.messages.insert(0, {"role": "system", "content": system})
-        return None
-
-    def _render(self, talks: Sequence[_Talk]) -> None:
-        """The text of every conversation, or the template's error."""
-        self._apply(talks)
-        refused: list[_Talk] = []
-        for talk in talks:
-            text, usual = talk.text, messages.with_usual_roles(talk.messages)
-            if usual is not None and (
-                isinstance(text, RowError) or messages.lacks_renamed(talk.messages, text)
-            ):
-                refused.append(_Talk(talk.place, talk.row, usual, talk.arguments, notes=talk.notes))
-        self._apply(refused)
-        by_place = {talk.place: talk for talk in refused if isinstance(talk.text, str)}
-        for talk in talks:
-            if again := by_place.get(talk.place):
-                talk.messages, talk.text = again.messages, again.text
-                talk.notes.add(RowNote.ROLE_RENAMED)
-        if self._prompt.reasoning == "keep":
-            self._keep_reasoning(talks)
-        for talk in talks:
-            if isinstance(talk.text, str) and not _holds(talk.text, talk.messages[-1]):
-                talk.notes.add(RowNote.ANSWER_REWRITTEN)
-
-    def _keep_reasoning(self, talks: Sequence[_Talk]) -> None:
-        """Put the judged answer with its reasoning where the template would write it, if the
-        template does not write the reasoning itself."""
-        cut_short = [
-            _Talk(
-                talk.place,
-                talk.row,
-                [*talk.messages[:-1], messages.stand_in(talk.messages[-1])],
-                talk.arguments,
-            )
-            for talk in talks
-            if isinstance(talk.text, str)
-            and messages.reasoning_of(talk.messages[-1]).strip() not in talk.text
-        ]
-        self._apply(cut_short)
-        by_place = {talk.place: talk.text for talk in cut_short}
-        for talk in talks:
-            if isinstance(text := by_place.get(talk.place), str):
-                talk.text = messages.put_back(text, talk.messages[-1]) or talk.text
-
-    def _apply(self, talks: Sequence[_Talk]) -> None:
-        given: list[Conversation] = [talk.messages for talk in talks]
-        if talks and self._template.content == "parts":
-            given = [list(map(messages.with_parts, each)) for each in given]
-        texts = self._template.render(given, [talk.arguments for talk in talks])
-        for talk, text in zip(talks, texts, strict=True):
-            talk.text = text
-
-    def _encode_pair(self, conversation: Conversation) -> list[int]:
+    def _encode_pair(self, talk: Talk) -> list[int]:
         """tokenizer(question, answer); the turns before the answer are joined by blank lines."""
-        *turns, answer = map(messages.joined_text, conversation)
-        return cast(list[int], self._tokenizer("\n\n".join(turns), answer)["input_ids"])
+        *turns, last = talk.messages
+        keeps = self._prompt.reasoning == "keep"
+        answer = messages.whole_answer(last) if keeps else messages.joined_text(last)
+        if not holds(answer, last):
+            talk.notes.add(RowNote.ANSWER_REWRITTEN)
+        question = "\n\n".join(map(messages.joined_text, turns))
+        return cast(list[int], self._tokenizer(question, answer)["input_ids"])
 
-    def _encode(self, sequences: list[Any], rendered: Iterable[int]) -> None:
+    def _encode(self, sequences: list[Any], rendered: Collection[int]) -> None:
         """Texts → ids, in place; those at the places `rendered` are the template's."""
         texts = {place: text for place, text in enumerate(sequences) if isinstance(text, str)}
-        literal = set(rendered) if self._prompt.special_text == "literal" else set()
+        literal = rendered if self._prompt.special_text == "literal" else ()
         for read, places in (
             (None, [place for place in texts if place not in literal]),
             (self._special.encode, [place for place in texts if place in literal]),
@@ -319,9 +218,11 @@ class Renderer:
         """Raise ModelError where special tokens cannot be told from text that spells them: where a
         text in pieces does not give the tokenizer's own ids."""
         problem = None if self._tokenizer.is_fast else "the tokenizer is a slow one"
+        if self._pairs:
+            problem = "question and answer are given to the tokenizer as a pair"
         if self._tokenizer.is_fast and self._template.problem is None:
-            talks = [_Talk(place, place, list(each), {}) for place, each in enumerate(PROBES)]
-            self._apply(talks)
+            talks = [Talk(list(each)) for each in PROBES]
+            self._writer.write(talks)
             texts = [talk.text for talk in talks if isinstance(talk.text, str)]
             texts += [f"{text}\n  é 中文 <b>" for text in texts]
             whole = self._encoder.encode(texts)
@@ -370,10 +271,6 @@ def _empty_rows(parsed: ParsedRows) -> TokenizedRows:
 
 def _is_conversation(sequence: object) -> bool:
     return isinstance(sequence, list) and bool(sequence) and isinstance(sequence[0], dict)
-
-
-def _holds(text: str, answer: Mapping[str, Any]) -> bool:
-    return all(part in text for part in messages.judged_texts(dict(answer)))
 
 
 def _rows_of_same_tokens(parsed: ParsedRows, sequences: Sequence[Any]) -> Iterable[int]:

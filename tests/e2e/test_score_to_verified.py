@@ -22,6 +22,8 @@ ADDED = {
     "score_error": pa.string(),
     "num_tokens_chosen": pa.int32(),
     "num_tokens_rejected": pa.int32(),
+    "score_notes": pa.list_(pa.string()),
+    "num_special_tokens": pa.int32(),
 }
 JSON_ROWS = pair_rows(10, start=500)
 

@@ -1,12 +1,13 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from batch_scorer.config import OverLength
-from batch_scorer.errors import ModelError, RowReason, ShardError
+from batch_scorer.errors import ModelError, RowNote, RowReason, ShardError
 from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.records import Conversation, ParsedRows, RowError
 from batch_scorer.render import OWN_TEMPLATE, Renderer
@@ -239,3 +240,23 @@ def test_steps_are_never_cut_off(tmp_path: Path) -> None:
     made = tokenizer.tokenize(rows(conversation("Q", "a long step\n\n" * 20)))
     (error,) = made.sequence_errors.values()
     assert error.reason is RowReason.TOO_LONG and "would lose steps" in error.detail
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bos": "never"}, {"eos": "append"}, {"special_text": "literal"}]
+)
+def test_a_pair_takes_no_settings_that_it_would_ignore(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelError, match="pair"):
+        renderer(tmp_path, template=None, prompt=Prompt(pair=True, **settings))
+
+
+def test_the_reasoning_of_a_pairs_answer_is_kept_or_noted(tmp_path: Path) -> None:
+    talk = conversation("Q", "A")
+    talk[-1]["reasoning_content"] = "Hm."
+    made = renderer(tmp_path, template=None, prompt=Prompt(pair=True)).tokenize(rows(talk))
+    assert made.notes == {0: (RowNote.ANSWER_REWRITTEN,)}
+    keeping = renderer(tmp_path, template=None, prompt=Prompt(pair=True, reasoning="keep"))
+    assert texts(keeping, talk) == ["Q<think>\nHm.\n</think>\n\nA"]
+    assert keeping.tokenize(rows(talk)).notes == {}
