@@ -19,6 +19,7 @@ from batch_scorer.errors import ConfigError, IncompleteError, IntegrityError, Ou
 from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbench2, rm_bench
 from batch_scorer.evaluation.result import Evaluation
 from batch_scorer.inputs.plan import Plan, make_plan
+from batch_scorer.inputs.selection import kept_columns
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Format, Receipt, Status
@@ -100,7 +101,8 @@ def _score(config: Config, wanted: Benchmark | None, listeners: Sequence[Listene
     if wanted is Benchmark.JUDGEBENCH:
         columns = {**JUDGEBENCH_COLUMNS, **config.columns}
         config = config.model_copy(update={"columns": columns})
-    find_benchmark(files_of_plan(make_plan(config)), wanted)  # before hours of scoring, not after
+    files = files_of_plan(make_plan(config), config)
+    find_benchmark(files, wanted)  # before hours of scoring, not after
     score(config, *listeners)
 
 
@@ -155,17 +157,20 @@ def find_benchmark(files: Sequence[File], wanted: Benchmark | None = None) -> Be
     )
 
 
-def files_of_plan(plan: Plan) -> list[File]:
-    """The inputs of a run that is still to be made; those without rows show nothing."""
+def files_of_plan(plan: Plan, config: Config) -> list[File]:
+    """The inputs of a run that is still to be made, in the columns that it keeps; those of which no
+    row is asked for show nothing."""
     return [
         File(
             name=file.source.key,
             format=file.layout.format,
             fields=file.layout.columns,
-            columns=frozenset(file.schema.names),
+            columns=frozenset(
+                kept_columns(file.schema.names, config.keep_columns, config.drop_columns)
+            ),
         )
         for file in plan.files
-        if file.num_rows
+        if len(file.asked())
     ]
 
 

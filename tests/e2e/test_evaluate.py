@@ -218,6 +218,16 @@ def test_prior_sets_are_told_by_their_file(disk: Place, tiny_model: Path) -> Non
     assert found["missing"] == ["anthropic_helpful", "anthropic_hhh", "summarize"]
 
 
+def test_a_column_that_is_needed_and_not_kept_is_missed_before_scoring(
+    disk: Place, tiny_model: Path
+) -> None:
+    (disk / "in").write({"a.parquet": parquet(rewardbench_table())})
+    refused = run("evaluate", disk, tiny_model, "--drop-columns", "subset")
+    assert refused.exit_code == 2
+    assert "not the rows of one benchmark" in refused.error
+    assert not Path(disk.url, "out").exists()
+
+
 def test_rows_that_are_no_benchmark_are_refused_before_they_are_scored(
     disk: Place, tiny_model: Path
 ) -> None:
