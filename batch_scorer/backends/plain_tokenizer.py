@@ -224,23 +224,32 @@ class PlainTokenizer:
 
     # Special tokens that a message spells, kept as text
 
-    def _special(self) -> list[str]:
+    @cached_property
+    def _special(self) -> Mapping[str, Any]:
+        """The special tokens by their spelling, long ones first."""
         added = self._tokenizer.added_tokens_decoder.values()
+        found = {str(token): token for token in added if token.special}
+        return {text: found[text] for text in sorted(found, key=len, reverse=True)}
+
+    @cached_property
+    def _kept_as_text(self) -> list[str]:
+        """Those of them that have no place in a message: tags of steps and of reasoning do."""
         tag = self._prompt.steps.tag if self._prompt.steps else None
-        return sorted({str(t) for t in added if t.special and str(t) != tag}, key=len, reverse=True)
+        return [text for text in self._special if text not in (tag, "<think>", "</think>")]
 
     def _spells(self, conversation: Conversation) -> bool:
         written = json.dumps([{**m, "role": ""} for m in conversation], ensure_ascii=False)
         return any(
-            json.dumps(token, ensure_ascii=False)[1:-1] in written for token in self._special()
+            json.dumps(token, ensure_ascii=False)[1:-1] in written for token in self._kept_as_text
         )
 
     def _literally(
         self, conversation: Conversation, arguments: Mapping[str, Any], used: list[str]
     ) -> PlainIds:
         """Tokenised between the template's own special tokens, the others switched off."""
-        special = self._special()
-        stands_for = {chr(_FIRST_STAND_IN + place): token for place, token in enumerate(special)}
+        stands_for = {
+            chr(_FIRST_STAND_IN + place): token for place, token in enumerate(self._kept_as_text)
+        }
 
         def hidden(value: Any) -> Any:
             if isinstance(value, str):
@@ -255,14 +264,20 @@ class PlainTokenizer:
 
         messages = [{**hidden(message), "role": message["role"]} for message in conversation]
         text = self._text(messages, arguments)
-        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+        pieces = re.split("(" + "|".join(map(re.escape, self._special)) + ")", text)
         ids: list[int] = []
-        for piece in pieces:
-            if piece in special:
+        for place, piece in enumerate(pieces):
+            if piece in self._special:
                 ids.append(self._tokenizer.convert_tokens_to_ids(piece))
-            elif piece:
-                for stand_in, token in stands_for.items():
-                    piece = piece.replace(stand_in, token)
+                continue
+            # As the tokenizer does it, a token may take in the blanks beside it.
+            if place and self._special[pieces[place - 1]].rstrip:
+                piece = piece.lstrip()
+            if place + 1 < len(pieces) and self._special[pieces[place + 1]].lstrip:
+                piece = piece.rstrip()
+            for stand_in, token in stands_for.items():
+                piece = piece.replace(stand_in, token)
+            if piece:
                 ids += self._tokenizer(piece, add_special_tokens=False, split_special_tokens=True)[
                     "input_ids"
                 ]
