@@ -3,6 +3,8 @@
 Legend: R rows, S sequences.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -18,10 +20,14 @@ LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MAX_SOURCES = 100
 
 
-def pair_counts(chosen: pa.Array, rejected: pa.Array, sources: Sources) -> dict[str, PairCounts]:
-    """Counts by source, from R scores of each side."""
+def pair_counts(
+    chosen: pa.Array, rejected: pa.Array, sources: Sources, same_tokens: Collection[int] = ()
+) -> dict[str, PairCounts]:
+    """Counts by source, from R scores of each side. Rows whose two texts have the same tokens are
+    left out: their scores are equal whatever the model is like."""
     right, wrong = (side.to_numpy(zero_copy_only=False) for side in (chosen, rejected))
     both = ~(np.isnan(right) | np.isnan(wrong))
+    both[list(same_tokens)] = False
     counts = {}
     for source in sorted(set(sources[both])):
         here = both & (sources == source)

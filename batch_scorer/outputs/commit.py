@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_scorer.errors import RowReason, ShardError, ShardReason, StorageError
+from batch_scorer.errors import RowNote, RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.files import row_numbers, rows_of_shard
@@ -133,7 +133,8 @@ def _describe(
     if shape.has_margin(job.outputs):
         (names,) = shape.value_columns(SCALAR)
         chosen, rejected = (columns[prefix + name] for name in names)
-        pairs = pair_counts(chosen, rejected, sources)
+        same = [row for row, notes in scored.notes.items() if RowNote.SAME_TOKENS in notes]
+        pairs = pair_counts(chosen, rejected, sources, same)
     return Commit(
         identity=shard.identity(job.fingerprint.digest, prefix),
         fingerprint=job.fingerprint.digest,

@@ -340,7 +340,7 @@ def _row_problems(table: pa.Table, commit: Commit) -> Iterator[str]:
         )
     is_marked = pc.is_valid(table[commit.error_column]).to_pylist()
     for name in commit.added_columns:
-        if "score" in name and not name.endswith("score_error"):
+        if "score" in name and not name.endswith(("score_error", "score_notes")):
             complete = [_is_complete(value) for value in table[name].to_pylist()]
             wrong = [row for row, ok in enumerate(complete) if not ok and not is_marked[row]]
             if wrong:

@@ -6,6 +6,7 @@ answer, tools. So the words below are rendered once before a job, and looked for
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -69,17 +70,20 @@ class TemplateFacts:
     has_text: bool
     asks_for_date: bool
 
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """What it leaves out or rewrites without a word, so that no score depends on it."""
-        fates = {
-            "system messages": self.system,
-            "blanks of the answer": self.answer,
-            "the answer's reasoning fields": "kept" if self.reasoning_fields else "lost",
-            "<think> in the answer": self.reasoning_text,
-            "tools": self.tools,
+    def changes(self, held: Collection[str]) -> tuple[str, ...]:
+        """What it leaves out of these rows without a word, so that no score depends on it, and what
+        it adds to all of them. `held` is what the rows have: `parity.cover.traits_of`."""
+        lost = {
+            "leaves out system messages": self.system == "lost" and "role system" in held,
+            "leaves out tools": self.tools == "lost" and "tools" in held,
+            "leaves out <think> in the answer": self.reasoning_text == "lost"
+            and "reasoning in text" in held,
+        } | {
+            f"leaves out {key}": key in held and key not in self.reasoning_fields
+            for key in REASONING_KEYS
         }
-        return tuple(name for name, fate in fates.items() if fate == "lost")
+        added = (f"adds {self.added!r}",) if self.added else ()
+        return (*(name for name, is_lost in lost.items() if is_lost), *added)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ OWN_TEMPLATE = Prompt()
 class Renderer:
     """The tokenizer and chat template of one model, and the length policy of one run.
 
-    Raises ModelError if the directory holds no usable tokenizer, or not what the prompt asks for.
+    With a `vocab_size`, a sequence with a larger id is an error. Raises ModelError if the directory
+    holds no usable tokenizer, or not what the prompt asks for.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Renderer:
         over_length: OverLength,
         prompt: Prompt = OWN_TEMPLATE,
         *,
+        vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         from transformers import AutoTokenizer  # takes seconds and imports torch
@@ -62,6 +64,7 @@ class Renderer:
         self._max_tokens = max_tokens
         self._over_length = over_length
         self._model_dir = model_dir
+        self._vocab_size = vocab_size
         if self._tokenizer.is_fast:
             self._tokenizer.backend_tokenizer.no_truncation()
             self._tokenizer.backend_tokenizer.no_padding()
@@ -79,8 +82,9 @@ class Renderer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids the tokenizer can give, added tokens included."""
-        return len(self._tokenizer)
+        """Number of ids the tokenizer can give, tokens that were added to it left out: a pad token
+        beyond the model's embedding does no harm while no text has it."""
+        return int(self._tokenizer.vocab_size)
 
     @property
     def renders(self) -> bool:
@@ -241,6 +245,9 @@ class Renderer:
         """The ids as the length policy has them; what it did is noted in `made`."""
         if not len(ids):
             return RowError(RowReason.EMPTY, "no tokens")
+        if self._vocab_size is not None and ids.max() >= self._vocab_size:
+            detail = f"token id {ids.max()}, and the model knows {self._vocab_size} tokens"
+            return RowError(RowReason.BAD_TOKEN_ID, detail)
         if len(ids) <= self._max_tokens:
             return ids
         detail = f"{len(ids)} tokens, at most {self._max_tokens} are scored"
@@ -295,10 +302,18 @@ def _cached_renderer(
     max_tokens: int,
     over_length: OverLength,
     prompt: Prompt,
+    vocab_size: int,
     trust_remote_code: bool,
 ) -> Renderer:
     """One renderer per process: loading a tokenizer takes seconds."""
-    return Renderer(model_dir, max_tokens, over_length, prompt, trust_remote_code=trust_remote_code)
+    return Renderer(
+        model_dir,
+        max_tokens,
+        over_length,
+        prompt,
+        vocab_size=vocab_size,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def renderer_of(config: Config, model: ModelFacts) -> Renderer:
@@ -308,6 +323,7 @@ def renderer_of(config: Config, model: ModelFacts) -> Renderer:
         max_tokens_of(config, model),
         config.over_length,
         model.prompt,
+        model.vocab_size,
         config.trust_remote_code,
     )
 

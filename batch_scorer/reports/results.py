@@ -225,7 +225,7 @@ def check_report(checked: Checked) -> CheckReport:
 class RunReport:
     """How a run ended. `totals` as in `_SUCCESS`; `metrics` are `Metrics.to_json`, of the shards
     that this run scored. `parity` is one worker's `ParityReport.to_json`, None without a check.
-    `lost` names what the chat template leaves out of a conversation."""
+    `template` names what the chat template leaves out of the rows, and what it adds."""
 
     output: str
     totals: Mapping[str, Any]
@@ -233,7 +233,7 @@ class RunReport:
     elapsed_s: float
     metrics: Mapping[str, Any]
     parity: Mapping[str, Any] | None
-    lost: tuple[str, ...]
+    template: tuple[str, ...]
     input_gone: tuple[str, ...]
     failed: tuple[FailedShard, ...]
 
@@ -265,7 +265,7 @@ class RunReport:
             "elapsed_s": self.elapsed_s,
             "metrics": dict(self.metrics),
             "parity": None if self.parity is None else dict(self.parity),
-            "template_leaves_out": list(self.lost),
+            "template": list(self.template),
             "input_gone": list(self.input_gone),
             "failed": [asdict(each) for each in self.failed],
         }
@@ -280,7 +280,7 @@ def run_report(summary: Summary) -> RunReport:
         elapsed_s=round(summary.elapsed_s, 3),
         metrics=summary.metrics.to_json(summary.run),
         parity=summary.parity,
-        lost=summary.lost,
+        template=summary.template,
         input_gone=tuple(r.output_key for r in receipts if r.status is Status.INPUT_GONE),
         failed=tuple(failed_shard(r) for r in receipts if r.status is Status.FAILED),
     )

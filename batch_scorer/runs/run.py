@@ -60,8 +60,8 @@ class Summary:
     """How a run ended. `totals` as in `_SUCCESS`; `elapsed_s` and what follows are this run's own.
 
     `elapsed_s` is with starting up, `metrics` are of the shards that this run scored. `parity` is
-    one worker's report (`parity.ParityReport`), None where nothing was checked. `lost` names what
-    the chat template leaves out of a conversation without a word.
+    one worker's report (`parity.ParityReport`), None where nothing was checked. `template`
+    names what the chat template does to the rows without a word (`TemplateFacts.changes`).
     """
 
     output: str
@@ -71,7 +71,7 @@ class Summary:
     run: Run
     metrics: Metrics
     parity: dict[str, Any] | None = None
-    lost: tuple[str, ...] = ()
+    template: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -184,8 +184,9 @@ def _run(
     receipts = [*work.done, *work.gone, *work.left, *work.plan.failed, *work.plan.not_asked]
     fresh: list[Receipt] = []
     metrics = Metrics()
+    sample = _sample(job, work.todo)
     try:
-        for receipt in _attempt_all(job, lease.epoch, work.todo, _sample(job, work.todo), make):
+        for receipt in _attempt_all(job, lease.epoch, work.todo, sample, make):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
@@ -205,6 +206,7 @@ def _run(
     conclude(output, totals, found)
     clear(work, output, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
+    facts = job.template_facts
     return Summary(
         output=output.root,
         totals=totals,
@@ -213,7 +215,7 @@ def _run(
         run=run,
         metrics=metrics,
         parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
-        lost=job.template_facts.lost if job.template_facts else (),
+        template=facts.changes(sample.covered) if facts and sample else (),
     )
 
 

@@ -256,8 +256,7 @@ def run_view(report: RunReport) -> Iterator[Block]:
         start_up = f"{report.start_up_s:.1f} s of it start-up"
         rows.append(("time", f"{report.elapsed_s:.1f} s, {start_up}"))
         rows += figure_rows(report.metrics)
-    if report.lost:
-        rows.append(("the template leaves out", ", ".join(report.lost)))
+    rows += [("the template", change) for change in report.template]
     if (parity := report.parity) is not None:
         verdict = "agrees" if parity["agrees"] else "DIFFERS"
         text = (

@@ -203,6 +203,8 @@ def test_pairs_are_counted_by_source_and_a_tie_is_no_win() -> None:
     assert counts == {"a": PairCounts(2, 1, 0), "b": PairCounts(1, 0, 1)}
     unnamed = row_sources(pa.table({"other": [1] * 4}))
     assert pair_counts(chosen, rejected, unnamed) == {"all": PairCounts(3, 1, 1)}
+    without_row_1 = pair_counts(chosen, rejected, unnamed, same_tokens=[1])
+    assert without_row_1 == {"all": PairCounts(2, 1, 0)}
 
 
 def test_the_digest_survives_parquet_and_sees_every_change() -> None:

@@ -44,7 +44,9 @@ def test_a_plain_template(tmp_path: Path) -> None:
         has_text=True,
         asks_for_date=False,
     )
-    assert found.lost == ("the answer's reasoning fields", "tools")
+    assert found.changes({"role user", "tools"}) == ("leaves out tools",)
+    assert found.changes({"role user", "reasoning_content"}) == ("leaves out reasoning_content",)
+    assert found.changes({"role user", "role system", "reasoning in text"}) == ()
 
 
 @pytest.mark.parametrize(

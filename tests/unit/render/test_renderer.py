@@ -135,6 +135,26 @@ def test_ids_pass_as_they_are_and_errors_keep_their_place(tmp_path: Path) -> Non
     assert made.sequence_errors == {1: error}
 
 
+def test_an_id_beyond_the_embedding_marks_its_row_and_a_pad_token_there_does_no_harm(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoTokenizer
+
+    tiny_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    made = Renderer(tmp_path, LONG, OverLength.MARK, vocab_size=size)
+    assert made.vocab_size <= size
+    found = made.tokenize(rows([1, size - 1], [1, size], conversation("Hi", "Ho [PAD]")))
+    assert found.lengths.tolist()[0] == 2
+    assert {i: error.reason for i, error in found.sequence_errors.items()} == {
+        1: RowReason.BAD_TOKEN_ID,
+        2: RowReason.BAD_TOKEN_ID,
+    }
+
+
 def test_the_probe_shows_the_template(tmp_path: Path) -> None:
     plain = renderer(tmp_path).probe()
     assert plain.texts[0].startswith("<|im_start|>user\nHow many")
