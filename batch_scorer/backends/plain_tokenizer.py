@@ -13,12 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer
-
 from batch_scorer.errors import RowNote
 from batch_scorer.formats.kinds import role_alias
 from batch_scorer.models.adapter import Prompt, Steps
 from batch_scorer.models.directory import read_json
+from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.records import Conversation, Message, SequenceInput
 
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -37,13 +36,10 @@ class PlainIds:
 
 
 class PlainTokenizer:
-    """A model directory's tokenizer as `from_pretrained` gives it, and what the job sets."""
+    """A model directory's tokenizer, and what the job sets."""
 
     def __init__(self, model_dir: Path, prompt: Prompt, *, trust_remote_code: bool = False) -> None:
-        load: Any = AutoTokenizer.from_pretrained
-        self._tokenizer = load(
-            str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        self._tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
         self._prompt = prompt
         self._suffix_id: int | None = None
         if prompt.suffix_id_of is not None:

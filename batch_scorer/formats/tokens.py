@@ -46,18 +46,24 @@ def without_padding(values: Any, mask: Any, label: str) -> Any:
 
 
 def look_padded(rows: Sequence[Sequence[Any]]) -> bool:
-    """Whether these rows of ids, none of them empty, seem to be filled up. Either all are equally
-    long, and some begin or end in a run of one id, a long one or as other rows do; or most of them
-    do so in a long run of the same id."""
-    if len(rows) < 2:
+    """Whether most of these rows of ids, none of them empty, seem to be filled up: they have other
+    rows of their length, as batches have, and some of these begin or end in a run of one id, a long
+    one or as other rows do. Rows that are all of other lengths are no padded batch, whatever they
+    end in."""
+    batches: dict[int, list[Sequence[Any]]] = {}
+    for row in rows:
+        batches.setdefault(len(row), []).append(row)
+    padded = sum(len(batch) for batch in batches.values() if _is_padded(batch))
+    return 2 * padded > len(rows)
+
+
+def _is_padded(batch: Sequence[Sequence[Any]]) -> bool:
+    """Of rows of one length."""
+    if len(batch) < 2:
         return False
-    are_equally_long = len({len(row) for row in rows}) == 1
-    for side in (rows, [row[::-1] for row in rows]):
+    for side in (batch, [row[::-1] for row in batch]):
         ends = [(row[0], sum(1 for _ in takewhile(row[0].__eq__, row))) for row in side]
         often = Counter(end for end, _ in ends)
-        runs = Counter(end for end, run in ends if run > 2)
-        if any(2 * count > len(rows) for count in runs.values()):
-            return True
-        if are_equally_long and any(run > 2 or (run == 2 and often[end] > 1) for end, run in ends):
+        if any(run > 2 or (run == 2 and often[end] > 1) for end, run in ends):
             return True
     return False

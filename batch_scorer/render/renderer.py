@@ -22,6 +22,7 @@ from batch_scorer.config import Config, OverLength
 from batch_scorer.errors import ModelError, RowNote, RowReason, ShardError, ShardReason
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.records import ParsedRows, RowError, TokenizedRows
 from batch_scorer.render import messages
 from batch_scorer.render.probe import PROBES, Probe, TemplateFacts, look_at
@@ -51,15 +52,7 @@ class Renderer:
         vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AutoTokenizer  # takes seconds and imports torch
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise ModelError(f"{model_dir}: no usable tokenizer: {first_line}") from error
+        self._tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
         self._prompt = prompt
         self._max_tokens = max_tokens
         self._over_length = over_length

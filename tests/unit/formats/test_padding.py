@@ -81,7 +81,8 @@ def test_a_mask_that_does_not_fit_marks_its_row(
         [[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]],
         [[0, 0, 0, 4, 5], [1, 2, 3, 4, 5]],
         [[1, 2, 3, 0, 0], [1, 2, 3, 4, 0], [1, 2, 3, 4, 5]],
-        [[1, 0, 0, 0], [2, 3, 0, 0, 0], [1, 2, 3]],
+        # Two batches, each filled up to its longest.
+        [[1, 0, 0, 0], [1, 2, 3, 4], [2, 3, 0, 0, 0], [1, 2, 3, 4, 5], [1, 2, 3]],
     ],
 )
 def test_ids_that_look_padded_are_refused_without_a_mask(rows: list[list[int]]) -> None:
@@ -100,7 +101,12 @@ def test_ids_that_look_padded_are_refused_without_a_mask(rows: list[list[int]]) 
 
 @pytest.mark.parametrize(
     "rows",
-    [[[1, 2, 0, 0]], [[1, 2, 0, 0], [1, 2, 0]], [[1, 2, 3], [1, 2, 3]], [[5, 5, 6], [1, 2, 3]]],
+    [
+        [[1, 2, 0, 0]],
+        [[1, 2, 0, 0, 0], [1, 0, 0, 0]],
+        [[1, 2, 3], [1, 2, 3]],
+        [[5, 5, 6], [1, 2, 3]],
+    ],
 )
 def test_other_ids_are_taken_as_they_are(rows: list[Any]) -> None:
     assert sequences(pa.table({"input_ids": rows})) == rows
