@@ -121,6 +121,7 @@ def inspect_model(
     """
     files = read_model_files(path, name)
     refuse_quantised(files)
+    _refuse_empty(files)
     chosen = EMBEDDING
     if not embeds:
         chosen = choose_adapter(files, adapter, trust_remote_code=trust_remote_code)
@@ -139,6 +140,17 @@ def inspect_model(
         cost=model_cost(files, chosen),
         digest=_digest(path, chosen, trust_remote_code) if with_digest else "",
     )
+
+
+def _refuse_empty(files: ModelFiles) -> None:
+    empty = sorted(name for name, shape in files.shapes.items() if 0 in shape)
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise ModelError(
+            f"{files.path}: {empty[0]}{more} is there without values, as DeepSpeed ZeRO-3 leaves "
+            "tensors that it did not gather before saving; save the model again with "
+            "stage3_gather_16bit_weights_on_model_save, or convert its checkpoint (zero_to_fp32.py)"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

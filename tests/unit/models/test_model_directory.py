@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def test_quantised_weights_are_refused_before_anything_is_loaded(model: Path, me
     for embeds in (False, True):
         with pytest.raises(ModelError, match=rf"quantised \({method}\)"):
             inspect_model(model, embeds=embeds)
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_tensor_without_values_is_named(model: Path, name: str) -> None:
+    """As DeepSpeed's ZeRO-3 leaves them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    assert name in tensors
+    save_file(tensors | {name: torch.empty(0)}, model / "model.safetensors")
+    with pytest.raises(ModelError, match=f"{re.escape(name)} is there without values"):
+        inspect_model(model)
 
 
 def test_a_damaged_file_is_named(model: Path) -> None:
