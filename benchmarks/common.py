@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from batch_scorer.backends.packing import pad
 from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
-from batch_scorer.records import Format, Layout, TokenizedRows
+from batch_scorer.records import Format, Layout, TextStyle, TokenizedRows
 
 ROOT = Path(__file__).parents[1]
 
@@ -337,7 +337,9 @@ class Workload:
 
 
 PAIR = Layout(Format.PREFERENCE_PAIR, {"chosen": "chosen", "rejected": "rejected"})
-ROLLOUTS = Layout(Format.ROLLOUT_GROUP, {"prompt": "prompt", "responses": "responses"})
+ROLLOUTS = Layout(
+    Format.ROLLOUT_GROUP, {"prompt": "prompt", "responses": "responses"}, TextStyle.PLAIN
+)
 WORKLOADS = {
     "hh": Workload(
         "HH-RLHF pairs, one pair a prompt",
