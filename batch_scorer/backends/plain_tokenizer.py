@@ -217,6 +217,8 @@ class PlainTokenizer:
         if _thought(answer).strip() in text:
             return None
         stand_in = {**_without_reasoning(answer), "content": _HERE}
+        if self._needs_parts:
+            stand_in = _wrapped(stand_in)
         start, found, end = self._text([*before, stand_in], arguments).partition(_HERE)
         return (
             re.sub(r"<think>\s*</think>\s*$", "", start) + _whole(answer) + end if found else None
@@ -309,9 +311,16 @@ def _wrapped(message: Message) -> Message:
 def _without_reasoning(message: Message) -> Message:
     kept = {name: value for name, value in message.items() if name not in _REASONING_FIELDS}
     content = kept.get("content")
-    if isinstance(content, str) and _THOUGHT.match(content):
-        kept["content"] = _THOUGHT.sub("", content, count=1)
+    if isinstance(content, str):
+        kept["content"] = _unthought(content)
+    elif isinstance(content, list) and content and "text" in content[0]:
+        kept["content"] = [{**content[0], "text": _unthought(content[0]["text"])}, *content[1:]]
     return kept
+
+
+def _unthought(text: str) -> str:
+    found = _THOUGHT.match(text)
+    return text[found.end() :] if found else text
 
 
 def _thought(answer: Message) -> str:

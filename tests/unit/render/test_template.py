@@ -102,6 +102,13 @@ def test_a_row_whose_arguments_the_template_refuses_is_marked_alone(tmp_path: Pa
     assert "no tools" in made.sequence_errors[0].detail
 
 
+def test_an_argument_that_is_none_of_a_templates_is_named(tmp_path: Path) -> None:
+    made = renderer(tmp_path).tokenize(parsed(TALK, arguments={0: {"tokenize": True, "x": 1}}))
+    assert "tokenize is no argument of a template" in made.sequence_errors[0].detail
+    with pytest.raises(ModelError, match="conversation is no argument of a template"):
+        renderer(tmp_path, arguments='{"conversation": []}').probe()
+
+
 def test_a_rows_own_arguments_go_before_the_jobs(tmp_path: Path) -> None:
     tokenizer = renderer(tmp_path, WHOLE, arguments='{"thinks": "always"}')
     job, own = seen(tokenizer, parsed(TALK, TALK, arguments={1: {"thinks": "never"}}))
