@@ -152,7 +152,7 @@ class PlainTokenizer:
             messages = [{**m, "role": role_alias(m["role"])} for m in messages]
         if RowNote.PARTS_JOINED in notes:
             used.append(RowNote.PARTS_JOINED.value)
-            messages = [{**m, "content": _joined(m)} for m in messages]
+            messages = [{**m, "content": _joined(m)} if _has_parts(m) else m for m in messages]
         if prompt.system is not None and messages[0]["role"] not in ("system", "developer"):
             used.append("system_prompt")
             messages.insert(0, {"role": "system", "content": prompt.system})
@@ -300,6 +300,14 @@ def _joined(message: Message) -> str:
     return str(content or "")
 
 
+def _has_parts(message: Message) -> bool:
+    """Whether the content is a list of texts; a tool may give any list."""
+    content = message.get("content")
+    if not isinstance(content, list) or not content:
+        return False
+    return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
+
+
 def _wrapped(message: Message) -> Message:
     """The same, text as a list of one part."""
     content = message.get("content")
@@ -313,7 +321,7 @@ def _without_reasoning(message: Message) -> Message:
     content = kept.get("content")
     if isinstance(content, str):
         kept["content"] = _unthought(content)
-    elif isinstance(content, list) and content and "text" in content[0]:
+    elif isinstance(content, list) and _has_parts(kept):
         kept["content"] = [{**content[0], "text": _unthought(content[0]["text"])}, *content[1:]]
     return kept
 

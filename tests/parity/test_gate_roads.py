@@ -13,13 +13,15 @@ import pytest
 
 from batch_scorer.backends.plain_tokenizer import PlainTokenizer
 from batch_scorer.config import OverLength, load_config
+from batch_scorer.errors import RowNote
 from batch_scorer.inputs.plan import make_plan
 from batch_scorer.models.adapter import Prompt
-from batch_scorer.parity.cover import Candidate, choose
+from batch_scorer.parity.cover import Candidate, choose, traits_of
 from batch_scorer.parity.raw_rows import read_raw_rows
-from batch_scorer.parity.raw_sequences import raw_sequences
+from batch_scorer.parity.raw_sequences import RawSequence, raw_sequences
 from batch_scorer.parity.sample import parts_of
 from batch_scorer.records import (
+    Conversation,
     Format,
     Layout,
     LineRun,
@@ -231,3 +233,23 @@ def test_both_roads_treat_reasoning_alike_where_a_template_takes_parts(
     plain = PlainTokenizer(tmp_path, prompt).token_ids(talk, {})
     assert made.token_ids.tolist() == plain.ids
     assert ("Hm." in PlainTokenizer(tmp_path, prompt).visible(plain.ids)) == (reasoning == "keep")
+
+
+@pytest.mark.parametrize("value", [{"x": 1}, [{"x": 1}], ["a", "b"], 7, [], None])
+def test_what_a_tool_gives_stays_beside_parts_that_are_joined(value: Any, tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path, bos=True)
+    prompt = Prompt(template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    talk: Conversation = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi?"}]},
+        {"role": "tool", "content": value},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    renderer = Renderer(tmp_path, 1000, OverLength.MARK, prompt)
+    made = renderer.tokenize(ParsedRows([talk], np.array([0, 1])))
+    assert made.notes == {0: (RowNote.PARTS_JOINED,)}
+    text = renderer.visible(made.token_ids)
+    assert text.endswith(f"user: Hi?\ntool: {value}\nassistant: Yes.\n")
+    assert PlainTokenizer(tmp_path, prompt).token_ids(talk, {}, None, made.notes[0]).ids == (
+        made.token_ids.tolist()
+    )
+    assert "values as content" in traits_of([RawSequence([{"role": "tool", "content": {"x": 1}}])])
