@@ -91,7 +91,7 @@ class PlainTokenizer:
         if self._prompt.special_text == "literal" and self._spells(prepared):
             return self._literally(prepared, arguments, [*used, "special_text"])
         text = self._text(prepared, arguments)
-        if self._prompt.reasoning == "keep" and (kept := self._kept(text, prepared, arguments)):
+        if self._prompt.reasoning == "keep" and (kept := self._kept(prepared, arguments)):
             plain = self._tokenizer(kept, add_special_tokens=False)["input_ids"]
             return self._ended(kept, plain, [*used, "reasoning"])
         return self._ended(text, self._call(prepared, arguments, tokenize=True)["input_ids"], used)
@@ -174,14 +174,17 @@ class PlainTokenizer:
         bos, eos = self._prompt.bos, self._prompt.eos
         token, ids = self._tokenizer.bos_token, list(plain)
         if eos == "openrlhf":
-            text = text.rstrip("\n")
-            if not text.endswith(self._tokenizer.eos_token):
-                text = f"{text} {self._tokenizer.eos_token}"
+            text = self._as_openrlhf(text)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if bos != "template" and not (token and text.startswith(token)):
             ids = self._added(text, ids)
         used = [*used, *["bos"] * (ids != plain and eos != "openrlhf")]
         return self._with_ends(ids, used)
+
+    def _as_openrlhf(self, text: str) -> str:
+        text = text.rstrip("\n")
+        eos = self._tokenizer.eos_token
+        return text if text.endswith(eos) else f"{text} {eos}"
 
     def _with_ends(self, ids: list[int], used: list[str]) -> PlainIds:
         bos, eos = self._prompt.bos, self._prompt.eos
@@ -209,13 +212,16 @@ class PlainTokenizer:
             return ids
         return [*ids, self._suffix_id]
 
-    def _kept(
-        self, text: str, conversation: Conversation, arguments: Mapping[str, Any]
-    ) -> str | None:
+    def _kept(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str | None:
         """The text with the answer's reasoning in it; None where it is there already."""
         *before, answer = conversation
-        if _thought(answer).strip() in text:
+        if not _thought(answer).strip():
             return None
+        marked = _marked(answer)
+        if self._needs_parts:
+            marked = _wrapped(marked)
+        if _HERE in self._text([*before, marked], arguments):
+            return None  # the template writes it itself
         stand_in = {**_without_reasoning(answer), "content": _HERE}
         if self._needs_parts:
             stand_in = _wrapped(stand_in)
@@ -266,6 +272,10 @@ class PlainTokenizer:
 
         messages = [{**hidden(message), "role": message["role"]} for message in conversation]
         text = self._text(messages, arguments)
+        if self._prompt.reasoning == "keep" and (kept := self._kept(messages, arguments)):
+            text, used = kept, [*used, "reasoning"]
+        if self._prompt.eos == "openrlhf":
+            text = self._as_openrlhf(text)
         pieces = re.split("(" + "|".join(map(re.escape, self._special)) + ")", text)
         ids: list[int] = []
         for place, piece in enumerate(pieces):
@@ -338,6 +348,16 @@ def _thought(answer: Message) -> str:
             return str(answer[name])
     found = _THOUGHT.match(_joined(answer))
     return found[1] if found else ""
+
+
+def _marked(answer: Message) -> Message:
+    """The answer with a mark in place of its reasoning."""
+    fields = {key: _HERE for key in _REASONING_FIELDS if str(answer.get(key) or "").strip()}
+    text = _joined(answer)
+    found = _THOUGHT.match(text)
+    if found is None:
+        return {**answer, **fields}
+    return {**answer, **fields, "content": f"<think>\n{_HERE}\n</think>\n\n{text[found.end() :]}"}
 
 
 def _whole(answer: Message) -> str:

@@ -165,6 +165,26 @@ def stand_in(answer: Message) -> Message:
     return {**without_reasoning(answer), "content": STAND_IN}
 
 
+def with_marked_reasoning(answer: Message) -> Message:
+    """The same message with `STAND_IN` in place of its reasoning, wherever it has it."""
+    fields = {
+        key: STAND_IN
+        for key in REASONING_KEYS
+        if isinstance(answer.get(key), str) and answer[key].strip()
+    }
+    content = answer.get("content")
+    if isinstance(content, str):
+        content = _marked(content)
+    elif has_parts(answer) and content:
+        content = [{**content[0], "text": _marked(content[0]["text"])}, *content[1:]]
+    return {**answer, **fields, **({"content": content} if "content" in answer else {})}
+
+
+def _marked(text: str) -> str:
+    found = _REASONING.match(text)
+    return text[: found.start(1)] + STAND_IN + text[found.end(1) :] if found else text
+
+
 def put_back(rendered: str, answer: Message) -> str | None:
     """The whole answer in place of its stand-in, and of the empty reasoning that a template may
     put before it; None where the stand-in is not there once."""

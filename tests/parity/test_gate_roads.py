@@ -253,3 +253,26 @@ def test_what_a_tool_gives_stays_beside_parts_that_are_joined(value: Any, tmp_pa
         made.token_ids.tolist()
     )
     assert "values as content" in traits_of([RawSequence([{"role": "tool", "content": {"x": 1}}])])
+
+
+@pytest.mark.parametrize("eos", ["keep", "openrlhf", "append"])
+@pytest.mark.parametrize("special_text", ["parse", "literal"])
+def test_both_roads_join_what_several_settings_do(
+    special_text: Literal["parse", "literal"],
+    eos: Literal["keep", "openrlhf", "append"],
+    tmp_path: Path,
+) -> None:
+    """A template that cuts reasoning, an answer that spells a special token, a trainer's end."""
+    tiny_tokenizer(tmp_path, bos=True)
+    cuts = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}"
+    )
+    prompt = Prompt(template=cuts, reasoning="keep", special_text=special_text, eos=eos)
+    answer = "<think>Yes</think>\n\nYes. <|im_end|>"
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": answer}]
+    made = Renderer(tmp_path, 1000, OverLength.MARK, prompt).tokenize(
+        ParsedRows([talk], np.array([0, 1]))
+    )
+    plain = PlainTokenizer(tmp_path, prompt)
+    assert answer in plain.visible(made.token_ids.tolist())
+    assert plain.token_ids(talk, {}).ids == made.token_ids.tolist()

@@ -232,6 +232,12 @@ def test_kept_reasoning_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
     assert kept.endswith("assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>\n")
 
 
+def test_reasoning_is_kept_though_its_words_stand_elsewhere(tmp_path: Path) -> None:
+    talk = [TALK[0], {"role": "assistant", "content": "<think>Yes</think>\n\nYes."}]
+    (kept,) = seen(renderer(tmp_path, CUTS, reasoning="keep"), parsed(talk))
+    assert "<think>Yes</think>\n\nYes." in kept
+
+
 @pytest.mark.parametrize("talk", [THOUGHT, OWN_FIELD], ids=["in the text", "a field"])
 def test_reasoning_is_dropped_where_the_template_writes_it(tmp_path: Path, talk: Any) -> None:
     writes = TEMPLATE.replace(
