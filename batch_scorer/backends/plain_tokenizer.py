@@ -153,7 +153,7 @@ class PlainTokenizer:
         if RowNote.PARTS_JOINED in notes:
             used.append(RowNote.PARTS_JOINED.value)
             messages = [{**m, "content": _joined(m)} if _has_parts(m) else m for m in messages]
-        if prompt.system is not None and messages[0]["role"] not in ("system", "developer"):
+        if prompt.system is not None and role_alias(messages[0]["role"]) != "system":
             used.append("system_prompt")
             messages.insert(0, {"role": "system", "content": prompt.system})
         if prompt.reasoning == "drop":

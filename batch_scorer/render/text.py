@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_scorer.errors import RowNote, RowReason
+from batch_scorer.formats.kinds import role_alias
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.records import Conversation, Message, RowError
 from batch_scorer.render import messages
@@ -148,4 +149,4 @@ def holds(text: str, answer: Message) -> bool:
 
 
 def _has_system(conversation: Conversation) -> bool:
-    return conversation[0].get("role") in ("system", "developer")
+    return role_alias(conversation[0]["role"]) == "system"

@@ -276,3 +276,18 @@ def test_both_roads_join_what_several_settings_do(
     plain = PlainTokenizer(tmp_path, prompt)
     assert answer in plain.visible(made.token_ids.tolist())
     assert plain.token_ids(talk, {}).ids == made.token_ids.tolist()
+
+
+@pytest.mark.parametrize("role", ["System", "developer", "system"])
+def test_a_system_message_is_known_by_any_of_its_names(role: str, tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path, bos=True)
+    prompt = Prompt(system="Be brief.", template=ALL)
+    talk = [
+        {"role": role, "content": "Be kind."},
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    renderer = Renderer(tmp_path, 1000, OverLength.MARK, prompt)
+    made = renderer.tokenize(ParsedRows([talk], np.array([0, 1])))
+    assert "Be brief." not in renderer.visible(made.token_ids)
+    assert PlainTokenizer(tmp_path, prompt).token_ids(talk, {}).ids == made.token_ids.tolist()
