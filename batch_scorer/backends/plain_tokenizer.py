@@ -87,7 +87,7 @@ class PlainTokenizer:
         if self._prompt.special_text == "literal" and self._spells(prepared):
             return self._literally(prepared, arguments, [*used, "special_text"])
         text = self._text(prepared, arguments)
-        if self._prompt.reasoning == "keep" and (kept := self._kept(text, prepared, arguments)):
+        if self._prompt.reasoning == "keep" and (kept := self._kept(prepared, arguments)):
             plain = self._tokenizer(kept, add_special_tokens=False)["input_ids"]
             return self._ended(kept, plain, [*used, "reasoning"])
         return self._ended(text, self._call(prepared, arguments, tokenize=True)["input_ids"], used)
@@ -148,8 +148,8 @@ class PlainTokenizer:
             messages = [{**m, "role": role_alias(m["role"])} for m in messages]
         if RowNote.PARTS_JOINED in notes:
             used.append(RowNote.PARTS_JOINED.value)
-            messages = [{**m, "content": _joined(m)} for m in messages]
-        if prompt.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = [{**m, "content": _joined(m)} if _has_parts(m) else m for m in messages]
+        if prompt.system is not None and role_alias(messages[0]["role"]) != "system":
             used.append("system_prompt")
             messages.insert(0, {"role": "system", "content": prompt.system})
         if prompt.reasoning == "drop":
@@ -170,14 +170,17 @@ class PlainTokenizer:
         bos, eos = self._prompt.bos, self._prompt.eos
         token, ids = self._tokenizer.bos_token, list(plain)
         if eos == "openrlhf":
-            text = text.rstrip("\n")
-            if not text.endswith(self._tokenizer.eos_token):
-                text = f"{text} {self._tokenizer.eos_token}"
+            text = self._as_openrlhf(text)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if bos != "template" and not (token and text.startswith(token)):
             ids = self._added(text, ids)
         used = [*used, *["bos"] * (ids != plain and eos != "openrlhf")]
         return self._with_ends(ids, used)
+
+    def _as_openrlhf(self, text: str) -> str:
+        text = text.rstrip("\n")
+        eos = self._tokenizer.eos_token
+        return text if text.endswith(eos) else f"{text} {eos}"
 
     def _with_ends(self, ids: list[int], used: list[str]) -> PlainIds:
         bos, eos = self._prompt.bos, self._prompt.eos
@@ -205,14 +208,19 @@ class PlainTokenizer:
             return ids
         return [*ids, self._suffix_id]
 
-    def _kept(
-        self, text: str, conversation: Conversation, arguments: Mapping[str, Any]
-    ) -> str | None:
+    def _kept(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str | None:
         """The text with the answer's reasoning in it; None where it is there already."""
         *before, answer = conversation
-        if _thought(answer).strip() in text:
+        if not _thought(answer).strip():
             return None
+        marked = _marked(answer)
+        if self._needs_parts:
+            marked = _wrapped(marked)
+        if _HERE in self._text([*before, marked], arguments):
+            return None  # the template writes it itself
         stand_in = {**_without_reasoning(answer), "content": _HERE}
+        if self._needs_parts:
+            stand_in = _wrapped(stand_in)
         start, found, end = self._text([*before, stand_in], arguments).partition(_HERE)
         return (
             re.sub(r"<think>\s*</think>\s*$", "", start) + _whole(answer) + end if found else None
@@ -260,6 +268,10 @@ class PlainTokenizer:
 
         messages = [{**hidden(message), "role": message["role"]} for message in conversation]
         text = self._text(messages, arguments)
+        if self._prompt.reasoning == "keep" and (kept := self._kept(messages, arguments)):
+            text, used = kept, [*used, "reasoning"]
+        if self._prompt.eos == "openrlhf":
+            text = self._as_openrlhf(text)
         pieces = re.split("(" + "|".join(map(re.escape, self._special)) + ")", text)
         ids: list[int] = []
         for place, piece in enumerate(pieces):
@@ -294,6 +306,14 @@ def _joined(message: Message) -> str:
     return str(content or "")
 
 
+def _has_parts(message: Message) -> bool:
+    """Whether the content is a list of texts; a tool may give any list."""
+    content = message.get("content")
+    if not isinstance(content, list) or not content:
+        return False
+    return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
+
+
 def _wrapped(message: Message) -> Message:
     """The same, text as a list of one part."""
     content = message.get("content")
@@ -305,9 +325,16 @@ def _wrapped(message: Message) -> Message:
 def _without_reasoning(message: Message) -> Message:
     kept = {name: value for name, value in message.items() if name not in _REASONING_FIELDS}
     content = kept.get("content")
-    if isinstance(content, str) and _THOUGHT.match(content):
-        kept["content"] = _THOUGHT.sub("", content, count=1)
+    if isinstance(content, str):
+        kept["content"] = _unthought(content)
+    elif isinstance(content, list) and _has_parts(kept):
+        kept["content"] = [{**content[0], "text": _unthought(content[0]["text"])}, *content[1:]]
     return kept
+
+
+def _unthought(text: str) -> str:
+    found = _THOUGHT.match(text)
+    return text[found.end() :] if found else text
 
 
 def _thought(answer: Message) -> str:
@@ -317,6 +344,16 @@ def _thought(answer: Message) -> str:
             return str(answer[name])
     found = _THOUGHT.match(_joined(answer))
     return found[1] if found else ""
+
+
+def _marked(answer: Message) -> Message:
+    """The answer with a mark in place of its reasoning."""
+    fields = {key: _HERE for key in _REASONING_FIELDS if str(answer.get(key) or "").strip()}
+    text = _joined(answer)
+    found = _THOUGHT.match(text)
+    if found is None:
+        return {**answer, **fields}
+    return {**answer, **fields, "content": f"<think>\n{_HERE}\n</think>\n\n{text[found.end() :]}"}
 
 
 def _whole(answer: Message) -> str:

@@ -116,8 +116,6 @@ def _from_sharegpt(value: Message) -> Message:
 def _fault_of_parts(parts: list[Any], label: str, *, is_result: bool) -> RowError | None:
     """Why these parts of a content cannot be read, or None: all of them must be text."""
     for part in parts:
-        if isinstance(part, str):
-            continue
         if not isinstance(part, dict):
             if is_result:
                 continue

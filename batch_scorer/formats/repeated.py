@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from batch_scorer.errors import RowReason
-from batch_scorer.formats.kinds import role_alias
+from batch_scorer.formats.kinds import is_assistant
 from batch_scorer.formats.messages import bad, message_of, text_of
-from batch_scorer.records import Message, RowError, SequenceInput
+from batch_scorer.records import RowError, SequenceInput
 
-Needed: TypeAlias = Message | str | list[int]
-"""What a response must hold: the system message of its prompt, rendered text, or token ids."""
+Needed: TypeAlias = tuple[str, ...] | str | list[int]
+"""What a response must hold: the texts of its prompt's messages, rendered text, or token ids."""
+
+_TEXT_SHOWN = 60
 
 
 def needed_of(prompts: Sequence[Any]) -> dict[int, Needed]:
@@ -19,7 +21,7 @@ def needed_of(prompts: Sequence[Any]) -> dict[int, Needed]:
         if isinstance(prompt, str):
             prompt = prompt.strip()
         elif isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-            prompt = _system_message(prompt[0])
+            prompt = texts_asked(prompt)
         if prompt:
             needed[row] = prompt
     return needed
@@ -27,12 +29,11 @@ def needed_of(prompts: Sequence[Any]) -> dict[int, Needed]:
 
 def lacking(needed: Needed, response: SequenceInput, label: str) -> RowError | None:
     """The error of a response that does not hold what it must."""
-    if isinstance(needed, dict):
-        first = response[0]
-        system = _system_message(first) if isinstance(first, dict) else None
-        if system is not None and text_of(system).strip() == text_of(needed).strip():
+    if isinstance(needed, tuple):
+        missing = missing_text(needed, response)
+        if missing is None:
             return None
-        detail = f"{label} lacks the system message of the prompt beside it"
+        detail = f"{label} lacks a message of the prompt beside it: {missing[:_TEXT_SHOWN]!r}"
         return RowError(RowReason.CONTEXT_NOT_READ, detail)
     if isinstance(needed, str):
         is_held = isinstance(response, str) and needed in response
@@ -41,8 +42,18 @@ def lacking(needed: Needed, response: SequenceInput, label: str) -> RowError | N
     return None if is_held else bad(f"{label} does not hold its prompt, as others of its file do")
 
 
-def _system_message(value: Any) -> Message | None:
-    message = message_of(value, "")
-    if isinstance(message, RowError) or role_alias(message["role"]) != "system":
-        return None
-    return message if text_of(message).strip() else None
+def missing_text(needed: Sequence[str], response: SequenceInput) -> str | None:
+    """The first of these texts that no message of a dialogue has."""
+    held = texts_asked(response)
+    return next((text for text in needed if text not in held), None)
+
+
+def texts_asked(messages: Sequence[Any]) -> tuple[str, ...]:
+    """The texts of the messages that are not the assistant's, without the blanks at their ends."""
+    read = (message_of(value, "") for value in messages)
+    texts = (
+        text_of(message).strip()
+        for message in read
+        if not isinstance(message, RowError) and not is_assistant(message["role"])
+    )
+    return tuple(text for text in texts if text)

@@ -8,8 +8,8 @@ from typing import Any
 from batch_scorer.formats import hh
 from batch_scorer.formats.beside import masks_of, with_context, without_masked
 from batch_scorer.formats.held import Sample
-from batch_scorer.formats.kinds import KINDS, Kind, Part, is_assistant, mask_field, role_alias
-from batch_scorer.formats.values import is_empty
+from batch_scorer.formats.kinds import KINDS, Kind, Part, is_assistant, mask_field
+from batch_scorer.formats.repeated import missing_text, texts_asked
 from batch_scorer.formats.wanted import Undecided, Wanted, only
 from batch_scorer.records import Format, Layout, TextStyle
 
@@ -20,6 +20,7 @@ _CONTROL_MARK = re.compile(
 
 _NO_CHANCE = 12
 """Characters of a prompt that no answer holds unless it repeats the prompt."""
+_TEXT_SHOWN = 60
 
 
 def settle(format: Format, hits: Mapping[str, list[str]], sample: Sample, wanted: Wanted) -> Layout:
@@ -49,7 +50,7 @@ def settle(format: Format, hits: Mapping[str, list[str]], sample: Sample, wanted
         style = _seen_style(pairs, wanted, prompt_is_text=prompt_is_text)
     repeated = None
     if prompt and is_free and _are_whole(part, style, pairs, prompt_is_text=prompt_is_text):
-        _check_system(prompt, names, pairs)
+        _check_turns(prompt, names, pairs)
         repeated = prompt if _can_be_checked(part, style, masks, pairs) else None
         masks.pop(mask_field("prompt"), None)
         prompt = None
@@ -166,15 +167,15 @@ def _role(message: Any) -> str | None:
     return role if isinstance(role, str) else None
 
 
-def _check_system(prompt: str, names: Mapping[str, str], pairs: list[tuple[Any, Any]]) -> None:
-    """Raise where the prompt has a system message that the whole dialogues beside it lack."""
+def _check_turns(prompt: str, names: Mapping[str, str], pairs: list[tuple[Any, Any]]) -> None:
+    """Raise where the prompt has messages that the whole dialogues beside it lack."""
     for asked, response in pairs:
-        if isinstance(asked, list) and asked and isinstance(response, list):
-            roles = [role_alias(_role(messages[0]) or "") for messages in (asked, response)]
-            if roles[0] == "system" != roles[1] and not is_empty(asked[0].get("content")):
+        if isinstance(asked, list) and isinstance(response, list):
+            missing = missing_text(texts_asked(asked), response)
+            if missing is not None:
                 raise Undecided(
-                    f"{prompt} begins with a system message, which the whole dialogues in "
-                    f"{', '.join(names.values())} lack",
+                    f"{prompt} has a message ({missing[:_TEXT_SHOWN]!r}) that the whole dialogues "
+                    f"in {', '.join(names.values())} lack",
                     "write it into them, or pass --ignore-column "
                     f"{prompt} to score them as they are",
                 )

@@ -46,14 +46,15 @@ def _traits(sequence: RawSequence) -> set[str]:
         traits |= message.keys() - _USUAL
         traits.add(f"role {message.get('role')}")
         text = message.get("content")
-        if isinstance(text, list):
-            traits.add("parts")
-        elif not text:
+        if not text:
             traits.add("empty turns")
-        elif not text.isascii():
-            traits.add("non-ASCII text")
-        if isinstance(text, str) and "<think>" in text:
-            traits.add("reasoning in text")
+        elif isinstance(text, list):
+            traits.add("parts")
+        elif not isinstance(text, str):
+            traits.add("values as content")  # of a tool
+        else:
+            traits |= {"non-ASCII text"} if not text.isascii() else set()
+            traits |= {"reasoning in text"} if "<think>" in text else set()
     if len(content) >= _MANY_TURNS:
         traits.add("several turns")
     return traits

@@ -63,11 +63,14 @@ def _sequence(
     if not answer or ("prompt" in layout.columns and not prompt):
         return None
     if _is_ids(answer):
-        before = [*(prompt or [])]
-        if mask is None:
-            return RawSequence([*before, *answer])
-        kept = [token for token, flag in zip(answer, mask, strict=True) if flag]
-        return RawSequence([*before, *kept], unmasked=[*before, *answer])
+        before = prompt or []
+        asked = values.get("attention_mask_prompt")
+        ids = [*before, *answer]
+        if mask is None and asked is None:
+            return RawSequence(ids)
+        flags = [*(asked or [1] * len(before)), *(mask or [1] * len(answer))]
+        kept = [token for token, flag in zip(ids, flags, strict=True) if flag]
+        return RawSequence(kept, unmasked=ids)
     if isinstance(answer, str) and layout.text_style is TextStyle.RENDERED:
         return RawSequence(f"{prompt or ''}{answer}")
     before = [] if prompt is None else _turns(prompt, "user", layout)

@@ -1,6 +1,7 @@
 """What is done to a conversation before the chat template sees it. Pure functions.
 
-A message's content is a text, a list of parts of which some are texts, or nothing at all.
+A message's content is a text, a list of parts of which some are texts, or nothing at all; a tool's
+is any value.
 """
 
 import re
@@ -29,7 +30,7 @@ def texts_of(message: Message) -> list[str]:
     content = message.get("content")
     if isinstance(content, str):
         return [content.strip()]
-    return [part["text"].strip() for part in content or () if _is_text(part)]
+    return [text.strip() for text in _part_texts(content)]
 
 
 def joined_text(message: Message) -> str:
@@ -37,11 +38,13 @@ def joined_text(message: Message) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    return "\n".join(part["text"] for part in content or () if _is_text(part))
+    return "\n".join(_part_texts(content))
 
 
 def has_parts(message: Message) -> bool:
-    return isinstance(message.get("content"), list)
+    """Whether the content is a list of texts, and no list that a tool gave."""
+    content = message.get("content")
+    return isinstance(content, list) and content != [] and all(map(_is_text, content))
 
 
 def with_joined_parts(message: Message) -> Message:
@@ -77,6 +80,11 @@ def all_texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from all_texts(item)
+
+
+def _part_texts(content: Any) -> list[str]:
+    """The texts of a list of parts; none of another value, such as a tool gives."""
+    return [part["text"] for part in content if _is_text(part)] if isinstance(content, list) else []
 
 
 def _is_text(part: Any) -> bool:
@@ -155,6 +163,26 @@ def whole_answer(answer: Message) -> str:
 def stand_in(answer: Message) -> Message:
     """The same message with `STAND_IN` in place of its text and reasoning."""
     return {**without_reasoning(answer), "content": STAND_IN}
+
+
+def with_marked_reasoning(answer: Message) -> Message:
+    """The same message with `STAND_IN` in place of its reasoning, wherever it has it."""
+    fields = {
+        key: STAND_IN
+        for key in REASONING_KEYS
+        if isinstance(answer.get(key), str) and answer[key].strip()
+    }
+    content = answer.get("content")
+    if isinstance(content, str):
+        content = _marked(content)
+    elif has_parts(answer) and content:
+        content = [{**content[0], "text": _marked(content[0]["text"])}, *content[1:]]
+    return {**answer, **fields, **({"content": content} if "content" in answer else {})}
+
+
+def _marked(text: str) -> str:
+    found = _REASONING.match(text)
+    return text[: found.start(1)] + STAND_IN + text[found.end(1) :] if found else text
 
 
 def put_back(rendered: str, answer: Message) -> str | None:

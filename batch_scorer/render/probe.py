@@ -43,7 +43,7 @@ _TOOLS = [
         },
     }
 ]
-_LONGEST_SHOWN = 200
+_LONGEST_SHOWN = 80
 
 Fate = Literal["kept", "lost", "refused"]
 
@@ -70,18 +70,23 @@ class TemplateFacts:
     has_text: bool
     asks_for_date: bool
 
-    def changes(self, held: Collection[str]) -> tuple[str, ...]:
+    def changes(self, held: Collection[str], reasoning: str) -> tuple[str, ...]:
         """What it leaves out of these rows without a word, so that no score depends on it, and what
-        it adds to all of them. `held` is what the rows have: `parity.cover.traits_of`."""
+        it adds to all of them.
+
+        `held` is what the rows have (`parity.cover.traits_of`). `reasoning` is the setting: with
+        another than `template`, not the template says what happens to it.
+        """
         lost = {
             "leaves out system messages": self.system == "lost" and "role system" in held,
             "leaves out tools": self.tools == "lost" and "tools" in held,
-            "leaves out <think> in the answer": self.reasoning_text == "lost"
-            and "reasoning in text" in held,
-        } | {
-            f"leaves out {key}": key in held and key not in self.reasoning_fields
-            for key in REASONING_KEYS
         }
+        if reasoning == "template":
+            lost["leaves out <think> in the answer"] = (
+                self.reasoning_text == "lost" and "reasoning in text" in held
+            )
+            for key in REASONING_KEYS:
+                lost[f"leaves out {key}"] = key in held and key not in self.reasoning_fields
         added = (f"adds {self.added!r}",) if self.added else ()
         return (*(name for name, is_lost in lost.items() if is_lost), *added)
 
@@ -150,4 +155,5 @@ def _added(rendered: Any, special: re.Pattern[str]) -> str:
     first, second = special.sub(" ", first), special.sub(" ", second)
     same = takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False))
     heading = sum(1 for _ in same)  # characters of the user's turn before its text
-    return first[: len(first) - heading].strip()[:_LONGEST_SHOWN]
+    added = first[: len(first) - heading].strip()
+    return added if len(added) <= _LONGEST_SHOWN else f"{added[:_LONGEST_SHOWN]} […]"

@@ -25,7 +25,7 @@ from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.records import ParsedRows, RowError, TokenizedRows
 from batch_scorer.render import messages
-from batch_scorer.render.probe import PROBES, Probe, TemplateFacts, look_at
+from batch_scorer.render.probe import PROBES, Probe, look_at
 from batch_scorer.render.special import SpecialText
 from batch_scorer.render.template import ChatTemplate
 from batch_scorer.render.text import Talk, TextWriter, holds
@@ -110,23 +110,21 @@ class Renderer:
         """
         if not self.renders:
             raise ModelError(self._template.problem)
+        facts = None if self._pairs else look_at(self._template, self._special.spellings)
+        if facts and facts.has_text and self._prompt.system and facts.system != "kept":
+            raise ModelError(
+                f"{self._model_dir}: the chat template has no place for a system message: "
+                f"{facts.system}; leave system_prompt out"
+            )
         parsed = ParsedRows(list(PROBES), np.arange(len(PROBES) + 1))
         ids, _ = self._tokenize_all(parsed, _empty_rows(parsed))
         for sequence in ids:
             if isinstance(sequence, RowError):
                 raise ModelError(f"{self._model_dir}: the chat template fails: {sequence.detail}")
-        facts: TemplateFacts | None = None
-        if not self._pairs:
-            facts = look_at(self._template, self._special.spellings)
-            if not facts.has_text:
-                raise ModelError(
-                    f"{self._model_dir}: the chat template writes nothing of what the user says"
-                )
-            if self._prompt.system and facts.system != "kept":
-                raise ModelError(
-                    f"{self._model_dir}: the chat template has no place for a system message: "
-                    f"{facts.system}; leave system_prompt out"
-                )
+        if facts and not facts.has_text:
+            raise ModelError(
+                f"{self._model_dir}: the chat template writes nothing of what the user says"
+            )
         return Probe(
             tuple(self.visible(part) for part in ids),
             tuple(tuple(part.tolist()) for part in ids),

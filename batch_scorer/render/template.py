@@ -16,6 +16,21 @@ Content = Literal["text", "parts", "both"]
 
 _TODAY = "strftime_now"
 """The function by which a template asks for the date (transformers 5.19 knows no other)."""
+_OF_THE_CALL = frozenset(
+    {
+        "conversation",
+        "chat_template",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+"""Arguments of transformers' `apply_chat_template` that its template does not get."""
 
 
 class ChatTemplate:
@@ -31,7 +46,7 @@ class ChatTemplate:
         self._named: Mapping[str, str] = own if isinstance(own, dict) else {}
         name = prompt.template_name
         if prompt.template is None and name is not None and name not in self._named:
-            has = f"its templates are {_names(self._named)}" if own else "it has no chat template"
+            has = f"it has {_names(self._named)}" if self._named else "it has none by name"
             raise ModelError(
                 f"{model_dir}: chat_template: {name!r} is neither a file nor a template of this "
                 f"tokenizer; {has}"
@@ -98,6 +113,8 @@ class ChatTemplate:
         self, conversations: Sequence[Conversation], arguments: Mapping[str, Any]
     ) -> list[str]:
         given = {**self._arguments, **arguments}
+        if meant_otherwise := sorted(_OF_THE_CALL & given.keys()):
+            raise ValueError(f"{', '.join(meant_otherwise)} is no argument of a template")
         return cast(
             list[str],
             self._tokenizer.apply_chat_template(

@@ -1,10 +1,11 @@
 """Conversation → text, as the job has it: what the template is given, and what became of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_scorer.errors import RowNote, RowReason
+from batch_scorer.formats.kinds import role_alias
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.records import Conversation, Message, RowError
 from batch_scorer.render import messages
@@ -109,12 +110,19 @@ class TextWriter:
     def _keep_reasoning(self, talks: Sequence[Talk]) -> None:
         """Put the judged answer with its reasoning where the template would write it, if the
         template does not write the reasoning itself."""
-        again: list[tuple[Talk, Talk]] = []
-        for talk in talks:
-            *before, answer = talk.messages
-            reasoning = messages.reasoning_of(answer).strip()
-            if isinstance(talk.text, str) and reasoning not in talk.text:
-                again.append((talk, replace(talk, messages=[*before, messages.stand_in(answer)])))
+        thoughtful = [
+            talk
+            for talk in talks
+            if isinstance(talk.text, str) and messages.reasoning_of(talk.messages[-1]).strip()
+        ]
+        # Its words may stand in the prompt or in the answer, too, so others are looked for.
+        marked = [_answering(talk, messages.with_marked_reasoning) for talk in thoughtful]
+        self._apply(marked)
+        again = [
+            (talk, _answering(talk, messages.stand_in))
+            for talk, seen in zip(thoughtful, marked, strict=True)
+            if isinstance(seen.text, str) and messages.STAND_IN not in seen.text
+        ]
         self._apply([stood_in for _, stood_in in again])
         for talk, stood_in in again:
             if isinstance(stood_in.text, str):
@@ -130,10 +138,15 @@ class TextWriter:
             talk.text = text
 
 
+def _answering(talk: Talk, change: Callable[[Message], Message]) -> Talk:
+    """The same talk with its last message changed."""
+    return replace(talk, messages=[*talk.messages[:-1], change(talk.messages[-1])])
+
+
 def holds(text: str, answer: Message) -> bool:
     """Whether the judged answer, its reasoning included, stands in a text as the row has it."""
     return all(part in text for part in messages.judged_texts(answer))
 
 
 def _has_system(conversation: Conversation) -> bool:
-    return conversation[0].get("role") in ("system", "developer")
+    return role_alias(conversation[0]["role"]) == "system"

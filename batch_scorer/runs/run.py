@@ -215,7 +215,7 @@ def _run(
         run=run,
         metrics=metrics,
         parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
-        template=facts.changes(sample.covered) if facts and sample else (),
+        template=facts.changes(sample.covered, job.config.reasoning) if facts and sample else (),
     )
 
 

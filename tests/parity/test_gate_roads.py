@@ -4,25 +4,48 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer.config import load_config
+from batch_scorer.backends.plain_tokenizer import PlainTokenizer
+from batch_scorer.config import OverLength, load_config
+from batch_scorer.errors import RowNote
 from batch_scorer.inputs.plan import make_plan
-from batch_scorer.parity.cover import Candidate, choose
+from batch_scorer.models.adapter import Prompt
+from batch_scorer.parity.cover import Candidate, choose, traits_of
 from batch_scorer.parity.raw_rows import read_raw_rows
-from batch_scorer.parity.raw_sequences import raw_sequences
+from batch_scorer.parity.raw_sequences import RawSequence, raw_sequences
 from batch_scorer.parity.sample import parts_of
-from batch_scorer.records import Format, Layout, LineRun, Lines, Shard, Source, TextStyle
+from batch_scorer.records import (
+    Conversation,
+    Format,
+    Layout,
+    LineRun,
+    Lines,
+    Message,
+    ParsedRows,
+    Shard,
+    Source,
+    TextStyle,
+)
+from batch_scorer.render import Renderer
 from batch_scorer.storage import open_store
+from tests.helpers.tiny import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"What is {n}?", "response": f"It is {n}.\nÄ", "other": n} for n in range(40)
 ]
 WANTED = [0, 7, 8, 31]
+PARTS = (
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}TEXT{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}\n{% endfor %}"
+)
+ALL = PARTS.replace("TEXT", "{{ m.content }}")
+"""Templates that take lists of parts: only these, or texts too."""
 
 
 def lines(rows: list[dict[str, Any]]) -> bytes:
@@ -175,3 +198,96 @@ def test_layouts_are_read_as_their_page_says(
     found = raw_sequences(row, layout)
     assert [[m["content"] for m in s.content] for s in found if s] == contents  # type: ignore[index]
     assert [m["role"] for m in found[0].content] == ["user", "assistant"]  # type: ignore
+
+
+def test_the_padding_of_prompt_and_answer_is_left_out() -> None:
+    """As verl dumps them: the prompt padded on the left, the answer on the right."""
+    names = ("prompt", "response", "attention_mask_prompt", "attention_mask_response")
+    layout = Layout(Format.ROLLOUT, {name: name for name in names})
+    row = dict(zip(names, ([0, 0, 5], [6, 7, 0], [0, 0, 1], [1, 1, 0]), strict=True))
+    (sequence,) = raw_sequences(row, layout)
+    assert sequence is not None
+    assert sequence.content == [5, 6, 7]
+    assert sequence.unmasked == [0, 0, 5, 6, 7, 0]
+
+
+@pytest.mark.parametrize("template", [PARTS.replace("TEXT", ""), ALL])
+@pytest.mark.parametrize("reasoning", ["keep", "drop"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>Hm.</think>\n\nYes."},
+        {"content": [{"type": "text", "text": "<think>Hm.</think> Yes."}]},
+        {"content": "Yes.", "reasoning_content": "Hm."},
+        {"content": [{"type": "text", "text": "Yes."}], "reasoning_content": "Hm."},
+    ],
+)
+def test_both_roads_treat_reasoning_alike_where_a_template_takes_parts(
+    template: str, reasoning: Literal["keep", "drop"], answer: Message, tmp_path: Path
+) -> None:
+    tiny_tokenizer(tmp_path, bos=True)
+    prompt = Prompt(template=template, reasoning=reasoning)
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", **answer}]
+    rows = ParsedRows([talk], np.array([0, 1]))
+    made = Renderer(tmp_path, 1000, OverLength.MARK, prompt).tokenize(rows)
+    plain = PlainTokenizer(tmp_path, prompt).token_ids(talk, {})
+    assert made.token_ids.tolist() == plain.ids
+    assert ("Hm." in PlainTokenizer(tmp_path, prompt).visible(plain.ids)) == (reasoning == "keep")
+
+
+@pytest.mark.parametrize("value", [{"x": 1}, [{"x": 1}], ["a", "b"], 7, [], None])
+def test_what_a_tool_gives_stays_beside_parts_that_are_joined(value: Any, tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path, bos=True)
+    prompt = Prompt(template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    talk: Conversation = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi?"}]},
+        {"role": "tool", "content": value},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    renderer = Renderer(tmp_path, 1000, OverLength.MARK, prompt)
+    made = renderer.tokenize(ParsedRows([talk], np.array([0, 1])))
+    assert made.notes == {0: (RowNote.PARTS_JOINED,)}
+    text = renderer.visible(made.token_ids)
+    assert text.endswith(f"user: Hi?\ntool: {value}\nassistant: Yes.\n")
+    assert PlainTokenizer(tmp_path, prompt).token_ids(talk, {}, None, made.notes[0]).ids == (
+        made.token_ids.tolist()
+    )
+    assert "values as content" in traits_of([RawSequence([{"role": "tool", "content": {"x": 1}}])])
+
+
+@pytest.mark.parametrize("eos", ["keep", "openrlhf", "append"])
+@pytest.mark.parametrize("special_text", ["parse", "literal"])
+def test_both_roads_join_what_several_settings_do(
+    special_text: Literal["parse", "literal"],
+    eos: Literal["keep", "openrlhf", "append"],
+    tmp_path: Path,
+) -> None:
+    """A template that cuts reasoning, an answer that spells a special token, a trainer's end."""
+    tiny_tokenizer(tmp_path, bos=True)
+    cuts = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}"
+    )
+    prompt = Prompt(template=cuts, reasoning="keep", special_text=special_text, eos=eos)
+    answer = "<think>Yes</think>\n\nYes. <|im_end|>"
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": answer}]
+    made = Renderer(tmp_path, 1000, OverLength.MARK, prompt).tokenize(
+        ParsedRows([talk], np.array([0, 1]))
+    )
+    plain = PlainTokenizer(tmp_path, prompt)
+    assert answer in plain.visible(made.token_ids.tolist())
+    assert plain.token_ids(talk, {}).ids == made.token_ids.tolist()
+
+
+@pytest.mark.parametrize("role", ["System", "developer", "system"])
+def test_a_system_message_is_known_by_any_of_its_names(role: str, tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path, bos=True)
+    prompt = Prompt(system="Be brief.", template=ALL)
+    talk = [
+        {"role": role, "content": "Be kind."},
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    renderer = Renderer(tmp_path, 1000, OverLength.MARK, prompt)
+    made = renderer.tokenize(ParsedRows([talk], np.array([0, 1])))
+    assert "Be brief." not in renderer.visible(made.token_ids)
+    assert PlainTokenizer(tmp_path, prompt).token_ids(talk, {}).ids == made.token_ids.tolist()

@@ -149,6 +149,7 @@ def test_a_tool_may_give_any_json_value(result: Any) -> None:
         ([user({"a": 1}), assistant("a")], RowReason.BAD_STRUCTURE),
         ([user("q"), assistant(3)], RowReason.BAD_STRUCTURE),
         ([user("q"), assistant([{"type": "text"}])], RowReason.BAD_STRUCTURE),
+        ([user(["q"]), assistant("a")], RowReason.BAD_STRUCTURE),
         ([user("q"), assistant([{"type": "text", "text": " "}])], RowReason.EMPTY),
         ([user("q"), "a"], RowReason.BAD_STRUCTURE),
         ([{"role": 3, "content": "q"}, assistant("a")], RowReason.UNKNOWN_ROLE),

@@ -116,6 +116,26 @@ def test_whole_dialogues_without_the_system_message_of_their_prompt_are_refused(
     assert isinstance(last[1], RowError) and last[1].reason == RowReason.CONTEXT_NOT_READ
 
 
+def test_whole_dialogues_without_the_earlier_turns_of_their_prompt_are_refused() -> None:
+    """As where an answer was stored with the last question only."""
+    prompt = [user("first"), assistant("hm"), user("q")]
+    row = {"prompt": prompt, "chosen": DIALOGUE, "rejected": DIALOGUE}
+    assert "'first'" in refused(row)
+    assert sequences(row, ignore=("prompt",)) == [DIALOGUE, DIALOGUE]
+    parts = [{"role": "user", "content": [{"type": "text", "text": " q\n"}]}]
+    assert sequences({**row, "prompt": parts}) == [DIALOGUE, DIALOGUE]
+    table = pa.table(
+        {
+            "prompt": [prompt[2:]] * 39 + [prompt],
+            "chosen": [DIALOGUE] * 40,
+            "rejected": [DIALOGUE] * 40,
+        }
+    )
+    (marked,) = parsed(table).row_errors.items()
+    assert marked[0] == 39 and marked[1].reason == RowReason.CONTEXT_NOT_READ
+    assert "'first'" in marked[1].detail
+
+
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_messages_in_writing_are_read_as_messages(write: type[str]) -> None:
     chosen, rejected = DIALOGUE, [user("q"), assistant('it\'s "b"\n')]

@@ -44,9 +44,11 @@ def test_a_plain_template(tmp_path: Path) -> None:
         has_text=True,
         asks_for_date=False,
     )
-    assert found.changes({"role user", "tools"}) == ("leaves out tools",)
-    assert found.changes({"role user", "reasoning_content"}) == ("leaves out reasoning_content",)
-    assert found.changes({"role user", "role system", "reasoning in text"}) == ()
+    assert found.changes({"role user", "tools"}, "template") == ("leaves out tools",)
+    thinks = {"role user", "reasoning_content"}
+    assert found.changes(thinks, "template") == ("leaves out reasoning_content",)
+    assert found.changes(thinks, "keep") == ()
+    assert found.changes({"role user", "role system", "reasoning in text"}, "template") == ()
 
 
 @pytest.mark.parametrize(
@@ -73,8 +75,14 @@ def test_a_template_that_writes_nothing_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, REFUSES])
 def test_a_system_prompt_that_would_be_lost_is_refused(tmp_path: Path, template: str) -> None:
-    with pytest.raises(ModelError, match="system"):
+    with pytest.raises(ModelError, match="no place for a system message"):
         facts(tmp_path, template, system="Be exact.")
+
+
+def test_what_a_template_adds_is_shown_shortened(tmp_path: Path) -> None:
+    added = facts(tmp_path, "Be careful. " * 20 + TEMPLATE).added
+    assert added.startswith("Be careful. Be careful.")
+    assert added.endswith(" […]") and len(added) < 100
 
 
 def test_the_probe_does_not_depend_on_the_length_policy(tmp_path: Path) -> None:

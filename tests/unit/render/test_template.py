@@ -102,6 +102,13 @@ def test_a_row_whose_arguments_the_template_refuses_is_marked_alone(tmp_path: Pa
     assert "no tools" in made.sequence_errors[0].detail
 
 
+def test_an_argument_that_is_none_of_a_templates_is_named(tmp_path: Path) -> None:
+    made = renderer(tmp_path).tokenize(parsed(TALK, arguments={0: {"tokenize": True, "x": 1}}))
+    assert "tokenize is no argument of a template" in made.sequence_errors[0].detail
+    with pytest.raises(ModelError, match="conversation is no argument of a template"):
+        renderer(tmp_path, arguments='{"conversation": []}').probe()
+
+
 def test_a_rows_own_arguments_go_before_the_jobs(tmp_path: Path) -> None:
     tokenizer = renderer(tmp_path, WHOLE, arguments='{"thinks": "always"}')
     job, own = seen(tokenizer, parsed(TALK, TALK, arguments={1: {"thinks": "never"}}))
@@ -223,6 +230,12 @@ def test_kept_reasoning_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
     empty = CUTS.replace("{{ m.role }}\n", "{{ m.role }}\n<think>\n\n</think>\n\n")
     (kept,) = seen(renderer(tmp_path, empty, reasoning="keep"), parsed(THOUGHT))
     assert kept.endswith("assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>\n")
+
+
+def test_reasoning_is_kept_though_its_words_stand_elsewhere(tmp_path: Path) -> None:
+    talk = [TALK[0], {"role": "assistant", "content": "<think>Yes</think>\n\nYes."}]
+    (kept,) = seen(renderer(tmp_path, CUTS, reasoning="keep"), parsed(talk))
+    assert "<think>Yes</think>\n\nYes." in kept
 
 
 @pytest.mark.parametrize("talk", [THOUGHT, OWN_FIELD], ids=["in the text", "a field"])
