@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -15,7 +15,7 @@ from batch_scorer import formats
 from batch_scorer.errors import ShardError, ShardReason, StorageError
 from batch_scorer.inputs.arrow_files import open_arrow, read_batches
 from batch_scorer.inputs.sources import FileKind, kind_of
-from batch_scorer.inputs.where import Where, where_of
+from batch_scorer.inputs.where import IntArray, Where, where_of
 from batch_scorer.records import RowError, Shard, Source
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, open_store
 
@@ -116,13 +116,15 @@ def read_rows(
         return read_batches(store, source, row_groups, skip_rows, num_rows, columns)
     file = open_parquet(store, source)
     groups = list(range(*row_groups))
+    nothing = file.read_row_groups([], columns=columns)
     if num_rows == sum(file.metadata.row_group(group).num_rows for group in groups):
-        return file.read_row_groups(groups, columns=columns, use_threads=False)
+        read = (file.read_row_group(group, columns, use_threads=False) for group in groups)
+        return pa.concat_tables([nothing, *read])
     if source.size_bytes > _WHOLE_BYTES:
         file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
     batches: list[pa.RecordBatch] = []
     missing = num_rows
-    for batch in file.iter_batches(_BATCH_ROWS, groups, columns, use_threads=False):
+    for batch in batches_of(file, groups, columns):
         part = batch.slice(skip_rows, missing)
         skip_rows -= min(skip_rows, batch.num_rows)
         if part.num_rows:
@@ -130,7 +132,31 @@ def read_rows(
             missing -= part.num_rows
         if not missing:
             break
-    return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
+    return pa.Table.from_batches(batches, nothing.schema)
+
+
+def batches_of(
+    file: pq.ParquetFile,
+    groups: Iterable[int],
+    columns: Sequence[str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+) -> Iterator[pa.RecordBatch]:
+    """The rows of these row groups. No batch has rows of two: pyarrow cannot put them together
+    where a struct holds a dictionary."""
+    for group in groups:
+        yield from file.iter_batches(batch_rows, [group], columns, use_threads=False)
+
+
+def taken(rows: pa.Table | pa.RecordBatch, places: Sequence[int] | IntArray) -> pa.Table:
+    """These rows, in this order, of all columns."""
+    wanted = pa.array(places, pa.int64())
+    columns = []
+    for column in rows.itercolumns():
+        try:
+            columns.append(column.take(wanted))
+        except pa.ArrowNotImplementedError:  # of views (Arrow 26)
+            columns.append(pa.array([column[int(at)].as_py() for at in places], column.type))
+    return pa.table(columns, schema=rows.schema)
 
 
 def _read_matching(
@@ -145,24 +171,25 @@ def _read_matching(
     """As `read_rows`, the first `num_rows` rows that match."""
     if kind_of(source.key) is FileKind.ARROW:
         rows = formats.as_stored(read_batches(store, source, row_groups, skip_rows, sys.maxsize))
-        rows = rows.take(pa.array(where.matches(rows)[:num_rows]))
-        return rows if columns is None else rows.select(columns)
+        places = where.matches(rows)[:num_rows]
+        rows = rows if columns is None else rows.select(columns)
+        return taken(rows, places)
     file = open_parquet(store, source)
     schema = file.schema_arrow
     if source.size_bytes > _WHOLE_BYTES:
         file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
     names = [name for name in schema.names if columns is None or name in columns]
-    batches: list[pa.RecordBatch] = []
+    found = [file.read_row_groups([], columns=columns)]
     missing = num_rows
     for first, batch in matching_batches(file, where, range(*row_groups), names):
         rows = where.matches(batch)
         rows = rows[first + rows >= skip_rows][:missing]
         if len(rows):
-            batches.append(batch.select(names).take(pa.array(rows)))
+            found.append(taken(batch.select(names), rows))
             missing -= len(rows)
         if not missing:
             break
-    return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
+    return pa.concat_tables(found)
 
 
 def matching_batches(
@@ -175,7 +202,7 @@ def matching_batches(
     names = [*dict.fromkeys([*columns, *where.columns])]
     for group in where.row_groups(file.metadata, groups):
         first = begins[group]
-        for batch in file.iter_batches(_BATCH_ROWS, [group], names, use_threads=False):
+        for batch in batches_of(file, [group], names):
             yield first, batch
             first += batch.num_rows
 
@@ -251,7 +278,7 @@ def rows_asked(shard: Shard, rows: pa.Table | None) -> Sequence[int]:
 def _rows_at(places: Sequence[int], table: pa.Table) -> pa.Table:
     if isinstance(places, range):
         return table.slice(places.start, len(places))
-    return table.take(pa.array(places, pa.int64()))
+    return taken(table, places)
 
 
 def _values_at(places: Sequence[int], values: list[Any]) -> list[Any]:

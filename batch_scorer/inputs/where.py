@@ -105,7 +105,7 @@ class Where:
             if (number := schema.names.count(name)) != 1:
                 found = "there are two columns" if number else "there is no column"
                 raise _wrong_schema(f"{found} {name!r}; there are {', '.join(schema.names)}")
-        self.matches(schema.empty_table())
+        self.matches(pa.Table.from_batches([], schema))
 
     def matches(self, rows: pa.Table | pa.RecordBatch) -> IntArray:
         """int64[n]: the rows for which the expression is true, in order. Null is not true.

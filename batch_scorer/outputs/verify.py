@@ -22,11 +22,13 @@ import pyarrow.compute as pc
 from batch_scorer import formats
 from batch_scorer.errors import ExitCode, ShardError, StorageError
 from batch_scorer.inputs.files import (
+    batches_of,
     group_rows,
     open_parquet,
     read_lines,
     read_rows,
     scan_lines,
+    taken,
 )
 from batch_scorer.inputs.plan import parts_holding
 from batch_scorer.inputs.selection import kept_columns, matching_rows, rows_of_bits
@@ -224,7 +226,8 @@ class _Inputs:
                 return num_rows, len(rows_of_bits(bits, num_rows))
             # All of the rows, whatever the statistics of their groups say.
             file = open_parquet(*found)
-            batches = file.iter_batches(columns=self._where.columns, use_threads=False)
+            groups = range(file.metadata.num_row_groups)
+            batches = batches_of(file, groups, self._where.columns)
             return num_rows, sum(len(self._where.matches(batch)) for batch in batches)
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
@@ -260,7 +263,7 @@ class _Inputs:
             table, _ = read_lines(store, source, found.part(start, stop))
         if self._where is None:
             return table.slice(first_row - before, num_rows)
-        return table.take(pa.array(rows - before))
+        return taken(table, rows - before)
 
     def _scanned(self, store: Store, source: Source) -> formats.Lines | pa.Table:
         """How a file of lines is cut, or the rows of a JSON array."""
