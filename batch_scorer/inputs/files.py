@@ -175,17 +175,17 @@ def _read_matching(
         rows = rows if columns is None else rows.select(columns)
         return taken(rows, places)
     file = open_parquet(store, source)
-    schema = file.schema_arrow
     if source.size_bytes > _WHOLE_BYTES:
         file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
-    names = [name for name in schema.names if columns is None or name in columns]
     found = [file.read_row_groups([], columns=columns)]
     missing = num_rows
-    for first, batch in matching_batches(file, where, range(*row_groups), names):
+    for first, batch in matching_batches(file, where, range(*row_groups), columns):
         rows = where.matches(batch)
         rows = rows[first + rows >= skip_rows][:missing]
         if len(rows):
-            found.append(taken(batch.select(names), rows))
+            names = enumerate(batch.schema.names)
+            wanted = [i for i, name in names if columns is None or name in columns]
+            found.append(taken(batch.select(wanted), rows))
             missing -= len(rows)
         if not missing:
             break
@@ -193,13 +193,13 @@ def _read_matching(
 
 
 def matching_batches(
-    file: pq.ParquetFile, where: Where, groups: Sequence[int], columns: Sequence[str] = ()
+    file: pq.ParquetFile, where: Where, groups: Sequence[int], columns: Sequence[str] | None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Those of the row groups that may hold a match, in batches, each with the number of rows
-    before it in `groups`; these columns, and those that `where` reads."""
+    before it in `groups`; all columns, or these and those that `where` reads."""
     sizes = [file.metadata.row_group(group).num_rows for group in groups]
     begins = dict(zip(groups, accumulate(sizes, initial=0), strict=False))
-    names = [*dict.fromkeys([*columns, *where.columns])]
+    names = None if columns is None else [*dict.fromkeys([*columns, *where.columns])]
     for group in where.row_groups(file.metadata, groups):
         first = begins[group]
         for batch in batches_of(file, [group], names):

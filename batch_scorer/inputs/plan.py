@@ -357,7 +357,7 @@ def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outp
         needed_bytes = sum(
             column.total_uncompressed_size
             for column in columns
-            if column.path_in_schema.split(".")[0] in needed
+            if any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in needed)
         )
         groups.append((group.num_rows, needed_bytes // BYTES_PER_TOKEN))
     return InputFile(source, schema, layout, tuple(groups), lost_types=formats.lost_types(file))
