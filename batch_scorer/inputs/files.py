@@ -15,7 +15,7 @@ from batch_scorer import formats
 from batch_scorer.errors import ShardError, ShardReason, StorageError
 from batch_scorer.inputs.arrow_files import open_arrow, read_batches
 from batch_scorer.inputs.sources import FileKind, kind_of
-from batch_scorer.inputs.where import IntArray, Where, where_of
+from batch_scorer.inputs.where import Where, where_of
 from batch_scorer.records import RowError, Shard, Source
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, open_store
 
@@ -147,18 +147,6 @@ def batches_of(
         yield from file.iter_batches(batch_rows, [group], columns, use_threads=False)
 
 
-def taken(rows: pa.Table | pa.RecordBatch, places: Sequence[int] | IntArray) -> pa.Table:
-    """These rows, in this order, of all columns."""
-    wanted = pa.array(places, pa.int64())
-    columns = []
-    for column in rows.itercolumns():
-        try:
-            columns.append(column.take(wanted))
-        except pa.ArrowNotImplementedError:  # of views (Arrow 26)
-            columns.append(pa.array([column[int(at)].as_py() for at in places], column.type))
-    return pa.table(columns, schema=rows.schema)
-
-
 def _read_matching(
     store: Store,
     source: Source,
@@ -168,16 +156,17 @@ def _read_matching(
     columns: list[str] | None,
     where: Where,
 ) -> pa.Table:
-    """As `read_rows`, the first `num_rows` rows that match."""
+    """As `read_rows`, the first `num_rows` rows that match, with the types that they have in the
+    output."""
     if kind_of(source.key) is FileKind.ARROW:
         rows = formats.as_stored(read_batches(store, source, row_groups, skip_rows, sys.maxsize))
         places = where.matches(rows)[:num_rows]
         rows = rows if columns is None else rows.select(columns)
-        return taken(rows, places)
+        return rows.take(pa.array(places))
     file = open_parquet(store, source)
     if source.size_bytes > _WHOLE_BYTES:
         file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
-    found = [file.read_row_groups([], columns=columns)]
+    found = [formats.as_stored(file.read_row_groups([], columns=columns))]
     missing = num_rows
     for first, batch in matching_batches(file, where, range(*row_groups), columns):
         rows = where.matches(batch)
@@ -185,7 +174,8 @@ def _read_matching(
         if len(rows):
             names = enumerate(batch.schema.names)
             wanted = [i for i, name in names if columns is None or name in columns]
-            found.append(taken(batch.select(wanted), rows))
+            part = formats.as_stored(pa.Table.from_batches([batch.select(wanted)]))
+            found.append(part.take(pa.array(rows)))
             missing -= len(rows)
         if not missing:
             break
@@ -278,7 +268,7 @@ def rows_asked(shard: Shard, rows: pa.Table | None) -> Sequence[int]:
 def _rows_at(places: Sequence[int], table: pa.Table) -> pa.Table:
     if isinstance(places, range):
         return table.slice(places.start, len(places))
-    return taken(table, places)
+    return table.take(pa.array(places, pa.int64()))
 
 
 def _values_at(places: Sequence[int], values: list[Any]) -> list[Any]:

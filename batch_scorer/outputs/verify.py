@@ -28,7 +28,6 @@ from batch_scorer.inputs.files import (
     read_lines,
     read_rows,
     scan_lines,
-    taken,
 )
 from batch_scorer.inputs.plan import parts_holding
 from batch_scorer.inputs.selection import kept_of, matching_rows, rows_of_bits
@@ -263,7 +262,7 @@ class _Inputs:
             table, _ = read_lines(store, source, found.part(start, stop))
         if self._where is None:
             return table.slice(first_row - before, num_rows)
-        return taken(table, rows - before)
+        return table.take(pa.array(rows - before))
 
     def _scanned(self, store: Store, source: Source) -> formats.Lines | pa.Table:
         """How a file of lines is cut, or the rows of a JSON array."""
