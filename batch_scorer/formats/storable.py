@@ -1,9 +1,10 @@
 """What Parquet, as pyarrow writes it, can hold: of any Arrow type, and of Parquet's own types.
 
 Columns that are not scored come back in the output. Most types do unchanged. Run-end-encoded
-values are written out, a few types change as they are written (time in seconds to milliseconds,
-dictionaries of other values than text to these values), and what has no place in Parquet at all
-(unions, intervals, structs without fields) becomes JSON text in `arrow.json`.
+values are written out, views (polars writes them) are plain text or bytes, a few types change as
+they are written (time in seconds to milliseconds, dictionaries of other values than text to these
+values), and what has no place in Parquet at all (unions, intervals, structs without fields) becomes
+JSON text in `arrow.json`.
 """
 
 import base64
@@ -45,16 +46,11 @@ def stored_schema(schema: pa.Schema) -> pa.Schema:
 @lru_cache(maxsize=4096)
 def stored_type(dtype: pa.DataType) -> pa.DataType:
     """The type that a column of this one has in Parquet: JSON text where there is no other."""
-    for candidate in (dtype, _without_runs(dtype)):
-        try:
-            return (
-                pq.ParquetFile(_empty_file(pa.schema([("c", candidate)])))
-                .schema_arrow.field(0)
-                .type
-            )
-        except pa.ArrowException:
-            continue
-    return JSON_TEXT
+    try:
+        file = _empty_file(pa.schema([("c", _plain_type(dtype))]))
+    except pa.ArrowException:
+        return JSON_TEXT
+    return pq.ParquetFile(file).schema_arrow.field(0).type
 
 
 def lost_types(file: pq.ParquetFile) -> tuple[str, ...]:
@@ -90,20 +86,32 @@ def _annotations(file: pq.ParquetFile) -> dict[str, Counter[str]]:
     return found
 
 
-def _without_runs(dtype: pa.DataType) -> pa.DataType:
-    """The type with run-end-encoded values written out, at any depth."""
+def _plain_type(dtype: pa.DataType) -> pa.DataType:
+    """The type with run-end-encoded values written out, and without views (Arrow 26 cannot write
+    those in structs, nor take rows of them), at any depth; all others as they are."""
     if pa.types.is_run_end_encoded(dtype):
-        return _without_runs(dtype.value_type)
+        return _plain_type(dtype.value_type)
+    if pa.types.is_string_view(dtype):
+        return pa.large_string()
+    if pa.types.is_binary_view(dtype):
+        return pa.large_binary()
+    if pa.types.is_dictionary(dtype):
+        values = _plain_type(dtype.value_type)
+        return dtype if values == dtype.value_type else values
+    inner = [dtype.field(i) for i in range(dtype.num_fields)]
+    fields = [field.with_type(_plain_type(field.type)) for field in inner]
+    if fields == inner:
+        return dtype
     if pa.types.is_struct(dtype):
-        return pa.struct([field.with_type(_without_runs(field.type)) for field in dtype])
+        return pa.struct(fields)
     if pa.types.is_map(dtype):
-        return pa.map_(_without_runs(dtype.key_type), _without_runs(dtype.item_type))
+        return pa.map_(_plain_type(dtype.key_type), _plain_type(dtype.item_type))
     if pa.types.is_fixed_size_list(dtype):
-        return pa.list_(_without_runs(dtype.value_type), dtype.list_size)
+        return pa.list_(fields[0], dtype.list_size)
     if pa.types.is_list(dtype) or pa.types.is_list_view(dtype):
-        return pa.list_(_without_runs(dtype.value_type))
+        return pa.list_(fields[0])
     if pa.types.is_large_list(dtype) or pa.types.is_large_list_view(dtype):
-        return pa.large_list(_without_runs(dtype.value_type))
+        return pa.large_list(fields[0])
     return dtype
 
 

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -116,13 +116,15 @@ def read_rows(
         return read_batches(store, source, row_groups, skip_rows, num_rows, columns)
     file = open_parquet(store, source)
     groups = list(range(*row_groups))
+    nothing = file.read_row_groups([], columns=columns)
     if num_rows == sum(file.metadata.row_group(group).num_rows for group in groups):
-        return file.read_row_groups(groups, columns=columns, use_threads=False)
+        read = (file.read_row_group(group, columns, use_threads=False) for group in groups)
+        return pa.concat_tables([nothing, *read])
     if source.size_bytes > _WHOLE_BYTES:
         file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
     batches: list[pa.RecordBatch] = []
     missing = num_rows
-    for batch in file.iter_batches(_BATCH_ROWS, groups, columns, use_threads=False):
+    for batch in batches_of(file, groups, columns):
         part = batch.slice(skip_rows, missing)
         skip_rows -= min(skip_rows, batch.num_rows)
         if part.num_rows:
@@ -130,7 +132,19 @@ def read_rows(
             missing -= part.num_rows
         if not missing:
             break
-    return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
+    return pa.Table.from_batches(batches, nothing.schema)
+
+
+def batches_of(
+    file: pq.ParquetFile,
+    groups: Iterable[int],
+    columns: Sequence[str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+) -> Iterator[pa.RecordBatch]:
+    """The rows of these row groups. No batch has rows of two: pyarrow cannot put them together
+    where a struct holds a dictionary."""
+    for group in groups:
+        yield from file.iter_batches(batch_rows, [group], columns, use_threads=False)
 
 
 def _read_matching(
@@ -142,40 +156,43 @@ def _read_matching(
     columns: list[str] | None,
     where: Where,
 ) -> pa.Table:
-    """As `read_rows`, the first `num_rows` rows that match."""
+    """As `read_rows`, the first `num_rows` rows that match, with the types that they have in the
+    output."""
     if kind_of(source.key) is FileKind.ARROW:
         rows = formats.as_stored(read_batches(store, source, row_groups, skip_rows, sys.maxsize))
-        rows = rows.take(pa.array(where.matches(rows)[:num_rows]))
-        return rows if columns is None else rows.select(columns)
+        places = where.matches(rows)[:num_rows]
+        rows = rows if columns is None else rows.select(columns)
+        return rows.take(pa.array(places))
     file = open_parquet(store, source)
-    schema = file.schema_arrow
     if source.size_bytes > _WHOLE_BYTES:
         file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
-    names = [name for name in schema.names if columns is None or name in columns]
-    batches: list[pa.RecordBatch] = []
+    found = [formats.as_stored(file.read_row_groups([], columns=columns))]
     missing = num_rows
-    for first, batch in matching_batches(file, where, range(*row_groups), names):
+    for first, batch in matching_batches(file, where, range(*row_groups), columns):
         rows = where.matches(batch)
         rows = rows[first + rows >= skip_rows][:missing]
         if len(rows):
-            batches.append(batch.select(names).take(pa.array(rows)))
+            names = enumerate(batch.schema.names)
+            wanted = [i for i, name in names if columns is None or name in columns]
+            part = formats.as_stored(pa.Table.from_batches([batch.select(wanted)]))
+            found.append(part.take(pa.array(rows)))
             missing -= len(rows)
         if not missing:
             break
-    return pa.Table.from_batches(batches, file.read_row_groups([], columns=columns).schema)
+    return pa.concat_tables(found)
 
 
 def matching_batches(
-    file: pq.ParquetFile, where: Where, groups: Sequence[int], columns: Sequence[str] = ()
+    file: pq.ParquetFile, where: Where, groups: Sequence[int], columns: Sequence[str] | None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Those of the row groups that may hold a match, in batches, each with the number of rows
-    before it in `groups`; these columns, and those that `where` reads."""
+    before it in `groups`; all columns, or these and those that `where` reads."""
     sizes = [file.metadata.row_group(group).num_rows for group in groups]
     begins = dict(zip(groups, accumulate(sizes, initial=0), strict=False))
-    names = [*dict.fromkeys([*columns, *where.columns])]
+    names = None if columns is None else [*dict.fromkeys([*columns, *where.columns])]
     for group in where.row_groups(file.metadata, groups):
         first = begins[group]
-        for batch in file.iter_batches(_BATCH_ROWS, [group], names, use_threads=False):
+        for batch in batches_of(file, [group], names):
             yield first, batch
             first += batch.num_rows
 

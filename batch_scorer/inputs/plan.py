@@ -20,7 +20,7 @@ from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ShardError, ShardReason, StorageError
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.arrow_files import open_arrow
-from batch_scorer.inputs.files import BYTES_PER_TOKEN, open_parquet, scan_lines
+from batch_scorer.inputs.files import BYTES_PER_TOKEN, batches_of, open_parquet, scan_lines
 from batch_scorer.inputs.selection import (
     kept_columns,
     matching_rows,
@@ -342,16 +342,12 @@ def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outp
     try:
         file = open_parquet(store, source, _SAMPLE_BYTES)
         schema = file.schema_arrow
-        sample = (
-            next(file.iter_batches(_SAMPLE_ROWS, use_threads=False), None)
-            if file.metadata.num_rows
-            else None
-        )
+        batches = batches_of(file, range(file.metadata.num_row_groups), None, _SAMPLE_ROWS)
+        table = _first_rows(batches, schema)
     except (pa.ArrowException, OSError) as error:
         raise ShardError(
             ShardReason.UNREADABLE_FILE, f"not readable as Parquet: {error}"
         ) from error
-    table = pa.Table.from_batches([sample]) if sample else schema.empty_table()
     layout = _layout(schema, table, config, outputs)
     needed = tuple(formats.columns_needed(layout))
     groups = []
@@ -361,7 +357,7 @@ def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outp
         needed_bytes = sum(
             column.total_uncompressed_size
             for column in columns
-            if column.path_in_schema.split(".")[0] in needed
+            if any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in needed)
         )
         groups.append((group.num_rows, needed_bytes // BYTES_PER_TOKEN))
     return InputFile(source, schema, layout, tuple(groups), lost_types=formats.lost_types(file))
@@ -371,12 +367,7 @@ def _inspect_arrow(store: Store, source: Source, config: Config, outputs: Output
     try:
         with open_arrow(store, source) as file:
             schema = formats.stored_schema(file.schema)
-            filled = (batch for batch in file.batches() if batch.num_rows)
-            first = next(filled, None)
-            sample = schema.empty_table()
-            if first is not None:
-                rows = pa.Table.from_batches([first.slice(0, _SAMPLE_ROWS)])
-                sample = formats.as_stored(rows)
+            sample = formats.as_stored(_first_rows(file.batches(), file.schema))
             layout = _layout(schema, sample, config, outputs)
             groups = []
             for batch in file.batches(columns=formats.columns_needed(layout)):
@@ -385,6 +376,16 @@ def _inspect_arrow(store: Store, source: Source, config: Config, outputs: Output
     except (pa.ArrowException, OSError) as error:
         raise ShardError(ShardReason.UNREADABLE_FILE, f"not readable as Arrow: {error}") from error
     return InputFile(source, schema, layout, tuple(groups))
+
+
+def _first_rows(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    """The sample of a file with these batches."""
+    found: list[pa.RecordBatch] = []
+    missing = _SAMPLE_ROWS
+    while missing and (batch := next(batches, None)) is not None:
+        found.append(batch.slice(0, missing))
+        missing -= found[-1].num_rows
+    return pa.Table.from_batches(found, schema)
 
 
 def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Outputs) -> Layout:

@@ -29,7 +29,7 @@ def matching_rows(
     if kind_of(source.key) is FileKind.PARQUET:
         file = open_parquet(store, source)
         groups = range(file.metadata.num_row_groups)
-        for first, batch in matching_batches(file, where, groups):
+        for first, batch in matching_batches(file, where, groups, ()):
             matches[first + where.matches(batch)] = True
     elif kind_of(source.key) is FileKind.ARROW:
         with open_arrow(store, source) as arrow:
@@ -71,6 +71,12 @@ def spread(limit: int, sizes: Sequence[int]) -> list[int]:
 def kept_columns(names: Iterable[str], keep: Collection[str], drop: Collection[str]) -> list[str]:
     """The columns of a file that are written, in their order."""
     return [name for name in names if (not keep or name in keep) and name not in drop]
+
+
+def kept_of(rows: pa.Table, keep: Collection[str], drop: Collection[str]) -> pa.Table:
+    """The rows in the columns that are written. A name may be there twice."""
+    kept = kept_columns(rows.column_names, keep, drop)
+    return rows.select([i for i, name in enumerate(rows.column_names) if name in kept])
 
 
 def refuse_unknown(

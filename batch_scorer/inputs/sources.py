@@ -1,6 +1,7 @@
 """Which files the inputs name."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,7 +17,7 @@ from batch_scorer.storage import (
     ObjectInfo,
     ObjectMissing,
     PlaceMissing,
-    glob_pattern,
+    glob_matches,
     is_remote,
     open_store,
     pinned,
@@ -56,8 +57,9 @@ _PACKED = (".gz", ".zst")
 """What may follow the suffix of a file of lines."""
 _READ = f"{', '.join(SUFFIXES)} (of lines also {', '.join(_PACKED)})"
 
-_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-"""What `datasets` puts beside the rows. Where a file is named by itself, it is data."""
+_NOT_DATA = re.compile(r"(?:dataset_infos?|dataset_dict|state)\.json|cache-.+\.arrow")
+"""What `datasets` puts beside the rows: descriptions, and results that it keeps for later calls,
+which hold the same rows once more. Where a file is named by itself, it is data."""
 
 
 def kind_of(key: str) -> FileKind | None:
@@ -127,8 +129,9 @@ def _expand(spec: str, config: Config, skipped: set[str]) -> Iterator[tuple[str,
     else:
         root, listed = url, _list(url, config)
         problem = f"holds no {_READ} files"
-    excluded = [glob_pattern(pattern) for pattern in config.exclude]
-    hits = [info for info in listed if not any(glob.fullmatch(info.key) for glob in excluded)]
+    keys = [info.key for info in listed]
+    excluded = {key for pattern in config.exclude for key in glob_matches(pattern, keys)}
+    hits = [info for info in listed if info.key not in excluded]
     data = hits if file is not None else [info for info in hits if _is_data(info.key)]
     if not data and file is None:
         is_excluded = bool(listed) and not hits
@@ -155,8 +158,9 @@ def _matching(url: str, config: Config) -> tuple[str, list[ObjectInfo]]:
     if listed := _list_if_there(url, config):
         return url, listed
     root, pattern = _split_glob(url)
-    matches = glob_pattern(pattern)
-    return root, [info for info in _list(root, config) if matches.fullmatch(info.key)]
+    listed = _list(root, config)
+    found = glob_matches(pattern, (info.key for info in listed))
+    return root, [info for info in listed if info.key in found]
 
 
 def _head(folder: str, name: str, config: Config) -> ObjectInfo | None:
@@ -225,7 +229,7 @@ def _common_root(roots: set[str]) -> str | None:
 
 
 def _is_data(key: str) -> bool:
-    is_known = key.rpartition("/")[2].lower() in _NOT_DATA
+    is_known = _NOT_DATA.fullmatch(key.rpartition("/")[2].lower())
     return kind_of(key) is not None and not is_known and not _is_hidden(key)
 
 
@@ -236,4 +240,8 @@ def _is_shown(key: str) -> bool:
 
 
 def _is_hidden(key: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in key.split("/"))
+    """As Spark has it: a folder `_day=2026-11-28` is a part of the data."""
+    return any(
+        part.startswith(".") or (part.startswith("_") and "=" not in part)
+        for part in key.split("/")
+    )

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.acero as acero
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -71,8 +72,6 @@ _WORDS = {
     ast.IsNot: "write field(…).is_valid()",
 }
 """What people write who think of Python."""
-_ROW = "\0row"
-"""A name that no expression has."""
 
 
 @lru_cache(maxsize=16)
@@ -105,7 +104,7 @@ class Where:
             if (number := schema.names.count(name)) != 1:
                 found = "there are two columns" if number else "there is no column"
                 raise _wrong_schema(f"{found} {name!r}; there are {', '.join(schema.names)}")
-        self.matches(schema.empty_table())
+        self.matches(pa.Table.from_batches([], schema))
 
     def matches(self, rows: pa.Table | pa.RecordBatch) -> IntArray:
         """int64[n]: the rows for which the expression is true, in order. Null is not true.
@@ -113,17 +112,19 @@ class Where:
         Raises ShardError where a type or a value does not fit, e.g. a division by zero.
         """
         fields = [rows.schema.field(name) for name in self.columns]
-        numbers = pa.array(np.arange(rows.num_rows))
-        table = pa.table(
-            [*(rows[name] for name in self.columns), numbers],
-            schema=pa.schema([*fields, pa.field(_ROW, pa.int64())]),
-        )
+        table = pa.table([rows[name] for name in self.columns], schema=pa.schema(fields))
         try:
-            found = table.filter(self._bound(table.schema)).column(len(fields))
+            # No filter: of some types Arrow has none, and the expression reads a part of them.
+            source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
+            truth = acero.ProjectNodeOptions([self._bound(table.schema)], [""])
+            project = acero.Declaration("project", truth, [source])
+            found = project.to_table(use_threads=False).column(0)
         except pa.ArrowException as error:
             types = ", ".join(f"{field.name} is {field.type}" for field in fields)
             raise _wrong_schema(f"{str(error).splitlines()[0]} ({types})") from error
-        return np.asarray(found.to_numpy(), np.int64)
+        if not pa.types.is_boolean(found.type):
+            raise _wrong_schema(f"it is a value of type {found.type}, and no condition")
+        return np.flatnonzero(pc.fill_null(found, fill_value=False).to_numpy())
 
     def row_groups(self, metadata: pq.FileMetaData, groups: Sequence[int]) -> list[int]:
         """Those of the row groups that may hold a row that matches, by their statistics.
@@ -198,8 +199,7 @@ class _Builder:
                 if None in literals:
                     raise self._refused(node, "None matches no row; write field(…).is_null()")
                 try:
-                    is_wide = _is_wide(dtype) or any(map(_is_unsigned, literals))
-                    return of.isin(pa.array(literals, pa.uint64() if is_wide else None))
+                    return of.isin(pa.array(literals, _literal_type(literals, dtype)))
                 except (pa.ArrowException, OverflowError) as error:
                     raise self._refused(node, str(error)) from None
             case name, [] if name in _TESTS:
@@ -219,7 +219,9 @@ class _Builder:
             case "field", [_, *_], []:
                 names = self._field(node, arguments)
                 self.columns.append(names[0])
-                return pc.field(*names)
+                dtype = self._type(node)
+                plain = None if dtype is None else _comparable(dtype)
+                return pc.field(*names) if plain is None else pc.field(*names).cast(plain)
             case "scalar", [of], []:
                 return self._scalar(of, beside)
             case known, [of], [] if known in _FUNCTIONS:
@@ -245,23 +247,15 @@ class _Builder:
         """The type of a column; None for what is none, and before the columns are known."""
         match node:
             case ast.Call(function, arguments, []) if _name(function) == "field":
-                schema = self._schema
-                names = self._field(node, arguments)
-                if len(names) == 1 and schema is not None and names[0] in schema.names:
-                    return schema.field(names[0]).type
+                return _type_at(self._schema, self._field(node, arguments))
         return None
 
     def _scalar(self, node: ast.AST, beside: pa.DataType | None) -> pc.Expression:
         literal = self._literal(node)
         if literal is None:
             raise self._refused(node, "nothing equals None; write field(…).is_null()")
-        dtype = None
-        if isinstance(literal, int) and not isinstance(literal, bool):
-            # Compared with an unsigned column, Arrow would make both signed, and fail beyond 2^63.
-            is_wide = _is_unsigned(literal) or (_is_wide(beside) and literal >= 0)
-            dtype = pa.uint64() if is_wide else None
         try:
-            return pc.scalar(pa.scalar(literal, dtype))
+            return pc.scalar(pa.scalar(literal, _literal_type([literal], beside)))
         except (pa.ArrowException, OverflowError) as error:
             raise self._refused(node, str(error)) from None
 
@@ -298,13 +292,41 @@ def _is_module(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id in _MODULES
 
 
-def _is_unsigned(literal: Any) -> bool:
-    """Whether a number is too large for a signed integer."""
-    return isinstance(literal, int) and literal >= 2**63
+def _type_at(outer: pa.Schema | None, path: Sequence[str]) -> pa.DataType | None:
+    """The type of a column, or of a field in structs; None where there is none."""
+    found: Any = outer
+    for name in path:
+        if not isinstance(found, pa.Schema | pa.StructType):
+            return None
+        found = next((field.type for field in found if field.name == name), None)
+    return found
 
 
-def _is_wide(dtype: pa.DataType | None) -> bool:
-    return dtype is not None and pa.types.is_uint64(dtype)
+def _literal_type(literals: Sequence[Any], beside: pa.DataType | None) -> pa.DataType | None:
+    """The type that literals need where they are compared with a column of another one; None: the
+    one that they have by themselves."""
+    if not literals:
+        return None
+    if all(type(each) is int for each in literals):
+        is_unsigned = beside is not None and pa.types.is_uint64(beside) and min(literals) >= 0
+        if is_unsigned or max(literals) >= 2**63:
+            return pa.uint64()  # Arrow would make both signed, and fail beyond 2^63
+        if beside is not None and pa.types.is_decimal(beside):
+            return beside  # for an int64, Arrow's decimals are too short
+    if beside is not None and all(isinstance(each, datetime) for each in literals):
+        return pa.timestamp("us", getattr(beside, "tz", None))
+    return None
+
+
+def _comparable(dtype: pa.DataType) -> pa.DataType | None:
+    """The type of which the same values can be compared (Arrow 26); None: this one itself."""
+    if pa.types.is_dictionary(dtype):
+        return _comparable(dtype.value_type) or dtype.value_type
+    if dtype == pa.string_view():
+        return pa.large_string()
+    if dtype == pa.binary_view():
+        return pa.large_binary()
+    return pa.float32() if pa.types.is_float16(dtype) else None
 
 
 def _wrong_schema(why: str) -> ShardError:

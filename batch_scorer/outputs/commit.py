@@ -16,7 +16,7 @@ from batch_scorer.errors import RowNote, RowReason, ShardError, ShardReason, Sto
 from batch_scorer.failpoints import failpoint
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.files import row_numbers, rows_of_shard
-from batch_scorer.inputs.selection import kept_columns
+from batch_scorer.inputs.selection import kept_of
 from batch_scorer.job import Job
 from batch_scorer.outputs.by_source import Sources, pair_counts, row_sources, spread_by_source
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
@@ -60,7 +60,7 @@ def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Rece
     )
     sources = row_sources(table)
     commit = _describe(job, epoch, shard, scored, columns, sources)
-    kept = table.select(kept_columns(table.column_names, config.keep_columns, config.drop_columns))
+    kept = kept_of(table, config.keep_columns, config.drop_columns)
     data = _encode(kept, columns, column_metadata(job.outputs, config.column_prefix), commit)
     try:
         store = open_store(config.output, config.store_options, create=True)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from batch_scorer import formats
 from batch_scorer.errors import ExitCode, ShardError, StorageError
 from batch_scorer.inputs.files import (
+    batches_of,
     group_rows,
     open_parquet,
     read_lines,
@@ -29,7 +30,7 @@ from batch_scorer.inputs.files import (
     scan_lines,
 )
 from batch_scorer.inputs.plan import parts_holding
-from batch_scorer.inputs.selection import kept_columns, matching_rows, rows_of_bits
+from batch_scorer.inputs.selection import kept_of, matching_rows, rows_of_bits
 from batch_scorer.inputs.sources import FileKind, kind_of
 from batch_scorer.inputs.where import where_of
 from batch_scorer.outputs.claim import open_scored
@@ -206,7 +207,7 @@ class _Inputs:
             table = read(*found, commit.first_row, commit.num_rows)
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
-        return table.select(kept_columns(table.column_names, self._keep, self._drop))
+        return kept_of(table, self._keep, self._drop)
 
     def count(self, receipt: Receipt) -> tuple[int, int] | None:
         """All rows of a receipt's input, and those that match `where`; None as for `rows`."""
@@ -224,7 +225,8 @@ class _Inputs:
                 return num_rows, len(rows_of_bits(bits, num_rows))
             # All of the rows, whatever the statistics of their groups say.
             file = open_parquet(*found)
-            batches = file.iter_batches(columns=self._where.columns, use_threads=False)
+            groups = range(file.metadata.num_row_groups)
+            batches = batches_of(file, groups, self._where.columns)
             return num_rows, sum(len(self._where.matches(batch)) for batch in batches)
         except (StorageError, ShardError, pa.ArrowException, OSError):
             return None
@@ -355,13 +357,14 @@ def _is_complete(value: Any) -> bool:
 
 def _compare_input(table: pa.Table, commit: Commit, expected: pa.Table) -> str:
     """The first difference between the shard's columns and those of the input, or ""."""
-    kept = table.select([n for n in table.column_names if n not in commit.added_columns])
+    names = table.column_names
+    kept = table.select([i for i, name in enumerate(names) if name not in commit.added_columns])
     if kept.column_names != expected.column_names:
         return f"columns {kept.column_names}, the input has {expected.column_names}"
-    for name in kept.column_names:
-        if kept.schema.field(name).type != expected.schema.field(name).type:
+    for name, ours, theirs in zip(kept.column_names, kept.columns, expected.columns, strict=True):
+        if ours.type != theirs.type:
             return f"column {name} changed its type"
-        if not _is_same(kept[name], expected[name]):
+        if not _is_same(ours, theirs):
             return f"column {name} is not as it was in the input"
     return ""
 

@@ -17,7 +17,7 @@ from batch_scorer.storage.faults import AccessDenied, ObjectChanged, ObjectMissi
 from batch_scorer.storage.hub import pinned
 from batch_scorer.storage.store import (
     Store,
-    glob_pattern,
+    glob_matches,
     in_threads,
     is_remote,
     open_store,
@@ -36,7 +36,7 @@ __all__ = [
     "Store",
     "Version",
     "examine",
-    "glob_pattern",
+    "glob_matches",
     "in_threads",
     "is_remote",
     "open_store",

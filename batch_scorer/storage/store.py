@@ -379,13 +379,33 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], num_threads: int) -> 
             yield pending.popleft().result()
 
 
-def glob_pattern(pattern: str) -> re.Pattern[str]:
-    """The glob as a regular expression over keys: `*` and `?` stay in a folder, `**` does not."""
-    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
-    return re.compile(
-        "".join(parts.get(t) or (t if t.startswith("[") else re.escape(t)) for t in tokens if t)
-    )
+_GLOB = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+_GLOB_TOKENS = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?[^\]/]+\])")
+
+
+def glob_matches(pattern: str, keys: Iterable[str]) -> set[str]:
+    """The keys that a glob matches: `*` and `?` stay in a folder, `**` does not. Brackets mean
+    themselves where a key has them, else one of the characters between them, or with `[!…]` one
+    other character. Raises ConfigError where they hold a range that runs backwards."""
+    keys = list(keys)
+    for spelled in (re.escape, _characters):
+        parts = [
+            _GLOB.get(t) or (spelled(t) if t.startswith("[") else re.escape(t))
+            for t in _GLOB_TOKENS.split(pattern)
+        ]
+        try:
+            matches = re.compile("".join(parts)).fullmatch
+        except re.error as error:
+            raise ConfigError(f"{pattern}: no pattern of file names: {error.msg}") from None
+        if found := {key for key in keys if matches(key)}:
+            return found
+    return set()
+
+
+def _characters(brackets: str) -> str:
+    """`[…]` of a glob as that of a regular expression; a slash is never one of them."""
+    inside = brackets[1:-1].replace("\\", r"\\").replace("[", r"\[")
+    return f"(?!/)[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
 
 
 class _PinnedFile(io.RawIOBase):

@@ -261,3 +261,15 @@ def test_models_of_one_night_score_the_same_rows(trial: Trial) -> None:
     refused = trial.run(*flags, "--keep-columns", "id", command="nightly", output="other")
     assert refused.exit_code == 2
     assert "'chosen' of a.parquet has to be kept" in refused.error
+
+
+def test_a_name_that_two_columns_have_costs_no_file(trial: Trial) -> None:
+    table = pa.Table.from_pylist(rows(9))
+    table = pa.table([*table.columns, table["id"]], names=[*table.column_names, "id"])
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=4)
+    trial.inputs.write({"c.parquet": sink.getvalue().to_pybytes()})
+    trial.score("--where", MATH, "--exclude", "[ab].*")
+    ended = run_cli("verify", (trial.place / "out").url, "--json", *trial.place.flags)
+    assert (ended.exit_code, ended.json["inputs_compared"]) == (0, ended.json["shards"])
+    assert (ended.json["rows_scored"], ended.json["rows_not_asked"]) == (3, 6)

@@ -13,7 +13,7 @@ from batch_scorer.storage import (
     ObjectMissing,
     Store,
     Version,
-    glob_pattern,
+    glob_matches,
     in_threads,
     open_store,
 )
@@ -148,11 +148,19 @@ def test_wrong_keys_and_options_are_named(s3: S3Server, monkeypatch: pytest.Monk
         ("**/*.parquet", "a.parquet", "a.parquet.gz"),
         ("p-[0-3].parquet", "p-2.parquet", "p-4.parquet"),
         ("d?/x(1).json", "d1/x(1).json", "d/x(1).json"),
+        ("p-[!0-3].parquet", "p-4.parquet", "p-2.parquet"),
+        ("a[!b]c", "axc", "a/c"),
+        ("run [1]/*", "run [1]/a", "run 1/a"),
     ],
 )
 def test_globs(pattern: str, matching: str, other: str) -> None:
-    assert glob_pattern(pattern).fullmatch(matching)
-    assert not glob_pattern(pattern).fullmatch(other)
+    assert glob_matches(pattern, [matching, other]) == {matching}
+
+
+def test_brackets_are_characters_where_no_key_has_them() -> None:
+    assert glob_matches("run [1]/*", ["run 1/a", "run 2/a"]) == {"run 1/a"}
+    with pytest.raises(ConfigError, match="bad character range"):
+        glob_matches("[z-a]", ["a"])
 
 
 def test_results_of_threads_come_in_order_and_items_are_taken_as_they_are_needed() -> None:

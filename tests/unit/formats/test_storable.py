@@ -33,7 +33,6 @@ def written(table: pa.Table) -> pa.Table:
     [
         pa.array([[1], None, [2, 3]], pa.list_view(pa.int64())),
         pa.array([["a"], None, []], pa.large_list_view(pa.string())),
-        pa.array(["a", None, "b"], pa.string_view()),
         pa.array([b"a", None, b"b"], pa.large_binary()),
         pa.array([None, None, None]),
         pa.array([1.5, None, 2.5], pa.float16()),
@@ -64,6 +63,12 @@ def test_a_type_that_parquet_can_hold_is_kept(array: pa.Array) -> None:
             [{"r": "x"}, {"r": "y"}, {"r": "y"}],
         ),
         (pa.array([3, None, 3]).dictionary_encode(), pa.int64(), [3, None, 3]),
+        (pa.array(["a", None, "b"], pa.string_view()), pa.large_string(), None),
+        (
+            pa.array([[{"t": "a"}], None, []], pa.list_(pa.struct([("t", pa.string_view())]))),
+            pa.list_(pa.struct([("t", pa.large_string())])),
+            None,
+        ),
         (pa.array([5, None, 7], pa.time32("s")), pa.time32("ms"), None),
         (pa.array([5, None, 7], pa.timestamp("s")), pa.timestamp("ms"), None),
     ],

@@ -13,6 +13,7 @@ import pytest
 
 from batch_scorer.config import Config
 from batch_scorer.errors import InputError, RowReason, ShardReason
+from batch_scorer.formats.storable import stored_type
 from batch_scorer.inputs.files import columns_of_shard, rows_of_shard
 from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.inputs.sources import list_inputs
@@ -264,3 +265,49 @@ def test_marks_of_patterns_in_a_bucket_mean_themselves_too(s3: S3Server) -> None
             assert len(urls) == 1 or spec == place.url
     pattern = _config(f"{place.url}/a?1?.parquet", store_options=s3.options)
     assert [source.key for source, _ in list_inputs(pattern).found] == ["a[1].parquet"]
+
+
+ODD_COLUMNS = {
+    "a dictionary in a struct": pa.StructArray.from_arrays(
+        [pa.array([f"word {n % 3}" for n in range(25)]).dictionary_encode()], ["word"]
+    ),
+    "an extension in a struct": pa.StructArray.from_arrays(
+        [
+            pa.ExtensionArray.from_storage(
+                pa.uuid(), pa.array([bytes([n] * 16) for n in range(25)], pa.binary(16))
+            )
+        ],
+        ["id"],
+    ),
+    "text views": pa.array([f"more than twelve bytes {n}" for n in range(25)], pa.string_view()),
+    "lists of views": pa.array([[str(n)] for n in range(25)], pa.list_(pa.string_view())),
+}
+
+
+@pytest.mark.parametrize("where", [None, 'field("prompt") >= "question 3"'])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("odd", ODD_COLUMNS)
+def test_rows_of_every_type_are_read_from_several_groups(
+    tmp_path: Path, odd: str, name: str, where: str | None
+) -> None:
+    table = TABLE.append_column("odd", ODD_COLUMNS[odd])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name, row_group_size=4)
+    else:
+        (tmp_path / name).write_bytes(arrow(table, is_stream=True))
+    plan = make_plan(_config(tmp_path, where=where, shard_rows=10))
+    assert not plan.failed and plan.num_rows + plan.rows_not_asked == 25
+    found = pa.concat_tables([rows_of_shard(shard, {}, None)[0] for shard in plan.shards])
+    picked = [n for n in range(25) if where is None or ROWS[n]["prompt"] >= "question 3"]
+    assert found["prompt"].to_pylist() == [ROWS[n]["prompt"] for n in picked]
+    assert found["odd"].type == stored_type(table["odd"].type)
+    assert found["odd"].to_pylist() == [table["odd"][n].as_py() for n in picked]
+
+
+def test_results_that_datasets_keeps_beside_the_rows_are_no_data(tmp_path: Path) -> None:
+    for name in ("data-00000-of-00001.arrow", "cache-1a2b3c4d.arrow"):
+        (tmp_path / name).write_bytes(arrow(is_stream=True))
+    listing = list_inputs(_config(tmp_path))
+    assert [source.key for source, _ in listing.found] == ["data-00000-of-00001.arrow"]
+    assert [Path(url).name for url in listing.skipped] == ["cache-1a2b3c4d.arrow"]
+    assert len(list_inputs(_config(tmp_path / "cache-1a2b3c4d.arrow")).found) == 1

@@ -88,7 +88,8 @@ def test_a_huge_row_group_is_cut_inside() -> None:
 
 
 def test_folders_globs_and_files_are_found_and_hidden_ones_left(tmp_path: Path) -> None:
-    for name in ("a/x.parquet", "a/b/y.parquet", "a/_tmp/z.parquet", "a/.h.parquet", "a/n.txt"):
+    hidden = ("a/_tmp/z.parquet", "a/.h.parquet", "a/n.txt")
+    for name in ("a/x.parquet", "a/b/y.parquet", "day/_day=1/x.parquet", *hidden):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("parquet"):
             pq.write_table(pairs(2), tmp_path / name)
@@ -101,6 +102,7 @@ def test_folders_globs_and_files_are_found_and_hidden_ones_left(tmp_path: Path) 
         ]
 
     assert keys("a") == ["b/y.parquet", "x.parquet"]
+    assert keys("day") == ["_day=1/x.parquet"]  # a partition, as Spark names it
     assert keys("a/x.parquet") == ["x.parquet"]
     assert keys("a/*.parquet") == ["x.parquet"]
     assert keys("a/b/*.parquet", "a/x.parquet") == ["b/y.parquet", "x.parquet"]

@@ -19,7 +19,7 @@ from batch_scorer.errors import ConfigError, InputError, ShardReason
 from batch_scorer.inputs import files
 from batch_scorer.inputs.files import row_numbers, rows_of_shard
 from batch_scorer.inputs.plan import InputFile, Plan, cut, make_plan
-from batch_scorer.inputs.selection import kept_columns, spread
+from batch_scorer.inputs.selection import kept_columns, kept_of, spread
 from batch_scorer.records import Format, Layout, Source, Status
 from batch_scorer.storage import Store, Version
 
@@ -82,6 +82,9 @@ def test_columns_are_kept_in_the_order_of_the_file() -> None:
     assert kept_columns("abcd", (), ()) == ["a", "b", "c", "d"]
     assert kept_columns("abcd", ("d", "b"), ()) == ["b", "d"]
     assert kept_columns("abcd", ("d", "b"), ("b",)) == ["d"]
+    twice = pa.table([[1], [2], [3]], names=["a", "b", "a"])
+    assert kept_of(twice, (), ()).equals(twice)
+    assert kept_of(twice, (), ("b",)).equals(twice.select([0, 2]))
 
 
 # Which
