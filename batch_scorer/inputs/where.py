@@ -270,6 +270,8 @@ class _Builder:
                     return _TIMES[_name(function)](*map(self._literal, arguments))
                 except (TypeError, ValueError) as error:
                     raise self._refused(node, str(error)) from None
+            case ast.Name(name):
+                raise self._refused(node, f'write field("{name}") for a column')
         raise self._refused(node, "not understood here")
 
     def _refused(self, node: ast.AST, why: str) -> ConfigError:

@@ -132,6 +132,7 @@ def test_null_is_neither_true_nor_false(values: list[int | None], bound: int) ->
         ('field("a").cast("int8") == 1', "the methods of a value are is_null, .*isin"),
         ('__import__("os").system("true")', "the functions are field, date"),
         ('field("a") == open("x").read()', "at character 15, `open"),
+        ("turns > 3", r'`turns`: write field\("turns"\) for a column'),
         ('[x for x in field("a")]', "not understood here"),
         ('field("a") == b"x"', "not understood"),
         ('field("ä") == other', "at character 15, `other`"),
