@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from obstore.store import from_url
 
 _PIECE = re.compile(r"\.rows\d+-\d+\.parquet$")
+_NO_SCORES = {"score_error", "score_notes"}
 _RECORDS = "_batch_scorer/"
 
 
@@ -111,7 +112,7 @@ def read_output(output: Folder, inputs: Folder) -> Found:
         for row in table.to_pylist():
             rows.setdefault(_row_digest(row, given[source]), []).append(_added(row, added))
             so_far[row["score_error"] is not None] += 1
-            scores = [row[name] for name in set(added) - {"score_error"} if "score" in name]
+            scores = [row[name] for name in set(added) - _NO_SCORES if "score" in name]
             if row["score_error"] is None and None in scores:
                 raise AssertionError(f"{key}: a row has neither a score nor a reason: {row}")
     return Found(rows, shards, counts)
