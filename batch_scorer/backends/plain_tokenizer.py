@@ -173,7 +173,7 @@ class PlainTokenizer:
             text = self._as_openrlhf(text)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if bos != "template" and not (token and text.startswith(token)):
-            ids = self._added(text, ids)
+            ids = self._tokenizer(text)["input_ids"]  # with what it puts around a text
         used = [*used, *["bos"] * (ids != plain and eos != "openrlhf")]
         return self._with_ends(ids, used)
 
@@ -198,10 +198,6 @@ class PlainTokenizer:
         ended = self._suffixed(ids)
         used = [*used, *["eos"] * (ended != before or eos == "openrlhf")]
         return PlainIds(ended, tuple(dict.fromkeys(used)))
-
-    def _added(self, text: str, ids: list[int]) -> list[int]:
-        """The tokenizer's plain call: with the tokens that it puts around a text."""
-        return cast(list[int], self._tokenizer(text)["input_ids"])
 
     def _suffixed(self, ids: list[int]) -> list[int]:
         if self._suffix_id is None or ids[-1:] == [self._suffix_id]:
