@@ -11,34 +11,46 @@ from typing import TYPE_CHECKING, Any
 from batch_scorer.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from batch_scorer.api import score, score_rows
     from batch_scorer.config import Config, load_config
+    from batch_scorer.decontamination.decontaminate import decontaminate
     from batch_scorer.evaluation.evaluate import evaluate
     from batch_scorer.inputs.plan import make_plan
     from batch_scorer.outputs.verify import Verdict, verify
-    from batch_scorer.runs.run import Summary, score
+    from batch_scorer.runs.run import Summary
     from batch_scorer.runs.status import read_status
+    from batch_scorer.selection.recipe import Selection
+    from batch_scorer.selection.select import select
 
 _HOMES = {
     "Config": "config",
+    "Selection": "selection.recipe",
     "Summary": "runs.run",
     "Verdict": "outputs.verify",
+    "decontaminate": "decontamination.decontaminate",
     "evaluate": "evaluation.evaluate",
     "load_config": "config",
     "make_plan": "inputs.plan",
     "read_status": "runs.status",
-    "score": "runs.run",
+    "select": "selection.select",
+    "score": "api",
+    "score_rows": "api",
     "verify": "outputs.verify",
 }
 
 __all__ = [
     "Config",
+    "Selection",
     "Summary",
     "Verdict",
+    "decontaminate",
     "evaluate",
     "load_config",
     "make_plan",
     "read_status",
     "score",
+    "score_rows",
+    "select",
     "verify",
 ]
 

@@ -8,24 +8,55 @@ runtime   only how fast and where; free to change when a run is resumed
 """
 
 import difflib
+import json
+import math
+import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from batch_scorer.credentials import wrong_options, wrong_url
 from batch_scorer.errors import ConfigError
-from batch_scorer.records import Format, TextStyle
+from batch_scorer.quarantine import Bounds
+from batch_scorer.records import Format, ReadBounds, TextStyle
+from batch_scorer.storage import is_speakable
+from batch_scorer.yaml_file import read_yaml
+
+_LARGEST = 2**63 - 1
+"""Whole numbers beyond it stand in no record."""
+
+_PATHS = (
+    "model", "revision", "base_model", "inputs", "exclude", "output", "also", "reference_model",
+    "chat_template", "ray_address",
+)  # fmt: skip
+"""Settings that name something: a file, a model, a pattern, a cluster."""
 
 Role = Literal["scores", "layout", "runtime"]
 
 _PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
 """A prefix is a folder's name too."""
+
+
+_PLACES = (
+    *("model", "base_model", "reference_model", "also", "inputs", "output", "chat_template"),
+    "ray_address",
+)
+"""The settings that may be URLs."""
+
+_ON_DISK = tuple(name for name in _PLACES if name != "ray_address")
+"""The settings that may be paths."""
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
+
+IMPLICIT_REWARD = "implicit_reward"
+"""The family that scores with two models."""
+NO_REFERENCE = "none"
+"""The reference model of an implicit reward that has none."""
 
 
 class Device(StrEnum):
@@ -73,16 +104,26 @@ class EngineFacts:
 
 ENGINES = {
     "hf": EngineFacts(
-        options=frozenset({"attention", "compile"}), shares_prefixes=True, shares_in_steps=True
+        options=frozenset({"attention", "compile", "token_scores"}),
+        shares_prefixes=True,
+        shares_in_steps=True,
     ),
     "vllm": EngineFacts(
-        options=frozenset({"compile", "quantization", "tensor_parallel"}),
+        options=frozenset(
+            {"compile", "quantization", "tensor_parallel", "pipeline_parallel", "token_scores"}
+        ),
         package="vllm",
         shares_prefixes=True,  # but requests for all tokens do not read its cache
     ),
     "fake": EngineFacts(runs_model=False),
 }
 """The engines by name, in the order in which `auto` prefers them; each is `backends/<name>.py`."""
+
+
+def _recordable(digits: str) -> int:
+    if (number := int(digits)) > _LARGEST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return number
 
 
 def _setting(default: Any, role: Role, **limits: Any) -> Any:
@@ -95,8 +136,17 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = _setting(..., "runtime", min_length=1)
-    """Model directory, or a hub id where a hub can be reached. The fingerprint is computed from the
-    files found there, not from this name."""
+    """Model directory, or a model of the Hugging Face hub: ORG/NAME, or ORG/NAME@REVISION
+    (docs/hub.md). The fingerprint is computed from the files found there, not from this name."""
+
+    revision: str | None = _setting(None, "runtime", min_length=1)
+    """The branch, tag or commit of `model`, where that is a hub's; the same as ORG/NAME@REVISION.
+    The commit that is found is recorded. Default: the hub's main branch."""
+
+    base_model: str | None = _setting(None, "runtime", min_length=1)
+    """The base of a LoRA adapter that `model` names: a directory or a hub id. Default: the model
+    that lies beside the adapter, or else the one that its adapter_config.json names. The
+    fingerprint covers the files of both (docs/checkpoints.md)."""
 
     inputs: tuple[str, ...] = _setting(..., "runtime", min_length=1)
     """Files, directories, globs or s3://, gs://, az:// URLs, or hf://datasets/ORG/NAME@REVISION
@@ -112,8 +162,10 @@ class Config(BaseModel):
     also: dict[str, str] = _setting({}, "runtime")
     """More models for `nightly`, each with the prefix of its columns: `--also
     safety_=/models/safety` on the command line, `also: {safety_: /models/safety}` in YAML. They
-    score the same rows one after the other, and all columns stand side by side. `adapter` and
-    `step_aggregation` apply to `model` only; all other settings apply to every model."""
+    score the same rows one after the other, and all columns stand side by side. `revision`,
+    `base_model`, `adapter`, `step_aggregation`, `token_scores`, `output_names`, `output_weights`,
+    the settings of implicit rewards and the columns `reference` and `principle` apply to `model`
+    only; all other settings apply to every model."""
 
     # What is scored, and how.
 
@@ -124,6 +176,19 @@ class Config(BaseModel):
     adapter: str | None = _setting(None, "scores")
     """The reward model's family (docs/models.md). Default: detected from the model's architecture
     and weights."""
+
+    reference_model: str | None = _setting(None, "runtime", min_length=1)
+    """The model that an implicit reward is measured against (`--adapter implicit_reward`): a
+    directory or a hub id, as `model`. For a DPO policy it is the model that DPO began with; its
+    files enter the fingerprint. `none`: no model, so the score is `beta` times the log probability
+    under `model` alone."""
+
+    beta: float = _setting(0.1, "scores", gt=0, allow_inf_nan=False)
+    """What an implicit reward multiplies the difference of the log probabilities by. Default: as
+    TRL's DPO trainer. A density ratio has 1."""
+
+    length_normalize: bool = _setting(False, "scores")
+    """Divide an implicit reward by the number of the answer's tokens."""
 
     format: Format | None = _setting(None, "scores")
     """What a row is. Default: detected from each file's schema; the run prints what it found."""
@@ -217,9 +282,36 @@ class Config(BaseModel):
     """How a process reward model's step scores become the score. Default: as the model's authors do
     it. The step scores are kept either way."""
 
+    token_scores: bool = _setting(False, "scores")
+    """Also write what the head gives at every token of a sequence, as a list under `token_scores`,
+    in the order of the tokens: for value heads and linear score heads. Such columns are many times
+    as large as the scores. The score itself stays the same."""
+
+    output_names: tuple[str, ...] = _setting((), "scores")
+    """Names of a head's outputs, in order, where it has several: `--output-names
+    helpful,honest,harmless`. They stand in `rewards`. Default: as the config's id2label names
+    them."""
+
+    output_weights: dict[str, float] = _setting({}, "scores")
+    """What makes a score of several outputs, their weighted sum: `--output-weights
+    helpful=0.7,harmless=0.3` on the command line, `output_weights: {helpful: 0.7, harmless: 0.3}`
+    in YAML; an output that is not named counts nothing. Default: there is no score, only
+    `rewards`."""
+
     embedding_pooling: Literal["last", "mean", "cls"] | None = _setting(None, "scores")
     """Which tokens an embedding is read from. Default: as set in the model's sentence-transformers
     files; without such files `last` for decoders and `mean` for encoders."""
+
+    max_row_bytes: int = _setting(ReadBounds.max_row_bytes, "scores", gt=0)
+    """Most bytes in a row: of its line, or of the columns that scoring reads. A row with more is
+    marked. Default: 64 MiB."""
+
+    max_nesting: int = _setting(ReadBounds.max_nesting, "scores", gt=0, le=900)
+    """How deep lists and objects of a JSON line, or of a text that holds JSON, may lie in each
+    other. A row with more is marked."""
+
+    max_keys: int = _setting(ReadBounds.max_keys, "scores", gt=0)
+    """Most keys in one object of a JSON line. A row with more is marked."""
 
     normalize: bool | None = _setting(None, "scores")
     """Scale embeddings to length 1. Default: as set in the model's sentence-transformers files."""
@@ -266,7 +358,13 @@ class Config(BaseModel):
     machine on CPU."""
 
     tensor_parallel: int = _setting(1, "runtime", gt=0)
-    """GPUs over which one vLLM worker splits the model."""
+    """GPUs over which one vLLM worker splits every layer of the model. They are those of one
+    machine, because they exchange numbers in every layer."""
+
+    pipeline_parallel: int = _setting(1, "runtime", gt=0)
+    """Stages into which one vLLM worker cuts the model's layers, each on `tensor_parallel` GPUs.
+    For a model that is too large for one machine's GPUs: its stages may lie on several machines
+    (docs/clusters.md)."""
 
     parity_check: Literal["stop", "warn", "off"] = _setting("stop", "runtime")
     """Before its first shard, every worker scores a sample of the job's rows, and plain Hugging
@@ -288,6 +386,22 @@ class Config(BaseModel):
     """Seconds after which a forward pass counts as hung; its worker is killed and the shard
     retried. A pass is a few thousand tokens, whatever the shard's size."""
 
+    read_timeout_s: float = _setting(600.0, "runtime", gt=0)
+    """Seconds that looking at a file, or reading, rendering and tokenising a shard of it, may take;
+    one more is allowed for each MB of the file. The process that takes longer is ended, and the
+    file or shard fails. The trial of the model's tokenizer and chat template has the same bound."""
+
+    read_memory_gib: float = _setting(4.0, "runtime", gt=0)
+    """Memory that may be taken by what `read_timeout_s` bounds. A file or shard that needs more
+    fails."""
+
+    max_unpacked_gib: float = _setting(ReadBounds.max_unpacked_gib, "runtime", gt=0)
+    """What a packed file (gzip, zstd), or the pages of a Parquet file, may unpack to."""
+
+    max_expansion: float = _setting(ReadBounds.max_expansion, "runtime", gt=1)
+    """How many times its stored size a packed file, or a Parquet file's pages, may unpack to,
+    beyond the first 64 MiB."""
+
     use_ray: bool = _setting(True, "runtime")
     """Whether workers run on Ray. `--no-ray` on the command line, `use_ray: false` in YAML: one
     shard after the other in this process."""
@@ -301,17 +415,47 @@ class Config(BaseModel):
 
     store_options: dict[str, str] = _setting({}, "runtime")
     """For the object store: `--store-option region=eu-central-1` on the command line,
-    `store_options: {region: eu-central-1}` in YAML; also endpoint, allow_http, …. Keys and secrets
-    are read from the environment and do not belong here."""
+    `store_options: {region: eu-central-1}` in YAML; also endpoint, allow_http (an `http://`
+    endpoint needs none), …. Keys, tokens and secrets are refused here and in URLs: they are read
+    from the environment, or from AWS's own files (docs/security.md)."""
 
     @model_validator(mode="after")
-    def _no_secrets_in_options(self) -> Self:
-        for key in self.store_options:
-            if any(word in key.lower() for word in ("secret", "token", "password", "access_key")):
-                raise ValueError(
-                    f"store_options.{key}: credentials are not settings (they would be recorded "
-                    "with the run); set them in the environment, e.g. AWS_SECRET_ACCESS_KEY"
-                )
+    def _paths_can_be_named(self) -> Self:
+        for name in _PATHS:
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                found = [*value.values()]
+            elif isinstance(value, tuple):
+                found = [*value]
+            else:
+                found = [value] if name in self.model_fields_set and value is not None else []
+            for path in found:
+                if not path.strip() or not is_speakable(path):
+                    raise ValueError(f"{name}: {path!r} is not a path, a name or a URL")
+        return self
+
+    @model_validator(mode="after")
+    def _template_arguments_are_json(self) -> Self:
+        try:
+            text = json.dumps(self.template_arguments, allow_nan=False)
+            json.loads(text, parse_int=_recordable)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"template_arguments: not JSON values: {error}; quote a date"
+            ) from None
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_can_be_recorded(self) -> Self:
+        for name in type(self).model_fields:
+            if isinstance(value := getattr(self, name), int) and value > _LARGEST:
+                raise ValueError(f"{name}: at most {_LARGEST}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        if lines := _credentials_in(self.model_dump(include={"store_options", *_PLACES})):
+            raise ValueError("\n".join(lines))
         return self
 
     @model_validator(mode="after")
@@ -343,18 +487,78 @@ class Config(BaseModel):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: only for embeddings; set task: embed")
         else:
-            for name in ("adapter", "step_aggregation"):
-                if getattr(self, name) is not None:
+            of_a_head = ("adapter", "step_aggregation", "token_scores", "output_names")
+            for name in (*of_a_head, "output_weights"):
+                if getattr(self, name):
                     raise ValueError(f"{name}: only for scores; an embedding has no head")
             if self.backend != "auto" and not ENGINES[self.backend].runs_model:
                 raise ValueError(f"backend: {self.backend} makes scores, not embeddings")
         return self
+
+    @model_validator(mode="after")
+    def _outputs_are_named(self) -> Self:
+        names, weights = self.output_names, self.output_weights
+        if not (names or weights):
+            return self
+        if self.adapter not in (None, "named_outputs"):
+            raise ValueError(
+                f"output_names, output_weights: {self.adapter} models have outputs of their own"
+            )
+        if self.backend != "auto" and not ENGINES[self.backend].runs_model:
+            raise ValueError(
+                f"output_names, output_weights: {self.backend} gives one score; leave them out"
+            )
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError("output_names: every output needs a name of its own")
+        if not all(map(math.isfinite, weights.values())):
+            raise ValueError("output_weights: a weight is a finite number")
+        if weights and not any(weights.values()):
+            raise ValueError("output_weights: every weight is 0, and so would be every score")
+        return self
+
+    @property
+    def read_bounds(self) -> ReadBounds:
+        """What a row and a packed file may take."""
+        return ReadBounds(**{bound.name: getattr(self, bound.name) for bound in fields(ReadBounds)})
+
+    def reader_bounds(self, size_bytes: int = 0) -> Bounds:
+        """What a process that reads a file of so many bytes, or tries the tokenizer, may take.
+
+        A tokenizer that is the model's own code may need torch, which the others do without.
+        """
+        return Bounds.of_file(
+            size_bytes,
+            memory_bytes=int(self.read_memory_gib * 2**30),
+            seconds=self.read_timeout_s,
+            kind="own code" if self.trust_remote_code else "",
+        )
+
+    @property
+    def devices_per_worker(self) -> int:
+        """Over how many devices a worker splits its model."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def engine_options(self) -> frozenset[str]:
         """The settings with another value than their default that not every engine takes."""
         options = frozenset[str]().union(*(facts.options for facts in ENGINES.values()))
         return options & self.model_dump(exclude_defaults=True).keys()
+
+    @model_validator(mode="after")
+    def _two_models_or_one(self) -> Self:
+        if self.adapter != IMPLICIT_REWARD:
+            given = self.model_dump(exclude_defaults=True).keys()
+            for name in ("reference_model", "beta", "length_normalize"):
+                if name in given:
+                    raise ValueError(
+                        f"{name}: only for implicit rewards; set adapter: {IMPLICIT_REWARD}"
+                    )
+        elif self.reference_model is None:
+            raise ValueError(
+                "reference_model: an implicit reward needs the model that DPO began with; for the "
+                f"log probability under `model` alone, set reference_model: {NO_REFERENCE}"
+            )
+        return self
 
     @classmethod
     def roles(cls) -> dict[str, Role]:
@@ -391,39 +595,108 @@ class PartialConfig(Config):
         return _load(Config, self.model_dump(exclude_unset=True), ())
 
 
-def load_config(path: Path | None = None, **settings: Any) -> Config:
+def expanded(path: str | Path) -> str:
+    """A path or URL as it is used and recorded: `~` is the home folder, `${NAME}` a variable of the
+    environment, `$${` the two characters `${`.
+
+    Raises ConfigError for a variable that is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if (name := found[1]) is None:
+            return "${"
+        if name not in os.environ:
+            raise ConfigError(
+                f"{path}: the environment has no variable {name!r}; write $${{ for the characters "
+                "themselves"
+            )
+        return os.environ[name]
+
+    text = _VARIABLE.sub(value, str(path))
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
+def load_config(path: str | Path | None = None, **settings: Any) -> Config:
     """A config from a YAML file, with `settings` on top; `None` settings count as not given.
 
+    Paths may be `Path` or text, with `~` and `${NAME}` (`expanded`).
     Raises ConfigError with one line per wrong field; an unknown key gets a suggestion.
     """
-    return _load(Config, _settings(path, settings), ())
+    return _load(Config, _settings(path, settings, elsewhere=False), ())
 
 
 def load_partial_config(
-    path: Path | None = None, *, needs: Collection[str] = (), **settings: Any
+    path: str | Path | None = None,
+    *,
+    needs: Collection[str] = (),
+    elsewhere: bool = False,
+    **settings: Any,
 ) -> PartialConfig:
-    """The same, where only `needs` have to be given of model, inputs and output."""
-    return _load(PartialConfig, _settings(path, settings), needs)
+    """The same, where only `needs` have to be given of model, inputs and output.
+
+    With `elsewhere` the settings are another machine's, whose home folder and variables are not
+    known here: paths are left as they are.
+    """
+    return _load(PartialConfig, _settings(path, settings, elsewhere=elsewhere), needs)
 
 
-def _settings(path: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+_MOST_QUOTED = 200
+
+
+def _settings(
+    path: str | Path | None, settings: Mapping[str, Any], *, elsewhere: bool
+) -> dict[str, Any]:
+    values = {}
     if path is not None:
-        try:
-            loaded = yaml.safe_load(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"no config file at {path}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(
-                f"{path}: expected `setting: value` lines, got {type(loaded).__name__}"
-            )
-        values.update(loaded or {})
+        values = read_yaml(Path(expanded(path)))
+        # Also what a flag replaces: the whole file may be sent to a cluster.
+        if lines := _credentials_in(values):
+            raise ConfigError("\n".join(f"{path}: {line}" for line in lines))
     values.update({name: value for name, value in settings.items() if value is not None})
+    wrong = []
+    for name in () if elsewhere else values.keys() & set(_ON_DISK):
+        try:
+            values[name] = _expanded_all(values[name])
+        except ConfigError as error:
+            wrong.append(f"{name}: {error}")
+    if wrong:
+        raise ConfigError("\n".join(sorted(wrong)))
     if isinstance(values.get("inputs"), str):
         values["inputs"] = (values["inputs"],)
+    # YAML 1.1 reads a bare `off` as false.
+    if values.get("parity_check") is False:
+        values["parity_check"] = "off"
     return values
+
+
+def _expanded_all(value: Any) -> Any:
+    """Every path in a setting `expanded`; what is none is left for the model to refuse."""
+    if isinstance(value, Mapping):
+        return {name: _expanded_all(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_expanded_all, value))
+    return expanded(value) if isinstance(value, str | Path) else value
+
+
+def _credentials_in(settings: Mapping[str, Any]) -> list[str]:
+    """A line for each credential among the settings, and for each unknown option of a store.
+
+    They may be of any type, as a file has them.
+    """
+    options = settings.get("store_options")
+    named = {str(k): str(v) for k, v in options.items()} if isinstance(options, Mapping) else {}
+    lines = [f"store_options.{line}" for line in wrong_options(named)]
+    for name in _PLACES:
+        lines += [f"{name}: {why}" for why in map(wrong_url, _texts(settings.get(name))) if why]
+    return lines
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [text for each in value for text in _texts(each)]
+    return [value] if isinstance(value, str) else []
 
 
 def _load(kind: type[C], values: dict[str, Any], needs: Collection[str]) -> C:
@@ -435,6 +708,11 @@ def _load(kind: type[C], values: dict[str, Any], needs: Collection[str]) -> C:
     if lines:
         raise ConfigError("\n".join(lines))
     return config
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}…"
 
 
 def _missing(name: str) -> str:
@@ -452,7 +730,9 @@ def _explain(error: ValidationError) -> list[str]:
         elif problem["type"] == "missing":
             lines.append(_missing(name))
         else:
-            given = f" (got {problem['input']!r})" if name else ""
+            # What stands wrongly among a store's options may be a secret.
+            is_shown = name and not name.startswith("store_options")
+            given = f" (got {_quoted(problem['input'])})" if is_shown else ""
             message = problem["msg"].removeprefix("Value error, ")  # pydantic's, before ours
             lines.append(f"{name + ': ' if name else ''}{message}{given}")
     return lines

@@ -38,6 +38,10 @@ class RowReason(StrEnum):
     BAD_STRUCTURE = "bad_structure"
     UNKNOWN_ROLE = "unknown_role"
     MALFORMED_JSON = "malformed_json"
+    NOT_UTF8 = "not_utf8"
+    ROW_TOO_LARGE = "row_too_large"
+    TOO_NESTED = "too_nested"
+    TOO_MANY_KEYS = "too_many_keys"
     TEMPLATE_ERROR = "template_error"
     TOO_LONG = "too_long"
     BAD_TOKEN_ID = "bad_token_id"
@@ -51,6 +55,8 @@ class RowReason(StrEnum):
     UNSUPPORTED_MEDIA = "unsupported_media"
     SPECIAL_TEXT = "special_text"
     STEPS_DIFFER = "steps_differ"
+    ANSWER_NOT_FOUND = "answer_not_found"
+    NOT_A_PAIR = "not_a_pair"
 
 
 class RowNote(StrEnum):
@@ -66,6 +72,9 @@ class ShardReason(StrEnum):
     """Why a shard is not committed: the closed set of values in the manifest's `reason`."""
 
     UNREADABLE_FILE = "unreadable_file"
+    READER_DIED = "reader_died"
+    TOO_LARGE = "too_large"
+    WRONG_ROW_COUNT = "wrong_row_count"
     WRONG_SCHEMA = "wrong_schema"
     COLUMN_COLLISION = "column_collision"
     OVER_LENGTH_ROW = "over_length_row"
@@ -147,10 +156,15 @@ class ShardError(BatchScorerError):
     """One shard cannot be scored. It is recorded with its reason and the job goes on."""
 
     def __init__(self, reason: ShardReason, detail: str) -> None:
-        # Both go to Exception: errors pickle by their args, and these cross process boundaries.
-        super().__init__(reason, detail)
         self.reason = reason
-        self.detail = detail
+        self.detail = " ".join(detail.split("\n"))  # some libraries say what is wrong in many lines
+        # Both go to Exception: errors pickle by their args, and these cross process boundaries.
+        super().__init__(reason, self.detail)
 
     def __str__(self) -> str:
         return self.detail
+
+
+def cause_of(error: Exception) -> str:
+    """What went wrong, for a line that names the file already; an OSError's text names it too."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

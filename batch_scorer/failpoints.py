@@ -1,10 +1,13 @@
 """Places of the commit protocol at which a test can end, fail or pause a run.
 
-    BATCH_SCORER_FAILPOINT=commit.after_put:kill:3     when the third shard gets there
+    arm("commit.after_put:kill:3")     when the third shard gets there
 
 `kill`: SIGKILL. `raise`: an exception that nobody foresees. `lose`: the connection breaks, as when
 the store's answer is lost. `pause`: the whole process stops, its threads too, as on a machine that
 is suspended, until it gets SIGCONT.
+
+Nothing but a call of `arm` arms one, and only where the tests have set BATCH_SCORER_TESTING=1: no
+setting and no variable on its own ends a run in production.
 """
 
 import os
@@ -14,7 +17,7 @@ from typing import Literal, TypeAlias, get_args
 
 from batch_scorer.errors import ConfigError
 
-VARIABLE = "BATCH_SCORER_FAILPOINT"
+TESTING = "BATCH_SCORER_TESTING"
 
 FAILPOINTS = {
     "put.applied": "a conditional PUT of whatever is applied, and its answer has not come",
@@ -72,14 +75,17 @@ class _Armed:
 def arm(text: str) -> None:
     """Set the failpoint of this process: NAME:ACTION or NAME:ACTION:N, or "" for none.
 
-    Raises ConfigError for one that does not exist, because it would quietly do nothing.
+    Raises ConfigError outside of tests, and for one that does not exist, because it would quietly
+    do nothing.
     """
     global _armed
+    if text and os.environ.get(TESTING) != "1":
+        raise ConfigError(f"{text}: failpoints are for tests, which set {TESTING}=1")
     name, _, rest = text.partition(":")
     action, _, count = rest.partition(":")
     if text and (name not in FAILPOINTS or action not in get_args(Action)):
         raise ConfigError(
-            f"{VARIABLE}={text}: expected NAME:ACTION[:N], an action of {get_args(Action)}, "
+            f"{text}: expected NAME:ACTION[:N], an action of {get_args(Action)}, "
             f"a name of {tuple(FAILPOINTS)}"
         )
     _armed = _Armed(name, action, int(count or 1)) if text else None  # type: ignore[arg-type]
@@ -92,4 +98,3 @@ def failpoint(name: str) -> None:
 
 
 _armed: _Armed | None = None
-arm(os.environ.get(VARIABLE, ""))

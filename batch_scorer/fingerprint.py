@@ -40,6 +40,8 @@ def score_fingerprint(
     config: Config,
     *,
     model_digest: str,
+    base_digest: str | None,
+    reference_digest: str | None,
     adapter: str,
     backend: str,
     embedding: tuple[str, bool] | None,
@@ -50,12 +52,15 @@ def score_fingerprint(
 ) -> Fingerprint:
     """The fingerprint of `config` with everything derived filled in.
 
-    `text` is how rows become token ids (`models.adapter.Prompt`). `probe_digest` is None
-    where nothing is rendered (token ids, or no model at all).
+    `base_digest` is that of a LoRA adapter's base, which `model_digest` covers too, and
+    `reference_digest` that of an implicit reward's reference model. `text` is how rows become token
+    ids (`models.adapter.Prompt`). `probe_digest` is None where nothing is rendered (token ids, or
+    no model at all).
     """
     parts = config.with_role("scores")
     parts |= {
         "model": model_digest,
+        "reference": reference_digest,
         "adapter": adapter,
         "backend": backend,
         "embedding": embedding and list(embedding),
@@ -65,6 +70,8 @@ def score_fingerprint(
         "template_probe": probe_digest,
         "scoring_version": SCORING_VERSION,
     }
+    if base_digest is not None:
+        parts["base"] = base_digest
     return Fingerprint(parts)
 
 

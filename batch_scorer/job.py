@@ -7,6 +7,7 @@ from typing import Any
 from batch_scorer.config import ENGINES, Config, Device, EngineFacts
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.hub import commit_of, on_this_node
 from batch_scorer.records import SCALAR, Embedding, Outputs
 from batch_scorer.render import Probe, TemplateFacts, max_tokens_of
 from batch_scorer.version import __version__
@@ -17,7 +18,8 @@ class Job:
     """A model and settings that have been checked, before any row is read.
 
     `engines` are those that can run the job, the first one does; `trial` holds their tokens per
-    second where that decided. `probe` is None where nothing can be rendered.
+    second where that decided. `probe` is None where nothing can be rendered. `placement_group` is
+    Ray's with the devices of this worker, where they are on several nodes.
     """
 
     config: Config
@@ -29,6 +31,7 @@ class Job:
     probe: Probe | None
     fingerprint: Fingerprint
     trial: dict[str, float] | None = None
+    placement_group: Any = None
 
     @property
     def backend(self) -> str:
@@ -39,6 +42,13 @@ class Job:
     def engine(self) -> EngineFacts:
         """What is known of that engine."""
         return ENGINES[self.backend]
+
+    @property
+    def computes_quantised(self) -> bool:
+        """Whether the engine computes with quantised weights, as stored or by the setting: its
+        scores are then off by more than rounding."""
+        is_stored = self.model.quantisation is not None and "quantization" in self.engine.options
+        return is_stored or self.config.quantization is not None
 
     @property
     def model_dir(self) -> Path:
@@ -64,10 +74,14 @@ class Job:
     @property
     def provenance(self) -> dict[str, Any]:
         """What does the work, for the record; none of it enters the fingerprint."""
-        facts = self.template_facts
+        facts, reference = self.template_facts, self.model.reference
         return {
             "batch_scorer": __version__,
             "model": self.config.model,
+            "revision": commit_of(self.model.lora_dir or self.model.path),
+            "base_model": str(self.model.path) if self.model.lora_dir else None,
+            "model_changes": [*self.model.changes, *self.model.doubts],
+            "reference_model": str(reference.lora_dir or reference.path) if reference else None,
             "architecture": self.model.architecture,
             "adapter": self.model.adapter,
             "backend": self.backend,
@@ -77,6 +91,27 @@ class Job:
             "rendered_probe": list(self.probe.texts) if self.probe else None,
             "template": asdict(facts) if facts else None,
         }
+
+    def on_this_node(self, *, weights: bool = True) -> "Job":
+        """The same job with the model's folders as this node has them (`models.hub`).
+
+        Raises ModelError.
+        """
+        code = self.config.trust_remote_code
+
+        def here(path: Path, weights: bool) -> Path:
+            return on_this_node(path, weights=weights, code=code)
+
+        def moved(model: ModelFacts) -> ModelFacts:
+            return replace(
+                model,
+                path=here(model.path, weights),
+                tokenizer_path=here(model.tokenizer_path, False),
+                lora_dir=model.lora_dir and here(model.lora_dir, weights),
+                reference=model.reference and moved(model.reference),
+            )
+
+        return replace(self, model=moved(self.model))
 
     def on_engine(self, engine: str) -> "Job":
         """The same job on this engine alone."""
@@ -90,4 +125,9 @@ def outputs_of(config: Config, model: ModelFacts) -> Outputs:
         return Outputs(embedding_size=model.hidden_size)
     if config.backend != "auto" and not ENGINES[config.backend].runs_model:
         return SCALAR
-    return Outputs(attributes=model.attributes, steps=model.has_steps)
+    return Outputs(
+        attributes=model.attributes,
+        steps=model.has_steps,
+        tokens=config.token_scores,
+        only_attributes=not model.has_score,
+    )

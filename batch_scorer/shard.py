@@ -1,6 +1,6 @@
 """The path of a shard: read_shard → score_shard → commit_shard. Start reading here.
 
-    rows = read_shard(shard, store_options, renderer)    input columns → token ids
+    rows, *_ = read_shard(shard, config, model)          input columns → token ids
     scored = score_shard(rows, backend)                  token ids → float32 scores
     receipt = commit_shard(job, epoch, shard, scored)    scores + untouched columns → one object
 
@@ -14,15 +14,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_scorer import formats
 from batch_scorer.backends.base import Backend
+from batch_scorer.config import Config
 from batch_scorer.errors import RowReason, ShardError, ShardReason
-from batch_scorer.inputs.files import columns_of_shard
+from batch_scorer.inputs.files import columns_of_shard, read_apart
 from batch_scorer.job import Job
+from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.reuse import find_known, read_earlier, score_unknown
 from batch_scorer.records import (
     ParsedRows,
@@ -32,23 +35,44 @@ from batch_scorer.records import (
     Shard,
     TokenizedRows,
 )
-from batch_scorer.render import Renderer
-from batch_scorer.storage import open_store
+from batch_scorer.render import renderer_of
 
 FloatArray = npt.NDArray[np.float32]
 
 
-def read_shard(shard: Shard, store_options: Mapping[str, str], renderer: Renderer) -> TokenizedRows:
+class Read(NamedTuple):
+    """A shard's token ids, and the seconds of reading it, and of rendering and tokenising; loading
+    the tokenizer belongs to neither."""
+
+    rows: TokenizedRows
+    read_s: float
+    tokenize_s: float
+
+
+def read_shard(shard: Shard, config: Config, model: ModelFacts) -> Read:
     """Read the columns that are scored, and turn them into token ids.
 
-    Raises ShardError: the file is unreadable, gone, changed since it was planned, or holds an
-    over-long row under the `error` policy.
+    Raises ShardError: the file is unreadable, gone, changed since it was planned, ends the process
+    that reads it, or holds an over-long row under the `error` policy.
     """
-    return renderer.tokenize(parse_shard(shard, store_options))
+    return read_apart(config, shard.source.size_bytes, _read, shard, config, model)
 
 
-def parse_shard(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
+def _read(shard: Shard, config: Config, model: ModelFacts) -> Read:
+    renderer = renderer_of(config, model)
+    started = time.perf_counter()
+    parsed = _parse(shard, config.store_options)
+    is_read = time.perf_counter()
+    rows = renderer.tokenize(parsed)
+    return Read(rows, is_read - started, time.perf_counter() - is_read)
+
+
+def parse_shard(shard: Shard, config: Config) -> ParsedRows:
     """The shard's rows cut into sequences, before rendering. Raises as `read_shard`."""
+    return read_apart(config, shard.source.size_bytes, _parse, shard, config.store_options)
+
+
+def _parse(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
     needed = formats.columns_needed(shard.layout)
     columns, malformed = columns_of_shard(shard, store_options, needed)
     parsed = formats.parse(columns, shard.layout)
@@ -56,19 +80,14 @@ def parse_shard(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
     return parsed
 
 
-def read_known(job: Job, shard: Shard, rows: TokenizedRows, renderer: Renderer) -> TokenizedRows:
+def tokenized(parsed: ParsedRows, config: Config, model: ModelFacts) -> TokenizedRows:
+    """Rows as token ids. Raises ShardError for an over-long row under the `error` policy."""
+    return renderer_of(config, model).tokenize(parsed)
+
+
+def read_known(job: Job, shard: Shard, rows: TokenizedRows) -> TokenizedRows:
     """The rows of the shard, with the scores that equal sequences got before (`reuse`)."""
-    found = (
-        read_earlier(
-            open_store(root, job.config.store_options),
-            key,
-            shard.layout,
-            job.fingerprint.digest,
-            job.outputs,
-            renderer,
-        )
-        for root, key in shard.earlier
-    )
+    found = (read_earlier(job, root, key, shard.layout) for root, key in shard.earlier)
     return replace(rows, known=find_known(rows, (part for part in found if part is not None)))
 
 
@@ -114,20 +133,28 @@ def _rows_digest(rows: TokenizedRows) -> str:
     digest = hashlib.sha256()
     for array in (rows.token_ids, rows.sequence_offsets, rows.row_offsets, rows.truncated_tokens):
         digest.update(np.ascontiguousarray(array).tobytes())
+    if rows.answer_starts is not None:
+        digest.update(rows.answer_starts.tobytes())
     marks = {**rows.sequence_errors, **{-1 - row: error for row, error in rows.row_errors.items()}}
     digest.update(repr(sorted((i, error.reason.value) for i, error in marks.items())).encode())
     return digest.hexdigest()
 
 
 def _checked(scores: Scores, rows: TokenizedRows) -> Scores:
-    """The same as float32, all sequences without a finite score NaN and named in the errors; one
-    with another number of step scores than its row has steps gets none."""
+    """The same as float32, all sequences without a finite score NaN and named in the errors, as are
+    those with a step that is none; one with another number of step scores than its row has steps
+    gets none."""
     values = scores.values.astype(np.float32)
     errors = {**scores.errors, **rows.sequence_errors}
     for index in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
         errors.setdefault(index, RowError(RowReason.NON_FINITE_SCORE, "the model gave no number"))
-    if scores.step_offsets is not None:
+    if scores.step_values is not None and scores.step_offsets is not None:
         found = np.diff(scores.step_offsets)
+        # The score of the last step, say, is a number whatever those before it are.
+        wrong = np.repeat(np.arange(len(found)), found)[~np.isfinite(scores.step_values)]
+        for index in np.unique(wrong).tolist():
+            detail = "the model gave no number for a step"
+            errors.setdefault(index, RowError(RowReason.NON_FINITE_SCORE, detail))
         for index, given in rows.given_steps.items():
             if found[index] != given:
                 detail = f"{given} steps in the row, {found[index]} step scores"

@@ -379,7 +379,7 @@ def tokenize(table: pa.Table, layout: Layout, model_dir: Path) -> TokenizedRows:
     from batch_scorer.config import OverLength
     from batch_scorer.render import Renderer
 
-    columns = formats.columns_of(table, formats.columns_needed(layout))
+    columns, _ = formats.columns_of(table, formats.columns_needed(layout))
     rows = Renderer(model_dir, 10**6, OverLength.MARK).tokenize(formats.parse(columns, layout))
     if rows.row_errors or rows.sequence_errors:
         raise ValueError(f"rows that cannot be scored: {rows.row_errors or rows.sequence_errors}")

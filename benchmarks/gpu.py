@@ -48,6 +48,7 @@ from batch_scorer.errors import MissingExtraError
 from batch_scorer.models import registry
 from batch_scorer.models.adapter import Body, ModelFiles
 from batch_scorer.models.cost import ModelCost, model_cost
+from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.weights import body_tensors, checkpoint_tensors
 from batch_scorer.records import Effort, TokenizedRows
 from benchmarks.common import (
@@ -204,11 +205,12 @@ def padded(
     setting: Setting, batches: Callable[[TokenizedRows], Iterable[Sequences]] = in_file_order
 ) -> Scorer:
     config = AutoConfig.from_pretrained(setting.model_dir)
-    head = checkpoint_tensors(setting.model_dir, RANDOM.is_head_tensor)
+    files = read_model_files(setting.model_dir)
+    head = checkpoint_tensors(files, RANDOM.is_head_tensor)
     model = getattr(transformers, setting.shape["architectures"][0]).from_pretrained(
         None,
         config=config,
-        state_dict=dict(body_tensors(setting.model_dir, RANDOM)) | dict(head),
+        state_dict=dict(body_tensors(files, RANDOM)) | dict(head),
         dtype=getattr(torch, setting.dtype),
         attn_implementation=padded_attention(config),
     )

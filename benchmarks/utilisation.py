@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -111,7 +110,8 @@ def profiled(backend: HFBackend, rows: TokenizedRows) -> dict[str, float]:
     torch.set_num_threads(1)
     part = rows.part(0, max(1, rows.num_rows // 4))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        backend._score_part(part, *_all_of(backend, part))
+        for lot in backend._lay_out(part).lots:
+            backend._score_lot(part, lot)
     torch.set_num_threads(threads)
     events = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
@@ -122,13 +122,6 @@ def profiled(backend: HFBackend, rows: TokenizedRows) -> dict[str, float]:
     shares["everything else"] = 1 - sum(shares.values())
     print_table(["one thread's time", "share"], [[n, f"{s:.1%}"] for n, s in shares.items()])
     return {name: round(share, 3) for name, share in shares.items()}
-
-
-def _all_of(backend: HFBackend, rows: TokenizedRows) -> tuple[Any, Any]:
-    """All sequences, and their pooled tokens."""
-
-    assert backend._readout is not None
-    return np.flatnonzero(rows.lengths), backend._readout.pooled_tokens(rows)[0]
 
 
 if __name__ == "__main__":

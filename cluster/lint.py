@@ -218,13 +218,17 @@ class Manifest:
 
     @property
     def containers(self) -> list[Node]:
-        """Of all pods, and the autoscaler that KubeRay adds to the head."""
-        autoscalers = [
+        """Of all pods, and the autoscalers."""
+        return [container for pod in self.pods for container in pod.containers] + self.autoscalers
+
+    @property
+    def autoscalers(self) -> list[Node]:
+        """The container that KubeRay adds to a head."""
+        return [
             cluster.child("autoscalerOptions")
             for cluster in self.clusters
             if cluster.value.get("enableInTreeAutoscaling")
         ]
-        return [container for pod in self.pods for container in pod.containers] + autoscalers
 
     @property
     def commands(self) -> list[tuple[str, str]]:
@@ -462,10 +466,40 @@ def own_submitter(manifest: Manifest) -> Problems:
 
 @_rule
 def workers_without_api(manifest: Manifest) -> Problems:
-    """A worker runs the model; it has nothing to ask of the Kubernetes API."""
+    """A worker runs the model, a submitter talks to Ray: they have nothing to ask of the Kubernetes
+    API. A head has, where its autoscaler asks for workers."""
+    scales = any(cluster.value.get("enableInTreeAutoscaling") for cluster in manifest.clusters)
+    without = {"worker", "submitter"} if scales else {"worker", "submitter", "head"}
     for pod in manifest.pods:
-        if pod.role == "worker" and pod.spec.value.get("automountServiceAccountToken") is not False:
+        needed = pod.role not in without
+        if not needed and pod.spec.value.get("automountServiceAccountToken") is not False:
             yield pod.spec.path, "automountServiceAccountToken is not false"
+
+
+@_rule
+def read_only_root(manifest: Manifest) -> Problems:
+    """What took a process over cannot change the program; Ray writes to a folder of the pod's."""
+    for container in manifest.containers:
+        context = container.child("securityContext")
+        if context.value.get("readOnlyRootFilesystem") is not True:
+            yield context.path, "readOnlyRootFilesystem is not true"
+    for pod in manifest.pods:
+        empty = {
+            volume.value.get("name")
+            for volume in pod.spec.children("volumes")
+            if "emptyDir" in volume.value
+        }
+        with_ray = pod.containers if pod.role != "other" else []
+        if pod.role == "head":
+            with_ray = [*with_ray, *manifest.autoscalers]
+        for container in with_ray:
+            mounted = {
+                mount.value.get("name")
+                for mount in container.children("volumeMounts")
+                if mount.value.get("mountPath") == "/tmp" and not mount.value.get("readOnly")
+            }
+            if not mounted & empty:
+                yield container.path, "no emptyDir to write to at /tmp"
 
 
 @_rule

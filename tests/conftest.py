@@ -22,6 +22,8 @@ settings.load_profile("without a clock")
 
 # Before torch is loaded: OpenMP threads that spin make two busy cores several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Failpoints may be armed.
+os.environ["BATCH_SCORER_TESTING"] = "1"
 # GiB of vLLM's cache on a CPU, which every engine takes and clears at its start.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 

@@ -29,9 +29,6 @@ from batch_scorer.errors import ModelError
 PACKED_ATTENTION = "batch_scorer_packed"
 """The name under which transformers knows `packed_attention`."""
 
-SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""The values of transformers' `config.layer_types` that `packed_attention` supports."""
-
 HARMLESS_ARGUMENTS = frozenset(
     {
         "cache_position",

@@ -3,8 +3,8 @@
 A backend is built once per worker, scores one shard at a time, and never sees text.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.errors import ModelError, RowReason
-from batch_scorer.models.adapter import Adapter, StepAggregation
+from batch_scorer.models.adapter import Adapter, ModelFiles, StepAggregation, output_entries
+from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.files import reading
 from batch_scorer.records import Embedding, RowError, Scores, TokenizedRows
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
@@ -21,19 +23,39 @@ stays far below this, a leak between sequences lies far above."""
 
 
 @dataclass(frozen=True, slots=True)
+class ImplicitReward:
+    """How an answer's log probabilities become a score.
+
+    `beta` times the log probability under the policy minus that under the model of `reference`,
+    or minus nothing where that is None; per token of the answer with `length_normalize`.
+    """
+
+    beta: float
+    length_normalize: bool
+    reference: "EngineSettings | None"
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What an engine is started with. It ignores the options that it does not take (`ENGINES`).
 
-    model_dir          the model's directory.
+    model_dir          the model's directory, with config and weights.
+    lora_dir           a LoRA adapter's directory, merged into the weights while they are read.
     dtype, device      of the body; the head is float32. The device is `cpu` or `cuda`.
     adapter            the model's family; None finds it from the model's files.
     max_tokens         the longest sequence, for which vLLM reserves memory; None: the longest that
                        the model has positions for.
     step_aggregation   how step scores become the score; None: as the family does.
+    token_scores       whether every token gets a score beside the sequence's.
+    output_names, output_weights  of a head with several outputs, as the settings.
     embedding          what to read as an embedding, in place of the model's head.
+    implicit           for a family of log probabilities, how these become a score; None: the log
+                       probability of the answer is the score.
     attention          `packed`, or the name of an implementation in transformers.
     quantization       vLLM's name of a method that quantises the body, such as fp8.
-    tensor_parallel    how many GPUs one vLLM splits the body over.
+    tensor_parallel    how many GPUs one vLLM splits the layers of the body over.
+    pipeline_parallel  into how many stages it cuts the body, each on `tensor_parallel` GPUs.
+    placement_group    Ray's, with a bundle for each of these GPUs; None: they are all here.
     token_budget       most tokens of a forward pass; None: what suits the device.
     compile            whether torch compiles the body's layers; None: the engine's default.
     trust_remote_code  whether Python code that comes with the model is run.
@@ -43,17 +65,36 @@ class EngineSettings:
     model_dir: Path
     dtype: str
     device: str
+    lora_dir: Path | None = None
     adapter: Adapter | None = None
     max_tokens: int | None = None
     step_aggregation: StepAggregation | None = None
+    token_scores: bool = False
+    output_names: tuple[str, ...] = ()
+    output_weights: Mapping[str, float] = field(default_factory=dict)
     embedding: Embedding | None = None
+    implicit: ImplicitReward | None = None
     attention: str = "packed"
     quantization: str | None = None
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    placement_group: Any = None
     token_budget: int | None = None
     compile: bool | None = None
     trust_remote_code: bool = False
     prefix_caching: bool = True
+
+    @property
+    def own_device(self) -> str:
+        """Where the process that holds the engine may compute itself: not on GPUs of a placement
+        group, which are those of vLLM's processes."""
+        return self.device if self.placement_group is None else "cpu"
+
+    def read_files(self) -> ModelFiles:
+        """What the directories hold. Raises ModelError."""
+        entries = output_entries(self.output_names, self.output_weights)
+        with reading(self.model_dir):
+            return read_model_files(self.model_dir, lora_dir=self.lora_dir, entries=entries)
 
 
 class EngineDied(Exception):

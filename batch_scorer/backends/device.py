@@ -4,6 +4,8 @@ import ctypes
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("batch_scorer")
@@ -13,9 +15,13 @@ CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 every barrier, and reading and writing shards beside them makes that up to three times slower
 (docs/performance.md)."""
 
-_MALLOPT = {-1: 2**31 - 1, -3: 2**25, -8: 1}
+_M_MMAP_THRESHOLD = -3
+_MALLOPT = {-1: 2**31 - 1, _M_MMAP_THRESHOLD: 2**25, -8: 1}
 """M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of glibc: freed memory stays, allocations up
 to the most it allows here (32 MiB) come from it, and all threads have one heap."""
+
+_GIVEN_BACK_BYTES = 2**17
+"""Allocations of this size, which is glibc's first M_MMAP_THRESHOLD, or larger are given back."""
 
 _PEAK_S = 0.2
 _PEAK_MATRICES = {"cpu": (1024, 1024, 2048), "cuda": (4096, 4096, 4096)}
@@ -44,6 +50,41 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+@contextmanager
+def give_back_freed_memory() -> Iterator[None]:
+    """Have this process give back the memory that it keeps, and while the context lasts that of
+    tensors as soon as they are freed. Without glibc, do nothing.
+
+    By default glibc soon takes even large tensors out of heaps, one for each thread, and keeps what
+    is freed at their ends. Afterwards it does, as after `keep_freed_memory`: that has the largest
+    threshold to which glibc would have come by itself.
+    """
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+    trim(0)
+    mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _MALLOPT[_M_MMAP_THRESHOLD])
+
+
+def free_matmul_buffers() -> None:
+    """Give back what MKL keeps for the next matrix products of every thread; without MKL, do
+    nothing. No other thread may be computing.
+
+    It was 8 MB a thread that calls, with two cores.
+    """
+    import torch
+
+    free = getattr(ctypes.CDLL(torch._C.__file__), "mkl_serv_free_buffers", None)
+    if free is not None:
+        free()
+
+
 def has_lost_device(error: BaseException) -> bool:
     """Whether this process cannot use its device any more: after an illegal access, every later
     CUDA call fails."""
@@ -53,26 +94,45 @@ def has_lost_device(error: BaseException) -> bool:
 
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices in hardware (AVX-512 or AMX)."""
+    return _cpu_has("avx512_bf16", "amx_bf16")
+
+
+def cpu_has_int8() -> bool:
+    """Whether the CPU adds up products of 8-bit integers in 32 bits (VNNI or AMX).
+
+    Where it does not, oneDNN 3.13, which vLLM calls, adds pairs of them in 16 bits, which overflow:
+    wrong products were seen on an EPYC with AVX2 (docs/quantised.md).
+    """
+    return _cpu_has("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def cpu_has_amx() -> bool:
+    """Whether the CPU has tiles for matrix products. vLLM 0.32 then multiplies int8 weights by
+    16-bit activations only, and fails on those of 32 bits."""
+    return _cpu_has("amx_tile")
+
+
+def _cpu_has(*flags: str) -> bool:
+    """Whether Linux names one of these among the CPU's instructions."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        known = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return any(flag in known for flag in flags)
 
 
 def matmul_peak(device: str, dtype: str) -> float:
     """FLOP/s of a large matrix product on this device, the fastest of a fifth of a second.
 
     With this process's threads, on random numbers: a GPU takes zeros faster. 0 where it cannot be
-    measured, because the engine has left no memory for it.
+    measured, because the engine has left no memory for it, or this process has no device.
     """
     import torch
 
     rows, columns, inner = _PEAK_MATRICES[device]
     products = _PEAK_PRODUCTS[device]
-    generator = torch.Generator(device).manual_seed(0)  # leaves the process's own alone
 
-    def random(*shape: int) -> torch.Tensor:
+    def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
         numbers = torch.randn(shape, device=device, generator=generator)
         return numbers.to(getattr(torch, dtype))
 
@@ -81,7 +141,8 @@ def matmul_peak(device: str, dtype: str) -> float:
             torch.cuda.synchronize()
 
     try:
-        left, right = random(rows, inner), random(columns, inner).T
+        generator = torch.Generator(device).manual_seed(0)  # leaves the process's own alone
+        left, right = random(generator, rows, inner), random(generator, columns, inner).T
         out = left @ right  # the first product also chooses and loads the kernel
         wait()
         fastest_s = float("inf")
@@ -92,7 +153,7 @@ def matmul_peak(device: str, dtype: str) -> float:
                 torch.matmul(left, right, out=out)
             wait()
             fastest_s = min(fastest_s, time.perf_counter() - started)
-    except RuntimeError as error:  # out of memory, by the name of torch, CUDA or cuBLAS
+    except RuntimeError as error:  # no device or memory, by the name of torch, CUDA or cuBLAS
         log.warning("the device's peak cannot be measured: %s", error)
         return 0.0
     return 2.0 * rows * columns * inner * products / fastest_s

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from batch_scorer.backends.answers import AnswerReadout, implicit_scores
 from batch_scorer.backends.attention import PACKED_ATTENTION
 from batch_scorer.backends.base import (
     EngineSettings,
@@ -37,11 +38,19 @@ from batch_scorer.backends.kernels import to_device
 from batch_scorer.backends.lanes import Lanes
 from batch_scorer.backends.memory import TokenBudget
 from batch_scorer.backends.packed import PackedBody
-from batch_scorer.backends.packing import Int64Array, build_trie, longest_first, pad, rectangle_stop
+from batch_scorer.backends.packing import (
+    Int64Array,
+    TokenTrie,
+    build_trie,
+    longest_first,
+    pad,
+    rectangle_stop,
+)
 from batch_scorer.backends.readout import PooledStates, Readout
 from batch_scorer.errors import ConfigError, RowReason
-from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.families.heads import Activated
 from batch_scorer.models.registry import choose_adapter
+from batch_scorer.models.tokenizer import pair_separator
 from batch_scorer.records import Effort, PooledTokens, RowError, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
@@ -71,16 +80,17 @@ class HFBackend:
         if device == "cpu":
             keep_freed_memory()
 
-        adapter = settings.adapter or choose_adapter(read_model_files(model_dir))
+        files = settings.read_files()
+        adapter = settings.adapter or choose_adapter(files)
         loader = Loader(
-            model_dir,
+            files,
             adapter,
             settings.trust_remote_code,
             embeds=settings.embedding is not None,
         )
         implementation = loader.attention_implementation(settings.attention)
         refuse_unsound(loader.skeleton, adapter, dtype, implementation)
-        model, unexpected = loader.load(dtype, implementation)
+        model = loader.load(dtype, implementation)
         self._model: PreTrainedModel = model.to(self._device)  # type: ignore[arg-type]  # decorated
         check_rotary_dtype(self._model)
 
@@ -91,11 +101,21 @@ class HFBackend:
         self._pad_id = (
             config.pad_token_id if config.pad_token_id in range(self._vocabulary_size) else 0
         )
-        self._separator_id = getattr(config, "sep_token_id", None)
         self._readout: Readout | None = None
+        self._activated: Activated | None = None
+        self._separator_id: int | None = None
         self.num_outputs = 1
-        if not loader.scores_itself:
-            self._readout = Readout(settings, adapter, config).to(self._device)
+        if loader.scores_itself:
+            if getattr(config, "type_vocab_size", 0) > 1:
+                self._separator_id = pair_separator(
+                    model_dir, getattr(config, "sep_token_id", None)
+                )
+            if pairs := adapter.cross_encoder(files):
+                self._activated = Activated(pairs.activation)
+                self.num_outputs = 2
+        else:
+            make = AnswerReadout if adapter.log_probs else Readout
+            self._readout = make(settings, files, adapter, config).to(self._device)
             self.num_outputs = self._readout.num_outputs
         self._packed: PackedBody | None = None
         self._lanes = Lanes(self._device)
@@ -122,50 +142,88 @@ class HFBackend:
             "token_budget": self._budget.limit,
             "num_threads": torch.get_num_threads(),
             "lanes": self._lanes.count,
-            "unexpected_weights": unexpected,
             "trust_remote_code": settings.trust_remote_code,
         }
         if self._packed is not None:
             self.provenance |= self._packed.provenance
+        self._implicit = settings.implicit
+        self._reference: HFBackend | None = None
+        if self._implicit is not None:
+            self.num_outputs = 2
+            if self._implicit.reference is not None:
+                self._reference = HFBackend(self._implicit.reference)
+                self._share_limits(self._reference)
+                self.num_outputs = 3
+                self.provenance["reference"] = self._reference.provenance
         logger.info("scoring with %s", self.provenance)
+
+    def _share_limits(self, other: "HFBackend") -> None:
+        """Take only what both models can, in batches that fit both: whichever was loaded last has
+        seen how little memory is left."""
+        limits = [limit for limit in (self._max_length, other._max_length) if limit is not None]
+        self._max_length = other._max_length = min(limits, default=None)
+        self._vocabulary_size = min(self._vocabulary_size, other._vocabulary_size)
+        self._budget = other._budget = TokenBudget(min(self._budget.limit, other._budget.limit))
+        for backend in (self, other):
+            if backend._packed is not None:
+                backend._packed.budget = self._budget
+            backend.provenance["token_budget"] = self._budget.limit
 
     def score(self, rows: TokenizedRows) -> Scores:
         """Scores of all sequences in `rows`, in their order."""
-        values = np.full((rows.num_sequences, self.num_outputs), np.nan, dtype=np.float32)
-        unscored = unscorable(
+        work = self._lay_out(rows)
+        scores = self._run(rows, work)
+        if self._implicit is None:
+            return scores
+        reference = None if self._reference is None else self._reference._run(rows, work)
+        return implicit_scores(scores, reference, work.pooled.counts, self._implicit)
+
+    def _lay_out(self, rows: TokenizedRows) -> "_Work":
+        """What of the rows goes through the model: the same for every model that runs them."""
+        errors = unscorable(
             rows, max_tokens=self._max_length, vocabulary_size=self._vocabulary_size
         )
-        scores = Scores(values, unscored)
         pooled = _NOTHING_POOLED
         if self._readout is not None:
             pooled, unpooled = self._readout.pooled_tokens(rows)
-            scores.errors = unpooled | scores.errors
+            errors = unpooled | errors
         lengths = rows.lengths.copy()
-        lengths[list(scores.errors)] = 0
+        lengths[list(errors)] = 0
         sequences = np.flatnonzero(lengths)
+        lots: list[_Lot] = []
+        if self._packed is not None:
+            cut = partial(_lot, rows, pooled)
+            lots = list(self._lanes.map(cut, self._parts(rows, sequences)))
+        return _Work(errors, pooled, sequences, lots)
+
+    def _run(self, rows: TokenizedRows, work: "_Work") -> Scores:
+        """What this model alone makes of the rows."""
+        pooled, sequences, lengths = work.pooled, work.sequences, rows.lengths
+        num_outputs = (self._readout or self).num_outputs
+        values = np.full((rows.num_sequences, num_outputs), np.nan, dtype=np.float32)
+        scores = Scores(values, dict(work.errors))
         if self._packed is None:
             parts = [self._score_padded(rows, sequences, pooled)]
         else:
-            work = partial(self._score_part, rows, pooled=pooled)
-            parts = list(self._lanes.map(work, self._parts(rows, sequences)))
+            parts = list(self._lanes.map(partial(self._score_lot, rows), work.lots))
         self._fill(scores, parts, pooled)
         broken = sequences[~np.isfinite(scores.values[sequences]).all(axis=1)]
         broken = np.setdiff1d(broken, list(scores.errors))
         if self._packed is not None and len(broken):
             # A masked key has weight 0, but 0 times infinity is NaN: sequences that shared a batch
             # with a broken one may be sound, so each is scored again on its own.
-            alone = [self._score_part(rows, broken[i : i + 1], pooled) for i in range(len(broken))]
-            counts = pooled.counts if self._gives_steps else np.ones_like(lengths)
+            lots = [_lot(rows, pooled, broken[i : i + 1]) for i in range(len(broken))]
+            alone = [self._score_lot(rows, lot) for lot in lots]
+            by_token = self._readout is not None and self._readout.reads_tokens_alone
+            counts = pooled.counts if by_token else np.ones_like(lengths)
             self._fill(scores, [*(part.without(broken, counts) for part in parts), *alone], pooled)
         mark_non_finite(scores, sequences)
         return scores
 
-    @property
-    def _gives_steps(self) -> bool:
-        return self._readout is not None and self._readout.step_aggregation is not None
-
     def close(self) -> None:
         """Free the device."""
+        if self._reference is not None:
+            self._reference.close()
         self._lanes.close()
         del self._model, self._readout, self._packed
         if self._device.type == "cuda":
@@ -178,24 +236,25 @@ class HFBackend:
         parts = build_trie(rows, sequences).parts(self._lanes.count)
         return [sequences[part] for part in parts]
 
-    def _score_part(
-        self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
-    ) -> "_Part":
-        """The outputs of some sequences, over a separate trie."""
+    def _score_lot(self, rows: TokenizedRows, lot: "_Lot") -> "_Part":
+        """The outputs of some sequences, over their own trie."""
         assert self._packed is not None and self._readout is not None, "only bodies run packed"
-        chosen = pooled.of(sequences)
-        trie = build_trie(rows, sequences, chosen)
+        trie = lot.trie
         part = _Part(Effort(shared_tokens=trie.shared_tokens))
-        states = PooledStates(trie.pooled_index, chosen)
+        states = PooledStates(trie.pooled_index, lot.pooled)
+        by_token = self._readout.reads_tokens_alone
         for start, stop, found in self._packed.states(trie, part.effort):
             if found is None:
-                lost = sequences[(trie.ends >= start) & (trie.ends < stop)]
+                lost = lot.sequences[(trie.ends >= start) & (trie.ends < stop)]
                 part.errors |= _too_large(rows, lost)
                 continue
-            complete, places, read = states.add(start, stop, found)
+            # What is read alone is read at once: then no hidden state has to be kept, and a prefix
+            # is read once for all its sequences.
+            kept = self._readout.read_each(found) if by_token else found
+            complete, places, read = states.add(start, stop, kept)
             if len(complete):
-                part.scored.append(sequences[complete])
-                part.outputs.append(self._readout.read(read, places))
+                part.scored.append(lot.sequences[complete])
+                part.outputs.append(read if by_token else self._readout.read(read, places))
         return part
 
     def _score_padded(
@@ -248,7 +307,7 @@ class HFBackend:
     def _padded_forward(
         self, rows: TokenizedRows, sequences: Int64Array, pooled: PooledTokens
     ) -> Tensor:
-        """What `Readout.read` returns for one rectangle; [S, 1] of models with their own head."""
+        """What `Readout.read` returns for one rectangle; [S, O] of models with their own head."""
         batch = pad(rows, sequences, self._pad_id)
         token_ids = to_device(batch.token_ids, self._device).long()  # [S, L]
         lengths = to_device(batch.lengths, self._device)  # [S]
@@ -256,7 +315,8 @@ class HFBackend:
         inputs = {"input_ids": token_ids, "attention_mask": (places < lengths[:, None]).long()}
         if self._readout is None:
             inputs |= self._token_types(token_ids)
-            return cast(Tensor, self._model(**inputs).logits).float()  # [S, 1]
+            logits = cast(Tensor, self._model(**inputs).logits).float()  # [S, 1]
+            return logits if self._activated is None else self._activated(logits)
         hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state  # [S, L, H]
         chosen = pooled.of(sequences)
         owners = np.repeat(np.arange(len(sequences)), chosen.counts)
@@ -266,7 +326,7 @@ class HFBackend:
     def _token_types(self, token_ids: Tensor) -> dict[str, Tensor]:
         """A pair's token types: 0 up to the first separator, 1 after it. Empty for models without
         types."""
-        if self._separator_id is None or not getattr(self._model.config, "type_vocab_size", 0) > 1:
+        if self._separator_id is None:
             return {}
         is_separator = token_ids == self._separator_id
         before = is_separator.cumsum(1) - is_separator.long()  # separators left of each token
@@ -274,6 +334,31 @@ class HFBackend:
 
 
 BACKEND: MakeBackend = HFBackend
+
+
+@dataclass(frozen=True, slots=True)
+class _Lot:
+    """Some sequences of a shard, their pooled tokens, and the trie of both."""
+
+    sequences: Int64Array
+    pooled: PooledTokens
+    trie: TokenTrie
+
+
+def _lot(rows: TokenizedRows, pooled: PooledTokens, sequences: Int64Array) -> _Lot:
+    chosen = pooled.of(sequences)
+    return _Lot(sequences, chosen, build_trie(rows, sequences, chosen))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A shard's sequences that go through a model, in lots where it is packed; `errors` names the
+    others. `pooled` are the pooled tokens of all."""
+
+    errors: dict[int, RowError]
+    pooled: PooledTokens
+    sequences: Int64Array
+    lots: list[_Lot]
 
 
 @dataclass(slots=True)

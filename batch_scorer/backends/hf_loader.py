@@ -2,29 +2,20 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from batch_scorer.backends.attention import PACKED_ATTENTION, SUPPORTED_LAYER_TYPES
-from batch_scorer.backends.base import refuse_dtype
+from batch_scorer.backends.attention import PACKED_ATTENTION
+from batch_scorer.backends.base import EngineSettings, refuse_dtype
 from batch_scorer.errors import MissingExtraError, ModelError
-from batch_scorer.models.adapter import Adapter
-from batch_scorer.models.weights import body_config, converted_state
+from batch_scorer.models.adapter import Adapter, ModelFiles
+from batch_scorer.models.fit import build_skeleton, is_causal, load, packing_problem
+from batch_scorer.models.registry import STOCK
+from batch_scorer.models.weights import model_tensors
 
 logger = logging.getLogger(__name__)
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether the model is a decoder: it has attention, and none to later tokens."""
-    causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
-    return bool(causal) and all(causal)
 
 
 def max_sequence_length(model: PreTrainedModel) -> int | None:
@@ -38,27 +29,34 @@ def max_sequence_length(model: PreTrainedModel) -> int | None:
     return limit
 
 
+def has_own_forward(files: ModelFiles, adapter: Adapter, settings: EngineSettings) -> bool:
+    """Whether transformers' own classifier gives all that is asked for, head and pooling included.
+    It has no bias, so a head that was trained with one is read by ours, and so are all tokens."""
+    is_plain = settings.embedding is None and not settings.token_scores
+    return adapter.name == STOCK and is_plain and "score.bias" not in files.shapes
+
+
 class Loader:
-    """A directory's model: its body, or all of it where the model has its own scoring head."""
+    """A directory's model: its body, or all of it where the model has its own scoring head.
+
+    With `own_head` it is transformers' own classifier, also where this package has the head.
+    """
 
     def __init__(
-        self, model_dir: Path, adapter: Adapter, trust_remote_code: bool, *, embeds: bool
+        self,
+        files: ModelFiles,
+        adapter: Adapter,
+        trust_remote_code: bool,
+        *,
+        embeds: bool,
+        own_head: bool = False,
     ) -> None:
-        self._model_dir = model_dir
+        self._files = files
         self._adapter = adapter
-        self._trust = trust_remote_code
-        self.scores_itself = adapter.build_head is None and not embeds
-        self._class = AutoModelForSequenceClassification if self.scores_itself else AutoModel
-        self._config = body_config(model_dir, adapter, trust_remote_code=trust_remote_code)
-        try:
-            with torch.device("meta"):
-                self.skeleton: PreTrainedModel = self._class.from_config(  # type: ignore[no-untyped-call]
-                    self._config, trust_remote_code=trust_remote_code
-                )
-        except ValueError as error:
-            raise ModelError(f"{model_dir}: transformers cannot build it: {error}") from error
-        if self.skeleton.config.is_encoder_decoder and not self.scores_itself:
-            raise ModelError(f"{model_dir}: encoder-decoder models have no single body to pool")
+        self.scores_itself = own_head or (adapter.build_head is None and not embeds)
+        self.skeleton = build_skeleton(
+            files, adapter, own_head=self.scores_itself, trust_remote_code=trust_remote_code
+        )
 
     def attention_implementation(self, attention: str) -> str | None:
         """transformers' name of the attention to load; None leaves the choice to transformers."""
@@ -68,73 +66,29 @@ class Loader:
         if self.scores_itself or not is_causal(skeleton):
             logger.info("%s is not a decoder's body: it runs padded", type(skeleton).__name__)
             return "eager" if softcap_of(skeleton) is not None else None
-        layer_types = getattr(skeleton.config.get_text_config(), "layer_types", None) or []
-        foreign = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
-        if foreign or not skeleton._supports_attention_backend:
-            layers = f"it has layers of type {', '.join(foreign)}"
-            why = layers if foreign else "its attention is its own"
-            raise ModelError(
-                f"{type(skeleton).__name__} cannot be packed: {why}; set attention to eager"
-            )
+        if why := packing_problem(skeleton):
+            raise ModelError(f"{self._files.path}: {why}; set attention to eager")
         return PACKED_ATTENTION
 
-    def load(self, dtype: str, implementation: str | None) -> tuple[PreTrainedModel, list[str]]:
-        """The model on the host, and the checkpoint's weights that it does not use."""
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        state = None if self.scores_itself else converted_state(self._model_dir, self._adapter)
-        # dtype must be given here: a later .to(dtype) would round the rotary frequencies too.
-        settings: dict[str, Any] = {
-            "dtype": getattr(torch, dtype),
-            "attn_implementation": implementation,
-            "output_loading_info": True,
+    def load(self, dtype: str, implementation: str | None) -> PreTrainedModel:
+        """The model on the host. Raises ModelError where the tensors are not the model's."""
+        own_head = self.scores_itself
+        # Merged and dequantised weights come in float32: together they would take twice the memory.
+        rounded = getattr(torch, dtype) if self._files.deltas or self._files.scales else None
+        state = {
+            name: tensor.to(rounded) if rounded and tensor.ndim > 1 else tensor
+            for name, tensor in model_tensors(self._files, self._adapter, own_head=own_head)
         }
-        try:
-            with _unexpected_weights_not_logged():
-                loaded: Any
-                if state is not None:
-                    loaded = type(self.skeleton).from_pretrained(
-                        None, config=self._config, state_dict=state, **settings
-                    )
-                else:
-                    loaded = self._class.from_pretrained(
-                        self._model_dir,
-                        config=self._config,
-                        local_files_only=True,
-                        use_safetensors=True,
-                        trust_remote_code=self._trust,
-                        **settings,
-                    )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{self._model_dir} cannot be loaded: {error}") from error
-        model, report = loaded
-        missing = sorted(report["missing_keys"])
-        if not self.scores_itself:
-            # A pooling layer that pretrained encoders' checkpoints lack, and that is not read.
-            missing = [name for name in missing if not name.startswith("pooler.")]
-        if missing or report["mismatched_keys"]:
-            wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
-            raise ModelError(
-                f"{self._model_dir} lacks weights of {type(model).__name__}, which would be "
-                f"random: {', '.join(wrong)}"
-            )
-        unexpected = sorted(
-            name for name in report["unexpected_keys"] if self._adapter.is_body_tensor(name)
+        # dtype must be given here: a later .to(dtype) would round the rotary frequencies too.
+        return load(
+            self._files,
+            self._adapter,
+            self.skeleton,
+            state,
+            own_head=own_head,
+            dtype=getattr(torch, dtype),
+            attn_implementation=implementation,
         )
-        if unexpected:
-            logger.warning("the model does not use these weights: %s", ", ".join(unexpected))
-        return model.eval(), unexpected
-
-
-@contextmanager
-def _unexpected_weights_not_logged() -> Iterator[None]:
-    """transformers logs the head's tensors as unexpected in the body; `load` checks them all."""
-    reporter = logging.getLogger("transformers")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        reporter.setLevel(level)
 
 
 def softcap_of(model: PreTrainedModel) -> float | None:

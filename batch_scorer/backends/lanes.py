@@ -24,23 +24,25 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         self.count = min(threads, MOST_LANES)
-        self._threads = threads
-        self._pool: ThreadPoolExecutor | None = None
-        if self.count > 1:
-            share = threads // self.count
-            self._pool = ThreadPoolExecutor(
-                self.count, "lane", initializer=torch.set_num_threads, initargs=(share,)
-            )
+        self._threads, self._share = threads, threads // self.count
+        self._pool = ThreadPoolExecutor(self.count, "lane") if self.count > 1 else None
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`work` on all items, in parallel; results in their order. Raises what `work` raises."""
         if self._pool is None:
             yield from map(work, items)
             return
+
+        def on_share(item: T) -> R:
+            # Before every piece: torch keeps a part of this for the process, which is reset below,
+            # and with other threads a product has other last bits.
+            torch.set_num_threads(self._share)
+            return work(item)
+
         try:
-            yield from self._pool.map(work, items)
+            yield from self._pool.map(on_share, items)
         finally:
-            torch.set_num_threads(self._threads)  # torch keeps a part of it for the process
+            torch.set_num_threads(self._threads)
 
     def close(self) -> None:
         """End the threads."""

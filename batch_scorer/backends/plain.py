@@ -1,36 +1,71 @@
 """Plain Hugging Face, one sequence at a time: the reference for every faster scoring path."""
 
 import gc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from transformers import AutoModelForSequenceClassification
 
 from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
-from batch_scorer.models.directory import read_model_files
-from batch_scorer.models.registry import STOCK, choose_adapter
+from batch_scorer.backends.hf_loader import Loader, has_own_forward
+from batch_scorer.backends.plain_answers import plain_answers
+from batch_scorer.backends.streaming import can_stream, streamed_scores
+from batch_scorer.models.registry import choose_adapter
 from batch_scorer.records import Scores, TokenizedRows
 
 _ROOM = 1.25
 """Factor on the weights' size, for what one short sequence needs beside them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Road:
+    """How the reference is computed: in which dtype, and whether `streamed`, with one layer of the
+    model in memory at a time (`streaming.py`)."""
+
+    dtype: str
+    streamed: bool
+
+    def scores(self, settings: EngineSettings, rows: TokenizedRows) -> Scores:
+        """Plain Hugging Face's scores, in the settings' dtype."""
+        return (streamed_scores if self.streamed else plain_scores)(settings, rows)
+
+
+def reference_road(settings: EngineSettings) -> Road:
+    """Whole in float32 where the device's free memory has room for that; else layer by layer in
+    float32; else, for a model that cannot be streamed, whole in bfloat16."""
+    models = [settings]
+    if settings.implicit is not None and settings.implicit.reference is not None:
+        models.append(settings.implicit.reference)  # loaded after the other one is gone
+    needed = _ROOM * max(map(_float32_bytes, models))
+    free = torch.cuda.mem_get_info()[0] if settings.own_device == "cuda" else _available_memory()
+    if needed < free:
+        return Road("float32", streamed=False)
+    if can_stream(settings):
+        return Road("float32", streamed=True)
+    return Road("bfloat16", streamed=False)
+
+
 def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
     """Scores with eager attention, no packing, no padding, every sequence on its own.
 
     A stock sequence classifier is scored by transformers' own forward, head and pooling
-    included; other families by their plain body and the head that `models/families` describes.
-    The settings are the engine's; `attention`, `token_budget` and `compile` are ignored.
+    included, and log probabilities come from transformers' own language model. It has no scores of
+    other tokens; where these are asked for, and in other families, scores come from the plain body
+    and the head that `models/families` describes. The settings are the engine's; `attention`,
+    `token_budget` and `compile` are ignored.
     """
-    adapter = settings.adapter or choose_adapter(read_model_files(settings.model_dir))
-    if adapter.name == STOCK and settings.embedding is None:
-        return _own_forward(settings.model_dir, rows, settings.dtype, settings.device)
+    settings = replace(settings, device=settings.own_device)
+    files = settings.read_files()
+    adapter = settings.adapter or choose_adapter(files)
+    if adapter.log_probs:
+        return plain_answers(replace(settings, adapter=adapter), rows)
+    if has_own_forward(files, adapter, settings):
+        loader = Loader(files, adapter, settings.trust_remote_code, embeds=False, own_head=True)
+        return _own_forward(loader, rows, settings.dtype, settings.device)
     # With a budget of one token, every sequence is a batch of its own.
     backend = HFBackend(
         replace(settings, adapter=adapter, attention="eager", token_budget=1, compile=None)
@@ -42,18 +77,9 @@ def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
 
 
 @torch.inference_mode()
-def _own_forward(model_dir: Path, rows: TokenizedRows, dtype: str, device: str) -> Scores:
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    load: Any = AutoModelForSequenceClassification.from_pretrained
-    model: Any = load(
-        model_dir,
-        dtype=getattr(torch, dtype),
-        attn_implementation="eager",
-        num_labels=1,
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    model.eval().to(device)
+def _own_forward(loader: Loader, rows: TokenizedRows, dtype: str, device: str) -> Scores:
+    model: Any = loader.load(dtype, "eager")
+    model.to(device)
     scores = Scores(np.full((rows.num_sequences, 1), np.nan, dtype=np.float32))
     bounds = rows.sequence_offsets.tolist()
     for sequence, (start, stop) in enumerate(pairwise(bounds)):
@@ -67,12 +93,8 @@ def _own_forward(model_dir: Path, rows: TokenizedRows, dtype: str, device: str) 
     return scores
 
 
-def reference_dtype(model_dir: Path, device: str) -> str:
-    """float32 where the model fits the device's free memory in it, otherwise bfloat16."""
-    shapes = read_model_files(model_dir).shapes.values()
-    needed = _ROOM * 4 * sum(int(np.prod(shape)) for shape in shapes)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _available_memory()
-    return "float32" if needed < free else "bfloat16"
+def _float32_bytes(settings: EngineSettings) -> int:
+    return 4 * sum(int(np.prod(shape)) for shape in settings.read_files().shapes.values())
 
 
 def _available_memory() -> int:

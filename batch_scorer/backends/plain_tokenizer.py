@@ -10,13 +10,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
 from batch_scorer.errors import RowNote
 from batch_scorer.formats.kinds import role_alias
 from batch_scorer.models.adapter import Prompt, Steps
-from batch_scorer.models.directory import read_json
+from batch_scorer.models.files import read_json
 from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.records import Conversation, Message, SequenceInput
 
@@ -36,14 +37,23 @@ class PlainIds:
 
 
 class PlainTokenizer:
-    """A model directory's tokenizer, and what the job sets."""
+    """A directory's tokenizer, and what the job sets. The model's config is there too, unless there
+    is a `config_dir`."""
 
-    def __init__(self, model_dir: Path, prompt: Prompt, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        prompt: Prompt,
+        *,
+        config_dir: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self._tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
         self._prompt = prompt
         self._suffix_id: int | None = None
         if prompt.suffix_id_of is not None:
-            self._suffix_id = read_json(model_dir / "config.json")[prompt.suffix_id_of]
+            config = read_json((config_dir or model_dir) / "config.json")
+            self._suffix_id = config[prompt.suffix_id_of]
 
     @property
     def bos_id(self) -> int | None:
@@ -52,6 +62,11 @@ class PlainTokenizer:
     @property
     def eos_id(self) -> int | None:
         return cast(int | None, self._tokenizer.eos_token_id)
+
+    @property
+    def compares(self) -> bool:
+        """Whether a sequence holds both answers of its row."""
+        return self._prompt.beside is not None and self._prompt.beside.field == "other"
 
     def visible(self, ids: list[int]) -> str:
         """Their text, special tokens included."""
@@ -63,8 +78,9 @@ class PlainTokenizer:
         arguments: Mapping[str, Any],
         steps: tuple[str, ...] | None = None,
         notes: Collection[RowNote] = (),
+        beside: str | Message | None = None,
     ) -> PlainIds:
-        """The ids of one sequence.
+        """The ids of one sequence; `beside` is what the model reads beside the conversation.
 
         `notes` are those of its row in the output: what they say was done to it is done here, and
         nothing else. Raises what the chat template raises.
@@ -77,14 +93,18 @@ class PlainTokenizer:
         conversation = cast(Conversation, content)
         if self._prompt.pair and not self._tokenizer.chat_template:
             *before, answer = map(_joined, conversation)
-            pair = self._tokenizer("\n\n".join(before), answer)["input_ids"]
+            question = self._prompt.question_prefix + "\n\n".join(before)
+            pair = self._tokenizer(question, answer)["input_ids"]
             return PlainIds(pair, ("pair",))
         used: list[str] = []
+        if beside is not None:
+            arguments = self._with_beside(arguments, beside)
         prepared = self._prepared(conversation, steps, notes, used)
         if self._needs_parts:
             used.append("parts_wrapped")
             prepared = list(map(_wrapped, prepared))
-        if self._prompt.special_text == "literal" and self._spells(prepared):
+        spelt = prepared if beside is None else [*prepared, {"content": beside}]
+        if self._prompt.special_text == "literal" and self._spells(spelt):
             return self._literally(prepared, arguments, [*used, "special_text"])
         text = self._text(prepared, arguments)
         if self._prompt.reasoning == "keep" and (kept := self._kept(prepared, arguments)):
@@ -92,10 +112,57 @@ class PlainTokenizer:
             return self._ended(kept, plain, [*used, "reasoning"])
         return self._ended(text, self._call(prepared, arguments, tokenize=True)["input_ids"], used)
 
+    def answer_problem(
+        self,
+        content: SequenceInput,
+        prompt: str | list[int] | None,
+        arguments: Mapping[str, Any],
+        steps: tuple[str, ...] | None,
+        notes: Collection[RowNote],
+        ids: list[int],
+        start: int,
+    ) -> str | None:
+        """Why the answer of a sequence cannot begin at token `start` of its `ids`; None: it can.
+
+        It begins no sooner than where prompt and whole part, as TRL has it, and all of its text is
+        behind. `prompt` is that of text and ids, the other arguments are those of `token_ids`.
+        """
+        if not isinstance(content, str) and isinstance(content[0], int):
+            is_right = start == len(prompt or [])
+            return None if is_right else f"the prompt has {len(prompt or [])} tokens"
+        if isinstance(content, str):
+            asked = self._tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
+            answer = content[len(prompt or "") :].strip()
+        else:
+            talk = self._prepared(content, steps, notes, [])
+            before = list(map(_wrapped, talk[:-1])) if self._needs_parts else talk[:-1]
+            asking = {**arguments, "add_generation_prompt": True}
+            try:
+                asked = self._call(before, asking, tokenize=True)["input_ids"]
+            except Exception:  # a template may refuse a conversation without its end
+                asked = []
+            answer = _joined(talk[-1]).strip()
+        bos = [[token for token in part[:1] if token == self.bos_id] for part in (ids, asked)]
+        alike = zip(ids[len(bos[0]) :], asked[len(bos[1]) :], strict=False)
+        border = len(bos[0]) + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], alike))
+        # A prompt that does not stand in the whole may go on like the answer by chance.
+        early = self.visible(ids[start:border]).strip()
+        if start < border and not (early and answer.startswith(early)):
+            return "a part of the prompt is in it"
+        if answer in self.visible(ids) and answer not in self.visible(ids[start:]):
+            return "a part of it is lost"
+        return None
+
     def date_is_elsewhere(
-        self, content: Conversation, arguments: Mapping[str, Any], ids: list[int]
+        self,
+        content: Conversation,
+        arguments: Mapping[str, Any],
+        ids: list[int],
+        beside: str | Message | None = None,
     ) -> bool:
         """Whether these ids are those of the conversation with another date."""
+        if beside is not None:
+            arguments = self._with_beside(arguments, beside)
         mark = "\uf8f1"
         text = self._text(content, {**arguments, "strftime_now": lambda pattern: mark})
         shown = self.visible(ids)
@@ -104,7 +171,10 @@ class PlainTokenizer:
 
     @cached_property
     def _needs_parts(self) -> bool:
-        """Whether the template renders no text but that of parts."""
+        """Whether the template renders no text but that of parts. No model that reads something
+        beside the conversation has such a template."""
+        if self._prompt.beside is not None:
+            return False
         talk: Conversation = [
             {"role": "user", "content": "aquestion"},
             {"role": "assistant", "content": "ananswer"},
@@ -117,10 +187,28 @@ class PlainTokenizer:
                 found.append(False)
         return found == [False, True]
 
+    def _with_beside(
+        self, arguments: Mapping[str, Any], beside: str | Message
+    ) -> Mapping[str, Any]:
+        """The arguments with a text of the row that the model's authors put into their own."""
+        assert self._prompt.beside is not None
+        if not isinstance(beside, str):
+            drops, keeps = (self._prompt.reasoning == each for each in ("drop", "keep"))
+            other = _without_reasoning(beside) if drops else beside
+            beside = _whole(other) if keeps else _joined(other)
+        return {**arguments, self._prompt.beside.field: beside}
+
     # transformers' call
 
     def _call(self, conversation: Conversation, arguments: Mapping[str, Any], **more: Any) -> Any:
         prompt = self._prompt
+        if prompt.beside is not None and prompt.beside.turn is not None:
+            given = {**json.loads(prompt.arguments), **arguments}
+            asked = self._tokenizer.apply_chat_template(
+                conversation, chat_template=prompt.beside.turn, tokenize=False, **given
+            )
+            before = [] if prompt.beside.replaces else conversation
+            conversation = [*before, {"role": "user", "content": asked}]
         today = prompt.date or datetime.now()
         return self._tokenizer.apply_chat_template(
             conversation,
@@ -262,6 +350,9 @@ class PlainTokenizer:
                 return {key: hidden(item) for key, item in value.items()}
             return value
 
+        if self._prompt.beside is not None and self._prompt.beside.field in arguments:
+            field = self._prompt.beside.field
+            arguments = {**arguments, field: hidden(arguments[field])}
         messages = [{**hidden(message), "role": message["role"]} for message in conversation]
         text = self._text(messages, arguments)
         if self._prompt.reasoning == "keep" and (kept := self._kept(messages, arguments)):

@@ -21,10 +21,12 @@ from batch_scorer.models.adapter import (
     Ids,
     LastToken,
     ModelConfig,
+    ModelFiles,
     Pooling,
     Positions,
     StepAggregation,
 )
+from batch_scorer.models.families.heads import Activated
 from batch_scorer.models.weights import load_head
 from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
 
@@ -49,23 +51,31 @@ _OF_EMBEDDING: dict[str, Pooling] = {
 class Readout:
     """The head of one model, or the pooling of an embedding.
 
-    `config` is the body's. `num_outputs` is O: 1 + attributes, or the size of an embedding.
+    `config` is the body's. `num_outputs` is O: the score, if there is one, and the attributes,
+    or the size of an embedding.
     """
 
     def __init__(
-        self, settings: EngineSettings, adapter: Adapter, config: PretrainedConfig
+        self,
+        settings: EngineSettings,
+        files: ModelFiles,
+        adapter: Adapter,
+        config: PretrainedConfig,
     ) -> None:
         embedding = settings.embedding
         self._config = config.to_dict()
         self._pooling = _OF_EMBEDDING[embedding.pooling] if embedding else adapter.pooling
         self._averages = adapter.averages(self._config)
+        self._token_scores = settings.token_scores
         self.embedding = embedding
         self.step_aggregation = adapter.step_aggregation and (
             settings.step_aggregation or adapter.step_aggregation
         )
-        self._head = None if embedding else load_head(settings.model_dir, adapter)
+        self._head = None if embedding else load_head(files, adapter)
+        if self._head is not None and (pairs := adapter.cross_encoder(files)):
+            self._head = nn.Sequential(self._head, Activated(pairs.activation)).eval()
         self.num_outputs = (
-            int(config.hidden_size) if embedding else 1 + len(adapter.attributes(self._config))
+            int(config.hidden_size) if embedding else adapter.num_outputs(files.config)
         )
 
     def to(self, device: torch.device) -> "Readout":
@@ -79,10 +89,31 @@ class Readout:
         """Whether any token of a sequence may be read (steps, means), not only one or two."""
         if self.embedding is not None:
             return self.embedding.pooling == "mean"
-        return self._averages or self.step_aggregation is not None
+        return self._averages or self.reads_tokens_alone
+
+    @property
+    def reads_tokens_alone(self) -> bool:
+        """Whether the head reads each token by itself (steps, token scores), so that it can be
+        applied as soon as a token's state is there (`read_each`)."""
+        return self.step_aggregation is not None or self._token_scores
 
     def pooled_tokens(self, rows: TokenizedRows) -> tuple[PooledTokens, dict[int, RowError]]:
-        """The tokens to read from every sequence, and the sequences that lack one."""
+        """The tokens to read from every sequence, and the sequences that lack one.
+
+        With token scores these are all tokens in order, and behind them, once more, the token whose
+        score is the sequence's.
+        """
+        pooled, errors = self._read_tokens(rows)
+        if not self._token_scores:
+            return pooled, errors
+        counts = np.where(pooled.counts > 0, rows.lengths + 1, 0)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
+        positions[offsets[1:][counts > 0] - 1] = pooled.positions
+        return PooledTokens(positions, offsets), errors
+
+    def _read_tokens(self, rows: TokenizedRows) -> tuple[PooledTokens, dict[int, RowError]]:
+        """The tokens that the score is read from, and the sequences that lack one."""
         at_end = self._is_at_end(rows)
         counts = at_end.astype(np.int64)
         found: dict[int, npt.NDArray[np.int64]] = {}
@@ -113,19 +144,25 @@ class Readout:
 
     @torch.inference_mode()
     def read(self, hidden: Tensor, pooled: PooledTokens) -> Tensor:
-        """float32[S, O] of hidden states [K, H] at `pooled`; with steps float32[K, 1]."""
-        hidden = hidden.float()
-        counts = pooled.counts
+        """float32[S, O] of hidden states [K, H] at `pooled`; of tokens that are read alone
+        `read_each`."""
+        if self.reads_tokens_alone:
+            return self.read_each(hidden)
+        hidden, counts = hidden.float(), pooled.counts
         if self.embedding is not None:
             if self.embedding.pooling == "mean":
                 hidden = _averaged(hidden, counts)
             return F.normalize(hidden, dim=-1) if self.embedding.normalize else hidden
         head = cast(nn.Module, self._head)
-        if self.step_aggregation is not None:
-            return cast(Tensor, head(hidden))
         if self._averages:
             return cast(Tensor, head(_averaged(hidden, counts)[:, None]))
         return cast(Tensor, head(hidden.view(len(counts), int(counts[0]), -1)))
+
+    @torch.inference_mode()
+    def read_each(self, hidden: Tensor) -> Tensor:
+        """float32[K, O], what the head gives at each token alone; of steps float32[K, 1]."""
+        head, hidden = cast(nn.Module, self._head), hidden.float()
+        return cast(Tensor, head(hidden if self.step_aggregation else hidden[:, None]))
 
     def fill(
         self,
@@ -135,20 +172,27 @@ class Readout:
         pooled: PooledTokens,
     ) -> None:
         """Put the outputs of `read` for these sequences, all of one shard, into `scores`."""
-        if self.step_aggregation is None:
+        if not self.reads_tokens_alone:
             scores.values[sequences] = outputs
             return
-        # The shard's sequences in order, each with the steps that its batch gave.
+        # The shard's sequences in order, each with the values that its batch gave.
         order = np.argsort(sequences, kind="stable")
-        read_in = pooled.of(sequences)
-        places = PooledTokens(np.arange(len(outputs)), read_in.offsets).of(order)
-        scores.step_values = outputs[places.positions, 0]
-        counts = np.zeros(len(scores.values), dtype=np.int64)
-        counts[sequences] = read_in.counts
-        scores.step_offsets = np.concatenate([[0], np.cumsum(counts)])
-        scores.values[sequences[order], 0] = aggregate_steps(
-            scores.step_values, places.offsets, self.step_aggregation
-        )
+        lists = PooledTokens(np.arange(len(outputs)), pooled.of(sequences).offsets).of(order)
+        outputs, counts = outputs[lists.positions], lists.counts
+        if self.step_aggregation is not None:
+            steps = outputs[:, 0]
+            values = aggregate_steps(steps, lists.offsets, self.step_aggregation)[:, None]
+        else:
+            of_score = lists.offsets[1:] - 1  # behind all tokens of its sequence
+            values, counts = outputs[of_score], counts - 1
+            steps = np.delete(outputs[:, 0], of_score)
+            finite = np.logical_and.reduceat(np.isfinite(steps), np.cumsum(counts) - counts)
+            values[~finite] = np.nan
+        scores.values[sequences[order]] = values
+        scores.step_values = steps
+        all_counts = np.zeros(len(scores.values), dtype=np.int64)
+        all_counts[sequences[order]] = counts
+        scores.step_offsets = np.concatenate([[0], np.cumsum(all_counts)])
 
 
 def _averaged(hidden: Tensor, counts: npt.NDArray[np.int64]) -> Tensor:
@@ -175,7 +219,8 @@ def aggregate_steps(
 
 
 class PooledStates:
-    """The hidden states of a shard's pooled tokens, collected from the batches of its trie.
+    """The hidden states of a shard's pooled tokens, or what was read of these, collected from the
+    batches of its trie.
 
     A sequence is read once all its states are there; states that no later sequence reads are
     dropped. `places` is int64[K], the place of each `pooled` token in the trie.

@@ -1,12 +1,14 @@
 """An engine by its name, which is also the name of its file."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import TypeAlias
 
-from batch_scorer.backends.base import Backend, EngineSettings, MakeBackend
+from batch_scorer.backends.base import Backend, EngineSettings, ImplicitReward, MakeBackend
 from batch_scorer.config import ENGINES
 from batch_scorer.job import Job
+from batch_scorer.models.files import reading
 from batch_scorer.models.registry import adapter_named
 
 BackendFactory: TypeAlias = Callable[[Job], Backend]
@@ -17,24 +19,40 @@ def settings_of(job: Job) -> EngineSettings:
     """What the engine of this run is started with."""
     # Looking the family up loads torch, which takes seconds.
     adapter = adapter_named(job.adapter) if ENGINES[job.backend].runs_model else None
-    return EngineSettings(
+    settings = EngineSettings(
         model_dir=job.model_dir,
+        lora_dir=job.model.lora_dir,
         dtype=job.dtype,
         device=job.device,
         adapter=adapter,
         max_tokens=job.max_tokens,
         step_aggregation=job.config.step_aggregation,
+        token_scores=job.config.token_scores,
+        output_names=job.config.output_names,
+        output_weights=job.config.output_weights,
         embedding=job.embedding,
         attention=job.config.attention,
         quantization=job.config.quantization,
         tensor_parallel=job.config.tensor_parallel,
+        pipeline_parallel=job.config.pipeline_parallel,
+        placement_group=job.placement_group,
         token_budget=job.config.token_budget,
         compile=job.config.compile,
         trust_remote_code=job.config.trust_remote_code,
+    )
+    if adapter is None or not adapter.log_probs:
+        return settings
+    reference = None
+    if (facts := job.model.reference) is not None:
+        reference = replace(settings, model_dir=facts.path, lora_dir=facts.lora_dir)
+    config = job.config
+    return replace(
+        settings, implicit=ImplicitReward(config.beta, config.length_normalize, reference)
     )
 
 
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
     make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}").BACKEND
-    return make(settings_of(job))
+    with reading(job.model_dir):
+        return make(settings_of(job))

@@ -8,7 +8,8 @@ prefix is a separate request, and the prefix cache makes it cheap. Where most to
 (steps, means), all hidden states of a sequence come from one forward pass.
 
 `vllm_engine.py` starts vLLM and sends it requests. On one GPU or a CPU the engine runs in this
-process. `tensor_parallel` > 1 adds vLLM's worker processes: tried on CPUs, not on GPUs yet.
+process. With more devices vLLM has worker processes, on this machine or, over Ray, on several:
+tried on CPUs, not on GPUs yet.
 
 Legend: S sequences, K pooled tokens, R requests, H hidden, O outputs.
 """
@@ -41,7 +42,8 @@ from batch_scorer.backends.readout import Readout
 from batch_scorer.backends.vllm_engine import Engine, require_vllm
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter
-from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.fit import foreign_layers
+from batch_scorer.models.quantised import describe, vllm_config
 from batch_scorer.models.registry import choose_adapter
 from batch_scorer.models.weights import body_config
 from batch_scorer.records import Effort, PooledTokens, Scores, TokenizedRows
@@ -86,31 +88,37 @@ class VLLMBackend:
 
     def __init__(self, settings: EngineSettings) -> None:
         model_dir, device = settings.model_dir, settings.device
-        adapter = settings.adapter or choose_adapter(read_model_files(model_dir))
+        files = settings.read_files()
+        adapter = settings.adapter or choose_adapter(files)
         _refuse_unsupported(settings, adapter)
         version = require_vllm(device)
         if device == "cpu":
             keep_freed_memory()
-        config = body_config(model_dir, adapter, trust_remote_code=settings.trust_remote_code)
+        config = body_config(files, adapter, trust_remote_code=settings.trust_remote_code)
         text_config = config.get_text_config()
         refuse_dtype(adapter, text_config.model_type, settings.dtype)
-        self._readout = Readout(settings, adapter, text_config)
+        if files.scales:
+            config.quantization_config = vllm_config(files)
+        self._readout = Readout(settings, files, adapter, text_config)
         self.num_outputs = self._readout.num_outputs
         self._vocabulary_size: int = text_config.vocab_size
         self._max_tokens = _longest(settings, text_config)
         all_tokens = self._readout.reads_all_tokens
+        # Requests for all tokens do not read the cache, so it would only cost time. States of other
+        # layers than attention are not shared: no test here could show that they do not leak.
+        caches = settings.prefix_caching and not all_tokens and not foreign_layers(text_config)
         self._engine = Engine(
-            # Requests for all tokens do not read the cache, so it would only cost time.
-            replace(settings, prefix_caching=settings.prefix_caching and not all_tokens),
+            replace(settings, prefix_caching=caches),
             adapter,
             config,
             task="token_embed" if all_tokens else "embed",
             max_tokens=self._max_tokens,
         )
         # vLLM's worker processes leave this process no memory on the device.
-        self._head_device = torch.device(device if settings.tensor_parallel == 1 else "cpu")
+        self._head_device = torch.device("cpu" if self._engine.has_workers else device)
         self._readout.to(self._head_device)
         self._effort = Effort()
+        stored = describe(files)
         self.provenance: dict[str, Any] = {
             "backend": "vllm",
             "adapter": adapter.name,
@@ -118,6 +126,7 @@ class VLLMBackend:
             "torch": str(torch.__version__),  # a plain string: it is unpickled without torch
             "transformers": transformers.__version__,
             "head_dtype": "float32",
+            "stored_quantised": stored and stored.name,
             **self._engine.facts,
         }
         try:

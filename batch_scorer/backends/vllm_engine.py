@@ -63,12 +63,13 @@ CPU_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 _CAUSAL = ("decoder", "hybrid", "attention_free")
 
-_REFUSALS = (ValueError, TypeError, KeyError, AssertionError, NotImplementedError)
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError)
 """What vLLM raises at its start for a model or a setting that it does not support."""
 
 
 class Engine:
-    """vLLM with one body. `facts` are its settings, given and derived, for the provenance.
+    """vLLM with one body. `facts` are its settings, given and derived, for the provenance;
+    `has_workers`: the body runs in other processes.
 
     `task` is vLLM's: `embed` gives the hidden state of a prompt's last token, `token_embed` those
     of all its tokens. vLLM reserves memory for prompts of up to `max_tokens`. Without the setting
@@ -91,6 +92,8 @@ class Engine:
         architecture = _causal_architecture(model_dir, text_config)
         budget = settings.token_budget or TOKEN_BUDGET[device]
         compiles = device == "cuda" if settings.compile is None else settings.compile
+        stages = settings.pipeline_parallel
+        self.has_workers = settings.tensor_parallel * stages > 1
         arguments = {
             "dtype": settings.dtype,
             "max_model_len": max_tokens,
@@ -100,7 +103,8 @@ class Engine:
             "enable_prefix_caching": settings.prefix_caching,
             "quantization": settings.quantization,
             "tensor_parallel_size": settings.tensor_parallel,
-            "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else None,
+            "pipeline_parallel_size": stages,
+            "distributed_executor_backend": _executor(settings) if self.has_workers else None,
             "enforce_eager": not compiles,
             "kv_cache_memory_bytes": _cpu_cache_bytes() if device == "cpu" else None,
             "trust_remote_code": settings.trust_remote_code,
@@ -108,12 +112,14 @@ class Engine:
         source = model_dir if settings.trust_remote_code else None
         with _body_directory(config, architecture, source) as body_dir:
             try:
-                self._engine = _start(model_dir, body_dir, adapter, task, arguments)
+                self._engine = _start(settings, body_dir, adapter, task, arguments)
             except _REFUSALS as error:
                 why = str(error)
                 if device == "cpu":
                     why = _too_long_for_cache(text_config, arguments) or why
                 raise ModelError(f"{model_dir}: vLLM cannot run it: {why}") from error
+        if stages > 1 and device == "cpu":
+            self._engine.collective_rpc("try_a_pass")
         self._request_numbers = itertools.count()
         self._new_request = _request_maker(task, self._engine.model_config)
         self._all_tokens = task == "token_embed"
@@ -131,6 +137,8 @@ class Engine:
             "max_tokens": max_tokens,
             "token_budget": budget,
             "tensor_parallel": settings.tensor_parallel,
+            "pipeline_parallel": stages,
+            "executor": arguments["distributed_executor_backend"],
             **_settled(self._engine),
         }
 
@@ -251,6 +259,11 @@ def _causal_architecture(model_dir: Path, config: PretrainedConfig) -> str:
     return str(name)
 
 
+def _executor(settings: EngineSettings) -> str:
+    """vLLM's name of what runs its workers: `mp`, processes of this machine, or `ray`."""
+    return "mp" if settings.placement_group is None else "ray"
+
+
 @contextmanager
 def _body_directory(
     config: PretrainedConfig, architecture: str, code: Path | None
@@ -267,7 +280,11 @@ def _body_directory(
 
 
 def _start(
-    model_dir: Path, body_dir: Path, adapter: Adapter, task: str, arguments: dict[str, Any]
+    settings: EngineSettings,
+    body_dir: Path,
+    adapter: Adapter,
+    task: str,
+    arguments: dict[str, Any],
 ) -> Any:
     """A running engine."""
     from vllm import EngineArgs, LLMEngine
@@ -285,14 +302,21 @@ def _start(
             convert="embed",
             pooler_config=PoolerConfig(task=task, **pooler),
             load_format=LOAD_FORMAT,
-            model_loader_extra_config={"model_dir": str(model_dir), "adapter": adapter.name},
+            model_loader_extra_config={
+                "model_dir": str(settings.model_dir),
+                "lora_dir": settings.lora_dir and str(settings.lora_dir),
+                "adapter": adapter.name,
+            },
             worker_extension_cls=WORKER_EXTENSION,
             skip_tokenizer_init=True,
             disable_log_stats=True,
             seed=0,
             **arguments,
         )
-        return LLMEngine.from_engine_args(engine_arguments)
+        vllm_config = engine_arguments.create_engine_config()
+        # Otherwise vLLM takes the group that this process is in, or makes one.
+        vllm_config.parallel_config.placement_group = settings.placement_group
+        return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
     except _REFUSALS:
         cleanup_dist_env_and_memory()
         raise

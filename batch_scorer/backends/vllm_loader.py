@@ -4,8 +4,8 @@ Not part of `vllm.py`, which imports vLLM only once it is known to be installed,
 workers, in any process, import this file by name (`worker_extension_cls`).
 """
 
-import logging
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +16,30 @@ from torch import Tensor, nn
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
 from batch_scorer.errors import ModelError
+from batch_scorer.models.directory import read_model_files
+from batch_scorer.models.fit import refuse_unused
+from batch_scorer.models.hub import on_this_node
+from batch_scorer.models.quantised import as_stored
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.models.weights import body_tensors
-
-logger = logging.getLogger(__name__)
 
 LOAD_FORMAT = "batch_scorer"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
 _LANGUAGE_HEAD = "lm_head"
+_OF_CACHES = re.compile(r"\.attn\.(q|k|v|prob)_(scale|zero_point)$")
+"""Parameters that attention layers of quantised models have and their checkpoints need not."""
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker class, which also imports the loader below in its process."""
 
     model_runner: Any
+
+    def try_a_pass(self) -> None:
+        """One forward pass of nothing. In its first trial pass vLLM 0.32 makes the room into
+        which a stage receives hidden states, and on a CPU it leaves the trial out."""
+        self.model_runner.profile_run()
 
     def clear_kv_cache(self) -> None:
         """Replace all keys and values by zeros."""
@@ -43,12 +52,18 @@ class WorkerExtension:
 class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
     """Loads what `models.weights.body_tensors` returns.
 
-    `model_loader_extra_config` names the `model_dir` and the `adapter`.
+    `model_loader_extra_config` names `model_dir` and `lora_dir` as `EngineSettings` does, and the
+    `adapter`.
     """
 
     def __init__(self, load_config: Any) -> None:
         asked = load_config.model_loader_extra_config
-        self._model_dir = Path(asked["model_dir"])
+        # vLLM's workers may be on other nodes than the process that asks.
+        self._model_dir, lora_dir = on_this_node(Path(asked["model_dir"])), asked["lora_dir"]
+        files = read_model_files(
+            self._model_dir, lora_dir=lora_dir and on_this_node(Path(lora_dir))
+        )
+        self._files = as_stored(files)  # vLLM computes with quantised weights as they are stored
         self._adapter = adapter_named(asked["adapter"])
         super().__init__(replace(load_config, model_loader_extra_config={}))
 
@@ -75,17 +90,19 @@ class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
         if isinstance(inner, nn.Module):
             parts |= {name for name, _ in inner.named_children()}
         unused: list[str] = []
-        for name, tensor in body_tensors(self._model_dir, self._adapter):
+        for name, tensor in body_tensors(self._files, self._adapter):
             if name.split(".", 1)[0] in parts:
                 yield name, tensor
-            elif not name.startswith(_LANGUAGE_HEAD):
+            else:
                 unused.append(name)
-        if unused:
-            logger.warning("the model does not use these weights: %s", ", ".join(sorted(unused)))
+        if self._adapter.head:  # embeddings are read from a body, whatever it was trained with
+            refuse_unused(self._files, self._adapter, sorted(unused))
 
 
 def _plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights that are ordinary numbers in memory: while it quantises, vLLM has others too."""
     for name, weight in model.named_parameters():
+        if _OF_CACHES.search(name):
+            continue
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.is_meta:
             yield name, weight

@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from batch_scorer import logs
+from batch_scorer import logs, quarantine
+from batch_scorer.cli.decontaminate import decontaminate
 from batch_scorer.cli.flags import (
     NEEDED,
     AsJson,
@@ -26,8 +27,15 @@ from batch_scorer.cli.flags import (
     with_settings,
 )
 from batch_scorer.cli.help import Command
+from batch_scorer.cli.select import select
 from batch_scorer.cli.terminal import err, fail, for_progress, out, program_name, say, show
-from batch_scorer.config import Config, PartialConfig, load_config
+from batch_scorer.config import (
+    Config,
+    PartialConfig,
+    expanded,
+    load_config,
+    load_partial_config,
+)
 from batch_scorer.errors import (
     ConfigError,
     ExitCode,
@@ -42,9 +50,12 @@ app = typer.Typer(
     name="batch-scorer",
     help="Score preference pairs and rollouts with a reward model: shards in, scored shards out.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Exit codes: 0 all is committed; 2 a setting, an input, the model or the output is "
+    "wrong; 3 some shards are not committed, run the same command again; 4 stored objects are not "
+    "the committed ones.",
     pretty_exceptions_enable=False,
 )
+app.command(cls=Command)(decontaminate)
 _DATA = Path(__file__).parents[1] / "data"
 """Real pairs and rollouts, which come with the package."""
 
@@ -54,12 +65,29 @@ _DEMO_SHARD_ROWS = 50
 
 @app.command(cls=Command)
 @with_settings(*NEEDED)
-def score(config: Config, as_json: AsJson = False) -> None:
+def score(
+    config: Config,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Write a data set's card beside the scores, README.md, from the run's records.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Score all inputs into the output. Run it again to resume what was interrupted."""
     _score(config, as_json=as_json)
+    if card:
+        from batch_scorer.runs.card import write_card
+
+        url = write_card(config.output, config.store_options)
+        if not as_json:
+            say(out(), f"The card is {url}")
 
 
 def _score(config: Config, *, as_json: bool) -> None:
+    quarantine.prepare()  # it imports while we do
     from batch_scorer.reports.progress import progress_listener
     from batch_scorer.reports.results import run_report
     from batch_scorer.runs.run import score as run
@@ -84,6 +112,7 @@ def plan(config: PartialConfig, as_json: AsJson = False) -> None:
 
     With --model also how many tokens it would compute, and the FLOPs.
     """
+    quarantine.prepare()
     from batch_scorer.reports.results import plan_report
     from batch_scorer.runs.preview import look_ahead
 
@@ -98,6 +127,7 @@ def plan(config: PartialConfig, as_json: AsJson = False) -> None:
 )
 def check(config: PartialConfig, as_json: AsJson = False) -> None:
     """Compare the engine's scores with plain Hugging Face on a sample of rows. Writes nothing."""
+    quarantine.prepare()
     from batch_scorer.reports.results import check_report
     from batch_scorer.runs.preview import check as run
 
@@ -139,6 +169,7 @@ def nightly(
 
     Run it as often as you like.
     """
+    quarantine.prepare()
     from batch_scorer.nightly.foresee import foresee_night
     from batch_scorer.nightly.night import Night, run_night
     from batch_scorer.reports.progress import progress_listener
@@ -182,24 +213,64 @@ def drift(output: Output, store_option: StoreOptions = None, as_json: AsJson = F
     from batch_scorer.storage import ObjectMissing, open_store
 
     try:
-        root = open_store(output, mapping("store_options", store_option) or {})
+        root = open_store(expanded(output), mapping("store_options", store_option) or {})
     except ObjectMissing as error:
         raise OutputError(str(error)) from error
     show(newest_drift(root), as_json=as_json)
 
 
 @app.command(cls=Command)
-def status(output: Output, store_option: StoreOptions = None, as_json: AsJson = False) -> None:
-    """Show an output's progress, or a nightly OUTPUT's newest generations and last run."""
+def status(
+    output: Output,
+    marked: Annotated[
+        bool,
+        typer.Option(
+            "--marked",
+            help="List the rows without a score instead: file, row (from 0), reason, detail. Of a "
+            "nightly OUTPUT, those that latest.json points to.",
+        ),
+    ] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --marked: write them here too, as Parquet."),
+    ] = None,
+    store_option: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show an output's progress, or a nightly OUTPUT's newest generations and last run.
+
+    Of an output of `select` or `decontaminate`, what it was made of, and every count.
+    """
+    from batch_scorer.derived.state import derived_store, read_derived_status
     from batch_scorer.nightly.history import newest_record
-    from batch_scorer.nightly.status import nightly_root, read_nightly_status
+    from batch_scorer.nightly.status import latest_outputs, nightly_root, read_nightly_status
+    from batch_scorer.runs.marked import read_marked
     from batch_scorer.runs.status import read_status
 
-    options = mapping("store_options", store_option)
-    if (root := nightly_root(output, options)) is None:
+    place, options = expanded(output), mapping("store_options", store_option)
+    if to is not None:
+        _require_outside(to, place, marked=marked)
+    root = nightly_root(place, options)
+    if marked:
+        chain = [place] if root is None else latest_outputs(root)
+        found = read_marked(place, chain, options)
+        if to is not None:
+            found.save(to)
+        show(found, as_json=as_json)
+    elif (derived := derived_store(place, options or {})) is not None:
+        show(read_derived_status(*derived), as_json=as_json)
+    elif root is None:
         show(read_status(output, options), as_json=as_json)
     else:
         show(read_nightly_status(root, options, newest_record(root)), as_json=as_json)
+
+
+def _require_outside(file: Path, output: str, *, marked: bool) -> None:
+    """Raise ConfigError where `status --to` cannot be meant."""
+    if not marked:
+        raise ConfigError("--to: only with --marked")
+    if "://" not in output and file.resolve().is_relative_to(Path(output).resolve()):
+        raise ConfigError("--to: a file in the output would be read as scored rows; name another")
 
 
 @app.command(cls=Command)
@@ -216,18 +287,28 @@ def verify(
     store_option: StoreOptions = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recount a scored output from its data, and compare every digest with what was committed."""
+    """Recount an output from its data, and compare every digest with what was committed.
+
+    An output of `select` is also selected again, where what it was made of is still the same.
+    """
+    from batch_scorer.derived.state import derived_store
     from batch_scorer.outputs.repair import find_strays, remove
     from batch_scorer.outputs.verify import verify as check
     from batch_scorer.reports.results import VerifyReport
+    from batch_scorer.selection.verify import verify_derived
 
     options = mapping("store_options", store_option) or {}
+    if (derived := derived_store(expanded(output), options)) is not None:
+        found = verify_derived(*derived, options)
+        show(found, as_json=as_json)
+        raise typer.Exit(found.exit_code)
     if repair:
         console = for_progress(as_json=as_json)
-        strays = find_strays(output, options)
+        root = expanded(output)
+        strays = find_strays(root, options)
         for stray in strays:
             say(console, f"to be removed: {stray.key}: {stray.num_rows:,} rows of {stray.input}")
-        removed = len(remove(output, options, strays)) if strays else 0
+        removed = len(remove(root, options, strays)) if strays else 0
         say(console, f"removed {removed:,} scored shards")
     verdict = check(output, options)
     show(VerifyReport(output, verdict), as_json=as_json)
@@ -247,7 +328,7 @@ def doctor(
     from batch_scorer.storage import examine
 
     try:
-        found = examine(url, mapping("store_options", store_option) or {})
+        found = examine(expanded(url), mapping("store_options", store_option) or {})
     except StorageError as error:
         raise OutputError(str(error)) from error
     show(found, as_json=as_json)
@@ -287,18 +368,21 @@ def evaluate(
     `evaluate OUTPUT` takes a scored output; `evaluate INPUT... --model M --output OUT` scores the
     inputs first, as `score` does.
     """
-    from batch_scorer.evaluation.evaluate import evaluate
+    quarantine.prepare()
+    from batch_scorer.evaluation.evaluate import evaluate, evaluate_output
     from batch_scorer.reports.progress import progress_listener
 
-    scores_first = bool(config.model or config.output)
-    with progress_listener(for_progress(as_json=as_json)) as progress:
-        result = evaluate(
-            config.complete() if scores_first else _scored_output(config),
-            None if scores_first else config.store_options,
-            benchmark=benchmark,
-            legacy_xstest_weights=legacy_xstest_weights,
-            listeners=[progress],
-        )
+    if config.model or config.output:
+        with progress_listener(for_progress(as_json=as_json)) as progress:
+            result = evaluate(
+                config.complete(),
+                benchmark=benchmark,
+                legacy_xstest_weights=legacy_xstest_weights,
+                listeners=[progress],
+            )
+    else:
+        output = _scored_output(config)
+        result = evaluate_output(output, config.store_options, benchmark, legacy_xstest_weights)
     if report is not None:
         result.save(report)
     show(result, as_json=as_json)
@@ -315,6 +399,9 @@ def _scored_output(config: PartialConfig) -> str:
     return config.inputs[0]
 
 
+app.command(cls=Command)(select)
+
+
 @app.command(cls=Command)
 def demo(
     output: Annotated[
@@ -323,18 +410,26 @@ def demo(
     ] = "demo-output",
     as_json: AsJson = False,
 ) -> None:
-    """Score a sample of real preference pairs and rollouts with the embedded reward model."""
+    """Score a sample of real pairs and rollouts with the embedded model; select the best rows."""
     from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 
     console = for_progress(as_json=as_json)
     model = build_embedded_model(default_embedded_directory(), lambda line: say(console, line))
     config = load_config(
-        model=str(model),
+        model=model,
         inputs=(str(_DATA / "pairs"), str(_DATA / "rollouts")),
         output=output,
         shard_rows=_DEMO_SHARD_ROWS,
     )
     _score(config, as_json=as_json)
+    from batch_scorer.selection.recipe import Selection
+    from batch_scorer.selection.select import select as choose
+
+    best = f"{output.rstrip('/')}-best"
+    selected = choose([output], best, Selection(best=1, group_by=("prompt",)))
+    if not as_json:
+        say(out(), "")
+        show(selected, as_json=False)
 
 
 @app.command(cls=Command, context_settings={"allow_interspersed_args": False})
@@ -385,7 +480,7 @@ def submit(
     code = run(
         submission,
         address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS,
-        find_token(token_file),
+        find_token(Path(expanded(token_file)) if token_file else None),
         say=lambda line: say(err(), line),
         out=sys.stdout,
         wait=not no_wait,
@@ -404,9 +499,15 @@ def _checked_here(words: list[str]) -> Path | None:
             f"{words[0]}: not a command that a cluster can run; see batch-scorer --help"
         )
     values = command.make_context(words[0], words[1:], parent=root).params
-    settings = load_settings(words[0], values)
+    settings = load_settings(words[0], values, elsewhere=True)
+    if settings is None:
+        load_partial_config(
+            elsewhere=True,
+            output=values.get("output") or values.get("url"),
+            store_options=mapping("store_options", values.get("store_option")),
+        )
     file = None if settings is None else values["config_file"]
-    return Path(file) if file else None
+    return Path(expanded(file)) if file else None
 
 
 @app.callback(invoke_without_command=True)

@@ -40,17 +40,20 @@ _PANELS = {
 _MAPPINGS = {
     "also": ("--also", "PREFIX=MODEL"),
     "columns": ("--column", "FIELD=COLUMN"),
+    "output_weights": ("--output-weights", "NAME=WEIGHT,…"),
     "store_options": ("--store-option", "KEY=VALUE"),
     "template_arguments": ("--template-argument", "NAME=VALUE"),
 }
-"""Flag and metavar of settings that are given one entry at a time."""
+"""Flag and metavar of settings that are given as entries; those whose flag is in the plural take
+several at once."""
 _LISTS = {
     "exclude": ("--exclude", "GLOB"),
     "ignore_columns": ("--ignore-column", "COLUMN"),
     "keep_columns": ("--keep-columns", "COLUMN,…"),
     "drop_columns": ("--drop-columns", "COLUMN,…"),
+    "output_names": ("--output-names", "NAME,…"),
 }
-"""The same of settings that are lists; those whose flag is in the plural take several at once."""
+"""The same of settings that are lists."""
 
 _needs: dict[str, tuple[str, ...]] = {}
 """The needed settings of every command `with_settings`, by its name."""
@@ -93,8 +96,12 @@ def with_settings(
     return decorate
 
 
-def load_settings(command: str, values: Mapping[str, Any]) -> Config | None:
+def load_settings(
+    command: str, values: Mapping[str, Any], *, elsewhere: bool = False
+) -> Config | None:
     """The settings that a command was called with; None for one that takes none.
+
+    `elsewhere`: as in `load_partial_config`.
 
     Raises ConfigError where they are wrong or a needed one is missing.
     """
@@ -110,19 +117,23 @@ def load_settings(command: str, values: Mapping[str, Any]) -> Config | None:
     settings["inputs"] = tuple(settings["inputs"] or ()) or None
     file = Path(values["config_file"]) if values["config_file"] else None
     needs = _needs[command]
-    if set(needs) == set(NEEDED):
+    if set(needs) == set(NEEDED) and not elsewhere:
         return load_config(file, **settings)
-    return load_partial_config(file, needs=needs, **settings)
+    return load_partial_config(file, needs=needs, elsewhere=elsewhere, **settings)
 
 
 def mapping(name: str, pairs: list[str] | None) -> dict[str, Any] | None:
     """The entries of a setting whose flag was given KEY=VALUE, perhaps often; None without any."""
     if not pairs:
         return None
+    flag, form = _MAPPINGS[name]
+    if flag.endswith("s"):
+        pairs = [part for pair in pairs for part in pair.split(",")]
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:
-        flag, form = _MAPPINGS[name]
-        raise ConfigError(f"{flag}: expected {form}, got {wrong[0]!r}")
+        # What was meant for a store may be a secret.
+        given = "something without a =" if name == "store_options" else repr(wrong[0])
+        raise ConfigError(f"{flag}: expected {form}, got {given}")
     entries = dict(pair.split("=", 1) for pair in pairs)
     # A template's arguments are numbers and truth values, too; they are spelled as in YAML.
     return entries if name != "template_arguments" else {k: _yaml(v) for k, v in entries.items()}

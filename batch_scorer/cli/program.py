@@ -28,7 +28,7 @@ def main() -> NoReturn:
         # A command that raises typer.Exit has its code returned here.
         code = app(standalone_mode=False)
     except BatchScorerError as error:
-        fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code, as_json=_wants_json(), kind=type(error).__name__)
     except typer.Abort:
         sys.exit(ExitCode.INCOMPLETE)
     except Exception as error:
@@ -36,11 +36,21 @@ def main() -> NoReturn:
         show_usage_error = getattr(error, "show", None)
         if show_usage_error is None:
             raise
+        if _wants_json():
+            message = str(getattr(error, "format_message", error.__str__)())
+            fail(message, ExitCode.CONFIG, as_json=True, kind="UsageError")
         show_usage_error()
         sys.exit(ExitCode.CONFIG)
     if code == _INTERRUPTED:
-        fail("stopped; run the same command again to resume", ExitCode.INCOMPLETE)
+        message = "stopped; run the same command again to resume"
+        fail(message, ExitCode.INCOMPLETE, as_json=_wants_json(), kind="Interrupted")
     sys.exit(code or ExitCode.DONE)
+
+
+def _wants_json() -> bool:
+    """Whether this command was called with --json; what follows `--` is another command's."""
+    words = sys.argv[1:]
+    return "--json" in (words[: words.index("--")] if "--" in words else words)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-from batch_scorer.errors import ConfigError, IncompleteError
+from batch_scorer.errors import ConfigError, IncompleteError, cause_of
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -115,7 +115,7 @@ def find_token(file: Path | None) -> str | None:
     try:
         token = file.read_text().strip()
     except OSError as error:
-        raise ConfigError(f"the token cannot be read: {error}") from error
+        raise ConfigError(f"{file}: the token cannot be read: {cause_of(error)}") from error
     if not token:
         raise ConfigError(f"{file} holds no token")
     return token

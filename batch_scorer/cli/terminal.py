@@ -45,9 +45,15 @@ def show(report: "Result", *, as_json: bool) -> None:
     show_on(out(), report)
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """End the program with a message on stderr, which holds no secrets."""
-    if logs.is_json():
+def fail(message: str, code: int, *, as_json: bool = False, kind: str = "") -> NoReturn:
+    """End the program with a message on stderr, which holds no secrets.
+
+    Under `as_json` its last line is one JSON object with the error's class, `kind`.
+    """
+    if as_json:
+        failure = {"error": kind, "message": logs.mask(message), "exit_code": int(code)}
+        print(json.dumps(failure), file=sys.stderr)
+    elif logs.is_json():
         logs.log.error(message)
     else:
         text = Text.assemble(("error:", "red"), " ", logs.mask(message))

@@ -4,27 +4,35 @@ Only committed shards of a complete output are read, and of them only the column
 to the version that the manifest names.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from batch_scorer.config import Config
-from batch_scorer.errors import ConfigError, IncompleteError, IntegrityError, OutputError
+from batch_scorer.config import Config, PartialConfig, expanded
+from batch_scorer.errors import (
+    ConfigError,
+    IncompleteError,
+    IntegrityError,
+    OutputError,
+    ShardError,
+)
 from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbench2, rm_bench
-from batch_scorer.evaluation.result import Evaluation
+from batch_scorer.evaluation.result import Evaluation, texts
+from batch_scorer.inputs.files import open_parquet, read_apart
 from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.inputs.selection import kept_columns
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.state import OutputState
-from batch_scorer.records import Format, Receipt, Status
+from batch_scorer.records import Format, Receipt, Source, Status
 from batch_scorer.runs.run import Listener, score
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store
+
+T = TypeVar("T")
 
 _READERS = 8
 _LINES_SHOWN = 20
@@ -65,7 +73,7 @@ class _Rules:
 
 
 def evaluate(
-    scored: str | Config,
+    scored: str | Path | Config,
     store_options: Mapping[str, str] | None = None,
     *,
     benchmark: str | None = None,
@@ -88,12 +96,12 @@ def evaluate(
     if benchmark is not None and benchmark not in list(Benchmark):
         raise ConfigError(f"unknown benchmark {benchmark!r}; known are {', '.join(Benchmark)}")
     wanted = Benchmark(benchmark) if benchmark else None
-    if isinstance(scored, str):
-        return _evaluate(scored, dict(store_options or {}), wanted, legacy_xstest_weights)
+    if not isinstance(scored, Config):
+        return evaluate_output(expanded(scored), store_options or {}, wanted, legacy_xstest_weights)
     if store_options is not None:
         raise ConfigError("store_options: a Config has its own")
     _score(scored, wanted, listeners)
-    return _evaluate(scored.output, scored.store_options, wanted, legacy_xstest_weights)
+    return evaluate_output(scored.output, scored.store_options, wanted, legacy_xstest_weights)
 
 
 def _score(config: Config, wanted: Benchmark | None, listeners: Sequence[Listener]) -> None:
@@ -106,22 +114,23 @@ def _score(config: Config, wanted: Benchmark | None, listeners: Sequence[Listene
     score(config, *listeners)
 
 
-def _evaluate(
+def evaluate_output(
     output: str,
-    store_options: dict[str, str],
+    store_options: Mapping[str, str],
     wanted: Benchmark | None,
     legacy_xstest_weights: bool,
 ) -> Evaluation:
+    """`evaluate` of a scored output whose name is `expanded` already."""
     store, run = open_scored(output, store_options)
     receipts, gone = _complete(store, output)
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         files = list(pool.map(partial(_file, store), receipts))
         found = find_benchmark(files, wanted)
-        read = partial(_read, store, found, run["layout"]["column_prefix"])
+        read = partial(_read, store, found, str(run.layout.get("column_prefix", "")))
         table = pa.concat_tables(pool.map(read, receipts, files))
     rules = _RULES[found]
-    names = set(table[rules.texts[0]].to_pylist())
-    if wanted is None and not any(rules.known(name or "") for name in names):
+    names = set(texts(table, rules.texts[0]).tolist())
+    if wanted is None and not any(map(rules.known, names)):
         raise OutputError(
             f"{output}: its rows look like {found}, but that benchmark knows no {rules.texts[0]} "
             f"of them; pass --benchmark {found} to evaluate them all the same"
@@ -136,7 +145,7 @@ def _evaluate(
         note = f"{gone} shards are not counted: the last run did not name their inputs"
         result = replace(result, notes=[*result.notes, note])
     return replace(
-        result, model=run["provenance"]["model"], output=output, scored_with=run["fingerprint"]
+        result, model=str(run.provenance.get("model")), output=output, scored_with=run.fingerprint
     )
 
 
@@ -256,31 +265,38 @@ _RULES: Mapping[Benchmark, _Rules] = {
 # Reading.
 
 
-@contextmanager
-def _opened(store: Store, receipt: Receipt) -> Iterator[pq.ParquetFile]:
-    """A committed shard, for reading; raises IntegrityError if it is not as it was committed."""
+def _of_shard(store: Store, receipt: Receipt, read: Callable[..., T], *args: object) -> T:
+    """What `read` gives of a committed shard; raises IntegrityError if it is not as it was
+    committed."""
     stored = receipt.stored
     assert stored is not None  # it is committed
     try:
-        file = store.open(receipt.output_key, stored.size_bytes, stored.version)
-        yield pq.ParquetFile(file, pre_buffer=False)
-    except (ObjectMissing, ObjectChanged, pa.ArrowException, OSError) as error:
+        source = Source(store.root, receipt.output_key, stored.size_bytes, stored.version)
+        return read_apart(PartialConfig(), stored.size_bytes, read, store, source, *args)
+    except (ObjectMissing, ObjectChanged, ShardError, pa.ArrowException, OSError) as error:
         raise IntegrityError(
             f"{store.url(receipt.output_key)} is not the shard that was committed "
             f"({error}); for details run `batch-scorer verify`"
         ) from error
 
 
+def _names(store: Store, source: Source) -> list[str]:
+    names: list[str] = open_parquet(store, source).schema_arrow.names
+    return names
+
+
+def _columns(store: Store, source: Source, names: list[str]) -> pa.Table:
+    return open_parquet(store, source).read(columns=names, use_threads=False)
+
+
 def _file(store: Store, receipt: Receipt) -> File:
     commit = receipt.commit
     assert commit is not None  # it is committed
-    with _opened(store, receipt) as shard:
-        names = shard.schema_arrow.names
     return File(
         name=receipt.input,
         format=Format(commit.layout["format"]),
         fields=commit.layout["columns"],
-        columns=frozenset(names),
+        columns=frozenset(_of_shard(store, receipt, _names)),
     )
 
 
@@ -295,8 +311,7 @@ def _read(
     url = store.url(receipt.output_key)
     if missing := set(scores.values()) - file.columns:
         raise OutputError(f"{url} has no column {', '.join(sorted(missing))}")
-    with _opened(store, receipt) as shard:
-        table = shard.read(columns=[*texts, *scores.values()], use_threads=False)
+    table = _of_shard(store, receipt, _columns, [*texts, *scores.values()])
     constants = dict.fromkeys(rules.texts) | ({"subset": prior} if prior else {})
     columns = {
         name: pa.array([value] * table.num_rows, pa.string()) for name, value in constants.items()
@@ -349,8 +364,8 @@ def _what_is_missing(state: OutputState, output: str) -> list[str]:
     if len(lines) > _LINES_SHOWN:
         lines = [*lines[:_LINES_SHOWN], f"and {len(lines) - _LINES_SHOWN} more"]
     return [
-        f"{output} is not complete: {len(there):,} of {plan['shards']:,} planned shards are "
-        f"scored, {sum(r.num_rows for r in there):,} of {plan['rows']:,} rows; {advice}",
+        f"{output} is not complete: {len(there):,} of {plan.shards:,} planned shards are "
+        f"scored, {sum(r.num_rows for r in there):,} of {plan.rows:,} rows; {advice}",
         *lines,
     ]
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from batch_scorer.errors import OutputError
+from batch_scorer.config import expanded
+from batch_scorer.errors import OutputError, cause_of
 from batch_scorer.evaluation import Benchmark
+from batch_scorer.formats.values import is_text, texts_of
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -133,13 +134,14 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": self.rows, "unscored": self.unscored}
 
-    def save(self, file: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write it as JSON, into a folder made if need be. Raises OutputError."""
+        file = Path(expanded(path))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(self.to_json()) + "\n")
         except OSError as error:
-            raise OutputError(f"{file}: the report cannot be written: {error}") from error
+            raise OutputError(f"{file}: the report cannot be written: {cause_of(error)}") from error
 
 
 def subsets_of(
@@ -196,8 +198,9 @@ NULL = "(null)"
 
 def texts(table: pa.Table, name: str) -> npt.NDArray[np.str_]:
     """str[P]; a null is `NULL`."""
-    column = pc.fill_null(table[name].cast(pa.string()), NULL)
-    return np.array(column.to_pylist(), dtype=np.str_)
+    column = table[name]
+    found = texts_of(column if is_text(column.type) else column.cast(pa.string()))
+    return np.array([NULL if text is None else text for text in found], dtype=np.str_)
 
 
 def floats(table: pa.Table, name: str) -> FloatArray:

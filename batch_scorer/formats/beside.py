@@ -1,13 +1,16 @@
-"""What stands beside prompt and responses in a file: attention masks, the context, and columns that
-are watched because nobody says what they mean."""
+"""What stands beside prompt and responses in a file: attention masks, the context, what a model
+judges the answer by, and columns that are watched because nobody says what they mean."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from batch_scorer.formats.context import READERS
+from batch_scorer.errors import RowReason
+from batch_scorer.formats.bounded import BOUND_REASONS
+from batch_scorer.formats.context import READERS, Reader, read_beside
 from batch_scorer.formats.held import Sample
 from batch_scorer.formats.kinds import (
+    BESIDE_NAMES,
     CONTEXT_NAMES,
     KINDS,
     MEDIA_NAMES,
@@ -93,10 +96,17 @@ def with_context(
                 for name in known
                 if name in sample.held
                 and wanted.is_free(name, columns)
-                and _unread(sample.of(name), name, read) is None
+                and _unread(sample.of(name), name, read, wanted) is None
             ]
             if free:
                 columns[field] = only(field, free)
+    for field in BESIDE_NAMES:
+        if field in wanted.columns:
+            columns[field] = _named_context(field, is_dialogue, sample, wanted, read_beside)
+        elif field == wanted.beside and is_dialogue:
+            columns[field] = _column_beside(field, columns, sample, wanted)
+        elif field == wanted.beside:
+            _check_none_beside(field, columns, sample, wanted)
     masks = {mask_field(field) for field in (*KINDS[layout.format].fields,)}
     for field in wanted.columns:
         if field in masks and field not in columns:
@@ -113,27 +123,52 @@ def with_context(
         if name in MEDIA_NAMES or (is_dialogue and not is_whole):
             _check_unread(name, sample)
             watched.append(name)
-    return replace(layout, columns=columns, watched=tuple(watched))
+    beside = {columns[field] for field in BESIDE_NAMES if field in columns}
+    encoded = tuple(sorted({*layout.encoded, *(beside & sample.encoded)}))
+    return replace(layout, columns=columns, watched=tuple(watched), encoded=encoded)
 
 
-def _named_context(
-    field: str, fits: bool, sample: Sample, wanted: Wanted, read: Callable[[Any, str], Any]
-) -> str:
+def _column_beside(field: str, used: Mapping[str, str], sample: Sample, wanted: Wanted) -> str:
+    """The column of what the model judges the answer by. Raises Undecided where there is none."""
+    free = [n for n in BESIDE_NAMES[field] if n in sample.held and wanted.is_free(n, used)]
+    free = [n for n in free if _unread(sample.of(n), n, read_beside, wanted) is None]
+    if not free:
+        raise Undecided(
+            f"the model judges an answer by a {field}, and no column holds one",
+            f"pass --column {field}=column",
+        )
+    return only(field, free)
+
+
+def _check_none_beside(field: str, used: Mapping[str, str], sample: Sample, wanted: Wanted) -> None:
+    """Raise Undecided where rows that are scored as they are have it in a column of its own."""
+    for name in BESIDE_NAMES[field]:
+        if name in sample.held and wanted.is_free(name, used):
+            raise Undecided(
+                f"the model judges an answer by a {field}; these rows are scored as they are, so "
+                f"column {name} would not be read",
+                f"give conversations, or --ignore-column {name} if it stands in the rows already",
+            )
+
+
+def _named_context(field: str, fits: bool, sample: Sample, wanted: Wanted, read: Reader) -> str:
     name = wanted.columns[field]
     if not fits:
         raise Undecided(
             f"column {name}, named for {field}, has no place in these rows",
             f"leave out --column {field}={name}",
         )
-    if (why := _unread(sample.of(name), name, read)) is not None:
+    if (why := _unread(sample.of(name), name, read, wanted)) is not None:
         raise Undecided(f"column {name}, named for {field}: {why}", "name another column")
     return name
 
 
-def _unread(values: list[Any], name: str, read: Callable[[Any, str], Any]) -> str | None:
+def _unread(values: list[Any], name: str, read: Reader, wanted: Wanted) -> str | None:
     """Why a value cannot be read, or None."""
-    found = (read(value, name) for value in values if not is_empty(value))
-    return next((value.detail for value in found if isinstance(value, RowError)), None)
+    found = (read(value, name, wanted.bounds) for value in values if not is_empty(value))
+    errors = (value for value in found if isinstance(value, RowError))
+    is_of_row = BOUND_REASONS | {RowReason.EMPTY}  # and says nothing of the column
+    return next((e.detail for e in errors if e.reason not in is_of_row), None)
 
 
 def _check_unread(name: str, sample: Sample) -> None:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from batch_scorer.errors import RowReason
 from batch_scorer.formats.encoded import decoded
-from batch_scorer.formats.kinds import MEDIA_NAMES, role_alias
+from batch_scorer.formats.kinds import BESIDE_NAMES, MEDIA_NAMES, role_alias
 from batch_scorer.formats.messages import bad, messages_of, text_of
 from batch_scorer.formats.values import Columns, is_empty
-from batch_scorer.records import Conversation, Layout, RowError
+from batch_scorer.records import Conversation, Layout, Message, ReadBounds, RowError
+
+Reader: TypeAlias = Callable[[Any, str, ReadBounds], Any]
+"""Of a value, the name of its column and the bounds: what is read, or a RowError."""
 
 
 @dataclass(slots=True)
@@ -51,7 +54,7 @@ def contexts(columns: Columns, layout: Layout) -> tuple[dict[int, Context], dict
         for row, value in enumerate(columns[label] if label else ()):
             if label is None or is_empty(value):
                 continue
-            given = read(value, label)
+            given = read(value, label, layout.bounds)
             if isinstance(given, RowError):
                 errors.setdefault(row, given)
                 continue
@@ -65,6 +68,41 @@ def contexts(columns: Columns, layout: Layout) -> tuple[dict[int, Context], dict
     return found, errors
 
 
+def texts_beside(
+    columns: Columns, layout: Layout
+) -> tuple[dict[int, Message], dict[int, RowError]]:
+    """What the model judges the answers of each row by, as a message, and the errors of the rows
+    that lack it; nothing where it is not read."""
+    found: dict[int, Message] = {}
+    errors: dict[int, RowError] = {}
+    for kind in BESIDE_NAMES.keys() & layout.columns.keys():
+        label = layout.columns[kind]
+        for row, value in enumerate(columns[label]):
+            if label in layout.encoded:
+                value = decoded(value, label, layout.bounds)
+            text = read_beside(value, label, layout.bounds)
+            if isinstance(text, RowError):
+                errors[row] = text
+            else:
+                found[row] = {"role": "assistant", "content": text}
+    return found, errors
+
+
+def read_beside(value: Any, label: str, _: ReadBounds) -> str | RowError:
+    """A text, or the texts of a message or of messages, joined by line feeds."""
+    if value is None:
+        return RowError(RowReason.NULL_VALUE, f"{label} is null")
+    if isinstance(value, RowError):
+        return value
+    text = value
+    if not isinstance(value, str):
+        messages = messages_of(value if isinstance(value, list) else [value], label)
+        if isinstance(messages, RowError):
+            return messages
+        text = "\n".join(map(text_of, messages))
+    return text if text.strip() else RowError(RowReason.EMPTY, f"{label} is empty")
+
+
 def _system_turn(conversation: Conversation) -> Conversation:
     """The system message that it begins with, or nothing."""
     return conversation[:1] if role_alias(conversation[0]["role"]) == "system" else []
@@ -76,11 +114,11 @@ def _not_read(name: str) -> RowError:
     return RowError(RowReason.CONTEXT_NOT_READ, f"{name} holds something that is not read")
 
 
-def _system(value: Any, label: str) -> str | RowError:
+def _system(value: Any, label: str, _: ReadBounds) -> str | RowError:
     return value if isinstance(value, str) else bad(f"{label} is no text")
 
 
-def _history(value: Any, label: str) -> Conversation | RowError:
+def _history(value: Any, label: str, _: ReadBounds) -> Conversation | RowError:
     """The turns of a list of messages, or of pairs of a question and its answer."""
     if isinstance(value, list) and all(map(_is_pair, value)):
         return [
@@ -95,9 +133,9 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
-def _objects(argument: str) -> Callable[[Any, str], Any]:
-    def read(value: Any, label: str) -> Mapping[str, Any] | RowError:
-        value = decoded(decoded(value, label), label)
+def _objects(argument: str) -> Reader:
+    def read(value: Any, label: str, bounds: ReadBounds) -> Mapping[str, Any] | RowError:
+        value = decoded(decoded(value, label, bounds), label, bounds)
         if isinstance(value, RowError):
             return value
         if isinstance(value, list) and all(isinstance(item, dict) for item in value):
@@ -107,17 +145,16 @@ def _objects(argument: str) -> Callable[[Any, str], Any]:
     return read
 
 
-def _arguments(value: Any, label: str) -> Mapping[str, Any] | RowError:
-    value = decoded(value, label)
+def _arguments(value: Any, label: str, bounds: ReadBounds) -> Mapping[str, Any] | RowError:
+    value = decoded(value, label, bounds)
     return value if isinstance(value, dict | RowError) else bad(f"{label} is no object")
 
 
-READERS: Mapping[str, Callable[[Any, str], Any]] = {
+READERS: Mapping[str, Reader] = {
     "system": _system,
     "history": _history,
     "tools": _objects("tools"),
     "documents": _objects("documents"),
     "template_arguments": _arguments,
 }
-"""Field → what reads a value that is not empty, as a value of `Context` or as arguments; or it
-gives a RowError."""
+"""Field → what reads a value that is not empty, as a value of `Context` or as arguments."""

@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import pyarrow as pa
 
 from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.formats.held import Held, Sample, look_at
 from batch_scorer.formats.kinds import (
+    BESIDE_NAMES,
     CONTEXT_NAMES,
     KINDS,
     KNOWN_NAMES,
@@ -24,7 +26,7 @@ from batch_scorer.formats.kinds import (
 from batch_scorer.formats.settle import settle
 from batch_scorer.formats.values import Columns, is_list
 from batch_scorer.formats.wanted import Undecided, Wanted
-from batch_scorer.records import Format, Layout, TextStyle
+from batch_scorer.records import DEFAULT_BOUNDS, Format, Layout, ReadBounds, TextStyle
 
 _MAX_COLUMNS_LISTED = 40
 
@@ -37,12 +39,15 @@ def detect(
     columns: Mapping[str, str],
     text_style: TextStyle | None,
     ignore: Collection[str] = (),
+    beside: str | None = None,
+    bounds: ReadBounds = DEFAULT_BOUNDS,
 ) -> Layout:
     """The layout of a file with `schema`; `rows` are the values of its first rows, or of none.
 
     `format`, `columns` (field → column name; an empty name: the field is not used) and
     `text_style` are what is known, columns in `ignore` are as if they were not there; the rest is
-    found as follows.
+    found as follows. `beside` is a field that the model reads beside each conversation.
+    The rows are read by `bounds`.
 
     1. Columns go to fields by known names, and only where they hold what fits (`held`).
     2. chosen and rejected, or responses, or a prompt and a response or steps come before messages
@@ -57,18 +62,18 @@ def detect(
        most begin with a control mark; else plain next to a prompt, rendered in a text column
        alone, and an error elsewhere.
     5. Columns around the conversation are fields where their meaning is agreed, and watched where
-       it is not.
+       it is not. The field `beside` has to be there.
 
     Raises ShardError(WRONG_SCHEMA) where this gives no or more than one answer, or where a column
     holds a part of the conversation that would not be read. The message lists the columns and what
     to pass.
     """
     try:
-        sample = look_at(schema, rows, decode=text_style is None)
+        sample = look_at(schema, rows, decode=text_style is None, bounds=bounds)
+        wanted = Wanted(columns, text_style, frozenset(ignore), beside, bounds)
         _check_named(schema, sample, columns, format)
-        wanted = Wanted(columns, text_style, frozenset(ignore))
         chosen, hits = _choose_kind(sample, _has_labels(schema, sample), wanted, format)
-        return settle(chosen, hits, sample, wanted)
+        return replace(settle(chosen, hits, sample, wanted), bounds=bounds)
     except Undecided as error:
         listed = [f"{field.name}: {field.type}" for field in schema][:_MAX_COLUMNS_LISTED]
         if more := len(schema) - len(listed):
@@ -85,6 +90,7 @@ def columns_judged(schema: pa.Schema, columns: Mapping[str, str]) -> list[str]:
     """
     known = {name for tiers in KNOWN_NAMES.values() for _, names in tiers for name in names}
     known |= {STEP_LABELS, *WATCHED_NAMES, *MEDIA_NAMES, *columns.values()}
+    known |= {name for names in BESIDE_NAMES.values() for name in names}
     known |= {name for field in KNOWN_NAMES for name in mask_names(field)}
     return [name for name in schema.names if name in known and schema.get_field_index(name) >= 0]
 
@@ -112,7 +118,7 @@ def describe(layout: Layout, schema: pa.Schema | None = None) -> str:
         prompt = layout.columns.get("prompt")
         inside = f"prompt inside, cut off by {prompt}" if layout.prompt_inside else "prompt inside"
         parts.append(f"prompt in {prompt}" if prompt and not layout.prompt_inside else inside)
-    for field in (*CONTEXT_NAMES, *masks):
+    for field in (*CONTEXT_NAMES, *BESIDE_NAMES, *masks):
         if field in layout.columns:
             parts.append(f"{field.replace('_', ' ')} in {layout.columns[field]}")
     return f"{kind.noun} ({'; '.join(parts)})"
@@ -205,7 +211,7 @@ def _named(field: str, fitting: Mapping[str, Part], columns: Mapping[str, str]) 
 
 def _fields(kind: Kind) -> list[str]:
     """What a column can be named for in rows of this kind."""
-    return [*kind.fields, *CONTEXT_NAMES, *map(mask_field, kind.fields)]
+    return [*kind.fields, *CONTEXT_NAMES, *BESIDE_NAMES, *map(mask_field, kind.fields)]
 
 
 def _has_labels(schema: pa.Schema, sample: Sample) -> bool:
@@ -217,7 +223,8 @@ def _has_labels(schema: pa.Schema, sample: Sample) -> bool:
 
 
 def _has_ids(kind: Kind, schema: pa.Schema, name: str) -> bool:
-    held = look_at(pa.schema([schema.field(name)]), {}, decode=False).held[name]
+    alone = pa.schema([schema.field(name)])
+    held = look_at(alone, {}, decode=False, bounds=DEFAULT_BOUNDS).held[name]
     return (held.items if kind.is_group else held.whole) is Part.TOKEN_IDS
 
 

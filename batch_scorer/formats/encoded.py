@@ -3,10 +3,12 @@
 import ast
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from batch_scorer.errors import RowReason
-from batch_scorer.records import RowError
+from batch_scorer.formats.bounded import NEITHER, fault_of, fault_of_literal
+from batch_scorer.records import ReadBounds, RowError
 
 _LIKE_MESSAGES = re.compile(
     r"""[\s\[(]*(?:array\([\s\[]*)?\{\s*['"](?:role|content|from|value)['"]\s*:"""
@@ -18,26 +20,32 @@ def looks_encoded(text: str) -> bool:
     return _LIKE_MESSAGES.match(text) is not None
 
 
-def decode(text: str, label: str) -> Any:
+def decode(text: str, label: str, bounds: ReadBounds) -> Any:
     """The value that a text spells, or an error; blank text as it is."""
     if not text.strip():
         return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass  # then it is Python's spelling, or none at all
+    fault = fault_of(text.encode(errors="surrogatepass"), bounds)
+    if fault is None:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            pass  # then it is Python's spelling, or none at all
+    elif fault.reason is RowReason.ROW_TOO_LARGE:
+        return replace(fault, detail=f"{label}: {fault.detail}")
+    # Quotes are others in Python: what seems nested by those of JSON may be a text.
+    if (other := fault_of_literal(text, bounds)) is not None:
+        fault = other if fault is None or other.reason is not RowReason.MALFORMED_JSON else fault
+        return replace(fault, detail=f"{label}: {fault.detail}")
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return RowError(
-            RowReason.MALFORMED_JSON, f"{label} is text that is neither JSON nor Python's spelling"
-        )
+        return RowError(RowReason.MALFORMED_JSON, f"{label}: {NEITHER}")
 
 
-def decoded(value: Any, label: str) -> Any:
+def decoded(value: Any, label: str, bounds: ReadBounds) -> Any:
     """The same where the value is text, or of the texts of a list; another value as it is."""
     if isinstance(value, str):
-        return decode(value, label)
+        return decode(value, label, bounds)
     if isinstance(value, list) and any(isinstance(item, str) for item in value):
-        return [decode(item, label) if isinstance(item, str) else item for item in value]
+        return [decode(v, label, bounds) if isinstance(v, str) else v for v in value]
     return value

@@ -14,7 +14,8 @@ import pyarrow as pa
 from batch_scorer.formats.encoded import decoded, looks_encoded
 from batch_scorer.formats.kinds import MESSAGE_KEYS, Part
 from batch_scorer.formats.steps import is_steps, problem_of
-from batch_scorer.formats.values import Columns, is_empty, is_json, is_list
+from batch_scorer.formats.values import Columns, is_empty, is_json, is_list, is_text
+from batch_scorer.records import ReadBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Sample:
         return list(self.values.get(name, ()))
 
 
-def look_at(schema: pa.Schema, rows: Columns, *, decode: bool) -> Sample:
+def look_at(schema: pa.Schema, rows: Columns, *, decode: bool, bounds: ReadBounds) -> Sample:
     """What is in a file of this schema; `rows` are the values of some of its rows, perhaps none.
 
     Unless `decode`, texts are texts.
@@ -59,7 +60,7 @@ def look_at(schema: pa.Schema, rows: Columns, *, decode: bool) -> Sample:
         own = list(rows.get(name, ()))
         texts = [text for value in own for text in _texts(value) if text.strip()]
         if decode and _most((text.lstrip()[0] in "[{(" for text in texts), len(texts)):
-            spelt = [decoded(value, name) for value in own]
+            spelt = [decoded(value, name, bounds) for value in own]
             found = _by_values(spelt)
             if found.whole in _OF_MESSAGES or found.items in _OF_MESSAGES:
                 encoded.add(name)
@@ -112,13 +113,7 @@ def _is_message(dtype: pa.DataType) -> bool:
 
 
 def _is_text(dtype: pa.DataType) -> bool:
-    if pa.types.is_dictionary(dtype):
-        return _is_text(dtype.value_type)
-    return bool(
-        pa.types.is_string(dtype)
-        or pa.types.is_large_string(dtype)
-        or pa.types.is_string_view(dtype)
-    )
+    return _is_text(dtype.value_type) if pa.types.is_dictionary(dtype) else is_text(dtype)
 
 
 def _item_type(dtype: pa.DataType) -> pa.DataType | None:

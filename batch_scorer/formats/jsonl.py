@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.json
 
 from batch_scorer.errors import RowReason, ShardError, ShardReason
+from batch_scorer.formats.bounded import are_within, elements_of, fault_of, too_large
 from batch_scorer.formats.json_types import (
+    JSON_TEXT,
     Kind,
     column_type,
     has_json_text,
@@ -33,8 +35,10 @@ from batch_scorer.formats.json_types import (
     most_fields,
     table_of,
 )
+from batch_scorer.formats.lines import lines_of
 from batch_scorer.formats.packed import codec_of, unpacked
-from batch_scorer.records import LineRun, Lines, RowError
+from batch_scorer.formats.storable import stored_type
+from batch_scorer.records import DEFAULT_BOUNDS, LineRun, Lines, ReadBounds, RowError
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Kinds: TypeAlias = Mapping[str, Kind]
@@ -43,45 +47,62 @@ Row: TypeAlias = dict[str, Any]
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _OPENING, _CLOSING = b"\n{}"
 _BLANKS = np.frombuffer(b" \t\n\r\v\f", dtype=np.uint8)
-_MAX_OPENED = 3000
-"""Objects and lists that begin in one line: Arrow's reader ends the process some 20,000 levels
-deep."""
 _SAMPLED, _FEW_FIELDS = 100, 64
 _MAX_BLOCK_BYTES = 2**31 - 1  # Arrow's limit
 
 
 def scan_lines(
-    file: BinaryIO, name: str, *, max_rows: int, max_bytes: int
+    file: BinaryIO,
+    name: str,
+    *,
+    max_rows: int,
+    max_bytes: int,
+    bounds: ReadBounds = DEFAULT_BOUNDS,
 ) -> tuple[Lines, pa.Table] | None:
     """Cut a file into runs of at most `max_rows` and `max_bytes`; a longer line is a run by itself.
 
-    Also returns the rows of the first run. Every line is parsed, so that types fit all rows. A file
-    without rows has no runs. None for what seems to be an array. Raises ShardError as
-    `read_json_table` does.
+    Also returns the rows of the first run in which there are any objects. Every line is parsed, so
+    that types fit all rows, but for those beyond the bounds. A file without rows has no runs. None
+    for what seems to be an array. Raises ShardError as `read_json_table` does.
     """
     codec = codec_of(file)
+    blocks = unpacked(file, name, codec, bounds)
+    begin = _beginning(blocks, bounds)
+    if b"".join(begin).removeprefix(_BOM).lstrip().startswith(b"["):
+        return None
     runs: list[LineRun] = []
     kinds: Kinds = {}
-    fault, first = "", b""
-    for run, data in _runs(unpacked(file, name, codec), max_rows, max_bytes):
-        if not runs:
-            if data.lstrip().startswith(b"["):
-                return None
-            first = data
-        run, found, why = _look(data, run, kinds)
+    fault, shown = "", (0, b"")
+    for run, data in _runs(chain(begin, blocks), max_rows, max_bytes, bounds):
+        run, found, why = _look(data, run, kinds, bounds)
+        if found and not kinds:
+            shown = len(runs), data
         runs.append(run)
         fault = fault or why
         kinds = joined_fields(kinds, found)
-    lines = Lines(tuple(runs), _schema(kinds), codec)
+    lines = Lines(tuple(runs), _schema(kinds), codec, bounds=bounds)
     if not runs:
         return lines, pa.table({})
     if not kinds:
         raise _no_table(name, fault)
-    return lines, read_lines(first, lines.part(0, 1))[0]
+    at, data = shown
+    return lines, read_lines(data, lines.part(at, at + 1))[0]
+
+
+def _beginning(blocks: Iterator[bytes], bounds: ReadBounds) -> list[bytes]:
+    """Blocks up to the first one with something in it."""
+    begin: list[bytes] = []
+    size = 0
+    for block in blocks:
+        begin.append(block)
+        size += len(block)
+        if (size > len(_BOM) and not block.isspace()) or size > bounds.max_row_bytes:
+            break
+    return begin
 
 
 def read_lines(data: bytes, lines: Lines) -> tuple[pa.Table, dict[int, RowError]]:
-    """The rows of these runs, whose bytes are `data`, with the columns of the whole file.
+    """The rows of these runs, whose `spans` are `data`, with the columns of the whole file.
 
     Bad lines are rows of nulls and errors, as in `read_json_table`.
     """
@@ -89,7 +110,7 @@ def read_lines(data: bytes, lines: Lines) -> tuple[pa.Table, dict[int, RowError]
         table = _by_arrow(data, sum(run.num_rows for run in lines.runs), lines.schema)
         if table is not None:
             return table, {}
-    rows, errors = _rows(data, lines.runs[0].first_line)
+    rows, errors = _rows_of(data, lines)
     return table_of(rows, lines.schema), errors
 
 
@@ -102,35 +123,42 @@ def read_line_values(
         loads, errors = json.JSONDecoder().decode, dict[int, RowError]()
         rows = [loads(line) for line in data.decode().split("\n") if line and not line.isspace()]
     else:
-        rows, errors = _rows(data, lines.runs[0].first_line)
+        rows, errors = _rows_of(data, lines)
     return _values(rows, names), errors
 
 
 def unpack_lines(file: BinaryIO, name: str, lines: Lines) -> bytes:
-    """The bytes of these runs in a packed file: everything before them is unpacked, too."""
-    parts: list[bytes] = []
+    """The `spans` of these runs in a packed file: everything before them is unpacked, too."""
+    spans = lines.spans
+    if not spans:
+        return b""
+    parts: list[list[bytes]] = [[] for _ in spans]
     position = 0
-    for block in unpacked(file, name, lines.codec):
-        parts.append(block[max(0, lines.start - position) : max(0, lines.stop - position)])
+    for block in unpacked(file, name, lines.codec, lines.bounds):
+        for part, (start, stop) in zip(parts, spans, strict=True):
+            part.append(block[max(0, start - position) : max(0, stop - position)])
         position += len(block)
-        if position >= lines.stop:
+        if position >= spans[-1][1]:
             break
-    return b"".join(parts)
+    return b"".join(chain.from_iterable(parts))
 
 
 # A file at once
 
 
-def read_json_table(data: bytes, name: str) -> tuple[pa.Table, dict[int, RowError]]:
+def read_json_table(
+    data: bytes, name: str, bounds: ReadBounds = DEFAULT_BOUNDS
+) -> tuple[pa.Table, dict[int, RowError]]:
     """The rows of a JSONL file (packed or not) or of one JSON array; blank lines are not rows.
 
-    A line that is not a JSON object becomes a row of nulls, and an error under its row number.
-    A file without rows gives a table without columns. Strings stay strings, dates too; a column
-    whose values have no type in common is JSON text (`json_types`). Raises
-    ShardError(UNREADABLE_FILE), naming the file, where the bytes cannot be unpacked, or no line is
-    a JSON object.
+    A line, or an element, that is not a JSON object or goes beyond the bounds becomes a row of
+    nulls, and an error under its row number. A file without rows gives a table without columns.
+    Strings stay strings, dates too; a column whose values have no type in common is JSON text
+    (`json_types`). Raises ShardError, naming the file: UNREADABLE_FILE where the bytes cannot be
+    unpacked, the elements of an array cannot be told apart, or nothing is a JSON object; TOO_LARGE
+    where it unpacks to too much.
     """
-    rows, errors = _whole(data, name)
+    rows, errors = _whole(data, name, bounds)
     if not rows:
         return pa.table({}), {}
     kinds = _kinds(rows)
@@ -140,66 +168,82 @@ def read_json_table(data: bytes, name: str) -> tuple[pa.Table, dict[int, RowErro
 
 
 def read_json_values(
-    data: bytes, name: str, names: Sequence[str]
+    data: bytes, name: str, names: Sequence[str], bounds: ReadBounds = DEFAULT_BOUNDS
 ) -> tuple[dict[str, list[Any]], dict[int, RowError]]:
     """As `read_line_values`, of such a file. Raises as `read_json_table`."""
-    rows, errors = _whole(data, name)
+    rows, errors = _whole(data, name, bounds)
     return _values(rows, names), errors
 
 
-def _whole(data: bytes, name: str) -> tuple[list[Row], dict[int, RowError]]:
+def _whole(data: bytes, name: str, bounds: ReadBounds) -> tuple[list[Row], dict[int, RowError]]:
     file = io.BytesIO(data)
-    data = b"".join(unpacked(file, name, codec_of(file))).removeprefix(_BOM)
-    if data.lstrip()[:1] == b"[" and data.rstrip()[-1:] == b"]":
-        data = _array_to_lines(data, name)
-    return _rows(data, 1)
-
-
-def _array_to_lines(data: bytes, name: str) -> bytes:
-    try:
-        elements = json.loads(data, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(name, f"not a JSON array: {error}") from error
-    return b"\n".join(json.dumps(element).encode() for element in elements)
+    data = b"".join(unpacked(file, name, codec_of(file), bounds)).removeprefix(_BOM)
+    if not (data.lstrip()[:1] == b"[" and data.rstrip()[-1:] == b"]"):
+        return _rows(data, 1, bounds)
+    spans = elements_of(data)
+    if spans is None:
+        raise _unreadable(name, "not a JSON array: its brackets or its commas do not fit")
+    elements = (data[start:stop].strip() for start, stop in spans)
+    return _parsed(((f"element {n}", text) for n, text in enumerate(elements, 1)), bounds)
 
 
 # Cutting
 
 
 def _runs(
-    blocks: Iterable[bytes], max_rows: int, max_bytes: int
+    blocks: Iterable[bytes], max_rows: int, max_bytes: int, bounds: ReadBounds
 ) -> Iterator[tuple[LineRun, bytes]]:
-    """The runs of a file, with their bytes."""
-    data, start, line = b"", 0, 1  # what is not cut yet, its first byte and line in the file
-    for block in chain(blocks, [None]):
-        data += block or b""
-        if start == 0 and data.startswith(_BOM):
-            data, start = data[len(_BOM) :], len(_BOM)
-        ends, rows = _line_ends(data, at_end=block is None)
-        cut = end = done = 0  # lines, bytes and rows that are in a run
+    """The runs of a file, with their bytes; without those of a row that is too large."""
+    start = stop = rows = 0  # of the run that is being filled
+    line = next_line = 1
+    parts: list[bytes] = []
+    is_long = False
+
+    def filled() -> list[tuple[LineRun, bytes]]:
+        nonlocal start, line, rows
+        run = LineRun(start, stop, line, rows, is_too_large=is_long)
+        found = [(run, b"".join(parts))] if rows else []
+        start, line, rows = stop, next_line, 0
+        parts.clear()
+        return found
+
+    for data, is_part in lines_of(blocks, bounds.max_row_bytes):
+        if not stop and data.startswith(_BOM):
+            data, start, stop = data[len(_BOM) :], len(_BOM), len(_BOM)
+        if is_part:
+            if not is_long:
+                yield from filled()
+            is_long = True
+            stop += len(data)
+            rows = int(rows or not data.isspace())
+            if data.endswith(b"\n"):
+                next_line += 1
+                yield from filled()
+                is_long = False
+            continue
+        ends, counts = _line_ends(data)
+        cut = end = done = 0  # lines, bytes and rows of these that are in a run
         while cut < len(ends):
             fitting = min(
-                np.searchsorted(ends, end + max_bytes, side="right"),
-                np.searchsorted(rows, done + max_rows, side="right"),
+                np.searchsorted(ends, end + max_bytes - (stop - start), side="right"),
+                np.searchsorted(counts, done + max_rows - rows, side="right"),
             )
-            stop = max(cut + 1, int(fitting))
-            if stop == len(ends) and block is not None:
-                break  # the next line may belong to it
-            first_line, begin, before = line + cut, end, done
-            cut, end, done = stop, int(ends[stop - 1]), int(rows[stop - 1])
-            if done > before:
-                run = LineRun(start + begin, start + end, first_line, done - before)
-                yield run, data[begin:end]
-        data, start, line = data[end:], start + end, line + cut
+            if fitting <= cut and parts:
+                yield from filled()
+                continue
+            until = max(cut + 1, int(fitting))
+            parts.append(data[end : ends[until - 1]])
+            stop += int(ends[until - 1]) - end
+            rows += int(counts[until - 1]) - done
+            next_line += until - cut
+            cut, end, done = until, int(ends[until - 1]), int(counts[until - 1])
+    yield from filled()
 
 
-def _line_ends(data: bytes, *, at_end: bool) -> tuple[IntArray, IntArray]:
-    """For each line, the place after its end and the rows up to there; without an unfinished last
-    line."""
+def _line_ends(data: bytes) -> tuple[IntArray, IntArray]:
+    """For each line, the place after its end and the rows up to there."""
     letters = np.frombuffer(data, dtype=np.uint8)
-    ends = np.flatnonzero(letters == _NEWLINE) + 1
-    if at_end and len(data) > (ends[-1] if len(ends) else 0):
-        ends = np.append(ends, len(data))
+    ends = _ends(letters)
     starts = np.concatenate([[0], ends[:-1]])[: len(ends)].astype(np.int64)
     is_row = ~np.isin(letters[starts], _BLANKS)
     for place in np.flatnonzero(~is_row).tolist():
@@ -207,10 +251,18 @@ def _line_ends(data: bytes, *, at_end: bool) -> tuple[IntArray, IntArray]:
     return ends, np.cumsum(is_row)
 
 
+def _ends(letters: npt.NDArray[np.uint8]) -> IntArray:
+    ends = np.flatnonzero(letters == _NEWLINE) + 1
+    is_open = len(letters) > (ends[-1] if len(ends) else 0)
+    return np.append(ends, len(letters)) if is_open else ends
+
+
 # Arrow's way
 
 
-def _look(data: bytes, run: LineRun, known: Kinds) -> tuple[LineRun, Kinds, str]:
+def _look(
+    data: bytes, run: LineRun, known: Kinds, bounds: ReadBounds
+) -> tuple[LineRun, Kinds, str]:
     """The run with what is known of it, the kinds of its columns, and what is wrong with its first
     bad line. `known` are the kinds of the runs before it.
 
@@ -218,44 +270,44 @@ def _look(data: bytes, run: LineRun, known: Kinds) -> tuple[LineRun, Kinds, str]
     silently wrong about are objects that are not lines, bytes that are no UTF-8 (`_seems_plain`),
     nulls that it loses (`_by_arrow`), and numbers that it rounds (`kind_of_array`).
     """
-    may_be_plain = not any(map(is_mixed, known.values())) and _seems_plain(data, run.num_rows)
+    if run.is_too_large:
+        return run, {}, _of_large(run, bounds).detail
+    may_be_plain = not any(map(is_mixed, known.values()))
+    may_be_plain = may_be_plain and _seems_plain(data, run.num_rows, bounds)
     if may_be_plain and not known:
-        may_be_plain = not _has_mappings(data)
+        may_be_plain = not _has_mappings(data, bounds)
     table = _by_arrow(data, run.num_rows) if may_be_plain else None
     if table is not None and table.num_columns:
         kinds = {name: kind_of_array(table[name].combine_chunks()) for name in table.schema.names}
         if not any(map(is_mixed, kinds.values())):
             return replace(run, is_plain=True), kinds, ""
-    rows, errors = _rows(data, run.first_line)
+    rows, errors = _rows(data, run.first_line, bounds)
     return run, _kinds(rows), _first_fault(errors)
 
 
-def _has_mappings(data: bytes) -> bool:
+def _has_mappings(data: bytes, bounds: ReadBounds) -> bool:
     """Whether the first rows hold objects whose keys are new in every row. Arrow makes a column of
     nulls for each: 8,000 rows with a key each took 1.2 GB and 12 s."""
-    rows, _ = _rows(b"".join(islice(io.BytesIO(data), _SAMPLED)), 1)
+    rows, _ = _rows(b"".join(islice(io.BytesIO(data), _SAMPLED)), 1, bounds)
     return any(most_fields(kind) > _FEW_FIELDS for kind in _kinds(rows).values())
 
 
-def _seems_plain(data: bytes, num_rows: int) -> bool:
-    """Whether every row is a line that begins and ends as an object does, of UTF-8."""
+def _seems_plain(data: bytes, num_rows: int, bounds: ReadBounds) -> bool:
+    """Whether every row is a line that begins and ends as an object does, of UTF-8, and within the
+    bounds."""
     if not _is_utf8(data):
         return False
-    begin = rows = 0
-    while begin < len(data):
-        end = data.find(b"\n", begin) + 1 or len(data)
-        # Inside an object no `}` is followed by a `{`: so objects begin and end with the lines.
-        is_object = data[begin] == _OPENING and data[end - 2] == _CLOSING
-        if not is_object and (line := data[begin:end].strip()):
-            is_object = line.startswith(b"{") and line.endswith(b"}")
-            if not is_object:
+    letters = np.frombuffer(data, np.uint8)
+    ends = _ends(letters)
+    starts = ends - np.diff(ends, prepend=0)
+    # Inside an object no `}` is followed by a `{`: so objects begin and end with the lines.
+    is_object = (letters[starts] == _OPENING) & (letters[ends - 2] == _CLOSING)
+    for place in np.flatnonzero(~is_object).tolist():
+        if line := data[starts[place] : ends[place]].strip():
+            if not (line.startswith(b"{") and line.endswith(b"}")):
                 return False
-        if end - begin > 2 * _MAX_OPENED:
-            opened = data.count(b"{", begin, end) + data.count(b"[", begin, end)
-            if opened > _MAX_OPENED:
-                return False
-        begin, rows = end, rows + is_object
-    return rows == num_rows
+            is_object[place] = True
+    return int(is_object.sum()) == num_rows and are_within(data, ends, bounds)
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -297,35 +349,73 @@ def _one_block(data: bytes) -> pa.json.ReadOptions:
 # Line by line
 
 
-def _rows(data: bytes, first_line: int) -> tuple[list[Row], dict[int, RowError]]:
-    """All lines but blank ones; a bad line is an empty row and an error."""
+def _rows_of(data: bytes, lines: Lines) -> tuple[list[Row], dict[int, RowError]]:
+    """The rows of these runs, whose `spans` are `data`; one that is too large is an empty row."""
     rows: list[Row] = []
     errors: dict[int, RowError] = {}
-    for number, line in enumerate(io.BytesIO(data), start=first_line):
-        if line.isspace():
-            continue
-        row, why = _row(line.rstrip(b"\r\n"))
-        if why:
-            errors[len(rows)] = RowError(RowReason.MALFORMED_JSON, f"line {number}: {why}")
+    at = 0
+    for run in lines.runs:
+        if run.is_too_large:
+            found: list[Row] = [{}]
+            bad = {0: _of_large(run, lines.bounds)}
+        else:
+            size = run.stop - run.start
+            found, bad = _rows(data[at : at + size], run.first_line, lines.bounds)
+            at += size
+        errors |= {len(rows) + row: error for row, error in bad.items()}
+        rows += found
+    return rows, errors
+
+
+def _of_large(run: LineRun, bounds: ReadBounds) -> RowError:
+    error = too_large(run.stop - run.start, bounds)
+    return replace(error, detail=f"line {run.first_line}: {error.detail}")
+
+
+def _rows(
+    data: bytes, first_line: int, bounds: ReadBounds
+) -> tuple[list[Row], dict[int, RowError]]:
+    """All lines but blank ones."""
+    lines = enumerate(io.BytesIO(data), start=first_line)
+    return _parsed(((f"line {n}", line) for n, line in lines if not line.isspace()), bounds)
+
+
+def _parsed(
+    named: Iterable[tuple[str, bytes]], bounds: ReadBounds
+) -> tuple[list[Row], dict[int, RowError]]:
+    """The objects in texts with names; a bad one is an empty row and an error."""
+    rows: list[Row] = []
+    errors: dict[int, RowError] = {}
+    for name, text in named:
+        row = _row(text.removesuffix(b"\n"), bounds)
+        if isinstance(row, RowError):
+            errors[len(rows)] = replace(row, detail=f"{name}: {row.detail}")
+            row = {}
         rows.append(row)
     return rows, errors
 
 
-def _row(line: bytes) -> tuple[Row, str]:
-    """The object in a line, and "" or why there is none that a table can hold."""
+def _row(line: bytes, bounds: ReadBounds) -> Row | RowError:
+    """The object in a line, or why there is none that a table can hold."""
+    if (fault := fault_of(line, bounds)) is not None:
+        return fault
     try:
         value = json.loads(line.decode(), object_pairs_hook=_object)
         if b"\\u" in line:
             json.dumps(value, ensure_ascii=False).encode()  # half of a pair cannot be encoded
     except json.JSONDecodeError as error:
-        return {}, f"not JSON: {error.msg}, column {error.colno}"
+        return _malformed(f"not JSON: {error.msg}, column {error.colno}")
     except UnicodeError:
-        return {}, "not UTF-8"
+        return RowError(RowReason.NOT_UTF8, "not UTF-8")
     except (ValueError, RecursionError) as error:
-        return {}, f"not JSON: {error}"
+        return _malformed(f"not JSON: {error}")
     if value is None:
-        return {}, ""  # a row of nulls
-    return (value, "") if isinstance(value, dict) else ({}, "not a JSON object")
+        return {}  # a row of nulls
+    return value if isinstance(value, dict) else _malformed("not a JSON object")
+
+
+def _malformed(why: str) -> RowError:
+    return RowError(RowReason.MALFORMED_JSON, why)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -343,7 +433,13 @@ def _kinds(rows: Iterable[Row]) -> Kinds:
 
 
 def _schema(kinds: Kinds) -> pa.Schema:
-    return pa.schema([(name, column_type(kind)) for name, kind in kinds.items()])
+    types = {name: column_type(kind) for name, kind in kinds.items()}
+    return pa.schema(
+        [
+            (name, JSON_TEXT if stored_type(dtype) == JSON_TEXT else dtype)
+            for name, dtype in types.items()
+        ]
+    )
 
 
 def _values(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -127,6 +127,13 @@ CONTEXT_NAMES: Mapping[str, tuple[str, ...]] = {
 """Fields of the conversation around prompt and responses → columns that are read as such, because
 their meaning is agreed. `--column` names others."""
 
+BESIDE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "reference": ("reference", "reference_answer", "reference_response", "ground_truth"),
+    "principle": ("principle", "criterion"),
+}
+"""Fields that some models judge an answer by → columns that are read as such, for these models
+only. `--column` names others."""
+
 WATCHED_NAMES: Mapping[str, str] = {
     "system": "--column system=system (it is the system message)",
     "input": "--column input=input (it continues the instruction)",

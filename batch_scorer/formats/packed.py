@@ -1,6 +1,7 @@
 """Packed files: gzip and zstd, told apart by their first bytes; members and frames follow on."""
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -8,7 +9,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from batch_scorer.errors import ShardError, ShardReason
-from batch_scorer.records import Codec
+from batch_scorer.records import Codec, ReadBounds
 
 _READ_BYTES = 1 << 22
 _MAGIC_BYTES = 4
@@ -26,15 +27,31 @@ def codec_of(file: BinaryIO) -> Codec | None:
     return "zstd" if magic == b"\x28\xb5\x2f\xfd" or is_skippable else None
 
 
-def unpacked(file: BinaryIO, name: str, codec: Codec | None) -> Iterator[bytes]:
-    """The file from its beginning, a block at a time. Raises ShardError(UNREADABLE_FILE)."""
+def unpacked(file: BinaryIO, name: str, codec: Codec | None, bounds: ReadBounds) -> Iterator[bytes]:
+    """The file from its beginning, a block at a time.
+
+    Raises ShardError: UNREADABLE_FILE where it is damaged, TOO_LARGE where it unpacks to more than
+    it may.
+    """
     stream: Any = file
     if codec == "gzip":
         stream = gzip.GzipFile(fileobj=file)
     elif codec == "zstd":
         stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+    stored = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    most = bounds.most_unpacked(stored)
+    size = 0
     try:
         while block := stream.read(_READ_BYTES):
+            size += len(block)
+            if codec is not None and size > most:
+                raise ShardError(
+                    ShardReason.TOO_LARGE,
+                    f"{name}: {stored:,} bytes that unpack to more than {most:,} "
+                    f"(max_unpacked_gib {bounds.max_unpacked_gib:g}, max_expansion "
+                    f"{bounds.max_expansion:g})",
+                )
             yield block
     except (OSError, EOFError, zlib.error) as error:
         raise ShardError(

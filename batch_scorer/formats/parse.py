@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.formats import hh
-from batch_scorer.formats.context import Context, contexts
+from batch_scorer.formats.context import Context, contexts, texts_beside
 from batch_scorer.formats.encoded import decoded
 from batch_scorer.formats.kinds import KINDS, Part, is_assistant, mask_field
 from batch_scorer.formats.messages import asked, bad, judged, message_of, messages_of
@@ -70,6 +70,8 @@ def parse(columns: Columns, layout: Layout) -> ParsedRows:
     if layout.repeated is not None:
         needed = needed_of(_values(columns, layout, layout.repeated))
     around, row_errors = contexts(columns, layout)
+    beside, lacking_beside = texts_beside(columns, layout)
+    row_errors = lacking_beside | row_errors
     rows: list[list[list[Value]]] = []
     for row, prompt in enumerate(prompts):
         found = row_errors.get(row) or _sides(
@@ -79,7 +81,10 @@ def parse(columns: Columns, layout: Layout) -> ParsedRows:
             row_errors[row], found = found, []
         rows.append(found)
     sequences, row_offsets = shape_of(layout.format).cut(rows)
-    parsed = ParsedRows(sequences, row_offsets, dict(sorted(row_errors.items())))
+    parsed = ParsedRows(sequences, row_offsets, dict(sorted(row_errors.items())), beside=beside)
+    for row, prompt in enumerate(prompts):
+        if prompt and not isinstance(prompt, RowError) and not _is_conversation(prompt):
+            parsed.prompt_lengths[row] = len(prompt)
     for row, context in around.items():
         if context.arguments and row not in parsed.row_errors:
             parsed.arguments[row] = context.arguments
@@ -105,7 +110,7 @@ def _column(columns: Columns, layout: Layout, field: str) -> list[Any]:
 
 def _values(columns: Columns, layout: Layout, name: str) -> list[Any]:
     if name in layout.encoded:
-        return [decoded(value, name) for value in columns[name]]
+        return [decoded(value, name, layout.bounds) for value in columns[name]]
     return list(columns[name])
 
 

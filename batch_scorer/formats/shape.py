@@ -7,7 +7,7 @@ again (`from_columns`).
 Legend: R rows, S sequences, K sides of a row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from batch_scorer.config import OverLength
 from batch_scorer.formats.encoded import decoded
 from batch_scorer.formats.kinds import KINDS
-from batch_scorer.formats.values import is_list, values_of
-from batch_scorer.records import SCALAR, Format, Outputs, gather
+from batch_scorer.formats.values import columns_of, is_list
+from batch_scorer.records import SCALAR, Format, Layout, Outputs, ReadBounds, gather
 
 T = TypeVar("T")
 IntArray = npt.NDArray[np.int64]
@@ -59,19 +59,21 @@ class RowShape:
 
     def value_columns(self, outputs: Outputs) -> list[list[str]]:
         """The columns of each kind of value that a sequence has, by side: its score or embedding
-        first, then its attributes, then its steps."""
-        kinds = ["score" if outputs.embedding_size is None else "embedding"]
+        first, if there is one, then its attributes, then its steps or tokens."""
+        kinds = ["score"] if outputs.has_score else []
+        if outputs.embedding_size is not None:
+            kinds = ["embedding"]
         if self.is_group:
-            kinds[0] += "s"
+            kinds = [f"{kind}s" for kind in kinds]
         if outputs.attributes:
             kinds.append("rewards")
-        if outputs.steps:
-            kinds.append("step_scores")
+        if outputs.list_column:
+            kinds.append(outputs.list_column)
         return [[kind + suffix for suffix in self.suffixes] for kind in kinds]
 
     def has_margin(self, outputs: Outputs) -> bool:
         """Whether a row's two scores can be subtracted."""
-        return len(self.fields) == 2 and not self.is_group and outputs.embedding_size is None
+        return len(self.fields) == 2 and not self.is_group and outputs.has_score
 
     def added_columns(
         self, prefix: str, over_length: OverLength, outputs: Outputs = SCALAR
@@ -87,13 +89,10 @@ class RowShape:
         names += ["score_notes", "num_special_tokens"]
         return [prefix + name for name in names]
 
-    def counts(
-        self, table: pa.Table, columns: Mapping[str, str], row_offsets: IntArray
-    ) -> IntArray:
+    def counts(self, table: pa.Table, layout: Layout, row_offsets: IntArray) -> IntArray:
         """int64[R, K]: how many sequences of each row are of which side.
 
-        `row_offsets` is int64[R+1], how the rows of `table` were cut (`formats.parse`); `columns`
-        names the column of each field.
+        `row_offsets` is int64[R+1], how the rows of `table` were cut (`formats.parse`).
         """
         totals = np.diff(row_offsets)
         sides = len(self.fields)
@@ -101,7 +100,7 @@ class RowShape:
             return np.repeat((totals == sides).astype(np.int64)[:, None], sides, axis=1)
         counts = np.zeros((len(totals), sides), np.int64)
         for side, name in enumerate(self.fields[:-1]):
-            lengths = _list_lengths(table[columns[name]])
+            lengths = _input_lengths(table, layout.columns[name], layout.bounds)
             counts[:, side] = np.where(totals == 0, 0, lengths)
         counts[:, -1] = totals - counts.sum(axis=1)
         return counts
@@ -173,9 +172,15 @@ def _offsets(counts: IntArray) -> IntArray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
+def _input_lengths(table: pa.Table, name: str, bounds: ReadBounds) -> IntArray:
+    """int64[R]: how many values a column of the input holds in each row."""
+    if is_list(table[name].type):
+        return _list_lengths(table[name])
+    columns, _ = columns_of(table, [name], bounds)  # lists in JSON or Python's spelling
+    cells = [decoded(value, "", bounds) for value in columns[name]]
+    return np.array([len(v) if isinstance(v, list) else 0 for v in cells], np.int64)
+
+
 def _list_lengths(column: pa.Array | pa.ChunkedArray) -> IntArray:
-    if not is_list(column.type):  # lists in JSON or in Python's spelling, among other values
-        cells = [decoded(value, "") for value in values_of(column)]
-        return np.array([len(v) if isinstance(v, list) else 0 for v in cells], np.int64)
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     return np.asarray(lengths).astype(np.int64)

@@ -18,7 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.formats.json_types import JSON_TEXT
+from batch_scorer.formats.values import bytes_type
 
 _NODE = re.compile(
     r"(?P<indent> *)\w+ \S+ field_id=-?\d+ (?P<name>.*?)(?: \((?P<type>\w+).*\))?[;{ ]*"
@@ -28,7 +30,10 @@ _SAME = {"List", "Map", "Int"}
 
 
 def as_stored(table: pa.Table) -> pa.Table:
-    """The table with the types that it has in a Parquet file."""
+    """The table with the types that it has in a Parquet file; texts are the same bytes.
+
+    Raises ShardError(UNREADABLE_FILE) where that is JSON text, and one of its texts is not UTF-8.
+    """
     for index, field in enumerate(table.schema):
         wanted = stored_type(field.type)
         if wanted != field.type:
@@ -47,10 +52,10 @@ def stored_schema(schema: pa.Schema) -> pa.Schema:
 def stored_type(dtype: pa.DataType) -> pa.DataType:
     """The type that a column of this one has in Parquet: JSON text where there is no other."""
     try:
-        file = _empty_file(pa.schema([("c", _plain_type(dtype))]))
-    except pa.ArrowException:
+        file = pq.ParquetFile(_empty_file(pa.schema([("c", _plain_type(dtype))])))
+    except (pa.ArrowException, OSError):  # Arrow 26 writes deeper types than it reads
         return JSON_TEXT
-    return pq.ParquetFile(file).schema_arrow.field(0).type
+    return file.schema_arrow.field(0).type
 
 
 def lost_types(file: pq.ParquetFile) -> tuple[str, ...]:
@@ -117,14 +122,24 @@ def _plain_type(dtype: pa.DataType) -> pa.DataType:
 
 def _converted(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.Array | pa.ChunkedArray:
     if wanted == JSON_TEXT:
-        texts = [
-            None if v is None else _text(v) for v in column.to_pylist(maps_as_pydicts="strict")
-        ]
+        try:
+            values = column.to_pylist(maps_as_pydicts="strict")
+        except UnicodeDecodeError:
+            what = f"text that is not UTF-8 in a column of type {column.type}, which has no Parquet"
+            raise ShardError(ShardReason.UNREADABLE_FILE, what) from None
+        texts = [None if value is None else _text(value) for value in values]
         return pa.ExtensionArray.from_storage(JSON_TEXT, pa.array(texts, pa.string()))
+    # Texts go as bytes: those that are not UTF-8 come back, too.
+    given = _viewed(column, bytes_type(column.type))
     try:
-        return column.cast(wanted)
+        found = given.cast(bytes_type(wanted))
     except pa.ArrowException:  # Arrow casts few nested types
-        return pa.array(column.to_pylist(), wanted)
+        found = pa.chunked_array([pa.array(given.to_pylist(), bytes_type(wanted))])
+    return _viewed(found, wanted)
+
+
+def _viewed(column: pa.ChunkedArray, dtype: pa.DataType) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk.view(dtype) for chunk in column.chunks], dtype)
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,7 @@ def _is_padded(batch: Sequence[Sequence[Any]]) -> bool:
     if len(batch) < 2:
         return False
     for side in (batch, [row[::-1] for row in batch]):
-        ends = [(row[0], sum(1 for _ in takewhile(row[0].__eq__, row))) for row in side]
+        ends = [(row[0], sum(1 for _ in takewhile(partial(eq, row[0]), row))) for row in side]
         often = Counter(end for end, _ in ends)
         if any(run > 2 or (run == 2 and often[end] > 1) for end, run in ends):
             return True

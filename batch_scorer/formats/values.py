@@ -7,14 +7,24 @@ had with an explicit null; JSON files keep that difference.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import compress, pairwise
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_scorer.errors import ShardError, ShardReason
+from batch_scorer.errors import RowReason, ShardError, ShardReason
+from batch_scorer.formats.bounded import fault_of, too_large, too_many_keys, too_nested
+from batch_scorer.records import DEFAULT_BOUNDS, ReadBounds, RowError
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+Measure: TypeAlias = Callable[[pa.Array], IntArray]
+"""Of an array that is no list or object: a number for each value."""
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
 """Column name → R values, one a row."""
@@ -25,27 +35,88 @@ _KEPT_NULLS = (("role", "content"), ("from", "value"))
 templates ask for its content."""
 
 
-def columns_of(table: pa.Table, names: Iterable[str] | None = None) -> dict[str, list[Any]]:
-    """The values of these columns, R each; None: of all that have a name of their own.
+def columns_of(
+    table: pa.Table, names: Iterable[str] | None = None, bounds: ReadBounds = DEFAULT_BOUNDS
+) -> tuple[dict[str, list[Any]], dict[int, RowError]]:
+    """The values of these columns, R each; None: of all that have a name of their own. And why some
+    rows are not to be scored; their values are None.
 
     Structs are dicts without the fields that are null, at any depth, except for the content of a
     message; maps are dicts with all their items; lists of every kind are lists, and dictionaries
     what they stand for. Arrow's JSON type is what its text says; other extension types are their
-    storage. Binary values stay bytes, and text of the JSON type that is no JSON stays text. Raises
-    ShardError(WRONG_SCHEMA) for a column that is not there, or there twice.
+    storage. Binary values stay bytes, and text of the JSON type that is no JSON stays text. A row
+    is not to be scored where a text is not UTF-8, or JSON beyond the bounds, or where these columns
+    have more bytes than `max_row_bytes`.
+
+    Raises ShardError(WRONG_SCHEMA) for a column that is not there, or there twice; ArrowInvalid for
+    one that is damaged.
     """
-    columns = {}
     once = [name for name in table.column_names if table.schema.get_field_index(name) >= 0]
-    for name in once if names is None else names:
+    wanted = list(dict.fromkeys(once if names is None else names))
+    for name in wanted:
         if name not in once:
             raise ShardError(ShardReason.WRONG_SCHEMA, f"no column {name!r}")
-        columns[name] = values_of(table.column(name))
-    return columns
+    found = table.select(wanted)
+    errors = _faults(found, bounds)
+    return {name: _values_of(found.column(name), errors) for name in wanted}, errors
 
 
-def values_of(column: pa.ChunkedArray) -> list[Any]:
-    """The values of one column, as `columns_of` gives them."""
-    return [value for chunk in column.chunks for value in _values(chunk)]
+def texts_of(column: pa.ChunkedArray) -> list[str | None]:
+    """A text column for people: bytes that are not UTF-8 are spelt as `\\xff`."""
+    texts = []
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            chunk = chunk.dictionary_decode()
+        texts += [
+            None if text is None else text.decode(errors="backslashreplace")
+            for text in chunk.cast(pa.large_binary()).to_pylist()
+        ]
+    return texts
+
+
+_AS_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+
+
+def bytes_type(dtype: pa.DataType) -> pa.DataType:
+    """The type of the same buffers with bytes in place of texts, at any depth."""
+    return with_leaves(dtype, _AS_BYTES.get)
+
+
+def with_leaves(
+    dtype: pa.DataType, instead: Callable[[pa.DataType], pa.DataType | None]
+) -> pa.DataType:
+    """The type with other types in its place, or at any depth, where `instead` names one."""
+    if (other := instead(dtype)) is not None:
+        return other
+    if pa.types.is_dictionary(dtype):
+        return pa.dictionary(
+            dtype.index_type, with_leaves(dtype.value_type, instead), dtype.ordered
+        )
+    if pa.types.is_run_end_encoded(dtype):
+        return pa.run_end_encoded(dtype.run_end_type, with_leaves(dtype.value_type, instead))
+    if pa.types.is_map(dtype):
+        return pa.map_(with_leaves(dtype.key_type, instead), with_leaves(dtype.item_type, instead))
+    fields = [dtype.field(i) for i in range(dtype.num_fields)]
+    fields = [field.with_type(with_leaves(field.type, instead)) for field in fields]
+    if pa.types.is_struct(dtype):
+        return pa.struct(fields)
+    if pa.types.is_union(dtype):
+        return pa.union(fields, dtype.mode, dtype.type_codes)
+    if pa.types.is_fixed_size_list(dtype):
+        return pa.list_(fields[0], dtype.list_size)
+    return _LISTS[dtype.id](fields[0]) if dtype.id in _LISTS else dtype
+
+
+_LISTS = {
+    pa.list_(pa.null()).id: pa.list_,
+    pa.large_list(pa.null()).id: pa.large_list,
+    pa.list_view(pa.null()).id: pa.list_view,
+    pa.large_list_view(pa.null()).id: pa.large_list_view,
+}
 
 
 def is_empty(value: Any) -> bool:
@@ -74,6 +145,126 @@ def is_list(dtype: pa.DataType) -> bool:
     )
 
 
+def is_text(dtype: pa.DataType) -> bool:
+    return dtype in _AS_BYTES
+
+
+# Rows that are not to be scored
+
+
+def _faults(table: pa.Table, bounds: ReadBounds) -> dict[int, RowError]:
+    """The rows whose values cannot be made, or are not to be."""
+    errors: dict[int, RowError] = {}
+    sizes = np.zeros(table.num_rows, np.int64)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        sizes += _by_row(column, _num_bytes)
+        error = RowError(RowReason.NOT_UTF8, f"{name} holds text that is not UTF-8")
+        errors |= dict.fromkeys(np.flatnonzero(_by_row(column, _not_utf8)).tolist(), error)
+        for fault in (too_nested(bounds), too_many_keys(bounds)):
+            if _has_json(column.type):
+                measure = partial(_faulty_json, reason=fault.reason, bounds=bounds)
+                bad = np.flatnonzero(_by_row(column, measure)).tolist()
+                errors |= dict.fromkeys(bad, replace(fault, detail=f"{name}: {fault.detail}"))
+    for row in np.flatnonzero(sizes > bounds.max_row_bytes).tolist():
+        errors[row] = too_large(int(sizes[row]), bounds)
+    return dict(sorted(errors.items()))
+
+
+def _by_row(column: pa.ChunkedArray, measure: Measure) -> IntArray:
+    """int64[R]: the sum over all that a row holds, however deep."""
+    return np.concatenate([np.zeros(0, np.int64), *(_sums(c, measure) for c in column.chunks)])
+
+
+def _sums(array: pa.Array, measure: Measure) -> IntArray:
+    dtype = array.type
+    if isinstance(dtype, pa.BaseExtensionType) and not is_json(dtype):
+        return _sums(array.storage, measure)
+    if pa.types.is_struct(dtype):
+        fields = [_sums(array.field(i), measure) for i in range(dtype.num_fields)]
+        return np.asarray(np.sum([np.zeros(len(array), np.int64), *fields], axis=0))
+    if pa.types.is_map(dtype):
+        ends = array.offsets.to_numpy()
+        both = (array.keys, array.items)
+        parts = [_sums(part.slice(ends[0], ends[-1] - ends[0]), measure) for part in both]
+        return np.asarray(np.diff(_before(parts[0] + parts[1])[ends - ends[0]]))
+    if is_list(dtype):
+        sizes = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        return np.asarray(np.diff(_before(_sums(array.flatten(), measure))[_before(sizes)]))
+    if pa.types.is_dictionary(dtype):
+        words = np.append(_sums(array.dictionary, measure), 0)  # the last one is a null's
+        at = pc.fill_null(array.indices.cast(pa.int64()), len(words) - 1)
+        return np.asarray(words[at.to_numpy(zero_copy_only=False)])
+    if pa.types.is_run_end_encoded(dtype):
+        return _sums(pc.run_end_decode(array), measure)
+    return measure(array)
+
+
+def _before(sizes: IntArray) -> IntArray:
+    """int64[n+1]: the sum of those before each, and of all."""
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _num_bytes(array: pa.Array) -> IntArray:
+    stored = array.storage if is_json(array.type) else array
+    if not (is_text(stored.type) or stored.type in _AS_BYTES.values()):
+        return np.full(len(array), -(-array.nbytes // max(1, len(array))))
+    lengths = pc.binary_length(stored.cast(pa.large_binary()))
+    return np.asarray(pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False))
+
+
+def _not_utf8(array: pa.Array) -> IntArray:
+    stored = array.storage if is_json(array.type) else array
+    if is_text(stored.type):
+        try:
+            stored.validate(full=True)
+        except pa.ArrowInvalid:
+            texts = stored.view(_AS_BYTES[stored.type])
+            texts.validate(full=True)  # raises where it is more than the bytes of a text
+            are_bad = (text is not None and not _is_utf8(text) for text in texts.to_pylist())
+            return np.fromiter(are_bad, np.int64, len(array))
+    return np.zeros(len(array), np.int64)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _faulty_json(array: pa.Array, reason: RowReason, bounds: ReadBounds) -> IntArray:
+    if not is_json(array.type):
+        return np.zeros(len(array), np.int64)
+    texts = array.storage.cast(pa.large_binary()).to_pylist()
+    faults = [None if text is None else fault_of(text, bounds) for text in texts]
+    return np.array([fault is not None and fault.reason is reason for fault in faults], np.int64)
+
+
+def _has_json(dtype: pa.DataType) -> bool:
+    if isinstance(dtype, pa.BaseExtensionType):
+        return is_json(dtype) or _has_json(dtype.storage_type)
+    if pa.types.is_dictionary(dtype):
+        return _has_json(dtype.value_type)
+    return any(_has_json(dtype.field(i).type) for i in range(dtype.num_fields))
+
+
+# Values
+
+
+def _values_of(column: pa.ChunkedArray, errors: Mapping[int, RowError]) -> list[Any]:
+    """A value for each row, without a look at those that have an error."""
+    values: list[Any] = []
+    for row in errors:
+        values += _good_values(column.slice(len(values), row - len(values)))
+        values.append(None)
+    return values + _good_values(column.slice(len(values)))
+
+
+def _good_values(column: pa.ChunkedArray) -> list[Any]:
+    return [value for chunk in column.chunks for value in _values(chunk)]
+
+
 def _values(array: pa.Array) -> list[Any]:
     dtype = array.type
     if isinstance(dtype, pa.BaseExtensionType):
@@ -90,7 +281,15 @@ def _values(array: pa.Array) -> list[Any]:
         return [None if at is None else words[at] for at in array.indices.to_pylist()]
     if pa.types.is_run_end_encoded(dtype):
         return _values(pc.run_end_decode(array))
-    return array.to_pylist()  # type: ignore[no-any-return]
+    return _texts(array) if is_text(dtype) else array.to_pylist()
+
+
+def _texts(array: pa.Array) -> list[str | None]:
+    try:
+        return array.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:  # words of a dictionary that only marked rows have
+        found = array.view(_AS_BYTES[array.type]).to_pylist()
+        return [text.decode() if text is not None and _is_utf8(text) else None for text in found]
 
 
 def _objects(array: pa.Array) -> list[Any]:

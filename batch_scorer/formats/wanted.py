@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from batch_scorer.records import TextStyle
+from batch_scorer.records import DEFAULT_BOUNDS, ReadBounds, TextStyle
 
 
 class Undecided(Exception):
@@ -16,11 +16,14 @@ class Undecided(Exception):
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the settings say of the files: columns by field, how text is read, and the columns that
-    are as if they were not there."""
+    are as if they were not there. `beside` is the field that the model reads beside the
+    conversation (`kinds.BESIDE_NAMES`), if any."""
 
     columns: Mapping[str, str]
     text_style: TextStyle | None
     ignored: frozenset[str]
+    beside: str | None = None
+    bounds: ReadBounds = DEFAULT_BOUNDS
 
     def is_free(self, name: str, used: Mapping[str, str]) -> bool:
         """Whether nobody has said yet what to do with a column."""

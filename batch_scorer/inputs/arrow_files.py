@@ -4,10 +4,12 @@ or a stream of them. A record batch is to them what a row group is to Parquet.""
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 
 import pyarrow as pa
 
+from batch_scorer.formats.values import bytes_type, with_leaves
 from batch_scorer.records import Source
 from batch_scorer.storage import Store
 
@@ -30,16 +32,17 @@ class ArrowFile:
     def batches(self, start: int = 0, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The record batches from number `start` on, of all columns or of some in the file's order.
 
-        Of a stream those before `start` are read too. Raises ArrowException.
+        Of a stream those before `start` are read too. Raises ArrowException, also where lengths
+        and offsets are not those of the values: a batch of them ends the process that uses it.
         """
         reader = self._reader(columns)
         if self._is_indexed:
             for number in range(start, reader.num_record_batches):
-                yield reader.get_batch(number)
+                yield _checked(reader.get_batch(number))
             return
         for number, batch in enumerate(reader):
             if number >= start:
-                yield batch
+                yield _checked(batch)
 
     def _reader(
         self, columns: list[str] | None
@@ -51,6 +54,33 @@ class ArrowFile:
         self._file.seek(0)
         open_as = pa.ipc.open_file if self._is_indexed else pa.ipc.open_stream
         return open_as(pa.PythonFile(self._file, mode="r"), options=options)
+
+
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch; raises ArrowInvalid where its buffers, offsets and counts are not those of its
+    values.
+
+    What the values mean is not judged: text that is not UTF-8 costs its row, and not the file; and
+    a date that has a time, as some writers leave it, costs nothing.
+    """
+    batch.validate()
+    for column in batch.columns:
+        column.view(_bare(column.type)).validate(full=True)
+    return batch
+
+
+@lru_cache(maxsize=4096)
+def _bare(dtype: pa.DataType) -> pa.DataType:
+    """The type with plain bytes in place of text, times and decimals, at any depth."""
+    return bytes_type(with_leaves(dtype, _instead))
+
+
+def _instead(dtype: pa.DataType) -> pa.DataType | None:
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _bare(dtype.storage_type)
+    if pa.types.is_temporal(dtype) or pa.types.is_decimal(dtype):
+        return pa.binary(dtype.bit_width // 8)
+    return None
 
 
 @contextmanager

@@ -2,22 +2,27 @@
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer import formats
+from batch_scorer.config import Config
 from batch_scorer.errors import ShardError, ShardReason, StorageError
 from batch_scorer.inputs.arrow_files import open_arrow, read_batches
 from batch_scorer.inputs.sources import FileKind, kind_of
 from batch_scorer.inputs.where import Where, where_of
-from batch_scorer.records import RowError, Shard, Source
+from batch_scorer.quarantine import Died, apart
+from batch_scorer.records import ReadBounds, RowError, Shard, Source
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, open_store
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BYTES_PER_TOKEN = 4
 """Of English text, roughly; only for estimates."""
@@ -30,15 +35,24 @@ column and footer: 3 for a shard of its own instead of 23 (five leaf columns).""
 
 
 def scan_lines(
-    store: Store, source: Source, max_rows: int, max_tokens: int
+    store: Store, source: Source, max_rows: int, max_tokens: int, bounds: ReadBounds
 ) -> tuple[formats.Lines, pa.Table] | None:
     """How a stored file of lines is cut, and the rows of its first run; None for a JSON array."""
-    limits = {"max_rows": max_rows, "max_bytes": max_tokens * BYTES_PER_TOKEN}
+    max_bytes = max_tokens * BYTES_PER_TOKEN
     delimiter = _DELIMITERS.get(kind_of(source.key))
     with _open_stream(store, source) as file:
-        if delimiter is not None:
-            return formats.scan_delimited(file, source.key, delimiter=delimiter, **limits)
-        return formats.scan_lines(file, source.key, **limits)
+        if delimiter is None:
+            return formats.scan_lines(
+                file, source.key, max_rows=max_rows, max_bytes=max_bytes, bounds=bounds
+            )
+        return formats.scan_delimited(
+            file,
+            source.key,
+            delimiter=delimiter,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+            bounds=bounds,
+        )
 
 
 def read_lines(
@@ -53,7 +67,8 @@ def read_lines(
 
 def _line_bytes(store: Store, source: Source, lines: formats.Lines) -> bytes:
     if lines.codec is None:
-        return store.read_range(source.key, source.version, lines.start, lines.stop)
+        spans = (store.read_range(source.key, source.version, *span) for span in lines.spans)
+        return b"".join(spans)
     with _open_stream(store, source) as file:
         return formats.unpack_lines(file, source.key, lines)
 
@@ -74,13 +89,21 @@ def open_parquet(
     `buffer_bytes` it is read bit by bit. `metadata` spares reading the footer again.
     Not pre-buffered: Arrow's IO threads would do the reading, which aborted 2 of 1600 short
     processes as they ended (0 of 1600 without).
+    A page whose checksum is wrong raises OSError as it is read; without checksums this costs
+    nothing.
     """
     file: io.BufferedReader | pa.BufferReader
     if source.size_bytes <= _WHOLE_BYTES:
         file = pa.BufferReader(store.read_whole(source.key, source.version, source.size_bytes))
     else:
         file = store.open(source.key, source.size_bytes, source.version)
-    return pq.ParquetFile(file, metadata=metadata, pre_buffer=False, buffer_size=buffer_bytes)
+    return pq.ParquetFile(
+        file,
+        metadata=metadata,
+        pre_buffer=False,
+        buffer_size=buffer_bytes,
+        page_checksum_verification=True,
+    )
 
 
 def group_rows(store: Store, source: Source) -> list[int]:
@@ -109,6 +132,8 @@ def read_rows(
     A part of a row group is decoded from its beginning up to there, batch by batch: a group may
     hold a million rows. (1,600 rows from the middle of 103,428: 14 MB and 0.12 s of CPU; the whole
     group at once took 427 MB and 0.24 s.)
+    Raises ShardError where a row group that is read to its end has another number of rows than it
+    declares.
     """
     if where is not None:
         return _read_matching(store, source, row_groups, skip_rows, num_rows, columns, where)
@@ -118,7 +143,9 @@ def read_rows(
     groups = list(range(*row_groups))
     nothing = file.read_row_groups([], columns=columns)
     if num_rows == sum(file.metadata.row_group(group).num_rows for group in groups):
-        read = (file.read_row_group(group, columns, use_threads=False) for group in groups)
+        read = [file.read_row_group(group, columns, use_threads=False) for group in groups]
+        for group, table in zip(groups, read, strict=True):
+            _check_rows(file, group, table.num_rows)
         return pa.concat_tables([nothing, *read])
     if source.size_bytes > _WHOLE_BYTES:
         file = open_parquet(store, source, _STREAM_BYTES, file.metadata)
@@ -142,9 +169,26 @@ def batches_of(
     batch_rows: int = _BATCH_ROWS,
 ) -> Iterator[pa.RecordBatch]:
     """The rows of these row groups. No batch has rows of two: pyarrow cannot put them together
-    where a struct holds a dictionary."""
+    where a struct holds a dictionary.
+
+    Raises ShardError at the end of a group that has another number of rows than it declares.
+    """
     for group in groups:
-        yield from file.iter_batches(batch_rows, [group], columns, use_threads=False)
+        num_rows = 0
+        for batch in file.iter_batches(batch_rows, [group], columns, use_threads=False):
+            num_rows += batch.num_rows
+            yield batch
+        _check_rows(file, group, num_rows)
+
+
+def _check_rows(file: pq.ParquetFile, group: int, num_rows: int) -> None:
+    """Arrow gives a short table, and no error, where the pages end early."""
+    declared = file.metadata.row_group(group).num_rows
+    if num_rows != declared:
+        raise ShardError(
+            ShardReason.WRONG_ROW_COUNT,
+            f"row group {group} declares {declared} rows and holds {num_rows}",
+        )
 
 
 def _read_matching(
@@ -200,6 +244,26 @@ def matching_batches(
 # Reading
 
 
+def read_apart(
+    config: Config, size_bytes: int, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """What `read` returns, which reads a stored file of `size_bytes`, from a process that may die
+    of it (`quarantine`). Everything that parses what others wrote is called in here.
+
+    Raises what `read` raises; and ShardError where its process dies, or takes longer or more memory
+    than the settings allow.
+    """
+    try:
+        return apart(config.reader_bounds(size_bytes), read, *args, **kwargs)
+    except Died as died:
+        raise ShardError(ShardReason.READER_DIED, str(died)) from None
+    except MemoryError:
+        raise ShardError(
+            ShardReason.READER_DIED,
+            f"reading it takes more than {config.read_memory_gib:g} GiB (read_memory_gib)",
+        ) from None
+
+
 def rows_of_shard(
     shard: Shard, store_options: Mapping[str, str], columns: list[str] | None
 ) -> tuple[pa.Table, dict[int, RowError]]:
@@ -218,7 +282,8 @@ def rows_of_shard(
         if shard.lines is not None:
             table, malformed = read_lines(store, source, shard.lines)
         else:
-            table, malformed = formats.read_json_table(_whole(store, source), source.key)
+            data, bounds = _whole(store, source), shard.layout.bounds
+            table, malformed = formats.read_json_table(data, source.key, bounds)
         places = rows_asked(shard, table)
         table = table if columns is None else table.select(columns)
         return _rows_at(places, table), _errors_at(places, malformed)
@@ -234,7 +299,9 @@ def columns_of_shard(
     """
     if kind_of(shard.source.key) is not FileKind.JSON:
         table, malformed = rows_of_shard(shard, store_options, list(names))
-        return formats.columns_of(table, names), malformed
+        with _reading(shard):
+            columns, errors = formats.columns_of(table, names, shard.layout.bounds)
+        return columns, errors | malformed
     with _reading(shard):
         source = shard.source
         store = open_store(source.root, store_options)
@@ -243,9 +310,9 @@ def columns_of_shard(
             columns, malformed = formats.read_line_values(data, shard.lines, names)
             rows = formats.read_lines(data, shard.lines)[0] if shard.where else None
         else:
-            data = _whole(store, source)
-            columns, malformed = formats.read_json_values(data, source.key, names)
-            rows = formats.read_json_table(data, source.key)[0] if shard.where else None
+            data, bounds = _whole(store, source), shard.layout.bounds
+            columns, malformed = formats.read_json_values(data, source.key, names, bounds)
+            rows = formats.read_json_table(data, source.key, bounds)[0] if shard.where else None
         places = rows_asked(shard, rows)
         values = {name: _values_at(places, columns[name]) for name in names}
         return values, _errors_at(places, malformed)
@@ -299,7 +366,9 @@ def _reading(shard: Shard) -> Iterator[None]:
         raise ShardError(ShardReason.INPUT_GONE, "the file is gone") from error
     except StorageError as error:
         raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
-    except (pa.ArrowException, OSError) as error:
+    except MemoryError:  # Arrow's is an ArrowException too
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of a column's name
         raise ShardError(
             ShardReason.UNREADABLE_FILE,
             f"rows {shard.first_row} to {shard.first_row + shard.num_rows}: {error}",

@@ -7,8 +7,10 @@ can be resumed with more workers.
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -20,7 +22,14 @@ from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ShardError, ShardReason, StorageError
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.arrow_files import open_arrow
-from batch_scorer.inputs.files import BYTES_PER_TOKEN, batches_of, open_parquet, scan_lines
+from batch_scorer.inputs.files import (
+    BYTES_PER_TOKEN,
+    batches_of,
+    open_parquet,
+    read_apart,
+    scan_lines,
+)
+from batch_scorer.inputs.footers import check_footer, doubtful_groups, refuse_more
 from batch_scorer.inputs.selection import (
     kept_columns,
     matching_rows,
@@ -136,8 +145,19 @@ Choice: TypeAlias = Callable[[Source, datetime], bool | None]
 (False), or passed over as if it were not there (None)."""
 
 
-def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None = None) -> Plan:
-    """List and inspect the inputs and cut them into shards, in the order of their keys.
+LayoutOf: TypeAlias = Callable[[pa.Schema, pa.Table], Layout]
+"""Of a file's schema and its first rows: how its rows are read."""
+
+
+def make_plan(
+    config: Config,
+    outputs: Outputs = SCALAR,
+    choose: Choice | None = None,
+    *,
+    beside: str | None = None,
+) -> Plan:
+    """List and inspect the inputs and cut them into shards, in the order of their keys. `beside` is
+    the field that the model reads beside the conversation (`Prompt.column_beside`).
 
     Raises InputError if there is nothing to score at all, and ConfigError for a `where` that is no
     expression or a column to keep or drop that no file has. A file that cannot be used is a failed
@@ -146,15 +166,20 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
     if config.where is not None:
         where_of(config.where)  # raises, before any file is read
     files: list[InputFile] = []
-    failed: list[Receipt] = []
     shared: dict[Any, Any] = {}
     listing = list_inputs(config)
     listed = listing.found
+    failed = [
+        Receipt.of_file(source, Status.FAILED, ShardReason.UNREADABLE_FILE, problem)
+        for source, problem in listing.unusable
+    ]
     sources = [source for source, changed in listed if choose is None or choose(source, changed)]
     aside: dict[str, Source] = {}
     if choose is not None:
         aside = {s.key: s for s, changed in listed if choose(s, changed) is False}
-    for found in in_threads(lambda s: _look(s, config, outputs), sources, _INSPECTORS):
+    layout_of = partial(_layout, config=config, outputs=outputs, beside=beside)
+    look = partial(_look_apart, config=config, layout_of=layout_of)
+    for found in in_threads(look, sources, _INSPECTORS):
         if isinstance(found, InputFile):
             files.append(_with_shared_parts(found, shared))
         elif found is not None:
@@ -164,7 +189,9 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
     if not files and failed:
         first = failed[0]
         more = f"\n({len(failed) - 1} more files fail too)" if len(failed) > 1 else ""
-        raise InputError(f"{first.input}: {first.detail}{more}")
+        # What reads a file for scoring, too, names it within its folder.
+        detail = (first.detail or "").removeprefix(f"{first.input.rpartition('/')[2]}: ")
+        raise InputError(f"{first.input}: {detail}{more}")
     if files and not aside:  # those aside may have them
         columns = [file.schema.names for file in files]
         refuse_unknown(config.keep_columns, config.drop_columns, columns)
@@ -184,7 +211,6 @@ def make_plan(config: Config, outputs: Outputs = SCALAR, choose: Choice | None =
         Receipt.of_file(file.source, Status.NOT_ASKED, rows_not_asked=file.num_rows)
         for file in unused
     ]
-    pa.default_memory_pool().release_unused()  # it keeps some 14 MB for each thread that has read
     _warn(files, listing.skipped)
     return Plan(files, shards, failed, aside, not_asked, listing.skipped)
 
@@ -285,34 +311,45 @@ def _ranges(
         yield first_row, rows, tokens
 
 
-def _look(source: Source, config: Config, outputs: Outputs) -> InputFile | Receipt | None:
+def _look_apart(source: Source, config: Config, layout_of: LayoutOf) -> InputFile | Receipt | None:
+    """`_look`, which may die of the file."""
+    try:
+        return read_apart(config, source.size_bytes, _look, source, config, layout_of)
+    except ShardError as error:
+        return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
+
+
+def _look(source: Source, config: Config, layout_of: LayoutOf) -> InputFile | Receipt | None:
     """What the plan knows of a file, the rows that match `where` among it."""
-    found = _inspect(source, config, outputs)
+    found = _inspect(source, config, layout_of)
     if config.where is None or not isinstance(found, InputFile):
         return found
     where, store = where_of(config.where), open_store(source.root, config.store_options)
     try:
         where.check(found.schema)
-        bits = matching_rows(store, source, found.num_rows, where, found.lines)
+        bits = matching_rows(store, source, found.num_rows, where, found.lines, config.read_bounds)
         return replace(found, where=config.where, matching=bits)
     except ShardError as error:
         return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
     except StorageError as error:
         return Receipt.of_file(source, Status.FAILED, ShardReason.STORE_FAILED, str(error))
+    except MemoryError:  # Arrow's is an ArrowException too
+        raise
     except (pa.ArrowException, OSError) as error:
         detail = f"where: cannot be read: {error}"
         return Receipt.of_file(source, Status.FAILED, ShardReason.UNREADABLE_FILE, detail)
 
 
-def _inspect(source: Source, config: Config, outputs: Outputs) -> InputFile | Receipt | None:
+def _inspect(source: Source, config: Config, layout_of: LayoutOf) -> InputFile | Receipt | None:
     store = open_store(source.root, config.store_options)
     kind = kind_of(source.key)
+    most_bytes = config.read_bounds.most_unpacked(source.size_bytes)
     try:
         if kind is FileKind.PARQUET:
-            return _inspect_parquet(store, source, config, outputs)
+            return _inspect_parquet(store, source, layout_of, most_bytes)
         if kind is FileKind.ARROW:
-            return _inspect_arrow(store, source, config, outputs)
-        return _inspect_lines(store, source, config, outputs)
+            return _inspect_arrow(store, source, layout_of, most_bytes)
+        return _inspect_lines(store, source, config, layout_of)
     except ShardError as error:
         return Receipt.of_file(source, Status.FAILED, error.reason, error.detail)
     except StorageError as error:
@@ -320,62 +357,73 @@ def _inspect(source: Source, config: Config, outputs: Outputs) -> InputFile | Re
 
 
 def _inspect_lines(
-    store: Store, source: Source, config: Config, outputs: Outputs
+    store: Store, source: Source, config: Config, layout_of: LayoutOf
 ) -> InputFile | None:
-    scanned = scan_lines(store, source, config.shard_rows, config.shard_tokens)
+    scanned = scan_lines(store, source, config.shard_rows, config.shard_tokens, config.read_bounds)
     if scanned is None:
         lines = None
         data = store.read_whole(source.key, source.version, source.size_bytes)
-        table, _ = formats.read_json_table(data, source.key)
+        table, _ = formats.read_json_table(data, source.key, config.read_bounds)
         sizes = [(table.num_rows, source.size_bytes // BYTES_PER_TOKEN)]
     else:
         lines, table = scanned
         sizes = [(run.num_rows, (run.stop - run.start) // BYTES_PER_TOKEN) for run in lines.runs]
-    if table.num_rows == 0:
+    if not any(rows for rows, _ in sizes):
         log.warning("%s holds no rows; skipped", source.url)
         return None
-    layout = _layout(table.schema, table.slice(0, _SAMPLE_ROWS), config, outputs)
+    layout = layout_of(table.schema, table.slice(0, _SAMPLE_ROWS))
     return InputFile(source, table.schema, layout, tuple(sizes), lines)
 
 
-def _inspect_parquet(store: Store, source: Source, config: Config, outputs: Outputs) -> InputFile:
-    try:
+def _inspect_parquet(
+    store: Store, source: Source, layout_of: LayoutOf, most_bytes: int
+) -> InputFile:
+    with _parsing("Parquet"):
         file = open_parquet(store, source, _SAMPLE_BYTES)
+        check_footer(file.metadata, source.size_bytes, most_bytes)
         schema = file.schema_arrow
+        for group, column, batch_rows in doubtful_groups(file.metadata):
+            for _ in batches_of(file, [group], [column], batch_rows):
+                pass  # it raises at a wrong count
         batches = batches_of(file, range(file.metadata.num_row_groups), None, _SAMPLE_ROWS)
         table = _first_rows(batches, schema)
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(
-            ShardReason.UNREADABLE_FILE, f"not readable as Parquet: {error}"
-        ) from error
-    layout = _layout(schema, table, config, outputs)
-    needed = tuple(formats.columns_needed(layout))
+    layout = layout_of(schema, table)
+    metadata = file.metadata
+    needed = tuple(f"{name}." for name in formats.columns_needed(layout))
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    leaves = [leaf for leaf, path in enumerate(paths) if f"{path}.".startswith(needed)]
     groups = []
-    for index in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(index)
-        columns = (group.column(i) for i in range(group.num_columns))
-        needed_bytes = sum(
-            column.total_uncompressed_size
-            for column in columns
-            if any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in needed)
-        )
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        needed_bytes = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
         groups.append((group.num_rows, needed_bytes // BYTES_PER_TOKEN))
     return InputFile(source, schema, layout, tuple(groups), lost_types=formats.lost_types(file))
 
 
-def _inspect_arrow(store: Store, source: Source, config: Config, outputs: Outputs) -> InputFile:
-    try:
-        with open_arrow(store, source) as file:
-            schema = formats.stored_schema(file.schema)
-            sample = formats.as_stored(_first_rows(file.batches(), file.schema))
-            layout = _layout(schema, sample, config, outputs)
-            groups = []
-            for batch in file.batches(columns=formats.columns_needed(layout)):
-                batch.validate(full=True)  # a torn file ends the process that reads it
-                groups.append((batch.num_rows, batch.nbytes // BYTES_PER_TOKEN))
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(ShardReason.UNREADABLE_FILE, f"not readable as Arrow: {error}") from error
+def _inspect_arrow(store: Store, source: Source, layout_of: LayoutOf, most_bytes: int) -> InputFile:
+    with _parsing("Arrow"), open_arrow(store, source) as file:
+        schema = formats.stored_schema(file.schema)
+        sample = formats.as_stored(_first_rows(file.batches(), file.schema))
+        layout = layout_of(schema, sample)
+        groups = []
+        num_rows = 0
+        for batch in file.batches(columns=formats.columns_needed(layout)):
+            groups.append((batch.num_rows, batch.nbytes // BYTES_PER_TOKEN))
+            num_rows += batch.num_rows
+            refuse_more(num_rows, "rows", source.size_bytes, most_bytes)
+            refuse_more(batch.nbytes, "unpacked bytes", source.size_bytes, most_bytes)
     return InputFile(source, schema, layout, tuple(groups))
+
+
+@contextmanager
+def _parsing(kind: str) -> Iterator[None]:
+    """What is wrong with a file that is none of this kind, as ShardError."""
+    try:
+        yield
+    except MemoryError:  # one of Arrow's is an ArrowException, too
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of a column's name
+        detail = f"not readable as {kind}: {error}"
+        raise ShardError(ShardReason.UNREADABLE_FILE, detail) from error
 
 
 def _first_rows(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
@@ -388,14 +436,20 @@ def _first_rows(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Tabl
     return pa.Table.from_batches(found, schema)
 
 
-def _layout(schema: pa.Schema, sample: pa.Table, config: Config, outputs: Outputs) -> Layout:
+def _layout(
+    schema: pa.Schema, sample: pa.Table, config: Config, outputs: Outputs, beside: str | None
+) -> Layout:
+    judged = formats.columns_judged(schema, config.columns)
+    columns, _ = formats.columns_of(sample, judged, config.read_bounds)
     layout = formats.detect(
         schema,
-        formats.columns_of(sample, formats.columns_judged(schema, config.columns)),
+        columns,
         format=config.format,
         columns=config.columns,
         text_style=config.text_style,
         ignore=config.ignore_columns,
+        beside=beside,
+        bounds=config.read_bounds,
     )
     added = shape_of(layout.format).added_columns(config.column_prefix, config.over_length, outputs)
     written = kept_columns(schema.names, config.keep_columns, config.drop_columns)

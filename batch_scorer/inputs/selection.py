@@ -12,7 +12,7 @@ from batch_scorer.inputs.arrow_files import open_arrow
 from batch_scorer.inputs.files import matching_batches, open_parquet, read_lines
 from batch_scorer.inputs.sources import FileKind, kind_of
 from batch_scorer.inputs.where import IntArray, Where
-from batch_scorer.records import Lines, Source
+from batch_scorer.records import Lines, ReadBounds, Source
 from batch_scorer.storage import Store
 
 _PACKED_RUNS = 64
@@ -20,7 +20,12 @@ _PACKED_RUNS = 64
 
 
 def matching_rows(
-    store: Store, source: Source, num_rows: int, where: Where, lines: Lines | None
+    store: Store,
+    source: Source,
+    num_rows: int,
+    where: Where,
+    lines: Lines | None,
+    bounds: ReadBounds,
 ) -> bytes:
     """One bit for each of a file's `num_rows` rows, as `numpy.packbits` has them: whether `where`
     is true for it."""
@@ -39,7 +44,7 @@ def matching_rows(
                 first += batch.num_rows
     elif lines is None:
         data = store.read_whole(source.key, source.version, source.size_bytes)
-        matches[where.matches(formats.read_json_table(data, source.key)[0])] = True
+        matches[where.matches(formats.read_json_table(data, source.key, bounds)[0])] = True
     else:
         step = 1 if lines.codec is None else _PACKED_RUNS
         for start in range(0, len(lines.runs), step):

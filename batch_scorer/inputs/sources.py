@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,8 @@ from batch_scorer.storage import (
     ObjectInfo,
     ObjectMissing,
     PlaceMissing,
+    Unusable,
+    Version,
     glob_matches,
     is_remote,
     open_store,
@@ -73,11 +76,13 @@ def kind_of(key: str) -> FileKind | None:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The input files and the times of their last changes, sorted by key; and the URLs of other
-    files in their folders, which are not read."""
+    """The input files and the times of their last changes, sorted by key; the URLs of other files
+    in their folders, which are not read; and what may be or hold data and cannot be used, with the
+    reason."""
 
     found: list[tuple[Source, datetime]]
     skipped: list[str] = field(default_factory=list)
+    unusable: list[tuple[Source, str]] = field(default_factory=list)
 
 
 def list_inputs(config: Config) -> Listing:
@@ -87,8 +92,11 @@ def list_inputs(config: Config) -> Listing:
     or holds no files that can be scored, ConfigError for an output that is an input's folder.
     """
     skipped: set[str] = set()
+    unusable: dict[str, str] = {}
     found = [
-        (root, info) for spec in config.inputs for root, info in _expand(spec, config, skipped)
+        (root, info)
+        for spec in config.inputs
+        for root, info in _expand(spec, config, skipped, unusable)
     ]
     output = _absolute(config.output) if config.output else None
     roots = {root for root, _ in found}
@@ -110,40 +118,65 @@ def list_inputs(config: Config) -> Listing:
     return Listing(
         sources,
         sorted(url for url in others if not (output and url.startswith(f"{output}/"))),
+        [
+            (Source(*_split(url, base), 0, Version("")), problem)
+            for url, problem in sorted(unusable.items())
+            if not (output and f"{url}/".startswith(f"{output}/"))
+        ],
     )
 
 
-def _expand(spec: str, config: Config, skipped: set[str]) -> Iterator[tuple[str, ObjectInfo]]:
+def _split(url: str, base: str | None) -> tuple[str, str]:
+    """Root and key."""
+    root = base if base is not None else url.rpartition("/")[0]
+    return root, url.removeprefix(root.rstrip("/") + "/")
+
+
+def _expand(
+    spec: str, config: Config, skipped: set[str], unusable: dict[str, str]
+) -> Iterator[tuple[str, ObjectInfo]]:
     """The files that one input names, with the root their keys are relative to; adds the URLs of
-    the others beside them to `skipped`."""
+    the others beside them to `skipped`, and of what cannot be used to `unusable`."""
     try:
         url = pinned(_absolute(spec))
     except (AccessDenied, PlaceMissing) as error:
         raise InputError(str(error)) from error
     file = _file(spec, url, config)
+    entries: list[ObjectInfo | Unusable]
     if file is not None:
-        root, listed, problem = url.rpartition("/")[0], [file], ""
+        root, entries, problem = url.rpartition("/")[0] or "/", [file], ""
     elif _has_marks(url):
-        root, listed = _matching(url, config)
+        root, entries = _matching(url, config)
         problem = "no file matches"
     else:
-        root, listed = url, _list(url, config)
+        root, entries = url, _list(url, config)
         problem = f"holds no {_READ} files"
-    keys = [info.key for info in listed]
+    listed = [entry for entry in entries if isinstance(entry, ObjectInfo)]
+    missed = [entry for entry in entries if isinstance(entry, Unusable)]
+    keys = [entry.key for entry in entries]
     excluded = {key for pattern in config.exclude for key in glob_matches(pattern, keys)}
+    missed = [entry for entry in missed if entry.key not in excluded]
+    lost = [entry for entry in missed if _may_be_data(entry)]
     hits = [info for info in listed if info.key not in excluded]
     data = hits if file is not None else [info for info in hits if _is_data(info.key)]
     if not data and file is None:
+        if lost:
+            problem = f"{lost[0].key}: {lost[0].problem}"
         is_excluded = bool(listed) and not hits
         raise InputError(f"{spec}: {'every file is excluded' if is_excluded else problem}")
-    others = (info.key for info in hits if info not in data and _is_shown(info.key))
-    skipped.update(f"{root.rstrip('/')}/{key}" for key in others)
+    folder = root.rstrip("/")
+    unusable.update((f"{folder}/{entry.key}", entry.problem) for entry in lost)
+    others = [info.key for info in hits if info not in data]
+    others += [entry.key for entry in missed if entry not in lost]
+    skipped.update(f"{folder}/{key}" for key in others if _is_shown(key))
     yield from ((root, info) for info in data)
 
 
 def _file(spec: str, url: str, config: Config) -> ObjectInfo | None:
     """The file of this name, if there is one. Raises InputError where it is of no kind we read."""
     found = None
+    if not is_remote(url) and _is_special(url):
+        raise InputError(f"{spec}: is a device, a pipe or a socket")
     if kind_of(url) or _has_marks(url):
         folder, _, name = url.rpartition("/")
         found = _head(folder, name, config)
@@ -153,20 +186,47 @@ def _file(spec: str, url: str, config: Config) -> ObjectInfo | None:
     return found
 
 
-def _matching(url: str, config: Config) -> tuple[str, list[ObjectInfo]]:
+def _is_special(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _matching(url: str, config: Config) -> tuple[str, list[ObjectInfo | Unusable]]:
     """What a folder of this very name holds, or what the pattern matches; and the root of both."""
     if listed := _list_if_there(url, config):
         return url, listed
     root, pattern = _split_glob(url)
     listed = _list(root, config)
-    found = glob_matches(pattern, (info.key for info in listed))
-    return root, [info for info in listed if info.key in found]
+    found = glob_matches(pattern, (entry.key for entry in listed))
+    return root, [
+        entry
+        for entry in listed
+        if entry.key in found
+        or (isinstance(entry, Unusable) and entry.is_folder and _leads_below(pattern, entry.key))
+    ]
+
+
+def _leads_below(pattern: str, folder: str) -> bool:
+    """Whether a glob could match something in this folder."""
+    parts, depth = pattern.split("/"), folder.count("/") + 1
+    deep = next((i for i, part in enumerate(parts[:depth]) if "**" in part), None)
+    if deep is None and len(parts) <= depth:
+        return False
+    above = parts[:depth] if deep is None else [*parts[:deep], "**"]
+    return bool(glob_matches("/".join(above), [folder]))
+
+
+def _may_be_data(entry: Unusable) -> bool:
+    return not _is_hidden(entry.key) and (entry.is_folder or _is_data(entry.key))
 
 
 def _head(folder: str, name: str, config: Config) -> ObjectInfo | None:
     """The file, if there is one; a folder may have such a name (Spark writes them)."""
     try:
-        return open_store(folder, config.store_options).head(name)
+        return open_store(folder or "/", config.store_options).head(name)
     except ObjectMissing:
         return None
     except AccessDenied:  # S3 says so of what is not there to those who may not list
@@ -175,21 +235,21 @@ def _head(folder: str, name: str, config: Config) -> ObjectInfo | None:
         return None
 
 
-def _list(root: str, config: Config) -> list[ObjectInfo]:
+def _list(root: str, config: Config) -> list[ObjectInfo | Unusable]:
     try:
-        return list(open_store(root, config.store_options).list())
+        return list(open_store(root, config.store_options).entries())
     except (AccessDenied, PlaceMissing) as error:
         if isinstance(error, PlaceMissing) and not is_remote(root):
             raise InputError(f"{root}: no such file or folder") from error
         raise InputError(str(error)) from error
 
 
-def _list_if_there(root: str, config: Config) -> list[ObjectInfo]:
+def _list_if_there(root: str, config: Config) -> list[ObjectInfo | Unusable]:
     """What a folder holds whose own name has glob marks; nothing if there is no such folder."""
     if not is_remote(root):
         return _list(root, config) if Path(root).is_dir() else []
     try:
-        return list(open_store(root, config.store_options).list())
+        return list(open_store(root, config.store_options).entries())
     except (AccessDenied, ObjectMissing):
         return []
 

@@ -119,6 +119,8 @@ class Where:
             truth = acero.ProjectNodeOptions([self._bound(table.schema)], [""])
             project = acero.Declaration("project", truth, [source])
             found = project.to_table(use_threads=False).column(0)
+        except MemoryError:  # Arrow's is an ArrowException too
+            raise
         except pa.ArrowException as error:
             types = ", ".join(f"{field.name} is {field.type}" for field in fields)
             raise _wrong_schema(f"{str(error).splitlines()[0]} ({types})") from error

@@ -10,7 +10,7 @@ Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from batch_scorer.config import ENGINES
 from batch_scorer.errors import ModelError, RowReason
+from batch_scorer.models.cross_encoder import CrossEncoder
 from batch_scorer.records import RowError
 
 if TYPE_CHECKING:
@@ -36,21 +37,109 @@ StepAggregation: TypeAlias = Literal["min", "last", "mean", "product"]
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """Where a tensor is stored: the file, its name in there, and its dtype as safetensors writes
+    it (`BF16`)."""
+
+    file: Path
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a LoRA adapter adds to a stored tensor: `scale` times the product of `up` and `down`.
+
+    up         [out, r]; or all that is added, where `down` is None (a bias, [out]).
+    down       [r, in].
+    magnitude  DoRA's length of each row, [out]: the sum's rows are scaled to it.
+    transposed  the tensor is stored as [in, out] (embeddings, GPT-2's layers).
+    """
+
+    up: Source
+    down: Source | None
+    scale: float
+    magnitude: Source | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What the numbers of a quantised weight are multiplied by: the tensor of scales; the rows and
+    columns that share one of them (`block`, None: all do); and what is taken off the numbers first,
+    laid out alike, if anything is."""
+
+    source: Source
+    block: tuple[int, int] | None
+    zero_point: Source | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """How a weight [out, in] lies in 32-bit words of `bits` wide numbers, as GPTQ and AWQ store it.
+
+    The words run along the inputs or (`along_outputs`) the outputs, and the numbers are transposed,
+    [in, out]. Each stands for the number less its zero point, times its scale. `scales` are
+    [groups, out]; `zeros` too, in words along the outputs, every one of them `zero_offset` too
+    small. A word holds the numbers in this `order`, from its lowest bits. `groups` gives every
+    input's group, int32[in]; None: the inputs in order, as many in every group.
+    """
+
+    bits: int
+    along_outputs: bool
+    order: tuple[int, ...]
+    scales: Source
+    zeros: Source
+    zero_offset: int
+    groups: Source | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFiles:
     """A model directory as far as it is known without loading it.
 
     `name` is the user's name for it, a hub id or the last parts of a path. `shapes` has the shape
-    of every tensor in its safetensors files.
+    of every tensor of its weights and `sources` its place, both under the names that the families
+    know. `lora_dir` has a LoRA adapter that is merged into these weights while they are read:
+    `deltas` are what it adds to tensors, and `tokenizer_path` is its directory where that has a
+    tokenizer. `scales` has what makes floats of quantised weights, by the weight's name;
+    `companions` the places of all tensors that only an engine reads which computes with quantised
+    weights (`models/quantised.py`). `cross_encoder` is None for a model that was not saved as
+    sentence-transformers' CrossEncoder. `changes` says in a line each what was done to the files as
+    they are stored, for the record.
     """
 
     path: Path
     name: str
     config: ModelConfig
     shapes: Mapping[str, list[int]]
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    lora_dir: Path | None = None
+    changes: tuple[str, ...] = ()
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    scales: Mapping[str, Scale | Packed] = field(default_factory=dict)
+    companions: Mapping[str, Source] = field(default_factory=dict)
+    cross_encoder: CrossEncoder | None = None
 
     @property
     def architecture(self) -> str:
         return str((self.config.get("architectures") or ["unknown"])[0])
+
+    @property
+    def tokenizer_path(self) -> Path:
+        if self.lora_dir and (self.lora_dir / "tokenizer_config.json").is_file():
+            return self.lora_dir
+        return self.path
+
+
+OUTPUT_WEIGHTS = "_output_weights"
+"""The entry of a `ModelFiles.config` that holds the setting `output_weights`."""
+
+
+def output_entries(names: Sequence[str], weights: Mapping[str, float]) -> dict[str, Any]:
+    """What the settings `output_names` and `output_weights` say, as entries of a config."""
+    entries: dict[str, Any] = {OUTPUT_WEIGHTS: dict(weights)} if weights else {}
+    return entries | ({"id2label": {str(i): n for i, n in enumerate(names)}} if names else {})
 
 
 class Pooling(Protocol):
@@ -172,6 +261,37 @@ class Steps:
 
 
 @dataclass(frozen=True, slots=True)
+class OneOfEach:
+    """The tokens whose ids are these config entries, in this order; each is there exactly once."""
+
+    entries: tuple[str, ...]
+
+    def positions(self, token_ids: Ids, config: ModelConfig) -> Positions | RowError:
+        found = [np.flatnonzero(token_ids == config[entry]) for entry in self.entries]
+        for entry, places in zip(self.entries, found, strict=True):
+            if len(places) != 1:
+                detail = f"the token of {entry} is there {len(places)} times, not once"
+                return RowError(RowReason.NO_MARK, detail)
+        return np.concatenate(found).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A text of the row that a model reads beside the conversation.
+
+    field    `reference` and `principle` are columns of the row (`formats.kinds.BESIDE_NAMES`);
+             `other` is the other answer of a row with two.
+    turn     Jinja template of a user's turn, given the conversation and the text under the field's
+             name; None: the chat template gets the text, as an argument of that name.
+    replaces whether that turn stands in place of the whole conversation, or follows the answer.
+    """
+
+    field: Literal["reference", "principle", "other"]
+    turn: str | None = None
+    replaces: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """How a conversation becomes text, and text becomes token ids.
 
@@ -183,7 +303,8 @@ class Prompt:
     arguments     the template's arguments, as the text of a JSON object.
     system        put first where a conversation has no system message.
     suffix_id_of  name of the config entry whose token id ends every sequence, exactly once.
-    pair          for encoders without a template: tokenizer(question, answer).
+    pair          without a template: tokenizer(question, answer).
+    question_prefix  what stands before the question of such a pair.
     steps         the answer is cut into steps.
     step_separator  what joins steps that come as a list, where `steps` is None.
     bos           as the setting of that name. TRL, OpenRLHF, verl and RLHFlow tokenise rendered
@@ -193,6 +314,8 @@ class Prompt:
                   in EOS.
     date          what a template gets for today, None: the day on which it is loaded.
     reasoning, special_text   as the settings.
+    answer       where the judged answer begins is found, too (`TokenizedRows.answer_starts`).
+    beside        what of the row is read beside the conversation.
     """
 
     template: str | None = None
@@ -201,6 +324,7 @@ class Prompt:
     system: str | None = None
     suffix_id_of: str | None = None
     pair: bool = False
+    question_prefix: str = ""
     steps: Steps | None = None
     step_separator: str = "\n\n"
     bos: Literal["auto", "always", "never", "template"] = "auto"
@@ -208,11 +332,24 @@ class Prompt:
     date: datetime | None = None
     reasoning: Literal["template", "keep", "drop"] = "template"
     special_text: Literal["parse", "literal", "mark"] = "parse"
+    answer: bool = False
+    beside: Beside | None = None
+
+    @property
+    def column_beside(self) -> str | None:
+        """The field of the row that has to be there beside the conversation; None for the other
+        answer, and where an argument of the template gives the text for all rows."""
+        if self.beside is None or self.beside.field == "other":
+            return None
+        return None if self.beside.field in json.loads(self.arguments) else self.beside.field
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; a template as its sha256."""
+        """All of it; a template as its sha256. `beside` is left out where there is nothing."""
+        parts = asdict(self)
+        if self.beside is None:
+            del parts["beside"]
         return {
-            **asdict(self),
+            **parts,
             "template": self.template and hashlib.sha256(self.template.encode()).hexdigest(),
             "arguments": json.loads(self.arguments),
             "date": self.date and self.date.isoformat(),
@@ -263,8 +400,18 @@ class Adapter:
     build_head     head tensors (float32) and config → module. It takes float32[S, k, H] and gives
                    float32[S, 1 + A], the score and then the attributes; with `step_aggregation`
                    it takes [K, H] and gives [K, 1].
+    log_probs      whether the head gives log probabilities of next tokens, of which those of the
+                   judged answer are added up: it takes [K, H] and int64[K], the next tokens, and
+                   gives float32[K]. `pooling` is not used.
+    max_tokens     the longest sequence that its models were made for, where the config's limit is
+                   none.
     averages       whether the pooled hidden states of a sequence are averaged before the head.
     attributes     names of the A outputs beside the score, from the config.
+    is_cross_encoder  fits only what was saved as sentence-transformers' CrossEncoder. The
+                   activation that its files name is applied to the one output, and the raw output
+                   comes beside it as an attribute.
+    has_score      whether there is a score beside them, from the config; without one the module
+                   gives float32[S, A].
     tokens         by the config's model_type: token ids that pooling or head rely on, under their
                    spelling in tokenizer.json. Another id there is an error.
     model_ids      fnmatch patterns for the model's name (lower case), where architecture and
@@ -290,10 +437,14 @@ class Adapter:
     unused: tuple[str, ...] = ()
     build_head: "Callable[[Mapping[str, Tensor], ModelConfig], nn.Module] | None" = None
     pooling: Pooling = LastToken()
+    log_probs: bool = False
+    max_tokens: int | None = None
     averages: Callable[[ModelConfig], bool] = field(default=lambda config: False)
     prompt: Prompt = Prompt()
     body: Body = Body()
     attributes: Callable[[ModelConfig], tuple[str, ...]] = field(default=lambda config: ())
+    is_cross_encoder: bool = False
+    has_score: Callable[[ModelConfig], bool] = field(default=lambda config: True)
     tokens: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     model_ids: tuple[str, ...] = ()
     asked_only: bool = False
@@ -313,11 +464,17 @@ class Adapter:
         return (
             any(fnmatchcase(files.architecture, pattern) for pattern in self.architectures)
             and self.fits_config(files.config)
+            and not (self.is_cross_encoder and files.cross_encoder is None)
             and (
                 any(fnmatchcase(name, pattern) for pattern in self.model_ids)
                 or not (self.model_ids or self.asked_only)
             )
         )
+
+    def cross_encoder(self, files: ModelFiles) -> CrossEncoder | None:
+        """How sentence-transformers would score, its defaults where the files do not say; None in
+        families that are no cross encoders."""
+        return files.cross_encoder or CrossEncoder() if self.is_cross_encoder else None
 
     def missing_tensors(self, files: ModelFiles) -> list[str]:
         """Names of the head's tensors that the checkpoint lacks."""
@@ -333,8 +490,25 @@ class Adapter:
             )
         )
 
+    def num_outputs(self, config: ModelConfig) -> int:
+        """Outputs per sequence: the score, if there is one, and the attributes."""
+        return int(self.has_score(config)) + len(self.attributes(config))
+
     def is_head_tensor(self, name: str) -> bool:
         return name in self.head or any(fnmatchcase(name, pattern) for pattern in self.head_extra)
+
+    @property
+    def reads_any_token(self) -> bool:
+        """Whether the head gives a score at any token: it reads one, the last, whichever it is. A
+        token that is there to be read (`must_be`) is no answer's token, and the logit of a token of
+        the vocabulary (`head_rows`, `log_probs`) is about the next one."""
+        return (
+            self.build_head is not None
+            and isinstance(self.pooling, LastToken)
+            and self.pooling.must_be is None
+            and not (self.head_rows or self.log_probs)
+            and self.step_aggregation is None
+        )
 
     def is_body_tensor(self, name: str) -> bool:
         return not self.is_head_tensor(name) and not any(

@@ -6,7 +6,8 @@ matrices is multiplied and added once; per pair of a query and a key, every laye
 values. This is the forward part of the count in PaLM (Chowdhery et al. 2022, arXiv 2204.02311,
 appendix B) and in Kaplan et al. 2020 (arXiv 2001.08361, table 1), with the pairs that a causal
 mask leaves counted one by one instead of the whole square. Not counted, as there: embedding
-tables, norms, activations, softmax; and the score head, which reads a token or two of a sequence.
+tables, norms, activations, softmax; and the score head, which reads a token or two of a sequence
+(for an implicit reward, the vocabulary's head at the answer's tokens).
 """
 
 import re
@@ -37,6 +38,13 @@ class ModelCost:
     def flops(self, tokens: float, pairs: float) -> float:
         """Operations for `tokens` tokens that attend to `pairs` pairs."""
         return tokens * self.flops_per_token + pairs * self.flops_per_pair
+
+    def plus(self, other: "ModelCost") -> "ModelCost":
+        """That of two models which the same tokens go through."""
+        return ModelCost(
+            self.flops_per_token + other.flops_per_token,
+            self.flops_per_pair + other.flops_per_pair,
+        )
 
 
 def model_cost(files: ModelFiles, adapter: Adapter) -> ModelCost | None:

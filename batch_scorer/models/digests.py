@@ -1,6 +1,7 @@
 """Digests of a model's files; large files' digests are kept in the user's cache.
 
-A nightly run with nothing to do must not read tens of gigabytes to find that out.
+A nightly run with nothing to do must not read tens of gigabytes to find that out. While a file is
+read, its weights are looked through for values that are no numbers: they make every score NaN.
 """
 
 import contextlib
@@ -9,39 +10,62 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from batch_scorer.errors import ModelError
+from batch_scorer.models.checkpoint import read_header
 
 REMEMBERED_BYTES = 1 << 24
 """Smaller files are digested again each time: it takes milliseconds."""
 _SETTLED_S = 10.0
 """A file that changed more recently may change again without a change in its times."""
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 17
+_FLOATS = {"F32": "<f4", "F64": "<f8"}
+_HALVES = {"BF16": 0x7F80, "F16": 0x7C00}
+"""Bits of infinity; those of NaN are larger. numpy has no bfloat16 and a slow float16."""
+_MASK = "mask"
+"""In the names of stored attention masks, which may hold -inf."""
 
 
 def file_digest(file: Path) -> str:
-    """sha256 of the file's bytes.
+    """sha256 of the file's bytes. Raises ModelError for weights with NaN or infinity among them.
 
     A kept digest is used only for the same file with the same size, modification time and change
     time: programs cannot set the latter back.
     """
+    digest, broken = _kept_or_read(file)
+    if broken is not None:
+        raise ModelError(
+            f"{file}: {broken} holds NaN or infinity: the training diverged, or the file is damaged"
+        )
+    return digest
+
+
+def _kept_or_read(file: Path) -> tuple[str, str | None]:
+    """The digest, and the first tensor with values that are no numbers."""
     before = file.stat()
     if before.st_size < REMEMBERED_BYTES:
-        return _computed(file)
+        return _read(file)
     try:
         record = _record_of(file)
     except RuntimeError:  # a user without a home
-        return _computed(file)
+        return _read(file)
     state = _state(before)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(record.read_text())
         if found["state"] == state:
-            return str(found["sha256"])
+            return str(found["sha256"]), found["broken"]
     started = time.time()
-    digest = _computed(file)
+    digest, broken = _read(file)
     if state == _state(file.stat()) and _settled(before, started):
-        _remember(record, {"file": str(file), "state": state, "sha256": digest})
-    return digest
+        kept = {"file": str(file), "state": state, "sha256": digest, "broken": broken}
+        _remember(record, kept)
+    return digest, broken
 
 
 def user_cache() -> Path:
@@ -52,12 +76,40 @@ def user_cache() -> Path:
     return root / "batch-scorer"
 
 
-def _computed(file: Path) -> str:
+def _read(file: Path) -> tuple[str, str | None]:
     digest = hashlib.sha256()
+    broken: str | None = None
     with file.open("rb") as stream:
+        for size, dtype, name in _parts(file):
+            while size > 0 and (chunk := stream.read(min(size, _CHUNK_BYTES))):
+                size -= len(chunk)
+                digest.update(chunk)
+                if broken is None and dtype and not _are_numbers(chunk, dtype):
+                    broken = name
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest.hexdigest(), broken
+
+
+def _parts(file: Path) -> Iterator[tuple[int, str, str]]:
+    """Bytes, dtype and name of what a safetensors file holds one after the other: its header, and
+    the tensors without a gap (`check_header`). The dtype is empty where nothing is looked for."""
+    if file.suffix != ".safetensors":
+        return
+    stored = sorted((t.start, t.stop, t.dtype, name) for name, t in read_header(file).items())
+    header = [(stored[0][0], "", "")] if stored else []
+    tensors = (
+        (stop - start, dtype if dtype in _FLOATS | _HALVES and _MASK not in name else "", name)
+        for start, stop, dtype, name in stored
+    )
+    yield from chain(header, tensors)
+
+
+def _are_numbers(chunk: bytes, dtype: str) -> bool:
+    if dtype in _FLOATS:
+        return bool(np.isfinite(np.frombuffer(chunk, _FLOATS[dtype])).all())
+    without_sign = np.frombuffer(chunk, "<u2") & 0x7FFF
+    return bool(without_sign.max() < _HALVES[dtype])
 
 
 def _record_of(file: Path) -> Path:

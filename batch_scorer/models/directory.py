@@ -1,23 +1,39 @@
 """A model directory, read without loading the model: what it is, and a digest of its bytes."""
 
 import hashlib
-import json
 import os
-import struct
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batch_scorer.errors import ModelError
+from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles, Prompt
+from batch_scorer.models.checkpoint import (
+    has_weights,
+    read_checkpoint,
+    refuse_unconverted,
+)
 from batch_scorer.models.cost import HIDDEN_SIZES, ModelCost, model_cost
+from batch_scorer.models.cross_encoder import SETTINGS_FILES, read_cross_encoder
 from batch_scorer.models.digests import file_digest
-from batch_scorer.models.registry import EMBEDDING, choose_adapter, head_files, refuse_quantised
+from batch_scorer.models.files import check_folder, read_json
+from batch_scorer.models.hub import HubName, NotHereError
+from batch_scorer.models.hub import fetch as fetch_model
+from batch_scorer.models.lora import ADAPTER_CONFIG, lora_files, lost_head, merge_lora
+from batch_scorer.models.quantised import Quantisation, describe, read_quantised
+from batch_scorer.models.registry import (
+    EMBEDDING,
+    REMOTE_CODE,
+    choose_adapter,
+    mismatch_of,
+    read_vocabulary,
+)
+from batch_scorer.models.sizes import check_sizes
 
-_WEIGHTS = "*.safetensors"
 _CODE = "*.py"
-_INDEX = "model.safetensors.index.json"
+_VOCABULARY = "tokenizer.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,7 +48,6 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _TEMPLATES = "additional_chat_templates/*.jinja"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _UNLIMITED_TOKENS = 10**9
 
 
@@ -40,66 +55,132 @@ _UNLIMITED_TOKENS = 10**9
 class ModelFacts:
     """What a model's files show.
 
-    `adapter` names the family (`models/families`), `attributes` its outputs beside the score;
+    `changes` are what was done to the files as they are stored, and `doubts` what somebody should
+    look at; `unpackable` is why packed attention cannot run the model, None where it can or where
+    nobody looked.
+    `path` has config and weights, `lora_dir` the LoRA adapter that is merged into them, and
+    `tokenizer_path` the tokenizer. `adapter` names the family (`models/families`), `attributes`
+    its outputs beside the score, and `has_score` whether there is one;
     `prompt` is how it wants conversations rendered (kept here, because processes that read have no
-    torch, which the families need). `has_steps`: it is a process reward model. `hidden_size` is
+    torch, which the families need). `has_steps`: it is a process reward model. `reads_any_token`:
+    its head can give every token a score. `hidden_size` is
     None where the config does not name it, `cost` where config and weights do not determine it.
     `positions` are the tokens of the longest sequence that the model can read, `max_tokens` the
-    same where the tokenizer's files set a lower limit. `digest` covers config, weights
-    and tokenizer files: with any byte changed there it is another model.
+    same where the tokenizer's files set a lower limit. `quantisation` is that of the weights as
+    they are stored. `digest` covers config, weights and tokenizer files: with any byte changed
+    there it is another model. With a LoRA adapter it covers the adapter's files and the base's, and
+    `base_digest` the base's alone. `reference` is the second model of an implicit reward; limits,
+    `vocab_size` and `cost` are then those of both together.
     """
 
     path: Path
+    tokenizer_path: Path
+    lora_dir: Path | None
+    changes: tuple[str, ...]
+    doubts: tuple[str, ...]
+    unpackable: str | None
     architecture: str
     adapter: str
     attributes: tuple[str, ...]
+    has_score: bool
     prompt: Prompt
     has_steps: bool
+    reads_any_token: bool
     hidden_size: int | None
     positions: int
     max_tokens: int
     vocab_size: int
     cost: ModelCost | None
+    quantisation: Quantisation | None
     digest: str
+    base_digest: str | None = None
+    reference: "ModelFacts | None" = None
 
 
-def find_model(name: str, *, with_code: bool = False, fetch: bool = True) -> Path:
-    """The local directory of `name`. A hub id is fetched where a hub can be reached, `with_code`
-    including its Python files; without `fetch` it must be here already.
+def find_model(
+    name: str, revision: str | None = None, *, with_code: bool = False, fetch: bool = True
+) -> Path:
+    """The local directory of `name`, which is one or a hub's `ORG/NAME` or `ORG/NAME@REVISION`.
 
-    Raises ModelError.
+    A hub's model is fetched, `with_code` including its Python files; without `fetch` it must be
+    here already. Raises ModelError, also for a folder with files that must not be opened, and
+    ConfigError for a revision that nothing can have.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"revision: {name} is a folder, and only a hub's models have one")
+        check_folder(path)
         return path.absolute()
     if path.exists():
         raise ModelError(f"{name}: is a file; a model is a directory with config.json and weights")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"{name}: no such model directory")
-    from huggingface_hub import snapshot_download
+    hub_name = HubName.parse(name, revision)
+    if hub_name is None:
+        raise NotHereError(f"{name}: no such model directory")
+    path = fetch_model(hub_name, code=with_code, ask=fetch)
+    check_folder(path)
+    return path
 
+
+def find_base(path: Path, asked: str | None = None, *, fetch: bool = True) -> Path | None:
+    """The local directory of the base of the LoRA adapter in `path`; None: it holds no adapter.
+
+    `asked` is the user's name for the base. Without it, a whole model that lies beside the adapter
+    is the base, as in transformers, or else the one that the adapter's config names: a directory
+    (also relative to the adapter's), or a hub id. Raises ModelError, and ConfigError for a base
+    that nothing asks for.
+    """
+    if not (path / ADAPTER_CONFIG).is_file():
+        if asked is not None:
+            raise ConfigError(f"base_model: {path} is no LoRA adapter (no {ADAPTER_CONFIG})")
+        return None
+    if asked is None and (path / "config.json").is_file() and has_weights(path):
+        return path
+    stored = read_json(path / ADAPTER_CONFIG)
+    name = asked or str(stored.get("base_model_name_or_path") or "")
+    if not name:
+        raise ModelError(f"{path}: the adapter does not name its base; name it: --base-model")
+    if asked is None and not Path(name).is_dir() and (path / name).is_dir():
+        name = str(path / name)
     try:
-        files = [
-            *([_CODE] if with_code else []),
-            "*.json",
-            _WEIGHTS,
-            "*.model",
-            "*.jinja",
-            *head_files(),
-        ]
-        return Path(snapshot_download(name, allow_patterns=files, local_files_only=not fetch))
-    except Exception as error:  # the hub client raises HTTP, OS and validation errors of its own
+        base = find_model(name, None if asked else stored.get("revision"), fetch=fetch)
+    except ModelError as error:
+        raise type(error)(f"{path}: its base: {error}; --base-model names another place") from error
+    if (base / ADAPTER_CONFIG).is_file() and base != path:
         raise ModelError(
-            f"{name}: no such directory, and not "
-            + ("to be had from a model hub" if fetch else "fetched from a model hub yet")
-            + f" ({type(error).__name__})"
-        ) from error
+            f"{path}: its base {base} is a LoRA adapter too; merge that one with PEFT "
+            "(merge_and_unload), and name the result: --base-model"
+        )
+    return base
 
 
-def read_model_files(path: Path, name: str = "") -> ModelFiles:
-    """Config and safetensors headers. Raises ModelError for what is damaged or incomplete."""
-    config = read_json(path / "config.json")
-    return ModelFiles(path, name or path.name, config, _tensor_shapes(path))
+def read_model_files(
+    path: Path,
+    name: str = "",
+    lora_dir: Path | None = None,
+    entries: Mapping[str, Any] | None = None,
+) -> ModelFiles:
+    """Config, with `entries` in place of its own, and safetensors headers, with the adapter in
+    `lora_dir` merged into them.
+
+    Raises ModelError for what is damaged or incomplete, or does not fit together.
+    """
+    refuse_unconverted(path)
+    config = {**read_json(path / "config.json"), **(entries or {})}
+    check_sizes(path / "config.json", config)
+    found = read_checkpoint(path)
+    # sentence-transformers writes its files beside what it trained.
+    settings = lora_dir if lora_dir and (lora_dir / SETTINGS_FILES[0]).is_file() else path
+    files = ModelFiles(
+        path=path,
+        name=name or path.name,
+        config=config,
+        shapes=found.shapes,
+        sources=found.sources,
+        changes=found.changes,
+        cross_encoder=read_cross_encoder(settings, config),
+    )
+    return merge_lora(files, lora_dir) if lora_dir else read_quantised(files)
 
 
 def inspect_model(
@@ -107,39 +188,130 @@ def inspect_model(
     name: str = "",
     adapter: str | None = None,
     *,
+    base: Path | None = None,
+    entries: Mapping[str, Any] | None = None,
     embeds: bool = False,
     trust_remote_code: bool = False,
+    with_fit: bool = False,
     with_digest: bool = True,
 ) -> ModelFacts:
     """Choose the adapter, check that its head is there, digest all bytes.
 
-    `name` is the user's name for the model; `adapter` overrides the choice; with `embeds` no
-    head is needed; with `trust_remote_code` the model's own code may score; without `with_digest`
-    the digest is empty and the weights are not read. Raises ModelError if no adapter fits, if the
-    model has no safetensors weights, or if the head is not among them or of another shape: a head
-    that is missing would be filled with random numbers by the loader.
+    `name` is the user's name for the model; `adapter` overrides the choice, `entries` those of the
+    config; with a `base`, `path` holds a LoRA adapter of it; with `embeds` no head is needed; with
+    `trust_remote_code` the model's own code may score; `with_fit` all tensors have to be those of
+    the model (`fit.check_fit`); without `with_digest` the digest is empty and the weights are not
+    read. Raises ModelError if no adapter fits, if the model has no safetensors weights, or if the
+    head is not among them or of another shape: a head that is missing would be filled with random
+    numbers by the loader. Raises ConfigError for entries that do not fit the head.
     """
-    files = read_model_files(path, name)
-    refuse_quantised(files)
+    files = read_model_files(base or path, name, path if base else None, entries)
     _refuse_empty(files)
     chosen = EMBEDDING
     if not embeds:
-        chosen = choose_adapter(files, adapter, trust_remote_code=trust_remote_code)
-    positions = int(files.config.get("max_position_embeddings") or _UNLIMITED_TOKENS)
+        try:
+            chosen = choose_adapter(files, adapter, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            raise ModelError(lost_head(files) or str(error)) from error
+    if base and chosen is REMOTE_CODE:
+        raise ModelError(f"{path}: an adapter is not merged into a model that runs its own code")
+    refuse_other_width(files, chosen)
+    unpackable: str | None = None
+    if with_fit:
+        from batch_scorer.models import fit  # needs torch, and not every process does
+
+        unpackable = fit.check_fit(
+            files, chosen, embeds=embeds, trust_remote_code=trust_remote_code
+        )
+        if not embeds and chosen is not REMOTE_CODE:
+            fit.check_head(files, chosen)
+    digest, base_digest = "", None
+    if with_digest:
+        digest = _digest(_model_files(files, chosen, trust_remote_code))
+    if with_digest and files.lora_dir:
+        base_digest = digest
+        own = [*lora_files(files.lora_dir), *_settings_files(files.lora_dir, chosen)]
+        digest = hashlib.sha256(f"{_digest(own)} {base_digest}".encode()).hexdigest()
+    pairs = chosen.cross_encoder(files)
+    pair_limit = pairs.max_tokens if pairs else None
+    own_limit = chosen.max_tokens or pair_limit or _tokenizer_limit(files.tokenizer_path)
+    positions = chosen.max_tokens or int(
+        files.config.get("max_position_embeddings") or _UNLIMITED_TOKENS
+    )
     return ModelFacts(
-        path=path,
+        path=files.path,
+        tokenizer_path=files.tokenizer_path,
+        lora_dir=files.lora_dir,
+        changes=files.changes,
+        doubts=mismatch_of(files, chosen),
+        unpackable=unpackable,
         architecture=files.architecture,
         adapter=chosen.name,
         attributes=chosen.attributes(files.config),
-        prompt=chosen.prompt,
+        has_score=chosen.has_score(files.config),
+        prompt=replace(chosen.prompt, question_prefix=pairs.prompt) if pairs else chosen.prompt,
         has_steps=chosen.step_aggregation is not None,
-        hidden_size=next((files.config[n] for n in HIDDEN_SIZES if n in files.config), None),
+        reads_any_token=chosen.reads_any_token,
+        hidden_size=_hidden_size(files),
         positions=positions,
-        max_tokens=min(positions, _tokenizer_limit(path) or positions),
+        max_tokens=min(positions, own_limit or positions),
         vocab_size=int(files.config.get("vocab_size") or _UNLIMITED_TOKENS),
         cost=model_cost(files, chosen),
-        digest=_digest(path, chosen, trust_remote_code) if with_digest else "",
+        quantisation=describe(files),
+        digest=digest,
+        base_digest=base_digest,
     )
+
+
+def with_reference(policy: ModelFacts, reference: ModelFacts) -> ModelFacts:
+    """The facts of two models that read the same tokens.
+
+    One of them may have tokens behind the other's, as where training added some: rows with their
+    ids cannot be read by both. Raises ModelError where they have not the same vocabulary otherwise,
+    or are one model.
+    """
+    if policy.digest and policy.digest == reference.digest:
+        raise ModelError(
+            f"{reference.lora_dir or reference.path}: the reference model is the model itself: "
+            "every score would be 0"
+        )
+    here, there = (
+        read_vocabulary(facts.tokenizer_path / _VOCABULARY) for facts in (policy, reference)
+    )
+    shared = here.keys() & there.keys()
+    added = (here | there).items() - {(token, here[token]) for token in shared}
+    first = min((place for _, place in added), default=_UNLIMITED_TOKENS)
+    are_alike = all(here[token] == there[token] < first for token in shared)
+    if not are_alike:
+        other = min(here.keys() | there.keys(), key=lambda t: (here.get(t) == there.get(t), t))
+        raise ModelError(
+            f"{reference.tokenizer_path / _VOCABULARY}: not the vocabulary of {policy.path}: "
+            f"{other!r} is {there.get(other, 'no token')} here, {here.get(other, 'no token')} there"
+        )
+    cost = None
+    if policy.cost is not None and reference.cost is not None:
+        cost = policy.cost.plus(reference.cost)
+    return replace(
+        policy,
+        positions=min(policy.positions, reference.positions),
+        max_tokens=min(policy.max_tokens, reference.positions),
+        vocab_size=min(policy.vocab_size, reference.vocab_size, first),
+        doubts=policy.doubts if not added else (*policy.doubts, _unshared(len(added), first)),
+        cost=cost,
+        reference=reference,
+    )
+
+
+def _unshared(count: int, first: int) -> str:
+    return (
+        f"{count} tokens, from id {first} on, are not in both models' tokenizers: rows that have "
+        "them are marked bad_token_id"
+    )
+
+
+def without_reference(policy: ModelFacts) -> ModelFacts:
+    """The facts of a policy that is measured against nothing."""
+    return replace(policy, attributes=policy.attributes[:1])
 
 
 def _refuse_empty(files: ModelFiles) -> None:
@@ -153,17 +325,21 @@ def _refuse_empty(files: ModelFiles) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model directory. Raises ModelError if there is none, or it is damaged."""
-    try:
-        loaded = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent}: not a model directory (no {path.name})") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return loaded
+def refuse_other_width(files: ModelFiles, adapter: Adapter) -> None:
+    """Raise ModelError for a linear head that reads hidden states of another size."""
+    hidden_size = _hidden_size(files)
+    if hidden_size is None or list(adapter.head.values()) != [(1, None)]:
+        return
+    (name,) = adapter.head
+    shape = files.shapes.get(name)
+    if shape and shape[-1] != hidden_size:
+        raise ModelError(
+            f"{files.path}: {name} is {shape}, and the hidden states have {hidden_size} numbers"
+        )
+
+
+def _hidden_size(files: ModelFiles) -> int | None:
+    return next((files.config[n] for n in HIDDEN_SIZES if n in files.config), None)
 
 
 def _tokenizer_limit(path: Path) -> int | None:
@@ -175,46 +351,23 @@ def _tokenizer_limit(path: Path) -> int | None:
     return int(limit) if isinstance(limit, int | float) and limit < _UNLIMITED_TOKENS else None
 
 
-def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    files = sorted(path.glob(_WEIGHTS))
-    if not files:
-        pickled = [f.name for pattern in _PICKLED for f in path.glob(pattern)]
-        hint = f" (only {pickled[0]}: pickled weights can run code)" if pickled else ""
-        raise ModelError(f"{path}: no safetensors weights{hint}")
-    index = path / _INDEX
-    listed = set(read_json(index).get("weight_map", {}).values()) if index.exists() else set()
-    if absent := sorted(listed - {file.name for file in files}):
-        raise ModelError(f"{path}: incomplete download: {', '.join(absent)} not there")
-    return {name: shape for file in files for name, shape in _safetensors_header(file).items()}
-
-
-def _safetensors_header(file: Path) -> dict[str, list[int]]:
-    """Tensor names and shapes. A file starts with 8 bytes, the length of the JSON that follows."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
-            raise ModelError(f"{file}: damaged safetensors file (header is cut off)")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ModelError(f"{file}: damaged safetensors header") from error
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    needed = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if 8 + length + needed != size:
-        raise ModelError(
-            f"{file}: incomplete download: {size} bytes, its header promises {8 + length + needed}"
-        )
-    return {name: entry["shape"] for name, entry in tensors.items()}
-
-
-def _digest(path: Path, adapter: Adapter, trust_remote_code: bool) -> str:
-    files = [path / "config.json", *sorted(path.glob(_WEIGHTS))]
+def _model_files(model: ModelFiles, adapter: Adapter, trust_remote_code: bool) -> list[Path]:
+    path = model.path
+    stored = {source.file for source in model.sources.values()}
+    files = [path / "config.json", *sorted(file for file in stored if file.parent == path)]
     files += sorted(path.glob(_CODE)) if trust_remote_code else []
     files += [path / name for name in adapter.head_files if (path / name).exists()]
-    files += [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
-    files += sorted(path.glob(_TEMPLATES))
+    return files + _settings_files(path, adapter)
+
+
+def _settings_files(path: Path, adapter: Adapter) -> list[Path]:
+    """The tokenizer's files, and those of a CrossEncoder."""
+    names = [*(SETTINGS_FILES if adapter.is_cross_encoder else ()), *_TOKENIZER_FILES]
+    files = [path / name for name in names if (path / name).exists()]
+    return files + sorted(path.glob(_TEMPLATES))
+
+
+def _digest(files: list[Path]) -> str:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_digest, files))
     lines = [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]

@@ -1,10 +1,9 @@
 """How a model's embeddings are read, by its sentence-transformers files."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from batch_scorer.errors import ModelError
+from batch_scorer.models.files import read_any_json
 from batch_scorer.records import Embedding
 
 _POOLING_FLAGS: tuple[tuple[str, Literal["last", "mean", "cls"]], ...] = (
@@ -51,7 +50,4 @@ def is_decoder(model_dir: Path) -> bool:
 
 
 def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text()) if file.exists() else None
-    except ValueError as error:
-        raise ModelError(f"{file}: not readable: {error}") from error
+    return read_any_json(file) if file.exists() else None

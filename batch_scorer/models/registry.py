@@ -5,15 +5,14 @@ with the first look-up of an adapter.
 """
 
 import json
-import logging
+import re
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from batch_scorer.errors import ConfigError, ModelError
-from batch_scorer.models.adapter import Adapter, ModelFiles
-
-log = logging.getLogger("batch_scorer")
+from batch_scorer.errors import ConfigError, ModelError, cause_of
+from batch_scorer.models.adapter import OUTPUT_WEIGHTS, Adapter, ModelFiles
 
 EMBEDDING = Adapter(
     name="embedding",
@@ -31,8 +30,12 @@ REMOTE_CODE = Adapter(
 STOCK = "sequence_classifier"
 """The family that transformers' own AutoModelForSequenceClassification scores."""
 
-_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
-_ENCODER_HEADS = ("classifier.", "classification_head.", "score.")
+NAMED = "named_outputs"
+"""The family of heads whose outputs the user names."""
+
+_PLACEHOLDER = re.compile(r"LABEL_\d+")
+"""What transformers calls an output without a name."""
+ENCODER_HEADS = ("classifier.", "classification_head.", "score.")
 _OWN_SCORER = "AutoModelForSequenceClassification"
 _HEADLESS = ("ForCausalLM", "LMHeadModel", "Model")
 
@@ -60,6 +63,11 @@ def adapter_named(name: str) -> Adapter:
     )
 
 
+def is_head_name(name: str) -> bool:
+    """Whether a tensor of this name is part of some family's head."""
+    return name.startswith(ENCODER_HEADS) or any(a.is_head_tensor(name) for a in adapters())
+
+
 def choose_adapter(
     files: ModelFiles, asked: str | None = None, *, trust_remote_code: bool = False
 ) -> Adapter:
@@ -71,21 +79,19 @@ def choose_adapter(
     fitting = [adapter_named(asked)] if asked else [a for a in adapters() if a.fits(files)]
     if refused := next((a for a in fitting if a.refused), None):
         raise ModelError(f"{files.path}: {refused.refused}")
+    _check_cross_encoder(fitting, files, asked)
     complete = [a for a in fitting if a.head and not a.missing_tensors(files)]
     if complete:
         # Two families may have tensors with the same names and different shapes. Where no shape
         # fits, the error is about the most general family.
         adapter = next((a for a in complete if _has_shapes(a, files)), complete[-1])
-        _check_shapes(adapter, files)
+        check_shapes(adapter, files)
         _check_tokens(adapter, files)
-        if _is_headless(files.architecture) and adapter.name == STOCK:
-            log.warning(
-                "%s: the config names %s, and the weights hold %s: scored as %s",
-                *(files.path, files.architecture, ", ".join(adapter.head), adapter.name),
-            )
+        if adapter.name == NAMED:
+            _check_names(adapter, files)
         return adapter
     encoder = next((a for a in fitting if not a.head), None)
-    if encoder and any(name.startswith(_ENCODER_HEADS) for name in files.shapes):
+    if encoder and any(name.startswith(ENCODER_HEADS) for name in files.shapes):
         _check_single_output(_configured_outputs(files.config), files)
         return encoder
     if not asked and _OWN_SCORER in (files.config.get("auto_map") or {}):
@@ -94,12 +100,6 @@ def choose_adapter(
         raise ModelError(
             f"{files.path}: no family known here scores {files.architecture} (docs/models.md); "
             "to run the Python code that comes with the model: --trust-remote-code"
-        )
-    if wrapped := _wrapped_head(files):
-        raise ModelError(
-            f"{files.path}: the score head is there as {wrapped}, saved from a wrapped model "
-            "(torch.compile, DDP or FSDP): save the model inside the wrapper, or take the prefix "
-            "off all tensors' names"
         )
     if not asked and (not fitting or _is_headless(files.architecture)):
         raise ModelError(
@@ -115,28 +115,42 @@ def choose_adapter(
     )
 
 
-def refuse_quantised(files: ModelFiles) -> None:
-    """Raise ModelError for a checkpoint whose weights are stored quantised."""
-    method = (files.config.get("quantization_config") or {}).get("quant_method")
-    if method:
-        raise ModelError(
-            f"{files.path}: the weights are quantised ({method}), which is not supported; use the "
-            "checkpoint that they were made from (under vLLM, --quantization can quantise it)"
+def mismatch_of(files: ModelFiles, adapter: Adapter) -> tuple[str, ...]:
+    """A line where the config names a model without the head that is in the weights."""
+    if _is_headless(files.architecture) and adapter.name in (STOCK, NAMED):
+        return (
+            f"the config names {files.architecture}, and the weights hold "
+            f"{', '.join(adapter.head)}: scored as {adapter.name}",
         )
+    return ()
 
 
-def _wrapped_head(files: ModelFiles) -> str | None:
-    """A head's tensor under the prefix that a wrapper has put before all names."""
-    heads = {name for adapter in adapters() for name in adapter.head}
-    return next(
-        (
-            name
-            for name in files.shapes
-            for prefix in _WRAPPERS
-            if name.startswith(prefix) and name.removeprefix(prefix) in heads
-        ),
-        None,
-    )
+def are_names(names: Collection[str]) -> bool:
+    """Whether several outputs have names that somebody gave them."""
+    return len(names) > 1 and not any(_PLACEHOLDER.fullmatch(name) for name in names)
+
+
+def _check_names(adapter: Adapter, files: ModelFiles) -> None:
+    """Raise where the names do not fit the head, or the weights the names."""
+    names, (outputs, _) = adapter.attributes(files.config), files.shapes["score.weight"]
+    if outputs == 1:
+        raise ConfigError(
+            f"output_names, output_weights: the head of {files.path} has one output, which is the "
+            "score; leave them out"
+        )
+    if not are_names(names):
+        _check_single_output(outputs, files)
+    if len(names) != outputs:
+        raise ModelError(
+            f"{files.path}: the head has {outputs} outputs, and there are {len(names)} names: "
+            f"{', '.join(names)}"
+        )
+    if len(set(names)) < len(names):
+        raise ModelError(f"{files.path}: two outputs have one name: {', '.join(names)}")
+    if unknown := sorted(set(files.config.get(OUTPUT_WEIGHTS, {})) - set(names)):
+        raise ConfigError(
+            f"output_weights: no output is named {', '.join(unknown)}; there are {', '.join(names)}"
+        )
 
 
 def _is_headless(architecture: str) -> bool:
@@ -157,7 +171,8 @@ def _is_shape(shape: list[int], wanted: tuple[int | None, ...]) -> bool:
     )
 
 
-def _check_shapes(adapter: Adapter, files: ModelFiles) -> None:
+def check_shapes(adapter: Adapter, files: ModelFiles) -> None:
+    """Raise ModelError for a head tensor of another shape than the family's."""
     for name, wanted in adapter.head.items():
         if name not in files.shapes:
             continue  # in a separate file, or tied to the body's
@@ -171,6 +186,18 @@ def _check_shapes(adapter: Adapter, files: ModelFiles) -> None:
             )
 
 
+def _check_cross_encoder(fitting: list[Adapter], files: ModelFiles, asked: str | None) -> None:
+    """Raise if the model was saved as a CrossEncoder whose scores cannot be had here; where another
+    family is asked for, that is no matter."""
+    problem = files.cross_encoder and files.cross_encoder.problem
+    if problem and (asked is None or fitting[0].is_cross_encoder):
+        raise ModelError(
+            f"{files.path}: saved as a CrossEncoder of sentence-transformers whose scores cannot "
+            f"be had here: {problem}; to take the raw output: --adapter encoder for an encoder, "
+            "sequence_classifier for a decoder"
+        )
+
+
 def _check_tokens(adapter: Adapter, files: ModelFiles) -> None:
     """Raise if the tokenizer gives other ids to the tokens that the adapter relies on.
 
@@ -178,7 +205,7 @@ def _check_tokens(adapter: Adapter, files: ModelFiles) -> None:
     """
     model_type = adapter.body.model_type or str(files.config.get("model_type"))
     relied_on = adapter.tokens.get(model_type, {})
-    path = files.path / "tokenizer.json"
+    path = files.tokenizer_path / "tokenizer.json"
     if not relied_on or not path.is_file():
         return
     ids = read_vocabulary(path)
@@ -199,16 +226,16 @@ def read_vocabulary(path: Path) -> dict[str, int]:
         pieces = tokens if isinstance(tokens, dict) else {t: i for i, (t, _) in enumerate(tokens)}
         added = {token["content"]: token["id"] for token in stored.get("added_tokens") or []}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not readable: {error}") from error
+        raise ModelError(f"{path}: not readable: {cause_of(error)}") from error
     return pieces | added
 
 
 def _check_single_output(outputs: int, files: ModelFiles) -> None:
     if outputs != 1:
         raise ModelError(
-            f"{files.path}: the head has {outputs} outputs, a scalar reward model has 1; for "
-            "outputs named as HelpSteer's attributes name the weights to mix them by: "
-            "--adapter nemotron4_attributes or steerlm_attributes"
+            f"{files.path}: the head has {outputs} outputs, a scalar reward model has 1, and the "
+            "config has no names for them: --output-names a,b,… names them, and --output-weights "
+            "a=1,b=0.5 makes a score of them"
         )
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import FiniteFloat
 
-from batch_scorer.errors import StorageError
-from batch_scorer.inputs.files import open_parquet
+from batch_scorer.config import PartialConfig
+from batch_scorer.errors import ShardError, StorageError
+from batch_scorer.inputs.files import open_parquet, read_apart
 from batch_scorer.outputs.by_source import LEVELS
 from batch_scorer.outputs.columns import score_items
 from batch_scorer.records import Commit, Format, PairCounts, Receipt, Source, Spread, Status
@@ -52,9 +54,9 @@ class Figures:
     kept: int = 0
     gone: int = 0
     scores: int = 0
-    mean: float | None = None
-    std: float | None = None
-    quantiles: tuple[float, ...] = ()
+    mean: FiniteFloat | None = None
+    std: FiniteFloat | None = None
+    quantiles: tuple[FiniteFloat, ...] = ()
     pairs: PairCounts = field(default_factory=PairCounts)
 
     @property
@@ -63,16 +65,6 @@ class Figures:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Figures":
-        return cls(
-            **{
-                **value,
-                "quantiles": tuple(value["quantiles"]),
-                "pairs": PairCounts(**value["pairs"]),
-            }
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +203,6 @@ class Ranks:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Ranks":
-        return cls(**{**value, "movers": tuple(Mover(**mover) for mover in value["movers"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +379,11 @@ def _overlaps(
                 yield _Overlap(common, stop - start, (other, mine), starts)
 
 
+def _rows(store: Store, source: Source, names: list[str], rows: IntArray) -> pa.Table:
+    table = open_parquet(store, source).read(columns=names, use_threads=False)
+    return table.take(pa.array(rows))
+
+
 def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored | None:
     """None where one of the two has no scores, or is no longer there."""
     num_rows = min(limit, overlap.num_rows)
@@ -405,14 +398,16 @@ def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored 
         prefix, format = commit.column_prefix, Format(commit.layout["format"])
         source = Source(store.root, receipt.output_key, stored.size_bytes, stored.version)
         names = [n for n in commit.added_columns if n.startswith(f"{prefix}score")]
-        names.remove(commit.error_column)
+        names = [n for n in names if not n.endswith(("score_error", "score_notes"))]
         if not names:
             return None
         try:
-            table = open_parquet(store, source).read(columns=names, use_threads=False)
-        except (StorageError, OSError, pa.ArrowException):
+            table = read_apart(
+                PartialConfig(), stored.size_bytes, _rows, store, source, names, start + chosen
+            )
+        except (StorageError, ShardError, OSError, pa.ArrowException):
             return None
-        found.append(score_items(table.take(pa.array(start + chosen)), format, prefix))
+        found.append(score_items(table, format, prefix))
     (rows, old), (rows_after, new) = found
     if not np.array_equal(rows, rows_after):
         return None

@@ -13,12 +13,15 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field
 
 from batch_scorer.errors import LeaseLostError
 from batch_scorer.outputs.claim import GENERATIONS_KEY
 from batch_scorer.outputs.puts import put
 from batch_scorer.records import Receipt, Status
+from batch_scorer.records.reading import read_record, read_record_with_info
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version
 
 MAIN = "main"
@@ -34,7 +37,7 @@ class Generation:
     another of the same fingerprint has.
     """
 
-    series: str
+    series: Annotated[str, Field(alias="line")]
     number: int
     fingerprint: str
     layout: dict[str, Any]
@@ -49,19 +52,18 @@ class Generation:
         fields = asdict(self)
         return {"path": self.path, "line": fields.pop("series"), **fields}
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        fields = {name: part for name, part in value.items() if name not in ("path", "line")}
-        return cls(series=value["line"], **fields)
+
+@dataclass(frozen=True, slots=True)
+class _Generations:
+    generations: list[Generation]
 
 
 def read_generations(root: Store) -> list[Generation]:
-    """All generations that were ever begun, oldest first."""
+    """All generations that were ever begun, oldest first. Raises ObjectDamaged."""
     try:
-        found = root.read_json(GENERATIONS_KEY)["generations"]
+        return read_record(root, GENERATIONS_KEY, _Generations).generations
     except ObjectMissing:
         return []
-    return [Generation.from_json(value) for value in found]
 
 
 def record_generations(root: Store, generations: Sequence[Generation]) -> None:
@@ -78,14 +80,24 @@ class Latest:
     version: Version
 
 
+@dataclass(frozen=True, slots=True)
+class _Named:
+    line: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Pointer:
+    lines: list[_Named]
+
+
 def read_latest(root: Store) -> Latest | None:
-    """None before any generation was complete."""
+    """None before any generation was complete. Raises ObjectDamaged."""
     try:
-        data, info = root.read_with_info(LATEST_KEY)
+        pointer, info = read_record_with_info(root, LATEST_KEY, _Pointer)
     except ObjectMissing:
         return None
-    body = root.parse_json(LATEST_KEY, data)
-    return Latest({entry["line"]: entry["path"] for entry in body["lines"]}, info.version)
+    return Latest({entry.line: entry.path for entry in pointer.lines}, info.version)
 
 
 def move_latest(root: Store, chain: Sequence[Generation], night: int, found: Latest | None) -> None:

@@ -28,6 +28,7 @@ from batch_scorer.nightly.record import (
 from batch_scorer.outputs.manifest import current_manifest, read_manifest
 from batch_scorer.outputs.puts import put
 from batch_scorer.records import Receipt
+from batch_scorer.records.reading import read_record as read_one
 from batch_scorer.runs.run import Summary
 from batch_scorer.storage import ObjectMissing, Store
 
@@ -52,7 +53,8 @@ def numbers(root: Store) -> list[int]:
 
 
 def read_record(root: Store, number: int) -> NightlyRecord:
-    return NightlyRecord.from_json(root.read_json(f"{_FOLDER}/{number:05d}.json"))
+    """Raises ObjectDamaged."""
+    return read_one(root, f"{_FOLDER}/{number:05d}.json", NightlyRecord)
 
 
 def newest_record(root: Store) -> NightlyRecord | None:
@@ -63,7 +65,7 @@ def newest_record(root: Store) -> NightlyRecord | None:
 def newest_drift(root: Store) -> DriftReport:
     """The newest drift report. Raises OutputError where there is none."""
     for number in numbers(root):
-        return DriftReport.from_json(root.read_json(f"{_FOLDER}/{number:05d}-drift.json"))
+        return read_one(root, f"{_FOLDER}/{number:05d}-drift.json", DriftReport)
     raise OutputError(f"{root.root}: no drift report here; name an output of `nightly`")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from batch_scorer import formats, logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
+from batch_scorer.formats.kinds import BESIDE_NAMES
 from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.inputs.selection import kept_columns
 from batch_scorer.job import Job, outputs_of
@@ -162,11 +163,29 @@ def _to_nobody(path: str) -> AbstractContextManager[Listener | None]:
     return nullcontext()
 
 
+OF_ONE_MODEL = (
+    "revision",
+    "base_model",
+    "adapter",
+    "step_aggregation",
+    "token_scores",
+    "output_names",
+    "output_weights",
+    "reference_model",
+    "beta",
+    "length_normalize",
+)
+"""Settings of `model` that are not those of the models in `also`; nor are the columns of what a
+model reads beside the conversation, which others have no use for."""
+
+
 def series_of(config: Config) -> list[Series]:
     """All models, checked before anything is scored."""
     settings = {MAIN: config.model_copy(update={"also": {}})}
     for prefix, model in config.also.items():
-        own = {"model": model, "column_prefix": prefix, "adapter": None, "step_aggregation": None}
+        own = {name: Config.model_fields[name].default for name in OF_ONE_MODEL}
+        columns = {k: name for k, name in config.columns.items() if k not in BESIDE_NAMES}
+        own |= {"model": model, "column_prefix": prefix, "columns": columns}
         settings[prefix] = settings[MAIN].model_copy(update=own)
     return [Series(name, own, look_at_model(own)) for name, own in settings.items()]
 
@@ -186,7 +205,8 @@ def plan_night(series: Sequence[Series], night: Night) -> Plan:
     others score, too."""
     first, *others = series
     config = first.config
-    plan = make_plan(config, outputs_of(config, first.model), night.holds)
+    outputs, beside = outputs_of(config, first.model), first.model.prompt.column_beside
+    plan = make_plan(config, outputs, night.holds, beside=beside)
     for file in plan.files if others else ():
         kept = kept_columns(file.schema.names, config.keep_columns, config.drop_columns)
         for name in formats.columns_needed(file.layout):
@@ -269,7 +289,8 @@ class _NightlyRun:
             return None if source.key in gone else self._origins.get(source.key) in selected
 
         config = self._placed(series, above)
-        return make_plan(config, outputs_of(config, series.model), choice)
+        outputs, beside = outputs_of(config, series.model), series.model.prompt.column_beside
+        return make_plan(config, outputs, choice, beside=beside)
 
     def _placed(self, series: Series, above: Step | None) -> Config:
         """The series' settings, with inputs and output as far as they are known before its

@@ -1,12 +1,14 @@
 """What a nightly run leaves behind, as values: its record, and its drift report.
 
 Both are JSON under `ROOT/nights/` (docs/nightly.md explains every key). There a series is a `line`,
-and the series are `lines`.
+and the series are `lines`, which their aliases say to whoever reads them.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from batch_scorer.nightly.drift import Figures, Ranks, together
 from batch_scorer.outputs.by_source import LEVELS
@@ -46,7 +48,7 @@ class SeriesRecord:
     `manifest` is the key of the generation's manifest, `metrics` are `Metrics.to_json`.
     """
 
-    series: str
+    series: Annotated[str, Field(alias="line")]
     model: str
     path: str
     manifest: str
@@ -67,19 +69,6 @@ class SeriesRecord:
             "metrics": dict(self.metrics),
         }
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(
-            series=value["line"],
-            model=value["model"],
-            path=value["path"],
-            manifest=value["manifest"],
-            rows=RowCounts(**value["rows"]),
-            shards=ShardCounts(**value["shards"]),
-            sources=_figures_from_json(value["sources"]),
-            metrics=value["metrics"],
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class NightlyRecord:
@@ -95,7 +84,7 @@ class NightlyRecord:
     ended_at: str
     settings: Mapping[str, Any]
     files_aside: int
-    series: tuple[SeriesRecord, ...]
+    series: Annotated[tuple[SeriesRecord, ...], Field(alias="lines")]
     latest: Mapping[str, str] | None
     has_moved: bool
     lacking: tuple[str, ...] | None
@@ -112,20 +101,6 @@ class NightlyRecord:
             "has_moved": self.has_moved,
             "lacking": None if self.lacking is None else list(self.lacking),
         }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(
-            night=value["night"],
-            started_at=value["started_at"],
-            ended_at=value["ended_at"],
-            settings=value["settings"],
-            files_aside=value["files_aside"],
-            series=tuple(SeriesRecord.from_json(each) for each in value["lines"]),
-            latest=value["latest"],
-            has_moved=value["has_moved"],
-            lacking=None if value["lacking"] is None else tuple(value["lacking"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +146,7 @@ class SeriesDrift:
     compares the scores with those of the generation at `ranks_of`; None if there is no other.
     """
 
-    series: str
+    series: Annotated[str, Field(alias="line")]
     path: str
     since: int | None
     before: str | None
@@ -204,39 +179,17 @@ class SeriesDrift:
             "ranks": None if self.ranks is None else self.ranks.to_json(),
         }
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(
-            series=value["line"],
-            path=value["path"],
-            since=value["since"],
-            before=value["before"],
-            sources=_figures_from_json(value["sources"]),
-            sources_before=_figures_from_json(value["sources_before"]),
-            ranks_of=value["ranks_of"],
-            ranks=None if value["ranks"] is None else Ranks.from_json(value["ranks"]),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class DriftReport:
     """How nightly run number `night` moved the scores."""
 
     night: int
-    series: tuple[SeriesDrift, ...]
+    series: Annotated[tuple[SeriesDrift, ...], Field(alias="lines")]
 
     def to_json(self) -> dict[str, Any]:
         return {"night": self.night, "lines": [each.to_json() for each in self.series]}
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        series = tuple(SeriesDrift.from_json(each) for each in value["lines"])
-        return cls(value["night"], series)
-
 
 def _figures_to_json(sources: Mapping[str, Figures]) -> dict[str, Any]:
     return {name: figures.to_json() for name, figures in sources.items()}
-
-
-def _figures_from_json(value: Mapping[str, Any]) -> dict[str, Figures]:
-    return {name: Figures.from_json(figures) for name, figures in value.items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from batch_scorer.errors import OutputError
+from batch_scorer.errors import IncompleteError, OutputError
 from batch_scorer.nightly.generations import read_generations, read_latest
 from batch_scorer.nightly.record import NightlyRecord
 from batch_scorer.outputs.lease import lease_of
@@ -51,6 +51,14 @@ def nightly_root(output: str, store_options: Mapping[str, str] | None = None) ->
         return root if read_generations(root) else None
     except (ObjectMissing, AccessDenied):
         return None
+
+
+def latest_outputs(root: Store) -> list[str]:
+    """The outputs that `latest.json` names, in the order of the chain: the last one is what readers
+    take. Raises IncompleteError before any generation is complete."""
+    if (latest := read_latest(root)) is None:
+        raise IncompleteError(f"{root.root}: no generation is complete yet")
+    return [root.url(path) for path in latest.paths.values()]
 
 
 def read_nightly_status(

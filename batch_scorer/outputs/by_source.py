@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from batch_scorer.formats.values import is_text, texts_of
 from batch_scorer.records import PairCounts, ScoredRows, Spread
 
 FloatArray = npt.NDArray[np.float32]
@@ -39,7 +40,7 @@ def pair_counts(
 def spread_by_source(
     scored: ScoredRows, sources: Sources, *, has_scores: bool = True
 ) -> dict[str, Spread]:
-    """By source; an embedding model's rows have no scores."""
+    """By source. Without `has_scores` the values are an embedding, or outputs without a score."""
     owners = np.repeat(np.arange(scored.num_rows), np.diff(scored.row_offsets))
     scores = scored.scores.values[:, 0].astype(np.float64)
     has_score = ~np.isnan(scores) & has_scores
@@ -73,8 +74,7 @@ def _source_column(table: pa.Table) -> list[str | None] | None:
     if "source" not in table.column_names:
         return None
     column = table["source"]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    is_words = pa.types.is_dictionary(column.type)
+    if not is_text(column.type.value_type if is_words else column.type):
         return None
-    return column.to_pylist()  # type: ignore[no-any-return]
+    return texts_of(column)

@@ -2,11 +2,12 @@
 
 A row that could not be scored has nulls and a reason; a list of scores has a null in the place
 of each response without one. `score_error` is null exactly when every score of the row is there.
-Attributes of a model with several outputs are fixed-size lists under `rewards`, step scores of a
-process reward model are lists under `step_scores`, embeddings are fixed-size lists. Where a
-sequence's values go is the row's shape (`formats.shape`). `score_notes` lists what is worth knowing
-of a row, scored or not, and `num_special_tokens` counts the places where its messages spell a
-special token; null where there is nothing.
+Attributes of a model with several outputs are fixed-size lists under `rewards`, alone where nothing
+makes a score of them; step scores of a process reward model are lists under `step_scores`, scores
+of all tokens lists under `token_scores`, embeddings are fixed-size lists. Where a sequence's values
+go is the row's shape (`formats.shape`). `score_notes` lists what is worth knowing of a row, scored
+or not, and `num_special_tokens` counts the places where its messages spell a special token; null
+where there is nothing.
 """
 
 import hashlib
@@ -37,17 +38,17 @@ def score_columns(
 ) -> dict[str, pa.Array]:
     """The added columns by name, R values each. `table` holds the input rows."""
     shape = shape_of(layout.format)
-    counts = shape.counts(table, layout.columns, scored.row_offsets)
+    counts = shape.counts(table, layout, scored.row_offsets)
     values = scored.scores.values
     if outputs.embedding_size is not None:
         arrays = shape.to_columns(_vectors(values), counts)
     else:
-        arrays = shape.to_columns(numbers(values[:, 0]), counts)
+        arrays = shape.to_columns(numbers(values[:, 0]), counts) if outputs.has_score else []
         if shape.has_margin(outputs):
             arrays.append(pc.subtract(*arrays))
         if outputs.attributes:
-            arrays += shape.to_columns(_vectors(values[:, 1:]), counts)
-        if outputs.steps:
+            arrays += shape.to_columns(_vectors(values[:, int(outputs.has_score) :]), counts)
+        if outputs.list_column:
             arrays += shape.to_columns(_steps(scored.scores), counts)
     reasons: list[str | None] = [None] * scored.num_rows
     for row, error in scored.errors_by_row().items():
@@ -91,12 +92,14 @@ def _vectors(values: FloatArray) -> pa.Array:
 
 
 def _steps(scores: Scores) -> pa.Array:
-    """list[S]; null for a sequence without a score."""
-    assert scores.step_values is not None and scores.step_offsets is not None
+    """list[S]; null for a sequence without a score. No step is NaN, which readers would order."""
     missing = np.isnan(scores.values[:, 0])
+    if scores.step_values is None or scores.step_offsets is None:
+        assert missing.all(), "scores without their steps"
+        return pa.nulls(len(missing), pa.list_(pa.float32()))
     return pa.ListArray.from_arrays(
         pa.array(scores.step_offsets.astype(np.int32)),
-        pa.array(scores.step_values),
+        numbers(scores.step_values),
         mask=pa.array(missing),
     )
 
@@ -113,20 +116,22 @@ def sequence_scores(
     (`formats.parse`). A row that holds another number of values has none.
     """
     shape = shape_of(layout.format)
-    counts = shape.counts(table, layout.columns, row_offsets)
+    counts = shape.counts(table, layout, row_offsets)
 
     def of(names: list[str]) -> pa.Array:
         return shape.from_columns(_columns(table, prefix, names), counts)
 
-    names, *others = shape.value_columns(outputs)
+    kinds = shape.value_columns(outputs)
     if outputs.embedding_size is not None:
-        return Scores(_to_vectors(of(names)))
-    values = [of(names).to_numpy(zero_copy_only=False)[:, None]]
+        return Scores(_to_vectors(of(kinds[0])))
+    values = []
+    if outputs.has_score:
+        values.append(of(kinds.pop(0)).to_numpy(zero_copy_only=False)[:, None])
     if outputs.attributes:
-        values.append(_to_vectors(of(others.pop(0))))
+        values.append(_to_vectors(of(kinds.pop(0))))
     scores = Scores(np.concatenate(values, axis=1, dtype=np.float32))
-    if outputs.steps:
-        steps = of(others.pop(0))
+    if outputs.list_column:
+        steps = of(kinds.pop(0))
         step_counts = pc.fill_null(pc.list_value_length(steps), 0).to_numpy()
         scores.step_values = steps.flatten().to_numpy(zero_copy_only=False)
         scores.step_offsets = np.concatenate([[0], np.cumsum(step_counts)]).astype(np.int64)

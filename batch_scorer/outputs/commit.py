@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from batch_scorer.errors import RowNote, RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.formats.shape import shape_of
-from batch_scorer.inputs.files import row_numbers, rows_of_shard
+from batch_scorer.inputs.files import read_apart, row_numbers, rows_of_shard
 from batch_scorer.inputs.selection import kept_of
 from batch_scorer.job import Job
 from batch_scorer.outputs.by_source import Sources, pair_counts, row_sources, spread_by_source
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
-from batch_scorer.outputs.lease import current_epoch, lease_of
+from batch_scorer.outputs.lease import Hold, current_epoch, current_hold, lease_of
 from batch_scorer.outputs.manifest import is_in_manifest, read_commit, record_engine
 from batch_scorer.records import (
     SCALAR,
@@ -48,11 +48,50 @@ def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Rece
     Raises ShardError: SUPERSEDED when a newer run holds the output, INPUT_CHANGED when the
     file is no longer the one that was scored.
     """
+    config, size_bytes = job.config, shard.source.size_bytes
+    encoded = read_apart(config, size_bytes, _encode_shard, job, epoch, shard, scored)
+    try:
+        store = open_store(config.output, config.store_options, create=True)
+        stands, hold = publish_shard(
+            store, shard.output_key, encoded.data, encoded.commit, shard.replaces
+        )
+    except StorageError as error:
+        raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
+    return Receipt(
+        output_key=shard.output_key,
+        input=shard.source.key,
+        input_root=shard.source.root,
+        num_rows=shard.num_rows,
+        status=Status.COMMITTED,
+        stored=stands.stored,
+        detail=stands.note,
+        engine=record_engine(config.output, config.store_options, scored.engine, hold.holder_id),
+        examples=encoded.examples,
+        epoch=epoch,
+        estimated_tokens=shard.estimated_tokens,
+        reused=encoded.reused,
+        rows_not_asked=shard.rows_not_asked,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A scored shard, ready to be published. `examples` and `reused` are the receipt's."""
+
+    data: bytes
+    commit: Commit
+    examples: list[tuple[int, str, str]]
+    reused: Reused
+
+
+def _encode_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> _Encoded:
+    """Read the input columns again and put the scores beside them. In one process, so that the
+    rows, whose parts nobody has looked into, do not come out of it."""
     config = job.config
     table, _ = rows_of_shard(shard, config.store_options, None)
     if not table.num_rows == scored.num_rows == shard.num_rows:
         raise ShardError(
-            ShardReason.INTERNAL,
+            ShardReason.WRONG_ROW_COUNT,
             f"{shard.num_rows} rows planned, {scored.num_rows} scored, {table.num_rows} read back",
         )
     columns = score_columns(
@@ -62,31 +101,13 @@ def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Rece
     commit = _describe(job, epoch, shard, scored, columns, sources)
     kept = kept_of(table, config.keep_columns, config.drop_columns)
     data = _encode(kept, columns, column_metadata(job.outputs, config.column_prefix), commit)
-    try:
-        store = open_store(config.output, config.store_options, create=True)
-        stands = publish_shard(store, shard.output_key, data, commit, shard.replaces)
-    except StorageError as error:
-        raise ShardError(ShardReason.STORE_FAILED, str(error)) from error
     errors = scored.errors_by_row()
     numbers = row_numbers(shard, config.store_options) if errors else ()
-    return Receipt(
-        output_key=shard.output_key,
-        input=shard.source.key,
-        input_root=shard.source.root,
-        num_rows=shard.num_rows,
-        status=Status.COMMITTED,
-        stored=stands.stored,
-        detail=stands.note,
-        engine=record_engine(config.output, config.store_options, scored.engine),
-        examples=[
-            (numbers[row], error.reason.value, error.detail)
-            for row, error in islice(errors.items(), _EXAMPLES_PER_SHARD)
-        ],
-        epoch=epoch,
-        estimated_tokens=shard.estimated_tokens,
-        reused=_reused(scored, sources),
-        rows_not_asked=shard.rows_not_asked,
-    )
+    examples = [
+        (numbers[row], error.reason.value, error.detail)
+        for row, error in islice(errors.items(), _EXAMPLES_PER_SHARD)
+    ]
+    return _Encoded(data, commit, examples, _reused(scored, sources))
 
 
 def _reused(scored: ScoredRows, sources: Sources) -> Reused:
@@ -154,7 +175,7 @@ def _describe(
         pairs=pairs,
         layout=layout_to_json(shard.layout),
         added_columns=list(columns),
-        spread=spread_by_source(scored, sources, has_scores=job.outputs.embedding_size is None),
+        spread=spread_by_source(scored, sources, has_scores=job.outputs.has_score),
         where=shard.where,
         rows_not_asked=shard.rows_not_asked,
     )
@@ -177,6 +198,8 @@ def _encode(
     sink = io.BytesIO()
     try:
         pq.write_table(table, sink, compression="zstd")
+    except MemoryError:  # Arrow's is an ArrowException too
+        raise
     except pa.ArrowException as error:
         raise ShardError(ShardReason.WRONG_SCHEMA, f"cannot be written: {error}") from error
     return sink.getvalue()
@@ -202,12 +225,12 @@ class Stale:
 
 def publish_shard(
     store: Store, key: str, data: bytes, commit: Commit, expected: Version | None
-) -> Stands:
-    """One conditional PUT between two looks at the epoch; docs/commit-protocol.md has the table of
+) -> tuple[Stands, Hold]:
+    """One conditional PUT between two looks at the lease; docs/commit-protocol.md has the table of
     what can happen.
 
-    `expected` is the stale object to be replaced, None where there should be none. Raises
-    ShardError and StorageError.
+    `expected` is the stale object to be replaced, None where there should be none. Returns what
+    stands there now, and the lease as the second look found it. Raises ShardError and StorageError.
     """
     ours = hashlib.sha256(data).hexdigest()
     for _ in range(_COMMIT_TRIES):
@@ -224,11 +247,11 @@ def publish_shard(
             failpoint("commit.after_refusal")
             there = _look(store, key, commit)
         if isinstance(there, Stands):
-            if current_epoch(store) > commit.epoch:
+            if (hold := current_hold(store)).epoch > commit.epoch:
                 if expected is None:
                     _withdraw(store, key, there.stored.version)
                 raise _superseded()
-            return there
+            return there, hold
         expected = None if there is None else there.version
     raise ShardError(ShardReason.STORE_FAILED, "the object keeps changing under the commit")
 

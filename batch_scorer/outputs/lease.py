@@ -12,18 +12,54 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Self
+from typing import Self
+
+from pydantic import FiniteFloat
 
 from batch_scorer.errors import LeaseLostError, OutputHeldError, StorageError
 from batch_scorer.failpoints import failpoint
+from batch_scorer.records.reading import read_record, read_record_with_info
 from batch_scorer.storage import ObjectChanged, ObjectInfo, ObjectMissing, Store, Version
 
 RECORDS = "_batch_scorer"
 """Folder of everything in an output that is not a scored shard."""
 
 _LEASE_KEY = f"{RECORDS}/lease.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    host: str
+    pid: int
+    id: str
+
+    @property
+    def name(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was a process of this machine, and is none any more."""
+        return self.is_here and not _is_running(self.pid)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What `lease.json` holds."""
+
+    epoch: int
+    plan: str
+    holder: _Holder
+    ttl_s: FiniteFloat
+    renewals: int
+    closing: bool
+    released: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +87,7 @@ class Lease:
         self._seen = seen
         self._plan_digest = plan_digest
         self._ttl_s = ttl_s
-        self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self._holder = _Holder(socket.gethostname(), os.getpid(), uuid.uuid4().hex)
         self._version: Version | None = None
         self._renewals = 0
         self._lost = threading.Event()
@@ -63,7 +99,7 @@ class Lease:
 
     @property
     def holder_id(self) -> str:
-        return str(self._holder["id"])
+        return self._holder.id
 
     def __enter__(self) -> Self:
         self._acquire()
@@ -85,7 +121,7 @@ class Lease:
 
     def confirm(self) -> None:
         """`check`, with a look at the store: for what cannot be taken back. Raises StorageError."""
-        if self._store.read_json(_LEASE_KEY)["holder"]["id"] != self.holder_id:
+        if read_record(self._store, _LEASE_KEY, _Held).holder.id != self.holder_id:
             self._lost.set()
         self.check()
 
@@ -99,22 +135,21 @@ class Lease:
 
     def _acquire(self) -> None:
         try:
-            data, info = self._store.read_with_info(_LEASE_KEY)
+            held, info = read_record_with_info(self._store, _LEASE_KEY, _Held)
         except ObjectMissing:
             self.epoch = 1
             self._take(None)
             return
-        held = self._store.parse_json(_LEASE_KEY, data)
-        if not held["released"]:
+        if not held.released:
             self._refuse_if_alive(held, info)
-        same_plan = held["plan"] == self._plan_digest
+        same_plan = held.plan == self._plan_digest
         is_old = self._seen is not None and self._seen.version != info.version
         if not same_plan and is_old:
             raise OutputHeldError(
                 f"{self._store.root}: another run has worked on this output while this one was "
                 "planned; run the same command again"
             )
-        self.epoch = held["epoch"] if same_plan else held["epoch"] + 1
+        self.epoch = held.epoch if same_plan else held.epoch + 1
         self._take(info.version)
 
     def _take(self, version: Version | None) -> None:
@@ -127,20 +162,21 @@ class Lease:
                 raise OutputHeldError(
                     f"{self._store.root}: another run took this output at the same moment"
                 ) from None
+        except StorageError:
+            # It may have been applied; a hold that nobody knows of keeps every other run waiting.
+            if not self._is_ours():
+                raise
         failpoint("lease.after_take")
 
-    def _refuse_if_alive(self, held: dict[str, Any], info: ObjectInfo) -> None:
-        holder = held["holder"]
-        name = f"process {holder['pid']} on {holder['host']}"
-        is_here = holder["host"] == self._holder["host"]
-        if is_here and not _is_running(int(holder["pid"])):
+    def _refuse_if_alive(self, held: _Held, info: ObjectInfo) -> None:
+        if held.holder.is_dead:
             return
         # A process id may have been given to another process by now; that one does not renew.
         age_s = self._age_s(info)
-        if age_s < held["ttl_s"]:
+        if age_s < held.ttl_s:
             raise OutputHeldError(
-                f"{self._store.root}: {name} is working on this output. Wait until it is done; "
-                f"if it is dead, its hold ends {held['ttl_s'] - age_s:.0f} s from now"
+                f"{self._store.root}: {held.holder.name} is working on this output. Wait until it "
+                f"is done; if it is dead, its hold ends {held.ttl_s - age_s:.0f} s from now"
             )
 
     def _age_s(self, info: ObjectInfo) -> float:
@@ -152,16 +188,16 @@ class Lease:
 
     def _write(self, *, released: bool) -> None:
         self._renewals += 1  # also keeps two versions from having the same bytes and entity tag
-        body = {
-            "epoch": self.epoch,
-            "plan": self._plan_digest,
-            "holder": self._holder,
-            "ttl_s": self._ttl_s,
-            "renewals": self._renewals,
-            "closing": self._closing,
-            "released": released,
-        }
-        data = json.dumps(body, indent=1).encode()
+        held = _Held(
+            epoch=self.epoch,
+            plan=self._plan_digest,
+            holder=self._holder,
+            ttl_s=self._ttl_s,
+            renewals=self._renewals,
+            closing=self._closing,
+            released=released,
+        )
+        data = json.dumps(asdict(held), indent=1).encode()
         self._version = self._store.put(_LEASE_KEY, data, instead_of=self._version)
 
     def _write_ours(self, *, released: bool) -> None:
@@ -208,11 +244,10 @@ class Lease:
     def _is_ours(self) -> bool:
         """Whether the write that was refused is our own, applied although its answer was lost."""
         try:
-            data, info = self._store.read_with_info(_LEASE_KEY)
-            held = self._store.parse_json(_LEASE_KEY, data)
+            held, info = read_record_with_info(self._store, _LEASE_KEY, _Held)
         except StorageError:
             return False
-        if held["holder"]["id"] != self.holder_id:
+        if held.holder.id != self.holder_id:
             return False
         self._version = info.version
         return True
@@ -226,9 +261,23 @@ def see_lease(store: Store) -> SeenLease:
         return SeenLease(None)
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Who took the lease last, and the epoch; a commit of a lower one must not be made."""
+
+    epoch: int
+    holder_id: str
+
+
+def current_hold(store: Store) -> Hold:
+    """What the lease names now. Raises StorageError."""
+    held = read_record(store, _LEASE_KEY, _Held)
+    return Hold(held.epoch, held.holder.id)
+
+
 def current_epoch(store: Store) -> int:
-    """The epoch that the lease names now; a commit of a lower one must not be made."""
-    return int(store.read_json(_LEASE_KEY)["epoch"])
+    """The epoch of `current_hold`."""
+    return current_hold(store).epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,21 +298,17 @@ class LeaseState:
 
 
 def lease_of(store: Store) -> LeaseState | None:
-    """How the lease of an output stands; None before anybody has taken it."""
+    """How the lease of an output stands; None before anybody has taken it. Raises ObjectDamaged."""
     try:
-        data, info = store.read_with_info(_LEASE_KEY)
+        held, info = read_record_with_info(store, _LEASE_KEY, _Held)
     except ObjectMissing:
         return None
-    lease = json.loads(data)
-    holder = lease["holder"]
-    is_here = holder["host"] == socket.gethostname()
-    is_dead = is_here and not _is_running(int(holder["pid"]))
     return LeaseState(
-        holder=f"process {holder['pid']} on {holder['host']}",
-        holder_id=holder["id"],
-        is_here=is_here,
-        is_held=not (lease["released"] or is_dead),
-        is_over=lease["released"] or lease["closing"],
+        holder=held.holder.name,
+        holder_id=held.holder.id,
+        is_here=held.holder.is_here,
+        is_held=not (held.released or held.holder.is_dead),
+        is_over=held.released or held.closing,
         renewed_at=info.last_modified,
     )
 
@@ -271,7 +316,7 @@ def lease_of(store: Store) -> LeaseState | None:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process id is so large
         return False
     except PermissionError:
         return True

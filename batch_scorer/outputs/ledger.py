@@ -1,6 +1,5 @@
 """Receipts as they come in, so that a resumed run need not read the shards themselves."""
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +8,11 @@ from datetime import datetime
 from batch_scorer.failpoints import failpoint
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.records import Receipt
+from batch_scorer.records.reading import read_lines
 from batch_scorer.storage import Store, in_threads
 
 READERS = 16
+_FOLDER = f"{RECORDS}/ledger"
 
 
 class Ledger:
@@ -19,7 +20,7 @@ class Ledger:
 
     def __init__(self, store: Store, epoch: int, holder_id: str, *, every_s: float = 10.0) -> None:
         self._store = store
-        self._prefix = f"{RECORDS}/ledger/{epoch:06d}-{holder_id}"
+        self._prefix = f"{_FOLDER}/{epoch:06d}-{holder_id}"
         self._every_s = every_s
         self._flushed = time.monotonic()
         self._segments = 0
@@ -32,7 +33,7 @@ class Ledger:
 
     def flush(self) -> None:
         if self._pending:
-            lines = [json.dumps(receipt.to_json()) for receipt in self._pending]
+            lines = [receipt.to_line() for receipt in self._pending]
             key = f"{self._prefix}-{self._segments:06d}.jsonl"
             # Counted before the PUT: should its end stay unknown, the receipts go into a segment
             # with another name, and are there twice rather than not at all.
@@ -54,9 +55,11 @@ class Segment:
 
 
 def read_ledger(store: Store) -> Iterator[Segment]:
-    """The ledgers of all runs since the current manifest, oldest segment first."""
-    infos = sorted(store.list(f"{RECORDS}/ledger"), key=lambda info: info.last_modified)
-    contents = in_threads(lambda info: store.read(info.key), infos, READERS)
-    for info, data in zip(infos, contents, strict=True):
-        receipts = [Receipt.from_json(json.loads(line)) for line in data.splitlines()]
-        yield Segment(info.key.rsplit("-", 2)[1], info.last_modified, receipts)
+    """The ledgers of all runs since the current manifest, oldest segment first. Raises
+    ObjectDamaged."""
+    infos = sorted(store.list(_FOLDER), key=lambda info: info.last_modified)
+    contents = in_threads(lambda info: read_lines(store, info.key, Receipt), infos, READERS)
+    for info, found in zip(infos, contents, strict=True):
+        holder_id = info.key.removeprefix(_FOLDER).partition("-")[2].partition("-")[0]
+        receipts = [receipt.compact() for receipt in found]
+        yield Segment(holder_id, info.last_modified, receipts)

@@ -2,13 +2,14 @@
 
     OUT/<input path>[.rowsA-B].parquet     a scored shard; the object is the commit
     OUT/_SUCCESS                           JSON totals; written last
+    OUT/README.md                          a card for people, where it was asked for
     OUT/_batch_scorer/run.json             what this output is: fingerprint, layout, provenance
                       plan.json            how much the newest run set out to do
                       runs/*.json          what each run had to do, and what it measured
                       engines/*.json       what scored: device, versions, kernel
                       lease.json           who works on it now, and the epoch
                       ledger/*.jsonl       receipts as they come in; only saves reading shards
-                      manifests/*.parquet  all commits of a finished run, one row per shard
+                      manifests/*.manifest all commits of a finished run, one row per shard
                       CURRENT              names the newest manifest
 
 Truth is the shards: every record here can be rebuilt from their footers.
@@ -17,6 +18,7 @@ Truth is the shards: every record here can be rebuilt from their footers.
 import hashlib
 import io
 import json
+import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -32,19 +34,25 @@ from batch_scorer.failpoints import failpoint
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
+from batch_scorer.quarantine import Bounds, Died, apart
 from batch_scorer.records import Commit, PairCounts, Receipt, Status, Stored
 from batch_scorer.records.digest import digest_of
+from batch_scorer.records.reading import parsed, read_record
 from batch_scorer.storage import (
     ObjectChanged,
+    ObjectDamaged,
     ObjectInfo,
     ObjectMissing,
     Store,
     Version,
+    first_line,
     in_threads,
     open_store,
 )
 
 SUCCESS_KEY = "_SUCCESS"
+CARD_KEY = "README.md"
+"""The card that `score --card` writes (`runs.card`)."""
 _CURRENT_KEY = f"{RECORDS}/CURRENT"
 _ENGINES = f"{RECORDS}/engines"
 _PLAN_KEY = f"{RECORDS}/plan.json"
@@ -64,6 +72,11 @@ _MANIFEST = pa.schema(
         "receipt": pa.string(),
     }
 )
+_GROUPS_AT_ONCE = 10
+_BOUNDS = Bounds(seconds=600.0, memory_bytes=1 << 31)
+"""For reading a footer, or a part of a manifest."""
+_TAIL = struct.Struct("<I4s")
+"""What a Parquet file ends with: the length of its footer, and its mark."""
 _RECEIPTS_AT_ONCE = 1_000
 """Some 2 kB each while they are written; in a run of 100,000 shards all together were half of the
 driver's memory."""
@@ -82,15 +95,25 @@ def read_parquet(data: bytes) -> pa.Table:
 def read_commit(store: Store, info: ObjectInfo) -> tuple[Commit | None, str]:
     """The commit in a stored object and the sha256 of its bytes.
 
-    The commit is None if this is not a scored shard of ours.
+    The commit is None if this is not a scored shard of ours, or a damaged one.
     """
     data = store.read_whole(info.key, info.version, info.size_bytes)
-    sha256 = hashlib.sha256(data).hexdigest()
+    return commit_in(data), hashlib.sha256(data).hexdigest()
+
+
+def commit_in(data: bytes) -> Commit | None:
+    """The commit in a Parquet file; None if there is none."""
+    if len(data) < _TAIL.size:
+        return None
+    length, _ = _TAIL.unpack(data[-_TAIL.size :])
     try:
-        schema = pq.read_schema(io.BytesIO(data))
-    except (pa.ArrowInvalid, OSError):
-        return None, sha256
-    return Commit.from_footer(schema.metadata), sha256
+        return apart(_BOUNDS, _commit_of, data[-length - _TAIL.size :])
+    except (pa.ArrowException, OSError, MemoryError, Died):
+        return None
+
+
+def _commit_of(footer: bytes) -> Commit | None:
+    return Commit.from_footer(pq.read_schema(io.BytesIO(footer)).metadata)
 
 
 def committed(
@@ -129,20 +152,44 @@ def committed(
 def current_manifest(store: Store) -> list[Receipt]:
     """The receipts of the newest manifest; empty if there is none."""
     try:
-        return read_manifest(store, store.read_json(_CURRENT_KEY)["manifest"])
+        current = read_record(store, _CURRENT_KEY, _Current)
+        return read_manifest(store, current.manifest)
     except ObjectMissing:
         return []
 
 
 def read_manifest(store: Store, key: str) -> list[Receipt]:
-    """The receipts of the manifest that `publish` stored under this key; raises ObjectMissing."""
+    """The receipts of the manifest that `publish` stored under this key; raises ObjectMissing and
+    ObjectDamaged."""
     data = store.read(key)
-    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-    return [
-        Receipt.from_json(json.loads(line))
-        for batch in file.iter_batches(_RECEIPTS_AT_ONCE, columns=["receipt"], use_threads=False)
-        for line in batch["receipt"].to_pylist()
-    ]
+    receipts: list[Receipt] = []
+    start = 0
+    try:
+        while (lines := apart(_BOUNDS, _lines_of, data, start)) is not None:
+            receipts += (parsed(line, Receipt).compact() for line in lines)
+            start += _GROUPS_AT_ONCE
+    except (ValueError, KeyError, OSError, pa.ArrowException, MemoryError, Died) as error:
+        raise ObjectDamaged(f"{store.url(key)}: damaged: {first_line(error)}") from None
+    return receipts
+
+
+def _lines_of(manifest: bytes, start: int) -> list[str] | None:
+    """The receipts in some row groups of a manifest; None if there are no more."""
+    file = pq.ParquetFile(pa.BufferReader(manifest), pre_buffer=False)
+    groups = range(start, min(start + _GROUPS_AT_ONCE, file.num_row_groups))
+    if not groups:
+        return None
+    table = file.read_row_groups(groups, columns=["receipt"], use_threads=False)
+    lines: list[str] = table["receipt"].cast(pa.string()).to_pylist()
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Current:
+    """What `CURRENT` holds."""
+
+    manifest: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +228,13 @@ def publish(
     receipts = sorted(receipts, key=lambda receipt: receipt.output_key)
     totals = total(receipts)
     data = _manifest_bytes(receipts)
-    key = f"{RECORDS}/manifests/{epoch:06d}-{digest_of(totals | {'bytes': len(data)})[:12]}.parquet"
+    digest = digest_of(totals | {"bytes": len(data)})[:12]
+    key = f"{RECORDS}/manifests/{epoch:06d}-{digest}.manifest"  # `**/*.parquet` must not find it
     failpoint("manifest.before_put")
     put(store, key, data)
     failpoint("manifest.after_put")
     totals |= {"fingerprint": fingerprint, "epoch": epoch, "manifest": key}
-    current = json.dumps({"manifest": key, "epoch": epoch})
+    current = json.dumps(asdict(_Current(key, epoch)))
     compare_and_swap(store, _CURRENT_KEY, current.encode(), found.current)
     failpoint("current.after_put")
     return totals
@@ -254,20 +302,27 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
 
 def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:
     """How much the run sets out to do, for `status`. `tokens` is an estimate."""
-    body = {"shards": shards, "rows": rows, "estimated_tokens": tokens}
+    body = json.dumps(asdict(Planned(shards, rows, tokens)))
     failpoint("plan.before_put")
-    put(store, _PLAN_KEY, json.dumps(body).encode())
+    put(store, _PLAN_KEY, body.encode())
 
 
-def record_engine(output: str, store_options: Mapping[str, str], engine: Mapping[str, Any]) -> str:
-    """Keep what a worker scores with, once for all workers alike; returns the record's name."""
-    return _record_engine_text(
-        output, tuple(sorted(store_options.items())), json.dumps(engine, indent=1, sort_keys=True)
-    )
+def record_engine(
+    output: str, store_options: Mapping[str, str], engine: Mapping[str, Any], holder_id: str
+) -> str:
+    """Keep what a worker scores with, once for all workers alike; returns the record's name.
+
+    `holder_id` is that of the lease: a process remembers what it has recorded under this hold.
+    Before another one, the output may have been deleted and begun again.
+    """
+    text = json.dumps(engine, indent=1, sort_keys=True)
+    return _record_engine_text(output, tuple(sorted(store_options.items())), text, holder_id)
 
 
 @lru_cache(maxsize=16)
-def _record_engine_text(output: str, options: tuple[tuple[str, str], ...], text: str) -> str:
+def _record_engine_text(
+    output: str, options: tuple[tuple[str, str], ...], text: str, holder_id: str
+) -> str:
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     with suppress(ObjectChanged):  # another worker was first, with the same words
         open_store(output, dict(options)).create(f"{_ENGINES}/{name}.json", text.encode())
@@ -276,23 +331,37 @@ def _record_engine_text(output: str, options: tuple[tuple[str, str], ...], text:
 
 def read_engine(store: Store, name: str) -> dict[str, Any]:
     """What `record_engine` kept under this name."""
-    engine: dict[str, Any] = store.read_json(f"{_ENGINES}/{name}.json")
-    return engine
+    return read_record(store, f"{_ENGINES}/{name}.json", dict[str, Any])
 
 
-def read_plan(store: Store) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """How much a run set out to do; `estimated_tokens` is an estimate."""
+
+    shards: int
+    rows: int
+    estimated_tokens: int
+
+
+def read_plan(store: Store) -> Planned:
     """What `record_plan` wrote; raises ObjectMissing before any run has planned."""
-    plan: dict[str, int] = store.read_json(_PLAN_KEY)
-    return plan
+    return read_record(store, _PLAN_KEY, Planned)
 
 
-def read_success(store: Store) -> dict[str, Any] | None:
-    """The totals in `_SUCCESS`; None while the output is not complete."""
+@dataclass(frozen=True, slots=True)
+class Success:
+    """Those of the totals in `_SUCCESS` that are compared with the data."""
+
+    rows: int
+    rows_scored: int
+
+
+def read_success(store: Store) -> Success | None:
+    """What `_SUCCESS` says; None while the output is not complete."""
     try:
-        success: dict[str, Any] = store.read_json(SUCCESS_KEY)
+        return read_record(store, SUCCESS_KEY, Success)
     except ObjectMissing:
         return None
-    return success
 
 
 def is_in_manifest(store: Store, key: str) -> bool:
@@ -302,7 +371,7 @@ def is_in_manifest(store: Store, key: str) -> bool:
 
 def is_record(key: str) -> bool:
     """Whether the key is one of ours that is not a scored shard."""
-    return key == SUCCESS_KEY or key.startswith(f"{RECORDS}/")
+    return key in (SUCCESS_KEY, CARD_KEY) or key.startswith(f"{RECORDS}/")
 
 
 def _manifest_bytes(receipts: list[Receipt]) -> bytes:
@@ -329,7 +398,7 @@ def _manifest_rows(receipts: list[Receipt]) -> pa.Table:
             "rows_not_asked": [r.rows_not_asked for r in receipts],
             "size_bytes": [r.stored.size_bytes if r.stored else 0 for r in receipts],
             "sha256": [r.stored.sha256 if r.stored else "" for r in receipts],
-            "receipt": [json.dumps(r.to_json()) for r in receipts],
+            "receipt": [r.to_line() for r in receipts],
         },
         schema=_MANIFEST,
     )

@@ -1,9 +1,10 @@
 """Rows of a rewritten file take the scores that equal sequences got before.
 
 Equal sequences are those of equal token ids under one fingerprint: their scores would come out the
-same. So before a scored object is replaced, or deleted because its file is cut differently now, it
-is copied aside; whoever reads the file's new rows reads those copies too, turns their rows into
-token ids in the same way, and asks a backend only for what it does not find there.
+same (for an implicit reward, their answers begin at the same token, too). So before a scored object
+is replaced, or deleted because its file is cut differently now, it is copied aside; whoever reads
+the file's new rows reads those copies too, turns their rows into token ids in the same way, and
+asks a backend only for what it does not find there.
 
 Legend: S sequences, O outputs, K steps.
 """
@@ -19,14 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer import formats
+from batch_scorer.config import Config
 from batch_scorer.errors import ShardError, StorageError
-from batch_scorer.inputs.files import open_parquet
+from batch_scorer.inputs.files import open_parquet, read_apart
+from batch_scorer.job import Job
 from batch_scorer.outputs.columns import sequence_scores
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.records import (
     Commit,
     Layout,
-    Outputs,
     Receipt,
     Scores,
     Shard,
@@ -35,8 +37,8 @@ from batch_scorer.records import (
     gather,
     layout_to_json,
 )
-from batch_scorer.render import Renderer
-from batch_scorer.storage import ObjectInfo, Store, in_threads
+from batch_scorer.render import renderer_of
+from batch_scorer.storage import ObjectInfo, Store, in_threads, open_store
 
 log = logging.getLogger("batch_scorer")
 
@@ -44,7 +46,10 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 EARLIER = f"{RECORDS}/earlier"
-"""Folder of the copies, each under its output key."""
+"""Folder of the copies, each under its output key and a suffix: a plain `**/*.parquet` must not
+find their rows beside those that replace them."""
+
+_SUFFIX = ".earlier"
 
 MOST_EARLIER = 8
 """Objects that are read for one shard. Each costs as much reading and tokenising as the shard
@@ -73,18 +78,22 @@ def keep(output: Store, receipts: Iterable[Receipt]) -> list[Earlier]:
 
     def copied(receipt: Receipt) -> Earlier:
         assert receipt.commit is not None
-        key = f"{EARLIER}/{receipt.output_key}"
+        key = f"{EARLIER}/{receipt.output_key}{_SUFFIX}"
         output.copy(receipt.output_key, key)
         return Earlier(output.root, key, receipt.commit)
 
     return list(in_threads(copied, receipts, _REQUESTS))
 
 
-def kept(output: Store) -> list[Earlier]:
+def kept(config: Config, output: Store) -> list[Earlier]:
     """What runs that did not come to their end have copied aside."""
 
     def described(info: ObjectInfo) -> Earlier | None:
-        commit = _footer(output, info)
+        try:
+            commit = read_apart(config, info.size_bytes, _footer, output, info)
+        except (StorageError, ShardError, pa.ArrowException, OSError) as error:
+            log.warning("%s: its scores are not used: %s", output.url(info.key), error)
+            return None
         return None if commit is None else Earlier(output.root, info.key, commit)
 
     found = in_threads(described, output.list(EARLIER), _REQUESTS)
@@ -107,34 +116,45 @@ def nearest(
 
 
 def read_earlier(
-    store: Store, key: str, layout: Layout, fingerprint: str, outputs: Outputs, renderer: Renderer
+    job: Job, root: str, key: str, layout: Layout
 ) -> tuple[TokenizedRows, Scores] | None:
     """The rows of a scored object as token ids, and their scores.
 
     None for an object that does not hold what was scored (`keep_columns`), and, with a line in the
     log, for what cannot be read or was scored otherwise: it is only spared work.
     """
+    store = open_store(root, job.config.store_options)
     try:
         info = store.head(key)
-        file = open_parquet(store, Source(store.root, key, info.size_bytes, info.version))
-        commit = Commit.from_footer(file.schema_arrow.metadata)
-        if (
-            commit is None
-            or commit.fingerprint != fingerprint
-            or commit.layout != layout_to_json(layout)
-        ):
-            log.warning("%s holds other scores than expected; not used", store.url(key))
-            return None
-        needed = formats.columns_needed(layout)
-        columns = [*needed, *commit.added_columns]
-        if not set(columns) <= set(file.schema_arrow.names):
-            return None  # the columns that were scored are not among those that are kept
-        table = file.read(columns=columns, use_threads=False)
-        rows = renderer.tokenize(formats.parse(formats.columns_of(table, needed), layout))
-        return rows, sequence_scores(table, layout, commit.column_prefix, outputs, rows.row_offsets)
+        source = Source(store.root, key, info.size_bytes, info.version)
+        return read_apart(job.config, info.size_bytes, _earlier, job, store, source, layout)
     except (StorageError, ShardError, pa.ArrowException, OSError) as error:
         log.warning("%s: its scores are not used: %s", store.url(key), error)
         return None
+
+
+def _earlier(
+    job: Job, store: Store, source: Source, layout: Layout
+) -> tuple[TokenizedRows, Scores] | None:
+    file = open_parquet(store, source)
+    commit = Commit.from_footer(file.schema_arrow.metadata)
+    if (
+        commit is None
+        or commit.fingerprint != job.fingerprint.digest
+        or commit.layout != layout_to_json(layout)
+    ):
+        log.warning("%s holds other scores than expected; not used", source.url)
+        return None
+    needed = formats.columns_needed(layout)
+    columns = [*needed, *commit.added_columns]
+    if not set(columns) <= set(file.schema_arrow.names):
+        return None  # the columns that were scored are not among those that are kept
+    table = file.read(columns=columns, use_threads=False)
+    values, errors = formats.columns_of(table, needed, layout.bounds)
+    parsed = formats.parse(values, layout)
+    parsed.row_errors.update(errors)
+    rows = renderer_of(job.config, job.model).tokenize(parsed)
+    return rows, sequence_scores(table, layout, commit.column_prefix, job.outputs, rows.row_offsets)
 
 
 def find_known(
@@ -217,16 +237,17 @@ def _joined(num_sequences: int, parts: Sequence[_Part]) -> Scores:
 
 
 def _ids(rows: TokenizedRows) -> list[bytes]:
-    """The token ids of each sequence, as bytes."""
+    """The token ids of each sequence, as bytes; behind them where its answer begins, where that
+    counts: equal ids with another answer have another score."""
     ids, size = rows.token_ids.tobytes(), rows.token_ids.itemsize
     bounds = (size * rows.sequence_offsets).tolist()
-    return [ids[start:stop] for start, stop in pairwise(bounds)]
+    found = [ids[start:stop] for start, stop in pairwise(bounds)]
+    if rows.answer_starts is None:
+        return found
+    starts = rows.answer_starts.tolist()
+    return [part and part + start.to_bytes(4) for part, start in zip(found, starts, strict=True)]
 
 
 def _footer(output: Store, info: ObjectInfo) -> Commit | None:
-    try:
-        file = output.open(info.key, info.size_bytes, info.version)
-        return Commit.from_footer(pq.read_schema(file).metadata)
-    except (StorageError, pa.ArrowException, OSError) as error:
-        log.warning("%s: its scores are not used: %s", output.url(info.key), error)
-        return None
+    file = output.open(info.key, info.size_bytes, info.version)
+    return Commit.from_footer(pq.read_schema(file).metadata)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 from batch_scorer.outputs.lease import LeaseState, lease_of
 from batch_scorer.outputs.ledger import Segment, read_ledger
 from batch_scorer.outputs.manifest import (
+    Planned,
+    Success,
     committed,
     current_manifest,
     is_record,
@@ -28,7 +29,7 @@ class OutputState:
         self.store = store
 
     @cached_property
-    def success(self) -> dict[str, Any] | None:
+    def success(self) -> Success | None:
         """The totals in `_SUCCESS`; None while the output is not complete."""
         return read_success(self.store)
 
@@ -51,7 +52,7 @@ class OutputState:
         return newest
 
     @cached_property
-    def plan(self) -> dict[str, int] | None:
+    def plan(self) -> Planned | None:
         """How much the newest run set out to do; None before any run has planned."""
         try:
             return read_plan(self.store)

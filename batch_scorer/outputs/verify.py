@@ -9,38 +9,42 @@ not asked for.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_scorer import formats
-from batch_scorer.errors import ExitCode, ShardError, StorageError
-from batch_scorer.inputs.files import (
-    batches_of,
-    group_rows,
-    open_parquet,
-    read_lines,
-    read_rows,
-    scan_lines,
-)
-from batch_scorer.inputs.plan import parts_holding
-from batch_scorer.inputs.selection import kept_of, matching_rows, rows_of_bits
-from batch_scorer.inputs.sources import FileKind, kind_of
-from batch_scorer.inputs.where import where_of
+from batch_scorer.config import expanded
+from batch_scorer.errors import ExitCode, StorageError
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.columns import digest_columns
-from batch_scorer.outputs.manifest import SUCCESS_KEY, read_commit, read_parquet
+from batch_scorer.outputs.manifest import SUCCESS_KEY, committed, read_commit, read_parquet
+from batch_scorer.outputs.scored_inputs import Cut, Inputs, cut_of, has_groups
 from batch_scorer.outputs.state import OutputState
-from batch_scorer.records import Commit, Receipt, Source, Status
-from batch_scorer.storage import ObjectMissing, Store, Version, in_threads, open_store
+from batch_scorer.quarantine import Bounds, Died, apart
+from batch_scorer.records import Commit, Receipt, Status
+from batch_scorer.storage import (
+    AccessDenied,
+    ObjectDamaged,
+    ObjectMissing,
+    Store,
+    first_line,
+    in_threads,
+    open_store,
+)
+
+T = TypeVar("T")
 
 _READERS = 8
+_MEMORY_BYTES = 1 << 31
+_MEMORY_PER_BYTE = 8
+"""The memory of a process that checks shards: so much, and more with their size."""
+_NO_NUMBERS = ("score_error", "score_notes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +80,41 @@ class _Checked:
     problems: tuple[str, ...] = ()
 
 
-def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdict:
-    """Check a scored output. Raises OutputError if there is none at `output`."""
+def verify(output: str | Path, store_options: Mapping[str, str] | None = None) -> Verdict:
+    """Check a scored output. Raises OutputError if there is none at `output`, and StorageError.
+
+    What is stored there and is damaged, or was not written by this program, is a problem of the
+    verdict. It is parsed in processes of its own.
+    """
+    output = expanded(output)
     options = dict(store_options or {})
-    store, record = open_scored(output, options)
+    problems: list[str] = []
+
+    def undamaged(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except ObjectDamaged as error:
+            problems.append(str(error))
+            return None
+
+    opened = undamaged(lambda: open_scored(output, options))
+    store = open_store(output, options) if opened is None else opened[0]
+    cut = None if opened is None else undamaged(lambda: cut_of(*opened))
     state = OutputState(store)
-    success = state.success
-    receipts = list(state.receipts.values()) if success is None else state.manifest
+    known_before = len(problems)
+    success = undamaged(lambda: state.success)
+    is_finished = success is not None or len(problems) > known_before
+    recorded = undamaged(lambda: state.manifest if is_finished else [*state.receipts.values()])
+    receipts = recorded
+    if receipts is None:
+        stored = committed(store, state.objects(), {})
+        receipts = [receipt for _, receipt in stored if receipt is not None]
     groups = _read_together([receipt for receipt in receipts if receipt.commit])
-    committed = [receipt for group in groups for receipt in group]
-
-    def check_group(group: list[Receipt]) -> list[_Checked]:
-        inputs = _Inputs(options, record["layout"])
-        return [_check(store, receipt, inputs) for receipt in group]
-
+    checked = [receipt for group in groups for receipt in group]
+    check_group = partial(_check_apart, output, options, cut)
     checks = [check for group in in_threads(check_group, groups, _READERS) for check in group]
-    problems = [problem for check in checks for problem in check.problems]
-    known = {receipt.output_key for receipt in committed}
+    problems += [problem for check in checks for problem in check.problems]
+    known = {receipt.output_key for receipt in checked}
     strangers = [
         info
         for info in state.objects()
@@ -107,22 +129,21 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
     ]
     counted = [
         check
-        for check, receipt in zip(checks, committed, strict=True)
+        for check, receipt in zip(checks, checked, strict=True)
         if receipt.status is Status.COMMITTED
     ]
     written, scored = sum(check.rows for check in counted), sum(check.scored for check in counted)
-    not_asked, lost = _recount_inputs(receipts, options, record["layout"], success is not None)
+    not_asked, lost = _recount_inputs(receipts, options, cut, is_finished)
     problems += lost
     rows = written + not_asked
-    if success is None:
+    if not is_finished:
         unfinished.append(f"no {SUCCESS_KEY}: the run is not finished")
         # The run may have ended between a commit and the record of it.
         strangers = [info for info in strangers if read_commit(store, info)[0] is None]
-    elif (claim := (success["rows"], success["rows_scored"])) != (rows, scored):
+    elif success and recorded is not None and (success.rows, success.rows_scored) != (rows, scored):
         problems.append(
-            "{} counts {} rows, {} scored; the data {} rows, {} scored".format(
-                SUCCESS_KEY, *claim, rows, scored
-            )
+            f"{SUCCESS_KEY} counts {success.rows} rows, {success.rows_scored} scored; the data "
+            f"{rows} rows, {scored} scored"
         )
     problems += [f"{info.key}: not in the manifest" for info in strangers]
     return Verdict(
@@ -137,10 +158,47 @@ def verify(output: str, store_options: Mapping[str, str] | None = None) -> Verdi
     )
 
 
+def _bounds(group: Sequence[Receipt]) -> Bounds:
+    size_bytes = sum(receipt.stored.size_bytes for receipt in group if receipt.stored)
+    return Bounds.of_file(size_bytes, _MEMORY_BYTES + _MEMORY_PER_BYTE * size_bytes)
+
+
+def _check_apart(
+    output: str, options: Mapping[str, str], cut: Cut | None, group: Sequence[Receipt]
+) -> list[_Checked]:
+    """The shards one by one in another process, and where that dies, each in one of its own."""
+    try:
+        return apart(_bounds(group), _check_group, output, options, cut, group)
+    except (Died, MemoryError) as error:
+        if len(group) > 1:
+            return [
+                check
+                for receipt in group
+                for check in _check_apart(output, options, cut, [receipt])
+            ]
+        (receipt,) = group
+        if cut is None:
+            return [_Checked(problems=(f"{receipt.output_key}: cannot be checked: {error}",))]
+        # Either the shard is damaged, or its input is: then the shard alone can be checked.
+        (check,) = _check_apart(output, options, None, group)
+        if check.problems:
+            return [check]
+        problem = f"{receipt.output_key}: cannot be compared with its input: {error}"
+        return [replace(check, problems=(problem,))]
+
+
+def _check_group(
+    output: str, options: Mapping[str, str], cut: Cut | None, group: Sequence[Receipt]
+) -> list[_Checked]:
+    store = open_store(output, options)
+    inputs = None if cut is None else Inputs(options, cut)
+    return [_check(store, receipt, inputs) for receipt in group]
+
+
 def _recount_inputs(
     receipts: list[Receipt],
     options: Mapping[str, str],
-    layout: Mapping[str, Any],
+    cut: Cut | None,
     is_complete: bool,
 ) -> tuple[int, list[str]]:
     """The rows that are not asked for, and which inputs have rows that nothing accounts for.
@@ -153,19 +211,22 @@ def _recount_inputs(
     for receipt in receipts:
         if receipt.status in counted:
             by_input[receipt.input_root, receipt.input].append(receipt)
-    if not is_complete or not (layout.get("limit") or layout.get("where")):
+    if not is_complete or cut is None or (cut.limit is None and cut.where is None):
         return sum(r.rows_not_asked for group in by_input.values() for r in group), []
 
     def recount(group: list[Receipt]) -> tuple[int, str | None]:
         asked = sum(receipt.num_rows for receipt in group)
         not_asked = sum(receipt.rows_not_asked for receipt in group)
-        found = _Inputs(options, layout).count(group[0])
+        try:
+            found = apart(_bounds(group), _count, options, cut, group[0])
+        except (Died, MemoryError) as error:
+            return not_asked, f"{group[0].input}: cannot be counted anew: {error}"
         if found is None:
             return not_asked, None
         rows, matching = found
         if rows != asked + not_asked:
             problem = f"{rows} rows; {asked} in its shards and {not_asked} not asked for"
-        elif asked > matching or (layout.get("limit") is None and asked < matching):
+        elif asked > matching or (cut.limit is None and asked < matching):
             problem = f"{matching} rows match `where`; {asked} in its shards"
         else:
             return not_asked, None
@@ -175,138 +236,41 @@ def _recount_inputs(
     return sum(rows for rows, _ in found), [problem for _, problem in found if problem]
 
 
+def _count(options: Mapping[str, str], cut: Cut, receipt: Receipt) -> tuple[int, int] | None:
+    return Inputs(options, cut).count(receipt)
+
+
 def _read_together(receipts: list[Receipt]) -> list[list[Receipt]]:
     """What one thread checks: all shards of a file of lines, or one shard of another file."""
     together: dict[tuple[str, str], list[Receipt]] = {}
     for receipt in receipts:
-        name = receipt.output_key if _has_groups(receipt) else receipt.input
+        name = receipt.output_key if has_groups(receipt) else receipt.input
         together.setdefault((receipt.input_root, name), []).append(receipt)
     return list(together.values())
 
 
-class _Inputs:
-    """The rows that were scored. How a JSON file is cut is found once; an array, which is parsed
-    whole, is kept for its next shard, and so are the places of rows that match `where`."""
-
-    def __init__(self, options: Mapping[str, str], layout: Mapping[str, Any]) -> None:
-        self._options = options
-        self._max_rows, self._max_tokens = layout["shard_rows"], layout["shard_tokens"]
-        self._keep, self._drop = layout.get("keep_columns", ()), layout.get("drop_columns", ())
-        where = layout.get("where")
-        self._where = None if where is None else where_of(where)
-        self._json: tuple[Source, formats.Lines | pa.Table] | None = None
-        self._matching = np.zeros(0, np.int64)  # of the same file
-
-    def rows(self, receipt: Receipt, commit: Commit) -> pa.Table | None:
-        """In the columns that were kept. None if the file is gone, not readable, or no longer the
-        one that was scored."""
-        try:
-            if (found := self._find(receipt)) is None:
-                return None
-            read = self._of_groups if _has_groups(receipt) else self._of_lines
-            table = read(*found, commit.first_row, commit.num_rows)
-        except (StorageError, ShardError, pa.ArrowException, OSError):
-            return None
-        return kept_of(table, self._keep, self._drop)
-
-    def count(self, receipt: Receipt) -> tuple[int, int] | None:
-        """All rows of a receipt's input, and those that match `where`; None as for `rows`."""
-        try:
-            if (found := self._find(receipt)) is None:
-                return None
-            if not _has_groups(receipt):
-                num_rows = _num_rows(self._scanned(*found))
-                return num_rows, num_rows if self._where is None else len(self._matching)
-            num_rows = sum(group_rows(*found))
-            if self._where is None:
-                return num_rows, num_rows
-            if kind_of(receipt.input) is not FileKind.PARQUET:
-                bits = matching_rows(*found, num_rows, self._where, None)
-                return num_rows, len(rows_of_bits(bits, num_rows))
-            # All of the rows, whatever the statistics of their groups say.
-            file = open_parquet(*found)
-            groups = range(file.metadata.num_row_groups)
-            batches = batches_of(file, groups, self._where.columns)
-            return num_rows, sum(len(self._where.matches(batch)) for batch in batches)
-        except (StorageError, ShardError, pa.ArrowException, OSError):
-            return None
-
-    def _find(self, receipt: Receipt) -> tuple[Store, Source] | None:
-        """The input, if it is still the one that was looked at."""
-        store = open_store(receipt.input_root, self._options)
-        info = store.head(receipt.input)
-        if info.version != Version(receipt.input_etag):
-            return None
-        return store, Source(receipt.input_root, info.key, info.size_bytes, info.version)
-
-    def _of_groups(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
-        ends = list(accumulate(group_rows(store, source)))
-        # Nobody knows where the last one of some rows that match is.
-        stop_row = ends[-1] if self._where and num_rows else first_row + num_rows
-        start, stop = parts_holding(ends, first_row, stop_row)
-        skip_rows = first_row - (ends[start - 1] if start else 0)
-        place = (start, stop), skip_rows, num_rows
-        return formats.as_stored(read_rows(store, source, *place, None, self._where))
-
-    def _of_lines(self, store: Store, source: Source, first_row: int, num_rows: int) -> pa.Table:
-        found = self._scanned(store, source)
-        rows = np.arange(first_row, first_row + num_rows)
-        if self._where is not None:
-            rows = self._matching[self._matching >= first_row][:num_rows]
-        if isinstance(found, pa.Table):
-            before, table = 0, found
-        else:
-            ends = list(accumulate(run.num_rows for run in found.runs))
-            start, stop = parts_holding(ends, int(rows[0]), int(rows[-1]) + 1)
-            before = ends[start - 1] if start else 0
-            table, _ = read_lines(store, source, found.part(start, stop))
-        if self._where is None:
-            return table.slice(first_row - before, num_rows)
-        return table.take(pa.array(rows - before))
-
-    def _scanned(self, store: Store, source: Source) -> formats.Lines | pa.Table:
-        """How a file of lines is cut, or the rows of a JSON array."""
-        if self._json is None or self._json[0] != source:
-            scanned = scan_lines(store, source, self._max_rows, self._max_tokens)
-            if scanned is None:
-                data = store.read(source.key, source.version)
-                self._json = source, formats.read_json_table(data, source.key)[0]
-            else:
-                self._json = source, scanned[0]
-            self._matching = self._matches(store, source, self._json[1])
-        return self._json[1]
-
-    def _matches(
-        self, store: Store, source: Source, found: formats.Lines | pa.Table
-    ) -> npt.NDArray[np.int64]:
-        if self._where is None:
-            return np.zeros(0, np.int64)
-        if isinstance(found, pa.Table):
-            return self._where.matches(found)
-        num_rows = _num_rows(found)
-        bits = matching_rows(store, source, num_rows, self._where, found)
-        return rows_of_bits(bits, num_rows)
-
-
-def _num_rows(found: formats.Lines | pa.Table) -> int:
-    return found.num_rows if isinstance(found, pa.Table) else sum(r.num_rows for r in found.runs)
-
-
-def _has_groups(receipt: Receipt) -> bool:
-    kind = kind_of(receipt.input)
-    return kind is not None and kind.has_groups
-
-
-def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
+def _check(store: Store, receipt: Receipt, inputs: Inputs | None) -> _Checked:
     key = receipt.output_key
     try:
-        data = store.read(key)
+        return _checked(store, receipt, inputs)
     except ObjectMissing:
         return _Checked(problems=(f"{key}: missing",))
+    except AccessDenied as error:
+        return _Checked(problems=(f"{key}: {error}",))
+    except (StorageError, MemoryError):
+        raise
+    except Exception as error:  # a foreign object may hold anything; its line says what
+        problem = f"{key}: cannot be checked: {type(error).__name__}: {first_line(error)}"
+        return _Checked(problems=(problem,))
+
+
+def _checked(store: Store, receipt: Receipt, inputs: Inputs | None) -> _Checked:
+    key = receipt.output_key
+    data = store.read(key)
     try:
         table = read_parquet(data)
     except (pa.ArrowException, OSError) as error:
-        return _Checked(problems=(f"{key}: not readable: {error}",))
+        return _Checked(problems=(f"{key}: not readable: {first_line(error)}",))
     commit = Commit.from_footer(table.schema.metadata)
     if commit is None or commit != receipt.commit:
         return _Checked(problems=(f"{key}: its footer is not the one that was committed",))
@@ -314,36 +278,43 @@ def _check(store: Store, receipt: Receipt, inputs: _Inputs) -> _Checked:
     stored = receipt.stored
     if stored is not None and hashlib.sha256(data).hexdigest() != stored.sha256:
         problems.append(f"{key}: its bytes are not those that were committed")
-    problems += [f"{key}: {problem}" for problem in _row_problems(table, commit)]
-    expected = inputs.rows(receipt, commit)
-    if expected is not None and (difference := _compare_input(table, commit, expected)):
+    kept, added = _parts(table, commit)
+    if added.column_names != commit.added_columns:
+        missing = [name for name in commit.added_columns if name not in added.column_names]
+        return _Checked(problems=(*problems, f"{key}: columns {missing} are missing"))
+    problems += [f"{key}: {problem}" for problem in _row_problems(added, commit)]
+    expected = None if inputs is None else inputs.rows(receipt, commit)
+    if expected is not None and (difference := _compare_input(kept, expected)):
         problems.append(f"{key}: {difference}")
-    scored = table.num_rows - _num_marked(table, commit)
+    scored = table.num_rows - _num_marked(added, commit)
     return _Checked(table.num_rows, scored, expected is not None, tuple(problems))
 
 
-def _num_marked(table: pa.Table, commit: Commit) -> int:
-    return int(pc.count(table[commit.error_column], mode="only_valid").as_py())
+def _parts(table: pa.Table, commit: Commit) -> tuple[pa.Table, pa.Table]:
+    """The columns of the input, and those that were added after them; by place, because the input
+    may have two of one name."""
+    first = max(0, table.num_columns - len(commit.added_columns))
+    return table.select(range(first)), table.select(range(first, table.num_columns))
 
 
-def _row_problems(table: pa.Table, commit: Commit) -> Iterator[str]:
-    missing = [name for name in commit.added_columns if name not in table.column_names]
-    if missing:
-        yield f"columns {missing} are missing"
-        return
-    added = {name: table[name].combine_chunks() for name in commit.added_columns}
-    if digest_columns(added) != commit.scores_digest:
-        yield "its scores are not those that were committed"
-    marked = _num_marked(table, commit)
-    if table.num_rows != commit.num_rows or marked != commit.rows_marked:
+def _num_marked(added: pa.Table, commit: Commit) -> int:
+    return int(pc.count(added[commit.error_column], mode="only_valid").as_py())
+
+
+def _row_problems(added: pa.Table, commit: Commit) -> Iterator[str]:
+    marked = _num_marked(added, commit)
+    if added.num_rows != commit.num_rows or marked != commit.rows_marked:
         yield (
-            f"{table.num_rows} rows, {marked} marked; the commit says {commit.num_rows}, "
+            f"{added.num_rows} rows, {marked} marked; the commit says {commit.num_rows}, "
             f"{commit.rows_marked} marked"
         )
-    is_marked = pc.is_valid(table[commit.error_column]).to_pylist()
+    columns = {name: added[name].combine_chunks() for name in commit.added_columns}
+    if digest_columns(columns) != commit.scores_digest:
+        yield "its scores are not those that were committed"
+    is_marked = pc.is_valid(added[commit.error_column]).to_pylist()
     for name in commit.added_columns:
-        if "score" in name and not name.endswith(("score_error", "score_notes")):
-            complete = [_is_complete(value) for value in table[name].to_pylist()]
+        if ("score" in name or "rewards" in name) and not name.endswith(_NO_NUMBERS):
+            complete = [_is_complete(value) for value in added[name].to_pylist()]
             wrong = [row for row, ok in enumerate(complete) if not ok and not is_marked[row]]
             if wrong:
                 yield f"row {wrong[0]}: {name} has no number and no reason"
@@ -355,20 +326,46 @@ def _is_complete(value: Any) -> bool:
     return value is not None and abs(value) < float("inf")
 
 
-def _compare_input(table: pa.Table, commit: Commit, expected: pa.Table) -> str:
+def _compare_input(kept: pa.Table, expected: pa.Table) -> str:
     """The first difference between the shard's columns and those of the input, or ""."""
-    names = table.column_names
-    kept = table.select([i for i, name in enumerate(names) if name not in commit.added_columns])
     if kept.column_names != expected.column_names:
         return f"columns {kept.column_names}, the input has {expected.column_names}"
     for name, ours, theirs in zip(kept.column_names, kept.columns, expected.columns, strict=True):
         if ours.type != theirs.type:
             return f"column {name} changed its type"
-        if not _is_same(ours, theirs):
+        if not is_same(ours.combine_chunks(), theirs.combine_chunks()):
             return f"column {name} is not as it was in the input"
     return ""
 
 
-def _is_same(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
-    """Arrow takes NaN for another value than NaN; what both print as nan is the same here."""
-    return a.equals(b) or ("nan" in (text := repr(a.to_pylist())) and text == repr(b.to_pylist()))
+def is_same(a: pa.Array, b: pa.Array) -> bool:
+    """Whether two arrays of one type have equal values; NaN is equal to NaN, which Arrow has
+    otherwise, at any depth. Text is compared as bytes."""
+    if a.equals(b):
+        return True
+    if isinstance(a, pa.ExtensionArray):
+        return is_same(a.storage, b.storage)
+    if isinstance(a, pa.DictionaryArray):
+        return is_same(a.dictionary_decode(), b.dictionary_decode())
+    if len(a) != len(b) or not a.is_valid().equals(b.is_valid()):
+        return False
+    if pa.types.is_struct(a.type):
+        return all(map(is_same, a.flatten(), b.flatten()))
+    if pa.types.is_map(a.type):
+        return is_same(_as_list(a), _as_list(b))
+    if pa.types.is_fixed_size_list(a.type):
+        return is_same(a.flatten(), b.flatten())
+    if pa.types.is_list(a.type) or pa.types.is_large_list(a.type):
+        lengths = pc.list_value_length(a).equals(pc.list_value_length(b))
+        return lengths and is_same(a.flatten(), b.flatten())
+    if pa.types.is_floating(a.type):
+        ours, theirs = (np.asarray(each.drop_null()) for each in (a, b))
+        return np.array_equal(ours, theirs, equal_nan=True)
+    return False
+
+
+def _as_list(array: pa.MapArray) -> pa.ListArray:
+    """A map as the list of entries that it is."""
+    entries = pa.StructArray.from_arrays([array.keys, array.items], ["key", "value"])
+    mask = array.is_null() if array.null_count else None
+    return pa.ListArray.from_arrays(array.offsets, entries, mask=mask)

@@ -7,7 +7,7 @@ import json
 import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,9 @@ from batch_scorer.errors import ParityError
 from batch_scorer.job import Job
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.parity.sample import Sample
-from batch_scorer.records import Scores
-from batch_scorer.storage import ObjectChanged, ObjectMissing, open_store
+from batch_scorer.records import Outputs, Scores
+from batch_scorer.records.reading import read_record
+from batch_scorer.storage import ObjectChanged, ObjectDamaged, ObjectMissing, open_store
 
 log = logging.getLogger("batch_scorer")
 
@@ -44,10 +45,12 @@ quantised)."""
 class Reference:
     """Plain Hugging Face's scores, float32[S, O], and their rounding, float32[S] (E).
 
-    `rounding` is None where it could not be measured. Steps as in `Scores`.
+    `rounding` is None where it was not measured. `streamed`: the model was read layer by layer.
+    Steps as in `Scores`.
     """
 
     dtype: str
+    streamed: bool
     values: FloatArray
     rounding: FloatArray | None
     step_values: FloatArray | None = None
@@ -59,17 +62,29 @@ class Reference:
             for name, value in asdict(self).items()
         }
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        def array(name: str, dtype: Any) -> Any:
-            return None if value[name] is None else np.array(value[name], dtype=dtype)
 
-        return cls(
-            dtype=value["dtype"],
-            values=array("values", np.float32),
-            rounding=array("rounding", np.float32),
-            step_values=array("step_values", np.float32),
-            step_offsets=array("step_offsets", np.int64),
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A reference as the output keeps it."""
+
+    dtype: str
+    streamed: bool
+    values: list[list[float]]
+    rounding: list[float] | None
+    step_values: list[float] | None
+    step_offsets: list[int] | None
+
+    def reference(self) -> Reference:
+        def array(values: list[Any] | None, dtype: Any) -> Any:
+            return None if values is None else np.array(values, dtype=dtype)
+
+        return Reference(
+            dtype=self.dtype,
+            streamed=self.streamed,
+            values=np.array(self.values, dtype=np.float32),
+            rounding=array(self.rounding, np.float32),
+            step_values=array(self.step_values, np.float32),
+            step_offsets=array(self.step_offsets, np.int64),
         )
 
 
@@ -89,7 +104,7 @@ class ParityReport:
     """The result of a comparison. `problems` is empty exactly if the engine agrees.
 
     `rows_compared`, `covered` and `explained` are of the rows whose token ids were compared, as in
-    `Sample`.
+    `Sample`. `reference_streamed`: the reference read the model layer by layer.
     """
 
     backend: str
@@ -106,6 +121,7 @@ class ParityReport:
     rows_compared: int = 0
     covered: dict[str, int] = field(default_factory=dict)
     explained: dict[str, int] = field(default_factory=dict)
+    reference_streamed: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -131,8 +147,8 @@ def reference_of(job: Job, sample: Sample) -> Reference:
     """Plain Hugging Face's scores of the sample; computed once for an output and kept there."""
     key = f"{RECORDS}/parity/{job.fingerprint.digest[:12]}-{sample.digest[:12]}.json"
     store = open_store(job.config.output, job.config.store_options, create=True)
-    with suppress(ObjectMissing):
-        return Reference.from_json(store.read_json(key))
+    with suppress(ObjectMissing, ObjectDamaged):  # what is damaged is computed anew
+        return read_record(store, key, _Kept).reference()
     reference = compute_reference(job, sample)
     with suppress(ObjectChanged):  # another worker was first, with the same scores
         store.create(key, json.dumps(reference.to_json()).encode())
@@ -140,21 +156,26 @@ def reference_of(job: Job, sample: Sample) -> Reference:
 
 
 def compute_reference(job: Job, sample: Sample) -> Reference:
-    """Plain Hugging Face in float32 if it fits, and in the engine's dtype, for the rounding."""
-    from batch_scorer.backends.plain import plain_scores, reference_dtype
+    """Plain Hugging Face in float32 where that is possible, and in the engine's dtype, for the
+    rounding."""
+    from batch_scorer.backends.plain import reference_road
+
+    road = reference_road(settings_of(job))
+    dtype = road.dtype
 
     def scored(dtype: str) -> Scores:
-        return plain_scores(replace(settings_of(job), dtype=dtype), sample.rows)
+        return road.scores(replace(settings_of(job), dtype=dtype), sample.rows)
 
-    dtype = reference_dtype(job.model_dir, job.device)
     exact = scored(dtype)
     rounding = None
-    if job.config.quantization is None:
+    if not job.computes_quantised:
         if job.dtype == dtype == "float32":
             rounding = np.zeros(len(exact.values), dtype=np.float32)
         elif dtype == "float32":
-            rounding = errors_of(exact, scored(job.dtype), job.embedding is not None)
-    return Reference(dtype, exact.values, rounding, exact.step_values, exact.step_offsets)
+            rounding = errors_of(exact, scored(job.dtype), job.outputs)
+    return Reference(
+        dtype, road.streamed, exact.values, rounding, exact.step_values, exact.step_offsets
+    )
 
 
 def check_engine(job: Job, sample: Sample) -> ParityReport:
@@ -190,15 +211,16 @@ def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None 
 # The comparison
 
 
-def errors_of(exact: Scores | Reference, scores: Scores, is_embedding: bool) -> FloatArray:
+def errors_of(exact: Scores | Reference, scores: Scores, outputs: Outputs) -> FloatArray:
     """float32[S]: the largest error of a sequence over its outputs, as a share of their spread.
 
     Spread is the standard deviation over the sample, or a tenth of the scores' size where they
-    hardly differ; for embeddings it is the vector's length. Infinite where only one side has a
-    number.
+    hardly differ; for embeddings it is the vector's length. The scores of a sequence's tokens count
+    as one output, their errors' rms: the largest of thousands grows with their number. Infinite
+    where only one side has a number.
     """
     with np.errstate(invalid="ignore"):
-        if is_embedding:
+        if outputs.embedding_size is not None:
             lengths = np.linalg.norm(exact.values, axis=1)
             errors = np.linalg.norm(scores.values - exact.values, axis=1) / lengths
         else:
@@ -210,8 +232,14 @@ def errors_of(exact: Scores | Reference, scores: Scores, is_embedding: bool) -> 
         steps = _scaled(exact.step_values[:, None], scores.step_values[:, None])[:, 0]
         has_steps = np.diff(exact.step_offsets) > 0
         starts = exact.step_offsets[:-1][has_steps]
-        worst = np.maximum.reduceat(steps, starts) if len(starts) else steps
-        errors[has_steps] = np.maximum(errors[has_steps], worst)
+        if not len(starts):
+            of_steps = steps
+        elif outputs.tokens:
+            counts = np.diff(exact.step_offsets)[has_steps]
+            of_steps = np.sqrt(np.add.reduceat(steps.astype(np.float64) ** 2, starts) / counts)
+        else:
+            of_steps = np.maximum.reduceat(steps, starts)
+        errors[has_steps] = np.maximum(errors[has_steps], of_steps)
     both_missing = np.isnan(exact.values).all(axis=1) & np.isnan(scores.values).all(axis=1)
     errors = np.where(np.isnan(errors), np.inf, errors)
     return np.where(both_missing, 0.0, errors).astype(np.float32)
@@ -229,7 +257,7 @@ def _scaled(exact: FloatArray, values: FloatArray) -> FloatArray:
 def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> ParityReport:
     """Compare the engine's scores of the sample with plain Hugging Face's."""
     is_embedding = job.embedding is not None
-    errors = errors_of(reference, scores, is_embedding)
+    errors = errors_of(reference, scores, job.outputs)
     allowed_worst, allowed_rms = MOST_ALLOWED
     if reference.rounding is not None:
         least = (EXACT_ALLOWANCE,) * 2 if job.dtype == "float32" else HALF_ALLOWANCE
@@ -259,6 +287,7 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> P
         backend=job.backend,
         dtype=job.dtype,
         reference_dtype=reference.dtype,
+        reference_streamed=reference.streamed,
         worst=_number(worst),
         allowed_worst=allowed_worst,
         rms=_number(rms),

@@ -7,14 +7,15 @@ a shard lies in its file. It is short and slow, for a few rows.
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_scorer.records import Shard
+from batch_scorer.formats.bounded import elements_of
+from batch_scorer.records import LineRun, Shard, Source
 from batch_scorer.storage import Store
 
 RawRow: TypeAlias = dict[str, Any]
@@ -53,7 +54,7 @@ def _from_batches(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple
     for batch in _batches(store, shard):
         for row in rows:
             if 0 <= row - position < batch.num_rows:
-                yield row, _row_of(batch, row - position)
+                yield row, _row_of(batch, row - position, shard.layout.columns.values())
         position += batch.num_rows
         if position > rows[-1]:
             return
@@ -80,10 +81,11 @@ def _batches(store: Store, shard: Shard) -> Iterator[pa.RecordBatch]:
         yield from islice(pa.ipc.open_stream(pa.PythonFile(file, mode="r")), *shard.row_groups)
 
 
-def _row_of(batch: pa.RecordBatch, row: int) -> RawRow:
+def _row_of(batch: pa.RecordBatch, row: int, columns: Collection[str]) -> RawRow:
     return {
         name: plain_value(column[row])
         for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        if name in columns
     }
 
 
@@ -112,37 +114,39 @@ def plain_value(value: pa.Scalar) -> Any:
 
 
 def _from_lines(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[int, Any]]:
-    source, lines = shard.source, shard.lines
+    lines = shard.lines
     assert lines is not None
+    before = -shard.skip_rows
+    for run in lines.runs:
+        places = [row - before for row in rows if 0 <= row - before < run.num_rows]
+        if places and not run.is_too_large:
+            data = _bytes_of(store, shard.source, run)
+            values = _values(data, shard.source.key, lines.schema.names, places)
+            yield from zip((before + place for place in places), values, strict=True)
+        before += run.num_rows
+
+
+def _bytes_of(store: Store, source: Source, run: LineRun) -> bytes:
     first = store.read_range(source.key, source.version, 0, min(4, source.size_bytes))
-    stream: BinaryIO
     if (compression := _compression(first)) is None:
-        data = store.read_range(source.key, source.version, lines.start, lines.stop)
-        stream = io.BytesIO(data)
-    else:
-        packed = store.open(source.key, source.size_bytes, source.version, _READ_BYTES)
-        stream = io.BufferedReader(pa.CompressedInputStream(packed, compression), _READ_BYTES)
-        left = lines.start
-        while left and (skipped := stream.read(min(left, _READ_BYTES))):
-            left -= len(skipped)
-    last = shard.skip_rows + rows[-1]
-    values = islice(_values(stream, source.key, lines.schema.names), last + 1)
-    wanted = {shard.skip_rows + row: row for row in rows}
-    for number, value in enumerate(values):
-        if number in wanted:
-            yield wanted[number], value
+        return store.read_range(source.key, source.version, run.start, run.stop)
+    packed = store.open(source.key, source.size_bytes, source.version, _READ_BYTES)
+    stream = io.BufferedReader(pa.CompressedInputStream(packed, compression), _READ_BYTES)
+    left = run.start
+    while left and (skipped := stream.read(min(left, _READ_BYTES))):
+        left -= len(skipped)
+    return stream.read(run.stop - run.start)
 
 
-def _values(stream: Iterable[bytes], key: str, names: list[str]) -> Iterator[Any]:
-    """What each line says, or in CSV and TSV each record; blank lines say nothing."""
+def _values(data: bytes, key: str, names: list[str], places: list[int]) -> list[Any]:
+    """What these lines say, or in CSV and TSV these records, of those that are not blank."""
     delimiter = next((mark for ends, mark in _DELIMITERS.items() if ends in key.lower()), None)
     if delimiter is None:
-        yield from (_object(line) for line in stream if line.strip())
-        return
-    texts = (line.decode(errors="replace") for line in stream)
-    for record in csv.reader(texts, delimiter=delimiter):
-        if record:
-            yield dict(zip(names, record, strict=False))
+        lines = [line for line in io.BytesIO(data) if line.strip()]
+        return [_object(lines[place]) for place in places]
+    texts = (line.decode(errors="replace") for line in io.BytesIO(data))
+    records = [record for record in csv.reader(texts, delimiter=delimiter) if record]
+    return [dict(zip(names, records[place], strict=False)) for place in places]
 
 
 def _from_array(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[int, Any]]:
@@ -150,9 +154,11 @@ def _from_array(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[i
     data = store.read_whole(source.key, source.version, source.size_bytes)
     if (compression := _compression(data)) is not None:
         data = pa.CompressedInputStream(pa.BufferReader(data), compression).read()
-    items = json.loads(data.removeprefix(_BOM))
+    data = data.removeprefix(_BOM)
+    spans = elements_of(data) or []
     for row in rows:
-        yield row, items[shard.skip_rows + row]
+        start, stop = spans[shard.skip_rows + row]
+        yield row, _object(data[start:stop])
 
 
 def _compression(data: bytes) -> str | None:
@@ -162,5 +168,5 @@ def _compression(data: bytes) -> str | None:
 def _object(line: bytes) -> Any:
     try:
         return json.loads(line.removeprefix(_BOM))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

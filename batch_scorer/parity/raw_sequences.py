@@ -22,13 +22,17 @@ class RawSequence:
 
     `content` is a conversation to render, rendered text, or token ids; `arguments` are those of the
     row for the chat template. `steps` are a process reward model's, where the row lists them: the
-    last message then has no content. `unmasked` are token ids before the mask was applied.
+    last message then has no content. `unmasked` are token ids before the mask was applied. `beside`
+    is the row's reference or principle, where the model reads one; `prompt` what rendered text or
+    ids begin with where it is in a column of its own.
     """
 
     content: SequenceInput
     arguments: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[str, ...] | None = None
     unmasked: list[int] | None = None
+    beside: str | None = None
+    prompt: str | list[int] | None = None
 
 
 def raw_sequences(row: RawRow, layout: Layout) -> list[RawSequence | None]:
@@ -67,21 +71,23 @@ def _sequence(
         asked = values.get("attention_mask_prompt")
         ids = [*before, *answer]
         if mask is None and asked is None:
-            return RawSequence(ids)
+            return RawSequence(ids, prompt=prompt)
         flags = [*(asked or [1] * len(before)), *(mask or [1] * len(answer))]
         kept = [token for token, flag in zip(ids, flags, strict=True) if flag]
-        return RawSequence(kept, unmasked=ids)
+        shown = [token for token, flag in zip(before, flags, strict=False) if flag]
+        return RawSequence(kept, unmasked=ids, prompt=shown)
     if isinstance(answer, str) and layout.text_style is TextStyle.RENDERED:
-        return RawSequence(f"{prompt or ''}{answer}")
+        return RawSequence(f"{prompt or ''}{answer}", prompt=prompt)
     before = [] if prompt is None else _turns(prompt, "user", layout)
     if layout.format is Format.STEPS:
         last: Message = {"role": "assistant", "content": ""}
         conversation = _in_context(values, [*before, last])
-        return RawSequence(conversation, _arguments(values), _steps(answer))
+        return RawSequence(conversation, _arguments(values), _steps(answer), beside=_beside(values))
     if isinstance(answer, str) and layout.prompt_inside:
         answer = answer.lstrip().removeprefix(prompt.strip()).lstrip()
     after = _turns(answer, "assistant", layout, is_apart=prompt is not None)
-    return RawSequence(_in_context(values, [*before, *after]), _arguments(values))
+    conversation = _in_context(values, [*before, *after])
+    return RawSequence(conversation, _arguments(values), beside=_beside(values))
 
 
 def _prompt(values: Mapping[str, Any], layout: Layout) -> Any:
@@ -164,6 +170,18 @@ def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         if items := _decoded(values.get(name)):
             found[name] = _decoded(items)
     return found
+
+
+def _beside(values: Mapping[str, Any]) -> str | None:
+    """The reference or the principle; turns are joined by line feeds, as their parts are."""
+    value = values.get("reference") or values.get("principle")
+    if value is None or isinstance(value, str):
+        return value
+    texts: list[str] = []
+    for item in value if isinstance(value, list) else [value]:
+        content = _message(item).get("content") or ""
+        texts += [content] if isinstance(content, str) else [part["text"] for part in content]
+    return "\n".join(texts)
 
 
 def _decoded(value: Any) -> Any:

@@ -15,7 +15,7 @@ from batch_scorer.parity.raw_sequences import RawSequence
 from batch_scorer.records import Conversation, Message, RowError, SequenceInput
 
 if TYPE_CHECKING:
-    from batch_scorer.backends.plain_tokenizer import PlainTokenizer
+    from batch_scorer.backends.plain_tokenizer import PlainIds, PlainTokenizer
 
 _TOKENS_SHOWN = 12
 
@@ -25,7 +25,8 @@ class ComparedRow:
     """One row from both roads: as its file has it, and as the product read it.
 
     `name` is its file and number. `raw`, `parsed`, `ids` and `truncated` have one item for each of
-    its sequences; `ids` is empty, and nothing is compared, for one that is marked.
+    its sequences; `ids` is empty, and nothing is compared, for one that is marked. `answer_starts`
+    are the tokens before the answer, where the model asks for that.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ComparedRow:
     ids: Sequence[list[int]]
     truncated: Sequence[int]
     notes: Collection[RowNote]
+    answer_starts: Sequence[int] | None = None
 
 
 def compare_rows(plain: "PlainTokenizer", rows: Iterable[ComparedRow]) -> dict[str, int]:
@@ -64,11 +66,13 @@ def _settings_of(plain: "PlainTokenizer", row: ComparedRow, place: int) -> tuple
     # A note is the row's: of two sides one may be renamed or joined, and the other not.
     for notes in ([], row.notes) if row.notes else ([],):
         try:
-            there = plain.token_ids(raw.content, raw.arguments, raw.steps, notes)
+            there = _token_ids(plain, row, place, notes)
         except Exception as error:  # a template may raise anything
             refused = refused or str(error)
             continue
         if same_ids(ids, there.ids, row.truncated[place]):
+            if row.answer_starts is not None and not row.truncated[place]:
+                _check_answer(plain, row, place, notes)
             return there.settings
         wanted = there.ids
     if wanted is None:
@@ -79,6 +83,45 @@ def _settings_of(plain: "PlainTokenizer", row: ComparedRow, place: int) -> tuple
         f"{row.name}: token ids are not those of the tokenizer's own call on the row: "
         + _difference(plain, row, place, wanted)
     )
+
+
+def _token_ids(
+    plain: "PlainTokenizer", row: ComparedRow, place: int, notes: Collection[RowNote]
+) -> "PlainIds":
+    """The ids that transformers' call gives for one sequence."""
+    raw = row.raw[place]
+    assert raw is not None
+    beside = _beside(plain, row, place)
+    return plain.token_ids(raw.content, raw.arguments, raw.steps, notes, beside)
+
+
+def _beside(plain: "PlainTokenizer", row: ComparedRow, place: int) -> str | Message | None:
+    """What the model reads beside one sequence: of the row, or the row's other answer."""
+    raw = row.raw[place]
+    assert raw is not None
+    if not (plain.compares and _is_conversation(raw.content)):
+        return raw.beside
+    if len(row.raw) != 2 or (other := row.raw[1 - place]) is None:
+        raise ParityError(f"{row.name}: two answers are compared, and the row has another number")
+    return cast(Conversation, other.content)[-1]
+
+
+def _check_answer(
+    plain: "PlainTokenizer", row: ComparedRow, place: int, notes: Collection[RowNote]
+) -> None:
+    """Raise ParityError where the answer's tokens are not those of the row's answer."""
+    raw, ids = row.raw[place], row.ids[place]
+    assert raw is not None and row.answer_starts is not None
+    start = row.answer_starts[place]
+    problem = plain.answer_problem(
+        raw.content, raw.prompt, raw.arguments, raw.steps, notes, ids, start
+    )
+    if problem:
+        around = [plain.visible(part) for part in (ids[max(0, start - 3) : start], ids[start:])]
+        raise ParityError(
+            f"{row.name}: the answer is taken to begin behind {around[0]!r}, with "
+            f"{around[1][:40]!r}: {problem}"
+        )
 
 
 def same_ids(ids: list[int], wanted: list[int], truncated: int) -> bool:
@@ -102,7 +145,7 @@ def _difference(plain: "PlainTokenizer", row: ComparedRow, place: int, wanted: l
         or _of_content(raw, parsed, row.arguments)
         or _of_ends("BOS", plain.bos_id, ids, wanted)
         or _of_ends("EOS", plain.eos_id, ids[::-1], wanted[::-1])
-        or _of_date(plain, raw, ids)
+        or _of_date(plain, row, place)
         or _first_token(plain, ids, wanted)
     )
 
@@ -153,7 +196,7 @@ def _of_message(message: Message, read: Message) -> str | None:
 def _of_sides(plain: "PlainTokenizer", row: ComparedRow, place: int) -> str | None:
     for other, raw in enumerate(row.raw):
         if raw is not None and other != place:
-            there = plain.token_ids(raw.content, raw.arguments, raw.steps, row.notes)
+            there = _token_ids(plain, row, other, row.notes)
             if there.ids == row.ids[place]:
                 return (
                     f"sequence {place + 1} of the row holds its sequence {other + 1}: swapped sides"
@@ -176,10 +219,12 @@ def _run(ids: list[int], token: int | None) -> int:
     return next((place for place, found in enumerate(ids) if found != token), len(ids))
 
 
-def _of_date(plain: "PlainTokenizer", raw: RawSequence, ids: list[int]) -> str | None:
-    if not _is_conversation(raw.content):
+def _of_date(plain: "PlainTokenizer", row: ComparedRow, place: int) -> str | None:
+    raw, beside = row.raw[place], _beside(plain, row, place)
+    if raw is None or not _is_conversation(raw.content):
         return None
-    is_elsewhere = plain.date_is_elsewhere(cast(Conversation, raw.content), raw.arguments, ids)
+    content = cast(Conversation, raw.content)
+    is_elsewhere = plain.date_is_elsewhere(content, raw.arguments, row.ids[place], beside)
     return "the template's date is another than the recorded one" if is_elsewhere else None
 
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from batch_scorer.config import Config
 from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
-from batch_scorer.inputs.files import row_numbers
+from batch_scorer.inputs.files import read_apart, row_numbers
 from batch_scorer.job import Job
 from batch_scorer.models.adapter import Adapter
-from batch_scorer.models.directory import read_json
+from batch_scorer.models.files import read_json
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.parity.cover import Candidate, choose, traits_of
 from batch_scorer.parity.raw_rows import read_raw_rows
@@ -23,7 +24,7 @@ from batch_scorer.parity.raw_sequences import RawSequence, raw_sequences
 from batch_scorer.parity.rendering import ComparedRow, compare_rows
 from batch_scorer.records import ParsedRows, RowError, Shard, TokenizedRows
 from batch_scorer.render import renderer_of
-from batch_scorer.shard import parse_shard
+from batch_scorer.shard import parse_shard, tokenized
 from batch_scorer.storage import open_store
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _SEQUENCES_PER_ROW = 4
 _WINDOW_ROWS = 48
 """Rows that are read together: at the beginning, in the middle and at the end of a shard."""
 
-ReadRows: TypeAlias = Callable[[Shard, Mapping[str, str]], ParsedRows]
+ReadRows: TypeAlias = Callable[[Shard, Config], ParsedRows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,11 @@ class Sample:
 
     @property
     def digest(self) -> str:
-        ids, offsets = self.rows.token_ids.tobytes(), self.rows.sequence_offsets.tobytes()
-        return hashlib.sha256(ids + offsets).hexdigest()
+        rows = self.rows
+        parts = [rows.token_ids.tobytes(), rows.sequence_offsets.tobytes()]
+        if rows.answer_starts is not None:
+            parts.append(rows.answer_starts.tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class _Window:
     def compared(self, row: int) -> ComparedRow:
         start, stop = self.rows.row_offsets[row : row + 2].tolist()
         bounds = self.rows.sequence_offsets[start : stop + 1].tolist()
+        starts = self.rows.answer_starts
         return ComparedRow(
             name=self.name(row),
             raw=self.raw[row],
@@ -103,6 +108,7 @@ class _Window:
             ids=[self.rows.token_ids[a:b].tolist() for a, b in pairwise(bounds)],
             truncated=self.rows.truncated_tokens[start:stop].tolist(),
             notes=self.rows.notes.get(row, ()),
+            answer_starts=None if starts is None else starts[start:stop].tolist(),
         )
 
 
@@ -166,19 +172,24 @@ def _windows(
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
     found: list[_Window] = []
     refused: list[RowError] = []
-    renderer = renderer_of(job.config, job.model)
     for part in [part for place in places for part in parts_of(ordered[place])]:
         try:
-            parsed = read(part, job.config.store_options)
-            rows = renderer.tokenize(parsed)
-            numbers = row_numbers(part, job.config.store_options)
-            raw = _raw(part, job.config.store_options, numbers, _scorable(rows))
+            parsed = read(part, job.config)
+            window = read_apart(job.config, part.source.size_bytes, _window, job, part, parsed)
         except ShardError as error:
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue
-        refused += [*rows.sequence_errors.values(), *rows.row_errors.values()]
-        found.append(_Window(part, numbers, parsed, rows, raw))
+        refused += [*window.rows.sequence_errors.values(), *window.rows.row_errors.values()]
+        found.append(window)
     return found, refused
+
+
+def _window(job: Job, part: Shard, parsed: ParsedRows) -> _Window:
+    """These rows, which the product has parsed, tokenised by it, and read by the gate itself."""
+    options = job.config.store_options
+    rows = tokenized(parsed, job.config, job.model)
+    numbers = row_numbers(part, options)
+    return _Window(part, numbers, parsed, rows, _raw(part, options, numbers, _scorable(rows)))
 
 
 def parts_of(shard: Shard) -> list[Shard]:
@@ -249,7 +260,10 @@ def _plain_tokenizer(job: Job) -> "PlainTokenizer":
     from batch_scorer.backends.plain_tokenizer import PlainTokenizer
 
     return PlainTokenizer(
-        job.model_dir, job.model.prompt, trust_remote_code=job.config.trust_remote_code
+        job.model.tokenizer_path,
+        job.model.prompt,
+        config_dir=job.model.path,
+        trust_remote_code=job.config.trust_remote_code,
     )
 
 
@@ -267,15 +281,8 @@ def _take(rows: TokenizedRows, row: int) -> TokenizedRows:
     """The first few sequences of one row."""
     start = int(rows.row_offsets[row])
     stop = min(int(rows.row_offsets[row + 1]), start + _SEQUENCES_PER_ROW)
-    bounds = rows.sequence_offsets[start : stop + 1]
-    return TokenizedRows(
-        token_ids=rows.token_ids[bounds[0] : bounds[-1]],
-        sequence_offsets=bounds - bounds[0],
-        row_offsets=np.array([0, stop - start]),
-        truncated_tokens=rows.truncated_tokens[start:stop],
-        sequence_errors={},
-        row_errors={},
-    )
+    taken = rows.take(np.arange(start, stop))
+    return replace(taken, row_offsets=np.array([0, stop - start]))
 
 
 def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
@@ -284,6 +291,7 @@ def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
     def joined(offsets: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for o in offsets]))])
 
+    starts = [part.answer_starts for part in parts if part.answer_starts is not None]
     return TokenizedRows(
         token_ids=np.concatenate([part.token_ids for part in parts]),
         sequence_offsets=joined([part.sequence_offsets for part in parts]),
@@ -291,6 +299,7 @@ def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
         truncated_tokens=np.concatenate([part.truncated_tokens for part in parts]),
         sequence_errors={},
         row_errors={},
+        answer_starts=np.concatenate(starts) if starts else None,
     )
 
 

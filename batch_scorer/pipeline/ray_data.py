@@ -13,21 +13,28 @@ remembers which rows were being scored (`isolation`).
 import logging
 import os
 import pickle
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
 
-from batch_scorer import logs
+from batch_scorer import logs, quarantine
 from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.registry import BackendFactory
-from batch_scorer.errors import BatchScorerError, IncompleteError, ShardError, ShardReason
+from batch_scorer.errors import (
+    BatchScorerError,
+    IncompleteError,
+    ModelError,
+    ShardError,
+    ShardReason,
+)
 from batch_scorer.job import Job
 from batch_scorer.parity import Sample
 from batch_scorer.pipeline.isolation import Attempts, Try
-from batch_scorer.pipeline.session import num_workers, worker_resources
+from batch_scorer.pipeline.placement import give_up_all, reserve
+from batch_scorer.pipeline.session import is_over_nodes, num_workers, worker_resources
 from batch_scorer.pipeline.worker import Item, Scorer, commit_item, in_short, prepare_item
 from batch_scorer.records import Receipt, ScoredRows, Shard, TokenizedRows
 
@@ -76,7 +83,7 @@ def run_on_ray(
     attempts = _here(Attempts).remote(job.config.attempts)
     stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
     items = pa.table({"item": pa.array([pickle.dumps(item) for item in _items(todo)], _CELL)})
-    workers = num_workers(job)
+    workers, over_nodes = num_workers(job), is_over_nodes(job)
     with DataContext.current(context):
         dataset = (
             ray.data.from_arrow(items)
@@ -89,6 +96,7 @@ def run_on_ray(
                 fn_constructor_kwargs=stage
                 | {
                     "max_loads": job.config.attempts * workers,
+                    "over_nodes": over_nodes,
                     "sample": sample,
                     "make": make,
                 },
@@ -112,6 +120,9 @@ def run_on_ray(
                     yield receipt
         except ray.exceptions.RayError as error:
             raise IncompleteError(f"the cluster failed: {str(error).splitlines()[0]}") from error
+        finally:
+            if over_nodes:
+                give_up_all()
 
 
 def _here(actor: type) -> Any:
@@ -159,9 +170,12 @@ def _begin(
 
 def _prepare_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
     shards: list[Shard] = _unpack(batch)
-    if not job.config.trust_remote_code:
-        _leave_out_torch()
+    quarantine.prepare()  # it imports while we ask and look
     retries, refused = _begin("prepare", shards[0], job, attempts, carried)
+    try:
+        job = job.on_this_node(weights=False)
+    except ModelError as error:
+        return _pack(error)
     items = [
         Item(shard, error=refused) if refused else prepare_item(job, shard) for shard in shards
     ]
@@ -169,16 +183,6 @@ def _prepare_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carri
         item.spent.retries += retries
     attempts.forget.remote(f"prepare {shards[0].output_key}")
     return _pack(items)
-
-
-def _leave_out_torch() -> None:
-    """Let transformers find no torch in this process, whose part of it are the tokenizers.
-
-    It would be loaded for nothing: 330 MB and two seconds of every process that reads, of which
-    there may be one for every core.
-    """
-    if "transformers" not in sys.modules:
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # as the import system has it
 
 
 class _ScoreStage:
@@ -194,6 +198,7 @@ class _ScoreStage:
         attempts: Any,
         carried: logs.Carried,
         max_loads: int,
+        over_nodes: bool,
         sample: Sample | None,
         make: BackendFactory | None,
     ) -> None:
@@ -210,6 +215,9 @@ class _ScoreStage:
             )
             return
         try:
+            job = job.on_this_node()
+            if over_nodes:
+                job = replace(job, placement_group=reserve(job.config))
             self._scorer = Scorer(job, sample, make)
         except BatchScorerError as error:
             self._failure = error
@@ -221,8 +229,11 @@ class _ScoreStage:
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._failure is not None:
             return _pack(self._failure)
+        items: list[Item[TokenizedRows]] | BatchScorerError = _unpack(batch)
+        if isinstance(items, BatchScorerError):
+            return batch
         try:
-            return _pack(self._score(_unpack(batch)))
+            return _pack(self._score(items))
         except EngineDied:
             # Nothing in this process can be relied on: Ray starts another, and the death counts.
             log.exception("the engine died, and this worker with it")

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from batch_scorer import logs
@@ -16,6 +17,7 @@ from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import ConfigError, IncompleteError
 from batch_scorer.job import Job
+from batch_scorer.pipeline.placement import beside_gpus, cluster_layout, give_up_all, reserve
 
 T = TypeVar("T")
 
@@ -47,7 +49,7 @@ def ray_session(config: Config) -> Iterator[None]:
             cpus = (os.cpu_count() or 1) + _SPARE_CPUS
             with _native_log_off():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a start that takes Ray too long ends in one without a class
         raise ConfigError(f"cannot join Ray at {address or 'this machine'}: {error}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in place, which aborts
@@ -125,41 +127,49 @@ def num_workers(job: Job) -> int:
     """How many models score at the same time: one per GPU, or one per machine on CPU."""
     if not job.config.use_ray:
         return 1
-    import ray
-
     if job.device is Device.CUDA:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if gpus == 0 and job.config.workers is None:
+        if not has_gpus(job.config) and job.config.workers is None:
             raise ConfigError(
                 "device is cuda, but the cluster has no GPU; where an autoscaler brings them, set "
                 "`workers` to how many it should bring"
             )
-        return job.config.workers or max(1, gpus // job.config.tensor_parallel)
+        return cluster_layout(job.config).workers
     return job.config.workers or len(_machine_cpus())
 
 
-def on_worker(job: Job, work: Callable[[], T]) -> T:
-    """The result of `work` on a machine like the scoring workers', in a process of its own.
+def on_worker(job: Job, work: Callable[[Job], T]) -> T:
+    """The result of `work` on a machine like the scoring workers', in a process of its own; `work`
+    gets the job as it is there.
 
     Raises what `work` raises, and IncompleteError if its process dies.
     """
     if not job.config.use_ray:
-        return work()
+        return work(job)
     import ray
 
     remote = ray.remote(max_calls=1, max_retries=0, **worker_resources(job, workers=1))
+    over_nodes = is_over_nodes(job)
     try:
-        result: T = ray.get(remote(_call).remote(logs.carry(), work))
+        result: T = ray.get(remote(_call).remote(logs.carry(), job, over_nodes, work))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # as it was raised there, without Ray's frames around it
     except ray.exceptions.RayError as error:
         raise IncompleteError(f"a worker died: {str(error).splitlines()[0]}") from error
+    finally:
+        if over_nodes:
+            give_up_all()
     return result
 
 
-def _call(carried: logs.Carried, work: Callable[[], T]) -> T:
+def _call(carried: logs.Carried, job: Job, over_nodes: bool, work: Callable[[Job], T]) -> T:
     logs.resume(carried)
-    return work()
+    job = job.on_this_node()
+    return work(replace(job, placement_group=reserve(job.config)) if over_nodes else job)
+
+
+def is_over_nodes(job: Job) -> bool:
+    """Whether the devices of a scoring worker are on several nodes."""
+    return job.device is Device.CUDA and cluster_layout(job.config).over_nodes
 
 
 def _machine_cpus() -> list[float]:
@@ -171,13 +181,14 @@ def _machine_cpus() -> list[float]:
 
 
 def worker_resources(job: Job, workers: int) -> dict[str, Any]:
-    """What one worker asks of Ray: a GPU, or its part of what a machine can spare."""
+    """What one worker asks of Ray: its GPUs, or its part of what a machine can spare."""
     if job.device is Device.CUDA:
-        return {
-            "num_gpus": job.config.tensor_parallel,  # all of one machine, as Ray gives them
-            # Any environment will do: Ray then never takes a process that has read shards.
-            "runtime_env": {"env_vars": {"BATCH_SCORER_WORKER": "scores"}},
-        }
+        # Any environment will do: Ray then never takes a process that has read shards.
+        environment = {"runtime_env": {"env_vars": {"BATCH_SCORER_WORKER": "scores"}}}
+        if is_over_nodes(job):
+            return {"num_cpus": 1, **beside_gpus(), **environment}
+        # All of one machine, as Ray gives them.
+        return {"num_gpus": job.config.devices_per_worker, **environment}
     machines = _machine_cpus()
     per_machine = -(-workers // len(machines))
     return {

@@ -26,8 +26,7 @@ from batch_scorer.records import (
     Status,
     TokenizedRows,
 )
-from batch_scorer.render import renderer_of
-from batch_scorer.shard import parse_shard, read_known, score_shard
+from batch_scorer.shard import read_known, read_shard, score_shard
 
 log = logging.getLogger("batch_scorer")
 
@@ -73,18 +72,13 @@ def prepare_item(job: Job, shard: Shard) -> Item[TokenizedRows]:
     """
     item: Item[TokenizedRows] = Item(shard)
     with item.caught():
-        log.info("load the tokenizer")
-        renderer = renderer_of(job.config, job.model)
-        started = time.perf_counter()
         log.info("read")
-        parsed = parse_shard(shard, job.config.store_options)
-        item.spent.read_s = time.perf_counter() - started
-        log.info("tokenise")
-        rows = renderer.tokenize(parsed)
+        rows, item.spent.read_s, item.spent.tokenize_s = read_shard(shard, job.config, job.model)
         if shard.earlier:
             log.info("reuse")
-            rows = read_known(job, shard, rows, renderer)
-        item.spent.tokenize_s = time.perf_counter() - started - item.spent.read_s
+            started = time.perf_counter()
+            rows = read_known(job, shard, rows)
+            item.spent.tokenize_s += time.perf_counter() - started
         item.rows = rows
     return item
 
@@ -109,7 +103,7 @@ class _Peak:
         if not self._job.engine.runs_model or time.perf_counter() < self._next:
             return
         peak = matmul_peak(self._job.device, self._job.dtype)
-        self.flops = max(self.flops, peak * self._job.config.tensor_parallel)
+        self.flops = max(self.flops, peak * self._job.config.devices_per_worker)
         # Where the engine has left no memory for it, it will leave none later.
         self._next = time.perf_counter() + self._pause_s if peak else float("inf")
         self._pause_s *= 2

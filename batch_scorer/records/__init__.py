@@ -15,6 +15,7 @@ from batch_scorer.records.receipts import (
     Stored,
 )
 from batch_scorer.records.rows import (
+    DEFAULT_BOUNDS,
     SCALAR,
     Conversation,
     Effort,
@@ -25,6 +26,7 @@ from batch_scorer.records.rows import (
     Outputs,
     ParsedRows,
     PooledTokens,
+    ReadBounds,
     RowError,
     ScoredRows,
     Scores,
@@ -36,6 +38,7 @@ from batch_scorer.records.rows import (
 from batch_scorer.records.shards import Codec, LineRun, Lines, Shard, Source, layout_to_json
 
 __all__ = [
+    "DEFAULT_BOUNDS",
     "SCALAR",
     "Codec",
     "Commit",
@@ -51,6 +54,7 @@ __all__ = [
     "PairCounts",
     "ParsedRows",
     "PooledTokens",
+    "ReadBounds",
     "Receipt",
     "Reused",
     "RowError",

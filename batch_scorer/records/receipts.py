@@ -7,7 +7,10 @@ from functools import lru_cache
 from sys import intern
 from typing import Any, Self, TypeVar
 
+from pydantic import FiniteFloat
+
 from batch_scorer.errors import ShardReason
+from batch_scorer.records.reading import parsed
 from batch_scorer.records.rows import Effort
 from batch_scorer.records.shards import Shard, Source
 from batch_scorer.storage import Version
@@ -48,9 +51,9 @@ class Spread:
 
     rows: int
     scores: int = 0
-    mean: float | None = None
-    std: float | None = None
-    quantiles: tuple[float, ...] = ()
+    mean: FiniteFloat | None = None
+    std: FiniteFloat | None = None
+    quantiles: tuple[FiniteFloat, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,10 @@ class Commit:
     where: str | None = None
     rows_not_asked: int = 0
 
+    def __post_init__(self) -> None:
+        if not any(name.endswith("score_error") for name in self.added_columns):
+            raise ValueError("no column for errors among added_columns")
+
     @property
     def column_prefix(self) -> str:
         return self.error_column.removesuffix("score_error")
@@ -100,18 +107,14 @@ class Commit:
 
     @classmethod
     def from_footer(cls, metadata: dict[bytes, bytes] | None) -> Self | None:
-        """The commit in a schema's metadata; None if the file is not one of ours."""
+        """The commit in a schema's metadata; None if the file is not one of ours, or damaged."""
         raw = (metadata or {}).get(_FOOTER_KEY)
-        return None if raw is None else cls.from_json(json.loads(raw))
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        pairs = {source: PairCounts(**counts) for source, counts in value["pairs"].items()}
-        spread = {
-            source: Spread(**{**figures, "quantiles": tuple(figures["quantiles"])})
-            for source, figures in value["spread"].items()
-        }
-        return cls(**{**value, "pairs": pairs, "spread": spread})
+        if raw is None:
+            return None
+        try:
+            return parsed(raw, cls)
+        except ValueError:
+            return None
 
 
 class Status(StrEnum):
@@ -140,14 +143,14 @@ class Spent:
     """
 
     effort: Effort = field(default_factory=Effort)
-    started_at: float = 0.0
-    committed_at: float = 0.0
-    peak_flops: float = 0.0
-    read_s: float = 0.0
-    tokenize_s: float = 0.0
-    wait_s: float = 0.0
-    score_s: float = 0.0
-    write_s: float = 0.0
+    started_at: FiniteFloat = 0.0
+    committed_at: FiniteFloat = 0.0
+    peak_flops: FiniteFloat = 0.0
+    read_s: FiniteFloat = 0.0
+    tokenize_s: FiniteFloat = 0.0
+    wait_s: FiniteFloat = 0.0
+    score_s: FiniteFloat = 0.0
+    write_s: FiniteFloat = 0.0
     retries: int = 0
 
 
@@ -256,22 +259,11 @@ class Receipt:
             file_etag=source.version.etag,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        value = dict(value)
-        value["status"] = Status(value["status"])
-        value["reason"] = ShardReason(value["reason"]) if value["reason"] else None
-        if (stored := value["stored"]) is not None:
-            version, commit = Version(**stored["version"]), Commit.from_json(stored["commit"])
-            value["stored"] = Stored(**{**stored, "version": version, "commit": commit})
-        value["examples"] = [tuple(example) for example in value["examples"]]
-        value["reused"] = Reused(**value["reused"])
-        spent = value["spent"]
-        value["spent"] = Spent(**{**spent, "effort": Effort(**spent["effort"])})
-        return cls(**value).compact()
+    def to_line(self) -> str:
+        """As one line of JSON, without line feeds. Half a surrogate pair, which the text of an
+        example may hold, becomes a question mark: no reader of UTF-8 takes it."""
+        text = json.dumps(asdict(self), ensure_ascii=False)
+        return text.encode(errors="replace").decode()
 
     def compact(self) -> Self:
         """The same, holding once for all receipts what most of them have alike.

@@ -51,6 +51,33 @@ class TextStyle(StrEnum):
     RENDERED = "rendered"
 
 
+FREELY_UNPACKED_BYTES = 1 << 26
+"""What any file may unpack to, however small it is."""
+
+
+@dataclass(frozen=True)
+class ReadBounds:
+    """What the rows of a file may take, by the settings of the same names: checked before their
+    bytes are parsed, so that no row takes more than its own place.
+
+    A file is read by the bounds that it was planned with: both mark the same rows.
+    """
+
+    max_row_bytes: int = 1 << 26
+    max_nesting: int = 200
+    max_keys: int = 10_000
+    max_unpacked_gib: float = 1024.0
+    max_expansion: float = 1000.0
+
+    def most_unpacked(self, stored_bytes: int) -> int:
+        """The bytes that a file of this size may unpack to."""
+        in_proportion = FREELY_UNPACKED_BYTES + self.max_expansion * stored_bytes
+        return int(min(self.max_unpacked_gib * 2**30, in_proportion))
+
+
+DEFAULT_BOUNDS = ReadBounds()
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the rows of one file are read: found once per file by the plan, used by its shards.
@@ -62,6 +89,7 @@ class Layout:
     that is no part of a sequence: a response that does not hold it is marked. `encoded` are columns
     whose text is JSON, or Python's spelling, of messages. `watched` are columns that would belong
     to the conversation and are not read: a row where one of them holds anything is marked.
+    `bounds` are those of the settings; they are no part of what makes layouts differ.
     """
 
     format: Format
@@ -71,6 +99,7 @@ class Layout:
     repeated: str | None = None
     encoded: tuple[str, ...] = ()
     watched: tuple[str, ...] = ()
+    bounds: ReadBounds = field(default=DEFAULT_BOUNDS, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +123,10 @@ class ParsedRows:
     `row_errors` names the rows that could not be cut into sequences; they own none.
     `arguments` are the chat template's arguments that a row has of its own (`tools`, `documents`,
     …), by row. `steps` are the steps of a sequence's last message where the row gives them as a
-    list, by sequence; that message then has no content.
+    list, by sequence; that message then has no content. `prompt_lengths` are the characters or
+    token ids that a row's sequences begin with because its prompt is text or ids apart, by row.
+    `beside` is what a model judges the answers of a row by (a reference, a principle), by row, as a
+    message.
     """
 
     sequences: list[SequenceInput | RowError]
@@ -102,6 +134,8 @@ class ParsedRows:
     row_errors: dict[int, RowError] = field(default_factory=dict)
     arguments: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     steps: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    prompt_lengths: dict[int, int] = field(default_factory=dict)
+    beside: dict[int, Message] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -117,8 +151,10 @@ class TokenizedRows:
     A sequence with an error has no tokens. `row_errors` as in `ParsedRows`. `known` are scores that
     equal sequences got before, NaN for those that a backend has yet to be asked for.
     `too_long` are the tokens of the sequences that are marked for their length, `given_steps` how
-    many steps the row gave, both by sequence. `notes` and `special_tokens` (how often the text of a
-    message spells a special token) are by row, of those that have any.
+    many steps the row gave where each gets a score, both by sequence. `notes` and `special_tokens`
+    (how often the text of a message spells a special token) are by row, of those that have any.
+    `answer_starts` is int32[S], how many tokens of a sequence stand before the judged answer, which
+    is the rest of it; None for models that do not ask where it begins.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -132,6 +168,7 @@ class TokenizedRows:
     given_steps: dict[int, int] = field(default_factory=dict)
     notes: dict[int, tuple[RowNote, ...]] = field(default_factory=dict)
     special_tokens: dict[int, int] = field(default_factory=dict)
+    answer_starts: npt.NDArray[np.int32] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -153,6 +190,7 @@ class TokenizedRows:
     def take(self, sequences: npt.NDArray[np.int64]) -> "TokenizedRows":
         """These sequences, each as a row of its own, without their errors."""
         places, offsets = gather(self.sequence_offsets, sequences)
+        starts = self.answer_starts
         return TokenizedRows(
             token_ids=self.token_ids[places],
             sequence_offsets=offsets,
@@ -160,12 +198,14 @@ class TokenizedRows:
             truncated_tokens=self.truncated_tokens[sequences],
             sequence_errors={},
             row_errors={},
+            answer_starts=None if starts is None else starts[sequences],
         )
 
     def part(self, first_row: int, stop_row: int) -> "TokenizedRows":
         """The rows from one to before another, without their errors and what is known of them."""
         first, stop = self.row_offsets[[first_row, stop_row]]
         offsets = self.sequence_offsets[first : stop + 1]
+        starts = self.answer_starts
         return TokenizedRows(
             token_ids=self.token_ids[offsets[0] : offsets[-1]],
             sequence_offsets=offsets - offsets[0],
@@ -173,6 +213,7 @@ class TokenizedRows:
             truncated_tokens=self.truncated_tokens[first:stop],
             sequence_errors={},
             row_errors={},
+            answer_starts=None if starts is None else starts[first:stop],
         )
 
 
@@ -189,11 +230,13 @@ class PooledTokens:
     """The tokens whose hidden states the score head reads.
 
     Those of sequence s are at `positions[offsets[s]:offsets[s + 1]]`, counted from its first
-    token: int64[K] and int64[S+1].
+    token: int64[K] and int64[S+1]. `next_ids` is int32[K], the token that follows each of them;
+    None where the head does not ask for it.
     """
 
     positions: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
+    next_ids: npt.NDArray[np.int32] | None = None
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
@@ -203,7 +246,8 @@ class PooledTokens:
     def of(self, sequences: npt.NDArray[np.int64]) -> "PooledTokens":
         """The same for these sequences, in this order."""
         places, offsets = gather(self.offsets, sequences)
-        return PooledTokens(self.positions[places], offsets)
+        next_ids = None if self.next_ids is None else self.next_ids[places]
+        return PooledTokens(self.positions[places], offsets, next_ids)
 
 
 def gather(
@@ -253,9 +297,10 @@ class Scores:
     """What a backend gives back for S sequences, in their order.
 
     `values` is float32[S, O], raw outputs without activation; NaN where `errors` names the
-    sequence. Output 0 is the score, the others the model's attributes; an embedding has no
-    score, all O are its dimensions. A process reward model adds `step_values`, float32[K], those
-    of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`.
+    sequence. Output 0 is the score, the others the model's attributes; without a score all O are
+    attributes, or the dimensions of an embedding. A process reward model adds `step_values`,
+    float32[K], those of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`. Where every token
+    has a score (`Outputs.tokens`), every token is a step.
     """
 
     values: npt.NDArray[np.float32]
@@ -274,13 +319,27 @@ class Scores:
 class Outputs:
     """What a model gives for a sequence, as columns.
 
-    `attributes` are the names of a reward's parts, in order; `steps`: each step has a score.
-    `embedding_size` is not None where there is no score but an embedding.
+    `attributes` are the names of a reward's parts, in order; `steps`: each step has a score;
+    `tokens`: each token has one, which no model has beside `steps`. `embedding_size` is not None
+    where there is no score but an embedding, `only_attributes` true where nothing makes a score of
+    the attributes.
     """
 
     attributes: tuple[str, ...] = ()
     steps: bool = False
     embedding_size: int | None = None
+    tokens: bool = False
+    only_attributes: bool = False
+
+    @property
+    def has_score(self) -> bool:
+        """Whether a sequence gets one number that orders answers."""
+        return self.embedding_size is None and not self.only_attributes
+
+    @property
+    def list_column(self) -> str | None:
+        """The column of the scores that a sequence has several of (`Scores.step_values`)."""
+        return "step_scores" if self.steps else "token_scores" if self.tokens else None
 
 
 SCALAR = Outputs()

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from batch_scorer.records.digest import digest_of
-from batch_scorer.records.rows import Layout
+from batch_scorer.records.rows import DEFAULT_BOUNDS, Layout, ReadBounds
 from batch_scorer.storage import Version
 
 
@@ -29,7 +29,8 @@ class LineRun:
     """Lines that follow each other: bytes [start, stop) of the unpacked file, `num_rows` rows.
 
     `first_line` counts all lines of the file from 1, blank ones too. `is_plain`: Arrow's own JSON
-    reader was seen to be right about them.
+    reader was seen to be right about them. `is_too_large`: one row that has more bytes than rows
+    may have; it is marked, and its bytes are not read.
     """
 
     start: int
@@ -37,6 +38,7 @@ class LineRun:
     first_line: int
     num_rows: int
     is_plain: bool = False
+    is_too_large: bool = False
 
 
 Codec: TypeAlias = Literal["gzip", "zstd"]
@@ -48,21 +50,28 @@ class Lines:
     """Runs of a file of lines, without a gap: all of them, or those of one shard.
 
     `schema` has the columns of all rows of the file. Values are JSON, or text between
-    `delimiter`s.
+    `delimiter`s. `bounds` are those that the file was cut by.
     """
 
     runs: tuple[LineRun, ...]
     schema: pa.Schema
     codec: Codec | None = None
     delimiter: str | None = None
+    bounds: ReadBounds = DEFAULT_BOUNDS
 
     @property
-    def start(self) -> int:
-        return self.runs[0].start
-
-    @property
-    def stop(self) -> int:
-        return self.runs[-1].stop
+    def spans(self) -> list[tuple[int, int]]:
+        """Bytes [start, stop) of the unpacked file that are read, for all runs but those of one row
+        that is too large; as few spans as there can be."""
+        spans: list[tuple[int, int]] = []
+        for run in self.runs:
+            if run.is_too_large:
+                continue
+            if spans and spans[-1][1] == run.start:
+                spans[-1] = spans[-1][0], run.stop
+            else:
+                spans.append((run.start, run.stop))
+        return spans
 
     def part(self, start: int, stop: int) -> "Lines":
         """The runs [start, stop)."""

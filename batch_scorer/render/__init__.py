@@ -9,7 +9,7 @@ renderer   all of it, for the rows of a shard
 """
 
 from batch_scorer.render.probe import PROBES, Probe, TemplateFacts
-from batch_scorer.render.renderer import OWN_TEMPLATE, Renderer, max_tokens_of, renderer_of
+from batch_scorer.render.renderer import OWN_TEMPLATE, Renderer, max_tokens_of, renderer_of, try_out
 
 __all__ = [
     "OWN_TEMPLATE",
@@ -19,4 +19,5 @@ __all__ = [
     "TemplateFacts",
     "max_tokens_of",
     "renderer_of",
+    "try_out",
 ]

@@ -6,13 +6,13 @@ answer, tools. So the words below are rendered once before a job, and looked for
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
 from batch_scorer.records import Conversation, RowError
-from batch_scorer.render.messages import REASONING_KEYS, with_parts
+from batch_scorer.render.messages import REASONING_KEYS
 from batch_scorer.render.template import ChatTemplate, Content
 
 PROBES: tuple[Conversation, ...] = (
@@ -29,6 +29,9 @@ PROBES: tuple[Conversation, ...] = (
 )
 """Conversations whose rendering stands for the template in the fingerprint. Public templates may
 put today's date into the prompt, which no file digest shows."""
+
+BESIDE = {"role": "assistant", "content": "It is what everybody says."}
+"""Stands beside these where a model reads something there."""
 
 _SYSTEM, _USER, _AGAIN = "markersystem", "markeruser", "markeragain"
 _REASONING, _TOOL = "markerreasoning", "markertool"
@@ -105,16 +108,19 @@ class Probe:
         return hashlib.sha256(repr((self.texts, self.token_ids)).encode()).hexdigest()
 
 
-def look_at(template: ChatTemplate, special: re.Pattern[str]) -> TemplateFacts:
-    """Render the marker words; `special` finds the tokenizer's special tokens in a text."""
+def look_at(
+    template: ChatTemplate,
+    write: Callable[[Conversation, Mapping[str, Any]], str | RowError],
+    special: re.Pattern[str],
+) -> TemplateFacts:
+    """Write conversations of marker words, with the template's arguments; `special` finds the
+    tokenizer's special tokens in a text."""
     user = {"role": "user", "content": _USER}
     answer = {"role": "assistant", "content": _ANSWER}
     thought = f"<think>\n{_REASONING}\n</think>\n\n{_ANSWER}"
 
     def rendered(conversation: Conversation, **arguments: Any) -> str | RowError:
-        if template.content == "parts":
-            conversation = [with_parts(message) for message in conversation]
-        return template.render([conversation], [arguments])[0]
+        return write(conversation, arguments)
 
     def fate(text: str | RowError, *words: str) -> Fate:
         if isinstance(text, RowError):

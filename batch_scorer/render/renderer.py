@@ -9,7 +9,8 @@ and V2 do (model cards).
 Legend: R rows, S sequences.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +24,10 @@ from batch_scorer.errors import ModelError, RowNote, RowReason, ShardError, Shar
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.tokenizer import load_tokenizer
-from batch_scorer.records import ParsedRows, RowError, TokenizedRows
+from batch_scorer.quarantine import Died, apart
+from batch_scorer.records import Conversation, Message, ParsedRows, RowError, TokenizedRows
 from batch_scorer.render import messages
-from batch_scorer.render.probe import PROBES, Probe, look_at
+from batch_scorer.render.probe import BESIDE, PROBES, Probe, look_at
 from batch_scorer.render.special import SpecialText
 from batch_scorer.render.template import ChatTemplate
 from batch_scorer.render.text import Talk, TextWriter, holds
@@ -38,8 +40,9 @@ OWN_TEMPLATE = Prompt()
 class Renderer:
     """The tokenizer and chat template of one model, and the length policy of one run.
 
-    With a `vocab_size`, a sequence with a larger id is an error. Raises ModelError if the directory
-    holds no usable tokenizer, or not what the prompt asks for.
+    `model_dir` has the model's config, and the tokenizer unless there is a `tokenizer_dir`. With a
+    `vocab_size`, a sequence with a larger id is an error. Raises ModelError if the directory holds
+    no usable tokenizer, or not what the prompt asks for.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Renderer:
         over_length: OverLength,
         prompt: Prompt = OWN_TEMPLATE,
         *,
+        tokenizer_dir: Path | None = None,
         vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self._tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+        tokenizer_dir = tokenizer_dir or model_dir
+        self._tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=trust_remote_code)
         self._prompt = prompt
         self._max_tokens = max_tokens
         self._over_length = over_length
@@ -61,16 +66,25 @@ class Renderer:
         if self._tokenizer.is_fast:
             self._tokenizer.backend_tokenizer.no_truncation()
             self._tokenizer.backend_tokenizer.no_padding()
-        self._template = ChatTemplate(self._tokenizer, prompt, model_dir)
+        self._template = ChatTemplate(self._tokenizer, prompt, tokenizer_dir)
         self._special = SpecialText(self._tokenizer, [prompt.steps.tag] if prompt.steps else [])
         self._writer = TextWriter(self._template, self._special, prompt, in_pairs=self._pairs)
         self._encoder = Encoder(self._tokenizer, prompt, model_dir)
         if prompt.special_text == "literal":
             self._require_literal()
+        if prompt.answer:
+            self._require_answers()
         if self._pairs and (prompt.bos, prompt.eos) != ("auto", "keep"):
             raise ModelError(
                 f"{model_dir}: bos and eos: question and answer are given to this tokenizer as a "
                 "pair, and it puts its own tokens around them; leave bos and eos out"
+            )
+
+        if prompt.question_prefix and not self._pairs:
+            raise ModelError(
+                f"{model_dir}: its default prompt stands before the question of a pair, and "
+                "conversations go through a chat template here; set default_prompt_name to null in "
+                "config_sentence_transformers.json"
             )
 
     @property
@@ -110,13 +124,16 @@ class Renderer:
         """
         if not self.renders:
             raise ModelError(self._template.problem)
-        facts = None if self._pairs else look_at(self._template, self._special.spellings)
+        facts = None
+        if not self._pairs:
+            facts = look_at(self._template, self._writer.written, self._special.spellings)
         if facts and facts.has_text and self._prompt.system and facts.system != "kept":
             raise ModelError(
                 f"{self._model_dir}: the chat template has no place for a system message: "
                 f"{facts.system}; leave system_prompt out"
             )
-        parsed = ParsedRows(list(PROBES), np.arange(len(PROBES) + 1))
+        beside = dict.fromkeys(range(len(PROBES)), BESIDE)
+        parsed = ParsedRows(list(PROBES), np.arange(len(PROBES) + 1), beside=beside)
         ids, _ = self._tokenize_all(parsed, _empty_rows(parsed))
         for sequence in ids:
             if isinstance(sequence, RowError):
@@ -134,9 +151,11 @@ class Renderer:
     def tokenize(self, parsed: ParsedRows) -> TokenizedRows:
         """Token ids of all sequences, in order.
 
-        Raises ShardError(OVER_LENGTH_ROW) under the `error` policy.
+        Raises ShardError: OVER_LENGTH_ROW under the `error` policy.
         """
         made = _empty_rows(parsed)
+        if self._prompt.steps is None:
+            made.given_steps = {}  # joined to one answer
         sequences, notes = self._tokenize_all(parsed, made)
         for place, sequence in enumerate(sequences):
             if not isinstance(sequence, RowError):
@@ -145,7 +164,7 @@ class Renderer:
                 made.sequence_errors[place] = sequence
                 sequence = np.empty(0, dtype=np.int32)
             sequences[place] = sequence
-        for row in _rows_of_same_tokens(parsed, sequences):
+        for row in _rows_of_same_tokens(parsed, sequences, made.answer_starts):
             notes.setdefault(row, set()).add(RowNote.SAME_TOKENS)
         lengths = [len(sequence) for sequence in sequences]
         made.notes = {row: tuple(sorted(found)) for row, found in sorted(notes.items()) if found}
@@ -171,13 +190,21 @@ class Renderer:
             for place in range(start, stop):
                 if _is_conversation(sequences[place]):
                     own = notes.setdefault(row, set())
-                    talk = Talk(sequences[place], parsed.arguments.get(row, {}), own)
+                    beside = self._beside(parsed, row, place)
+                    if isinstance(beside, RowError):
+                        sequences[place] = beside
+                        continue
+                    arguments = parsed.arguments.get(row, {})
+                    talk = Talk(sequences[place], arguments, own, beside=beside)
                     talks[place] = self._writer.prepare(talk, parsed.steps.get(place))
                     if talk.special_tokens:
                         made.special_tokens.setdefault(row, 0)
                         made.special_tokens[row] += talk.special_tokens
         if not self._pairs:
             self._writer.write([talk for talk in talks.values() if talk.text == ""])
+        if self._prompt.answer:
+            self._encode_answers(parsed, sequences, talks, made)
+            return sequences, notes
         for place, talk in talks.items():
             is_pair = self._pairs and talk.text == ""
             sequences[place] = self._encode_pair(talk) if is_pair else talk.text
@@ -187,6 +214,20 @@ class Renderer:
                 sequences[place] = self._encoder.with_suffix(np.asarray(ids, np.int32))
         return sequences, notes
 
+    def _beside(self, parsed: ParsedRows, row: int, place: int) -> Message | RowError | None:
+        """What the model reads beside a conversation; None where that is nothing, or the same for
+        all rows."""
+        if self._prompt.beside is None:
+            return None
+        if row in parsed.beside:
+            return parsed.beside[row]
+        if self._prompt.beside.field != "other":
+            if self._prompt.column_beside is None:
+                return None
+            detail = f"the row gives no {self._prompt.column_beside}"
+            return RowError(RowReason.NULL_VALUE, detail)
+        return _other_answer(parsed, row, place)
+
     def _encode_pair(self, talk: Talk) -> list[int]:
         """tokenizer(question, answer); the turns before the answer are joined by blank lines."""
         *turns, last = talk.messages
@@ -195,6 +236,7 @@ class Renderer:
         if not holds(answer, last):
             talk.notes.add(RowNote.ANSWER_REWRITTEN)
         question = "\n\n".join(map(messages.joined_text, turns))
+        question = self._prompt.question_prefix + question
         return cast(list[int], self._tokenizer(question, answer)["input_ids"])
 
     def _encode(self, sequences: list[Any], rendered: Collection[int]) -> None:
@@ -209,6 +251,48 @@ class Renderer:
             for place, ids in zip(places, encoded, strict=True):
                 sequences[place] = ids
 
+    def _encode_answers(
+        self,
+        parsed: ParsedRows,
+        sequences: list[Any],
+        talks: Mapping[int, Talk],
+        made: TokenizedRows,
+    ) -> None:
+        """Texts → ids, in place, and where the judged answer begins in each, noted in `made`."""
+        borders: dict[int, int | None] = dict(
+            zip(talks, self._writer.answer_starts(list(talks.values())), strict=True)
+        )
+        made.answer_starts = np.zeros(len(sequences), np.int32)
+        for row, (first, stop) in enumerate(pairwise(parsed.row_offsets.tolist())):
+            for place in range(first, stop):
+                content, start = sequences[place], parsed.prompt_lengths.get(row)
+                if place in talks:
+                    content, start = talks[place].text, borders[place]
+                if isinstance(content, str) and start is not None:
+                    content, start = self._encoder.encode_answer(content, start)
+                if isinstance(content, RowError):
+                    sequences[place] = content
+                elif not start or start >= len(content):
+                    detail = "it is not known which tokens are the answer's, and what is before"
+                    sequences[place] = RowError(RowReason.ANSWER_NOT_FOUND, detail)
+                else:
+                    sequences[place] = np.asarray(content, np.int32)
+                    made.answer_starts[place] = start
+
+    def _require_answers(self) -> None:
+        """Raise ModelError where it cannot be told which tokens hold the answer."""
+        if not self._tokenizer.is_fast:
+            raise ModelError(
+                f"{self._model_dir}: its tokenizer is a slow one, which does not tell the tokens "
+                "of the answer; save it with tokenizer.json"
+            )
+        if self._prompt.special_text == "literal":
+            raise ModelError(
+                f"{self._model_dir}: special_text: literal reads a text in pieces, so that the "
+                "tokens of the answer are not known; use mark, which leaves out the rows that "
+                "spell special tokens"
+            )
+
     def _require_literal(self) -> None:
         """Raise ModelError where special tokens cannot be told from text that spells them: where a
         text in pieces does not give the tokenizer's own ids."""
@@ -216,7 +300,7 @@ class Renderer:
         if self._pairs:
             problem = "question and answer are given to the tokenizer as a pair"
         if self._tokenizer.is_fast and self._template.problem is None:
-            talks = [Talk(list(each)) for each in PROBES]
+            talks = [Talk(list(each), beside=BESIDE) for each in PROBES]
             self._writer.write(talks)
             texts = [talk.text for talk in talks if isinstance(talk.text, str)]
             texts += [f"{text}\n  é 中文 <b>" for text in texts]
@@ -250,8 +334,17 @@ class Renderer:
             if self._over_length.cuts:
                 detail += "; cutting would lose steps"
             return RowError(RowReason.TOO_LONG, detail)
+        kept = cut(ids, self._max_tokens, self._over_length, self.bos_id, self._encoder.last_id)
+        if made.answer_starts is not None:
+            start = int(np.searchsorted(kept, made.answer_starts[place]))
+            if not 0 < start < len(kept) or kept[start] != made.answer_starts[place]:
+                made.too_long[place] = len(ids)
+                return RowError(
+                    RowReason.TOO_LONG, detail + "; the beginning of the answer would be cut"
+                )
+            made.answer_starts[place] = start
         made.truncated_tokens[place] = len(ids) - self._max_tokens
-        return cut(ids, self._max_tokens, self._over_length, self.bos_id, self._encoder.last_id)
+        return ids[kept]
 
 
 def _empty_rows(parsed: ParsedRows) -> TokenizedRows:
@@ -271,14 +364,33 @@ def _is_conversation(sequence: object) -> bool:
     return isinstance(sequence, list) and bool(sequence) and isinstance(sequence[0], dict)
 
 
-def _rows_of_same_tokens(parsed: ParsedRows, sequences: Sequence[Any]) -> Iterable[int]:
-    """The rows of which two sequences have the same token ids and are not the same."""
+def _other_answer(parsed: ParsedRows, row: int, place: int) -> Message | RowError:
+    """The answer that a pairwise model compares with the one at this place."""
+    start, stop = parsed.row_offsets[row : row + 2].tolist()
+    if stop - start != 2:
+        detail = f"the model compares two answers, the row has {stop - start}"
+        return RowError(RowReason.NOT_A_PAIR, detail)
+    own, other = parsed.sequences[place], parsed.sequences[start + stop - 1 - place]
+    if not _is_conversation(other):
+        return RowError(RowReason.NOT_A_PAIR, "the answer to compare with cannot be read")
+    own, other = cast(Conversation, own), cast(Conversation, other)
+    if own[:-1] != other[:-1]:
+        return RowError(RowReason.NOT_A_PAIR, "the two answers do not follow the same turns")
+    return other[-1]
+
+
+def _rows_of_same_tokens(
+    parsed: ParsedRows, sequences: Sequence[Any], answer_starts: Ids | None
+) -> Iterable[int]:
+    """The rows of which two sequences have the same token ids, their answers begin at the same one
+    where that counts, and they are not the same."""
     for row, (start, stop) in enumerate(pairwise(parsed.row_offsets.tolist())):
-        firsts: dict[bytes, int] = {}
+        firsts: dict[tuple[bytes, int], int] = {}
         for place in range(start, stop):
             if stop - start == 1 or not len(sequences[place]):
                 continue
-            first = firsts.setdefault(sequences[place].tobytes(), place)
+            begins = 0 if answer_starts is None else int(answer_starts[place])
+            first = firsts.setdefault((sequences[place].tobytes(), begins), place)
             if (parsed.sequences[first], parsed.steps.get(first)) != (
                 parsed.sequences[place],
                 parsed.steps.get(place),
@@ -293,15 +405,19 @@ def _cached_renderer(
     max_tokens: int,
     over_length: OverLength,
     prompt: Prompt,
+    tokenizer_dir: Path,
     vocab_size: int,
     trust_remote_code: bool,
+    _digest: str,
 ) -> Renderer:
-    """One renderer per process: loading a tokenizer takes seconds."""
+    """One renderer per process: loading a tokenizer takes seconds. A program may score several
+    models that were saved into one folder one after the other, which differ in their digest."""
     return Renderer(
         model_dir,
         max_tokens,
         over_length,
         prompt,
+        tokenizer_dir=tokenizer_dir,
         vocab_size=vocab_size,
         trust_remote_code=trust_remote_code,
     )
@@ -314,9 +430,33 @@ def renderer_of(config: Config, model: ModelFacts) -> Renderer:
         max_tokens_of(config, model),
         config.over_length,
         model.prompt,
+        model.tokenizer_path,
         model.vocab_size,
         config.trust_remote_code,
+        model.digest,
     )
+
+
+def try_out(config: Config, model: ModelFacts) -> None:
+    """Load the model's tokenizer, and render and tokenise with it, in a process apart.
+
+    Raises ModelError where that process dies or hangs, and as `renderer_of` and `Renderer.probe`
+    do.
+    """
+    try:
+        apart(config.reader_bounds(), _probe, config, model)
+    except (Died, MemoryError) as error:
+        why = str(error) or f"it takes more than {config.read_memory_gib:g} GiB (read_memory_gib)"
+        raise ModelError(
+            f"{model.tokenizer_path}: its tokenizer or chat template cannot be run: {why}"
+        ) from None
+
+
+def _probe(config: Config, model: ModelFacts) -> None:
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
+    renderer = renderer_of(config, model)
+    if renderer.renders:
+        renderer.probe()
 
 
 def max_tokens_of(config: Config, model: ModelFacts) -> int:

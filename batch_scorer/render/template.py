@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from batch_scorer.errors import ModelError, RowReason
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.records import Conversation, RowError
+from batch_scorer.render.bounded import compiled
 from batch_scorer.render.messages import with_parts
 
 Content = Literal["text", "parts", "both"]
@@ -20,6 +22,8 @@ _OF_THE_CALL = frozenset(
     {
         "conversation",
         "chat_template",
+        "continue_final_message",
+        "messages",
         "tokenize",
         "padding",
         "truncation",
@@ -55,6 +59,12 @@ class ChatTemplate:
         date = prompt.date or datetime.now()
         self._arguments = {**json.loads(prompt.arguments), _TODAY: date.strftime}
 
+    def instead(self, template: str) -> "ChatTemplate":
+        """Another template of this tokenizer, with the same arguments and date."""
+        other = copy(self)
+        other._chosen = template
+        return other
+
     @property
     def problem(self) -> str | None:
         """Why conversations cannot be rendered; None: they can."""
@@ -87,39 +97,37 @@ class ChatTemplate:
     ) -> list[str | RowError]:
         """The text of each conversation, given the arguments of its row; a template's error in
         place of the text that it refuses."""
-        texts: list[str | RowError] = [""] * len(conversations)
-        alike = [place for place, own in enumerate(arguments) if not own]
-        try:
-            found = self._apply([conversations[i] for i in alike], {}) if alike else []
-            texts_alike: Sequence[str | RowError] = found
-        except Exception:  # a template may raise anything; find out which rows it refuses
-            texts_alike = [self._render_one(conversations[i], {}) for i in alike]
-        for place, text in zip(alike, texts_alike, strict=True):
-            texts[place] = text
-        for place, own in enumerate(arguments):
-            if own:
-                texts[place] = self._render_one(conversations[place], own)
-        return texts
+        return [
+            self._render_one(conversation, own)
+            for conversation, own in zip(conversations, arguments, strict=True)
+        ]
 
     def _render_one(
         self, conversation: Conversation, arguments: Mapping[str, Any]
     ) -> str | RowError:
         try:
-            return self._apply([conversation], arguments)[0]
+            return self._apply(conversation, arguments)
         except Exception as error:  # a template is foreign code: raise_exception, type errors, …
             return RowError(RowReason.TEMPLATE_ERROR, f"{type(error).__name__}: {error}"[:200])
 
-    def _apply(
-        self, conversations: Sequence[Conversation], arguments: Mapping[str, Any]
-    ) -> list[str]:
+    def _apply(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str:
+        """What transformers' `apply_chat_template` gives, with a bound on the template's work."""
         given = {**self._arguments, **arguments}
         if meant_otherwise := sorted(_OF_THE_CALL & given.keys()):
             raise ValueError(f"{', '.join(meant_otherwise)} is no argument of a template")
-        return cast(
-            list[str],
-            self._tokenizer.apply_chat_template(
-                conversations, chat_template=self._chosen, tokenize=False, **given
-            ),
+        tools, documents = given.get("tools"), given.get("documents")
+        if not all(isinstance(each, dict) for each in [*(tools or ()), *(documents or ())]):
+            raise TypeError("tools and documents are lists of objects")
+        source: str = self._tokenizer.get_chat_template(self._chosen, tools)
+        return compiled(source).render(
+            {
+                "documents": documents,
+                "add_generation_prompt": False,
+                **self._tokenizer.special_tokens_map,
+                **given,
+                "tools": tools,
+                "messages": conversation,
+            }
         )
 
     @cached_property

@@ -131,7 +131,7 @@ class ProgressLog:
             estimated_tokens=start.todo_tokens,
         ):
             log.info("planned")
-        for receipt in work.plan.failed:
+        for receipt in work.failed:
             _log_failed(receipt)
         for receipt in work.gone:
             with logs.fields(shard=receipt.output_key):

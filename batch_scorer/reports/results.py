@@ -200,7 +200,7 @@ def check_report(checked: Checked) -> CheckReport:
         architecture=model.architecture,
         adapter=adapter.name,
         adapter_summary=adapter.summary,
-        outputs=("score", *model.attributes),
+        outputs=(*(("score",) if model.has_score else ()), *model.attributes),
         dimensions=model.hidden_size if embedding else None,
         pooling=embedding.pooling if embedding else None,
         normalize=embedding.normalize if embedding else None,

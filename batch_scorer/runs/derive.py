@@ -2,32 +2,44 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from batch_scorer.backends.device import cpu_has_bfloat16
-from batch_scorer.config import Config, Device
+from batch_scorer.config import ENGINES, NO_REFERENCE, Config, Device
 from batch_scorer.errors import (
     ConfigError,
     IncompleteError,
     ModelError,
     OutputError,
     StorageError,
+    cause_of,
 )
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
+from batch_scorer.formats.kinds import BESIDE_NAMES
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.job import Job
-from batch_scorer.models.adapter import Prompt
-from batch_scorer.models.directory import ModelFacts, find_model, inspect_model
+from batch_scorer.models.adapter import Prompt, output_entries
+from batch_scorer.models.directory import (
+    ModelFacts,
+    find_base,
+    find_model,
+    inspect_model,
+    with_reference,
+    without_reference,
+)
 from batch_scorer.models.embedding import embedding_of
+from batch_scorer.models.files import reading
+from batch_scorer.models.hub import repository_of
+from batch_scorer.models.registry import NAMED
 from batch_scorer.outputs.claim import claimed, claimed_fingerprint
-from batch_scorer.pipeline.session import RaySession, has_gpus, on_worker
-from batch_scorer.records import Format, TokenizedRows
-from batch_scorer.render import max_tokens_of, renderer_of
+from batch_scorer.pipeline.session import RaySession, has_gpus, num_workers, on_worker
+from batch_scorer.records import Format, TextStyle, TokenizedRows
+from batch_scorer.render import Probe, max_tokens_of, renderer_of, try_out
 from batch_scorer.runs.engine_choice import (
     is_raced,
     supported_engines,
@@ -38,24 +50,81 @@ from batch_scorer.storage import Store, open_store
 
 log = logging.getLogger("batch_scorer")
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _reads_model(
+    function: Callable[Concatenate[Config, P], T],
+) -> Callable[Concatenate[Config, P], T]:
+    @wraps(function)
+    def guarded(config: Config, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with reading(config.model):
+            return function(config, *arguments, **named)
+
+    return guarded
+
+
+@_reads_model
 def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     """Find the model and check that it can score, or embed.
 
     Without `with_weights` nothing is fetched, and the digest is left out. Raises ModelError, and
     ConfigError for a setting that this model has no use for.
     """
-    model = inspect_model(
-        find_model(config.model, with_code=config.trust_remote_code, fetch=with_weights),
-        config.model,
-        config.adapter,
-        embeds=config.task == "embed",
-        trust_remote_code=config.trust_remote_code,
-        with_digest=with_weights,
-    )
+    entries = output_entries(config.output_names, config.output_weights)
+
+    def inspected(name: str, revision: str | None, base_model: str | None) -> ModelFacts:
+        with reading(name):
+            path = find_model(
+                name, revision, with_code=config.trust_remote_code, fetch=with_weights
+            )
+            facts = inspect_model(
+                path,
+                repository_of(name),
+                config.adapter or (NAMED if entries else None),
+                base=find_base(path, base_model, fetch=with_weights),
+                entries=entries,
+                embeds=config.task == "embed",
+                trust_remote_code=config.trust_remote_code,
+                with_fit=config.backend == "auto" or ENGINES[config.backend].runs_model,
+                with_digest=with_weights,
+            )
+        for change in facts.changes:
+            log.info("%s: %s", name, change)
+        return facts
+
+    model = inspected(config.model, config.revision, config.base_model)
+    if config.reference_model == NO_REFERENCE:
+        model = without_reference(model)
+    elif config.reference_model is not None:
+        model = with_reference(model, inspected(config.reference_model, None, None))
+    for name, part in ((config.model, model), (config.reference_model, model.reference)):
+        for doubt in part.doubts if part else ():
+            log.warning("%s: %s", name, doubt)
+    if not (model.has_score or config.task == "embed"):
+        log.warning(
+            "%s: no score, only rewards (%s); --output-weights makes a score of them",
+            *(config.model, ", ".join(model.attributes)),
+        )
     if config.step_aggregation is not None and not model.has_steps:
         raise ConfigError(
             f"step_aggregation: {model.adapter} models give no step scores; leave it out"
+        )
+    if config.quantization is not None and model.quantisation is not None:
+        raise ConfigError(
+            f"quantization: {config.model} is quantised already ({model.quantisation.name}); "
+            "leave it out"
+        )
+    if config.token_scores and not model.reads_any_token:
+        raise ConfigError(
+            f"token_scores: {model.adapter} models give none: their head reads other than a "
+            "sequence's last token alone; leave it out"
+        )
+    if config.token_scores and not model.has_score:
+        raise ConfigError(
+            f"token_scores: nothing makes a score of {', '.join(model.attributes)}; set "
+            "output_weights"
         )
     if config.max_tokens is not None and config.max_tokens > model.positions:
         log.warning(
@@ -63,7 +132,12 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
             config.max_tokens,
             model.positions,
         )
-    return replace(model, prompt=_with_settings(model.prompt, config))
+    prompt = _with_settings(model.prompt, config)
+    for field in BESIDE_NAMES.keys() & config.columns.keys() - {prompt.column_beside}:
+        raise ConfigError(f"columns: {model.adapter} models read no {field} of a row; leave it out")
+    model = replace(model, prompt=prompt)
+    try_out(config, model)
+    return model
 
 
 def _with_settings(prompt: Prompt, config: Config) -> Prompt:
@@ -76,7 +150,7 @@ def _with_settings(prompt: Prompt, config: Config) -> Prompt:
         try:
             template, name = Path(name).read_text(), None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template: {name}: not readable: {error}") from error
+            raise ConfigError(f"chat_template: {name}: not readable: {cause_of(error)}") from error
     elif name is not None:
         template = None
     steps = prompt.steps
@@ -86,7 +160,9 @@ def _with_settings(prompt: Prompt, config: Config) -> Prompt:
         prompt,
         template=template,
         template_name=name,
-        arguments=json.dumps(config.template_arguments, sort_keys=True),
+        arguments=json.dumps(
+            json.loads(prompt.arguments) | config.template_arguments, sort_keys=True
+        ),
         system=prompt.system if config.system_prompt is None else config.system_prompt,
         steps=steps,
         step_separator=config.step_separator or prompt.step_separator,
@@ -104,27 +180,32 @@ def as_begun(config: Config, model: ModelFacts, output: Store) -> Job | None:
     Needs no Ray: which devices there are matters only to a run that has something to score.
     """
     claim = claimed(output)
-    if not claim:
+    if claim is None:
         return None
-    parts = claim["fingerprint"]
+    parts, device = claim.fingerprint, config.device or claim.provenance.get("device")
+    if device not in set(Device):
+        return None
     then = config.model_copy(
         update={
-            "device": config.device or Device(claim["provenance"]["device"]),
-            "dtype": config.dtype or parts["dtype"],
+            "device": Device(device),
+            "dtype": config.dtype or parts.get("dtype"),
         }
     )
     job = derive(then, model, date_of(parts))
     if config.backend == "auto":
-        job = job.on_engine(parts["backend"])
+        if (engine := parts.get("backend")) not in ENGINES:
+            return None
+        job = job.on_engine(engine)
     return job if job.fingerprint.digest == Fingerprint(parts).digest else None
 
 
 def settle(config: Config, model: ModelFacts, plan: Plan, session: RaySession) -> Job:
     """Derive what the settings leave open from the devices there are, and from what the output was
-    begun with."""
+    begun with. Raises ConfigError where these devices hold no worker."""
     session.start()
     output = open_output(config)
     job = derive(config, model, date_of(claimed_fingerprint(output)))
+    num_workers(job)  # raises where the devices are too few, before the output is claimed
     return _with_engine(job, plan, output)
 
 
@@ -135,6 +216,7 @@ def date_of(fingerprint: Mapping[str, Any]) -> datetime | None:
     return date and datetime.fromisoformat(date)
 
 
+@_reads_model
 def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> Job:
     """The job, its engines those that support it.
 
@@ -146,8 +228,10 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
     dtype = config.dtype or ("bfloat16" if has_bfloat16 else "float32")
     embedding = None
     if config.task == "embed":
+        if model.lora_dir and config.embedding_pooling is None:
+            raise ConfigError("embedding_pooling: needed for a LoRA adapter; its files do not say")
         embedding = embedding_of(model.path, config.embedding_pooling, config.normalize)
-    engines = tuple(supported_engines(config, model))
+    engines = tuple(supported_engines(config, model, device))
     today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
     date = config.template_date or date or today
     model = replace(model, prompt=replace(model.prompt, date=date))
@@ -158,10 +242,18 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
             f"{model.vocab_size}: they do not belong together"
         )
     probe = renderer.probe() if renderer.renders else None
+    if probe and model.reference and (lacking := _unread_ids(probe, model.vocab_size)):
+        raise ModelError(
+            f"{model.path}: its chat template writes token id {lacking[0]}, which only one of the "
+            "two models knows, so that no row could be scored; name a template without it: "
+            "--chat-template"
+        )
     prompt = model.prompt if renderer.asks_for_date else replace(model.prompt, date=None)
     fingerprint = score_fingerprint(
         config,
         model_digest=model.digest,
+        base_digest=model.base_digest,
+        reference_digest=model.reference.digest if model.reference else None,
         adapter=model.adapter,
         backend=engines[0],
         embedding=(embedding.pooling, embedding.normalize) if embedding else None,
@@ -171,6 +263,10 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
         probe_digest=probe.digest if probe else None,
     )
     return Job(config, model, engines, embedding, device, dtype, probe, fingerprint)
+
+
+def _unread_ids(probe: Probe, vocab_size: int) -> list[int]:
+    return sorted({token for ids in probe.token_ids for token in ids if token >= vocab_size})
 
 
 def _with_engine(job: Job, plan: Plan, output: Store) -> Job:
@@ -193,7 +289,7 @@ def _with_engine(job: Job, plan: Plan, output: Store) -> Job:
 def _speed(job: Job, rows: TokenizedRows) -> float:
     """Tokens per second of the job's engine on a worker; 0 if it takes its process down."""
     try:
-        return on_worker(job, partial(tokens_per_second, job, rows))
+        return on_worker(job, partial(tokens_per_second, rows=rows))
     except IncompleteError as error:
         log.warning("%s: %s", job.backend, error)
         return 0.0
@@ -205,6 +301,22 @@ def open_output(config: Config) -> Store:
         return open_store(config.output, config.store_options, create=True)
     except StorageError as error:
         raise OutputError(str(error)) from error
+
+
+def require_answers(job: Job, plan: Plan) -> None:
+    """Raise ConfigError where the score is of the answer alone and rows do not show where it
+    begins."""
+    if not job.model.prompt.answer:
+        return
+    for file in plan.files:
+        layout = file.layout
+        is_one = layout.format in (Format.TEXT, Format.TOKEN_IDS)
+        if is_one or (layout.text_style is TextStyle.RENDERED and "prompt" not in layout.columns):
+            raise ConfigError(
+                f"{file.source.key}: {layout.format.value}: an implicit reward is of the answer "
+                "alone, and these rows do not show where it begins; give prompt and answer in "
+                "columns of their own, or conversations"
+            )
 
 
 def require_template(job: Job, plan: Plan) -> None:

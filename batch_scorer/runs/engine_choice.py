@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from batch_scorer.backends.base import EngineDied
+from batch_scorer.backends.device import cpu_has_amx, cpu_has_int8
 from batch_scorer.backends.registry import make_backend
 from batch_scorer.config import ENGINES, Config, Device
 from batch_scorer.errors import BatchScorerError, ModelError, ShardError
 from batch_scorer.job import Job
+from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import Shard, TokenizedRows
-from batch_scorer.render import renderer_of
 from batch_scorer.shard import read_shard
 
 log = logging.getLogger("batch_scorer")
@@ -31,10 +32,11 @@ WORTH_A_RACE = {Device.CPU: 2_000_000, Device.CUDA: 20_000_000}
 minute that it takes to start both engines."""
 
 
-def supported_engines(config: Config, model: ModelFacts) -> list[str]:
+def supported_engines(config: Config, model: ModelFacts, device: Device | None = None) -> list[str]:
     """Engines that can run this job, our own first. Raises ModelError if the one asked for cannot.
 
-    Under `auto` an engine also has to be installed, and to take all settings that are given.
+    Without `device`, any may come. Under `auto` an engine also has to be installed, and to take
+    all settings that are given.
     """
     adapter = adapter_named(model.adapter)
     if config.backend != "auto":
@@ -43,16 +45,58 @@ def supported_engines(config: Config, model: ModelFacts) -> list[str]:
                 f"{model.path}: {adapter.name} models do not run on {config.backend}; "
                 f"set backend to {' or '.join(adapter.engines)}"
             )
+        if why := _quantised_refusal(config, config.backend, model, adapter, device):
+            raise ModelError(f"{model.path}: {why}; set backend to hf")
+        if config.backend == "hf":
+            _refuse_unpackable(config, model)
         return [config.backend]
     asked = config.engine_options
-    engines = [e for e in adapter.engines if asked <= ENGINES[e].options and _is_installed(e)]
+    engines = [
+        engine
+        for engine in adapter.engines
+        if asked <= ENGINES[engine].options
+        and _is_installed(engine)
+        and not _quantised_refusal(config, engine, model, adapter, device)
+    ]
     if not engines:
         takers = " or ".join(e for e, facts in ENGINES.items() if asked <= facts.options)
         raise ModelError(
             f"{model.path}: only the {takers} backend takes {' and '.join(sorted(asked))}, and it "
             f"is not installed or does not run {adapter.name} models"
         )
+    if "hf" in engines:
+        _refuse_unpackable(config, model)
     return engines
+
+
+def _quantised_refusal(
+    config: Config, engine: str, model: ModelFacts, adapter: Adapter, device: Device | None
+) -> str | None:
+    """Why an engine that computes with the stored numbers cannot with these; None: it can."""
+    stored = model.quantisation
+    if stored is None or "quantization" not in ENGINES[engine].options:
+        return None
+    if not stored.vllm_devices:
+        return f"{engine} cannot compute with these weights ({stored.name})"
+    if device is not None and device not in stored.vllm_devices:
+        return f"{engine} cannot compute with these weights ({stored.name}) on device {device}"
+    if device is Device.CPU and not cpu_has_int8():
+        return f"{engine} computes wrong products of int8 weights on a CPU without VNNI, as this is"
+    if device is Device.CPU and config.dtype == "float32" and cpu_has_amx():
+        return (
+            f"{engine} multiplies int8 weights in 16 bits on a CPU with AMX, as this is, and dtype "
+            "is float32"
+        )
+    if adapter.body.tensors is not None:
+        return f"{engine} cannot compute with quantised weights of {adapter.name} models"
+    return None
+
+
+def _refuse_unpackable(config: Config, model: ModelFacts) -> None:
+    """Raise ModelError for a body that the hf engine cannot run with this attention."""
+    for part in (model, *([model.reference] if model.reference else [])):
+        if config.attention == "packed" and part.unpackable:
+            raise ModelError(f"{part.path}: {part.unpackable}; set attention to eager")
 
 
 def _is_installed(engine: str) -> bool:
@@ -70,7 +114,7 @@ def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
     for shard in shards:
         part = replace(shard, num_rows=min(TRIAL_ROWS[job.device], shard.num_rows))
         try:
-            return read_shard(part, job.config.store_options, renderer_of(job.config, job.model))
+            return read_shard(part, job.config, job.model).rows
         except ShardError:
             continue
     return None

@@ -13,7 +13,6 @@ from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.embedding import is_decoder
 from batch_scorer.models.registry import EMBEDDING, adapter_named
 from batch_scorer.records import Shard, TokenizedRows
-from batch_scorer.render import renderer_of
 from batch_scorer.runs.engine_choice import supported_engines
 from batch_scorer.shard import read_shard
 
@@ -65,7 +64,7 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
         group = [shards[place] for place in places]
         part = _first_rows(group[len(group) // 2], num_groups)
         try:
-            rows = read_shard(part, config.store_options, renderer_of(config, model))
+            rows = read_shard(part, config, model).rows
         except ShardError as error:
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue
@@ -115,5 +114,6 @@ def is_causal(model: ModelFacts) -> bool:
 
 def shares_prefixes(config: Config, model: ModelFacts, engine: EngineFacts) -> bool:
     """Whether the engine computes a prefix once that several sequences of a shard have."""
-    shares = engine.shares_in_steps if model.has_steps else engine.shares_prefixes
+    reads_all = model.has_steps or config.token_scores
+    shares = engine.shares_in_steps if reads_all else engine.shares_prefixes
     return shares and is_causal(model) and config.attention == "packed"

@@ -9,10 +9,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from pydantic import FiniteFloat
+
 from batch_scorer.models.cost import ModelCost
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.puts import put
 from batch_scorer.records import Effort, Receipt
+from batch_scorer.records.reading import read_record
 from batch_scorer.storage import Store
 
 
@@ -35,11 +38,6 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        cost = value["cost"]
-        return cls(**{**value, "cost": None if cost is None else ModelCost(**cost)})
 
 
 def run_name(output: str, epoch: int) -> str:
@@ -217,15 +215,23 @@ def record_run(store: Store, run: Run, metrics: dict[str, Any] | None) -> None:
     put(store, f"{_RUNS}/{run.epoch:06d}.json", json.dumps(body, indent=1).encode())
 
 
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    run: Run
+    metrics: dict[str, int | FiniteFloat | None] | None
+
+
 def newest_run(store: Store) -> tuple[Run, dict[str, Any] | None] | None:
     """The newest run that had anything to score, and its figures; None for those of a run that
     has not ended."""
     key = max((info.key for info in store.list(_RUNS)), default=None)
     if key is None:
         return None
-    record = store.read_json(key)
-    metrics: dict[str, Any] | None = record["metrics"]
-    if metrics is not None and metrics["model_flop_utilisation"] is not None:
+    record = read_record(store, key, _Recorded)
+    if record.metrics is None:
+        return record.run, None
+    metrics = Metrics().to_json(record.run) | record.metrics
+    if (utilisation := metrics["model_flop_utilisation"]) is not None:
         # A record may be older than the bound in `Metrics.utilisation`.
-        metrics["model_flop_utilisation"] = min(1.0, metrics["model_flop_utilisation"])
-    return Run.from_json(record["run"]), metrics
+        metrics["model_flop_utilisation"] = min(1.0, utilisation)
+    return record.run, metrics

@@ -7,9 +7,10 @@ from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ModelError
 from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.job import Job, outputs_of
+from batch_scorer.models.hub import NotHereError
 from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
 from batch_scorer.pipeline.session import on_worker, ray_session
-from batch_scorer.runs.derive import derive, look_at_model, require_template
+from batch_scorer.runs.derive import derive, look_at_model, require_answers, require_template
 from batch_scorer.runs.estimate import Estimate, estimate
 
 
@@ -30,14 +31,15 @@ def check(config: Config) -> Checked:
     differ: see `Checked.report`.
     """
     model = look_at_model(config)
-    plan = make_plan(config, outputs_of(config, model))
+    plan = make_plan(config, outputs_of(config, model), beside=model.prompt.column_beside)
     with ray_session(config):
         job = derive(config, model)
         require_template(job, plan)
+        require_answers(job, plan)
         sample = choose_sample(job, plan.shards)
         if sample is None:
             raise InputError(f"{', '.join(config.inputs)}: none of the first rows can be scored")
-        return Checked(job, sample, on_worker(job, partial(check_engine, job, sample)))
+        return Checked(job, sample, on_worker(job, partial(check_engine, sample=sample)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +54,19 @@ class Outlook:
 def look_ahead(config: Config, *, with_model: bool) -> Outlook:
     """Plan a run and, where the model is at hand, estimate what it takes from a sample of rows.
 
-    Writes nothing, starts no Ray, fetches no model. Raises ConfigError and InputError.
+    Writes nothing, starts no Ray, fetches no model. Raises ConfigError and InputError, and
+    ModelError for a model that is at hand and cannot score.
     """
     if not with_model:
         return Outlook(make_plan(config))
     try:
         model = look_at_model(config, with_weights=False)
-        plan = make_plan(config, outputs_of(config, model))
+    except NotHereError as error:
+        return Outlook(make_plan(config), unknown=str(error))
+    plan = make_plan(config, outputs_of(config, model), beside=model.prompt.column_beside)
+    try:
         estimated = estimate(config, model, plan.shards)
     except ModelError as error:
-        return Outlook(make_plan(config), unknown=str(error))
+        return Outlook(plan, unknown=str(error))
     unknown = None if estimated else "none of the sampled rows can be scored"
     return Outlook(plan, estimated, unknown)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from batch_scorer.errors import LeaseLostError, OutputError
+from batch_scorer.errors import LeaseLostError, ShardReason
 from batch_scorer.failpoints import failpoint
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.job import Job
@@ -39,15 +39,17 @@ class Work:
     """A plan minus what is committed.
 
     `todo` is to be scored now; what is `left` has to wait for another run. `gone` are shards
-    without an input. Of what is stored now, the `replaced` shards make room for those in `todo`,
-    and the `outdated` are pieces of a file that is cut differently now. `aside` are copies that an
-    earlier run made of such shards, and did not live to remove.
+    without an input, `failed` files that cannot be used and shards whose place another's object
+    has. Of what is stored now, the `replaced` shards make room for those in `todo`, and the
+    `outdated` are pieces of a file that is cut differently now. `aside` are copies that an earlier
+    run made of such shards, and did not live to remove.
     """
 
     plan: Plan
     todo: list[Shard]
     done: list[Receipt]
     gone: list[Receipt]
+    failed: list[Receipt]
     left: list[Receipt] = field(default_factory=list)
     replaced: list[Receipt] = field(default_factory=list)
     outdated: list[Receipt] = field(default_factory=list)
@@ -64,9 +66,9 @@ def remaining(
 ) -> Work:
     """Subtract what is committed under the same identity; changes nothing.
 
-    With `max_shards` the first N of the rest are to be scored, the others are left. Raises
-    OutputError for foreign files and, for a run that holds the lease at `epoch`, LeaseLostError
-    where a newer run has cut a file differently.
+    With `max_shards` the first N of the rest are to be scored, the others are left. Raises, for
+    a run that holds the lease at `epoch`, LeaseLostError where a newer run has cut a file
+    differently.
     """
     wanted = {shard.output_key: shard for shard in plan.shards}
     identities = {
@@ -87,13 +89,15 @@ def remaining(
 
     found: dict[Fate, list[Receipt]] = {fate: [] for fate in Fate}
     state = OutputState(output)
+    in_the_way: dict[str, Receipt] = {}
     for info, receipt in state.shards():
         if receipt is not None and receipt.commit is not None:
             found[fate_of(info.key, receipt.commit)].append(receipt)
         elif info.key in wanted:
-            raise OutputError(
-                f"{output.url(info.key)} is in the way: it was not written by this program"
-            )
+            detail = f"{output.url(info.key)} was not written by this program, or is damaged"
+            reason = ShardReason.OBJECT_IN_THE_WAY
+            failed = Receipt.of_shard(wanted[info.key], Status.FAILED, reason, detail)
+            in_the_way[info.key] = failed
         else:
             log.warning("%s is not ours; left alone", output.url(info.key))
     if epoch is not None and any(r.commit and r.commit.epoch > epoch for r in found[Fate.OUTDATED]):
@@ -106,7 +110,7 @@ def remaining(
         for fate in (Fate.DONE, Fate.ASIDE)
     )
     finished = {receipt.output_key for receipt in done}
-    undone = [shard for key, shard in wanted.items() if key not in finished]
+    undone = [s for key, s in wanted.items() if key not in finished and key not in in_the_way]
     stop = len(undone) if max_shards is None else max_shards
     todo, left = undone[:stop], undone[stop:]
     stale = {receipt.output_key: receipt for receipt in found[Fate.STALE]}
@@ -120,6 +124,7 @@ def remaining(
         plan=plan,
         todo=[replace(shard, replaces=versions.get(shard.output_key)) for shard in todo],
         done=done + aside,
+        failed=[*plan.failed, *in_the_way.values()],
         gone=[replace(receipt, status=Status.INPUT_GONE) for receipt in found[Fate.GONE]],
         left=[
             *(Receipt.of_shard(shard, Status.LEFT) for shard in left),
@@ -130,7 +135,7 @@ def remaining(
         ],
         replaced=replaced,
         outdated=[receipt for receipt in found[Fate.OUTDATED] if receipt.input not in waiting],
-        aside=kept(output),
+        aside=kept(job.config, output),
     )
 
 

@@ -36,6 +36,7 @@ from batch_scorer.runs.derive import (
     as_begun,
     look_at_model,
     open_output,
+    require_answers,
     require_template,
     settle,
 )
@@ -91,7 +92,7 @@ def score(config: Config, *listeners: Listener, make: BackendFactory | None = No
         raise ConfigError("also: `score` takes one model; `nightly` scores with several")
     model = look_at_model(config)
     seen = _lease_before(config)
-    plan = make_plan(config, outputs_of(config, model))
+    plan = make_plan(config, outputs_of(config, model), beside=model.prompt.column_beside)
     refuse_nights(open_output(config))
     with RaySession(config) as session:
         return score_plan(config, model, plan, session, listeners, seen=seen, make=make)
@@ -119,6 +120,7 @@ def score_plan(
     begun = as_begun(config, model, output)
     job = begun or settle(config, model, plan, session)
     require_template(job, plan)
+    require_answers(job, plan)
     claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
     plan_digest = plan.digest(job.fingerprint.digest, config.column_prefix)
     with (
@@ -131,7 +133,7 @@ def score_plan(
             claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
         found = published(output)
         lease.confirm()  # after the look: whoever publishes from now on takes the lease first
-        if work.todo or work.left or plan.failed:
+        if work.todo or work.left or work.failed:
             output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
             found = replace(found, success=None)
         work = make_room(work, job, output, donors)
@@ -164,7 +166,7 @@ def _set_out(job: Job, epoch: int, work: Work) -> Run:
         rows=sum(shard.num_rows for shard in work.todo),
         estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
         workers=workers,
-        devices=workers * job.config.tensor_parallel,
+        devices=workers * job.config.devices_per_worker,
         cost=job.model.cost if job.engine.runs_model else None,
     )
 
@@ -181,7 +183,7 @@ def _run(
 ) -> Summary:
     started = time.perf_counter()
     ledger = Ledger(output, lease.epoch, lease.holder_id)
-    receipts = [*work.done, *work.gone, *work.left, *work.plan.failed, *work.plan.not_asked]
+    receipts = [*work.done, *work.gone, *work.left, *work.failed, *work.plan.not_asked]
     fresh: list[Receipt] = []
     metrics = Metrics()
     sample = _sample(job, work.todo)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from batch_scorer.config import expanded
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.lease import LeaseState
-from batch_scorer.outputs.manifest import total
+from batch_scorer.outputs.manifest import Planned, total
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Status
 from batch_scorer.runs.metrics import Metrics, newest_run
@@ -15,7 +17,8 @@ from batch_scorer.runs.metrics import Metrics, newest_run
 
 @dataclass(frozen=True, slots=True)
 class OutputStatus:
-    """`state` is complete, running or interrupted. Counts come from the records, which lag a
+    """`state` is complete, running, failed (the newest run came to its end and shards failed) or
+    interrupted. Counts come from the records, which lag a
     running job by a few seconds; `planned_*` are the newest run's, without rows that are not asked
     for (`limit`, `where`). `marked` counts rows by reason,
     `failed` lists each failed shard's input, reason and detail; `shards_left` are those that the
@@ -50,22 +53,30 @@ class OutputStatus:
         return asdict(self)
 
 
-def read_status(output: str, store_options: Mapping[str, str] | None = None) -> OutputStatus:
+def read_status(output: str | Path, store_options: Mapping[str, str] | None = None) -> OutputStatus:
     """The state of `output`. Raises OutputError if `score` and `nightly` did not write it."""
+    output = expanded(output)
     store, claim = open_scored(output, store_options or {})
     state = OutputState(store)
     holder, receipts = state.holder, state.receipts.values()
     totals = total(receipts)
     metrics, left_s = _pace(state)
-    plan = state.plan or {"shards": 0, "rows": 0}
-    unfinished = "running" if holder else "interrupted"
+    plan = state.plan or Planned(shards=0, rows=0, estimated_tokens=0)
+    if state.success is not None:
+        how = "complete"
+    elif holder:
+        how = "running"
+    else:
+        # A run that was stopped has shards without a receipt.
+        is_over = totals["shards"] >= plan.shards and not totals["shards_left"]
+        how = "failed" if is_over and totals["shards_failed"] else "interrupted"
     return OutputStatus(
         output=output,
-        state=unfinished if state.success is None else "complete",
+        state=how,
         holder=holder.holder if holder else None,
         renewed_s=silent_s(holder, datetime.now(UTC)) if holder else None,
-        planned_shards=plan["shards"],
-        planned_rows=plan["rows"],
+        planned_shards=plan.shards,
+        planned_rows=plan.rows,
         shards_committed=totals["shards"] - totals["shards_failed"] - totals["shards_left"],
         shards_failed=totals["shards_failed"],
         shards_left=totals["shards_left"],
@@ -81,7 +92,7 @@ def read_status(output: str, store_options: Mapping[str, str] | None = None) -> 
         tokens=totals["tokens"],
         metrics=metrics,
         left_s=left_s,
-        provenance=claim["provenance"],
+        provenance=claim.provenance,
     )
 
 

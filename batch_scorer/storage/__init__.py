@@ -13,7 +13,15 @@ from batch_scorer.storage.conformance import (
     examine,
     require_conditional_writes,
 )
-from batch_scorer.storage.faults import AccessDenied, ObjectChanged, ObjectMissing, PlaceMissing
+from batch_scorer.storage.faults import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectDamaged,
+    ObjectMissing,
+    PlaceMissing,
+    first_line,
+)
+from batch_scorer.storage.folders import Unusable, is_speakable, printable
 from batch_scorer.storage.hub import pinned
 from batch_scorer.storage.store import (
     Store,
@@ -30,17 +38,22 @@ __all__ = [
     "Check",
     "Conformance",
     "ObjectChanged",
+    "ObjectDamaged",
     "ObjectInfo",
     "ObjectMissing",
     "PlaceMissing",
     "Store",
+    "Unusable",
     "Version",
     "examine",
+    "first_line",
     "glob_matches",
     "in_threads",
     "is_remote",
+    "is_speakable",
     "open_store",
     "pinned",
     "place_of",
+    "printable",
     "require_conditional_writes",
 ]

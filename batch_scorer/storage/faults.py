@@ -15,7 +15,7 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 
-from batch_scorer.errors import StorageError
+from batch_scorer.errors import OutputError, StorageError
 from batch_scorer.logs import mask
 
 
@@ -29,6 +29,14 @@ class PlaceMissing(ObjectMissing):
 
 class ObjectChanged(StorageError):
     """What is stored under the key is not the version that the request was pinned to."""
+
+
+class ObjectDamaged(OutputError, StorageError):
+    """What is stored under the key is not what belongs there.
+
+    A command that begins with it ends as with any other unusable output; in the middle of a run it
+    is one more answer of the store that is of no use.
+    """
 
 
 class AccessDenied(StorageError):

@@ -61,7 +61,7 @@ class HubStore(Store):
     def _describe(self) -> "DatasetInfo":
         return _api().dataset_info(self._repo, revision=self._revision)
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def _stored(self, prefix: str = "") -> Iterator[ObjectInfo]:
         path = f"{self._folder}{prefix}".strip("/")
 
         def tree() -> Sequence[Any]:
@@ -175,7 +175,10 @@ def _translated(url: str) -> Iterator[None]:
         ) from error
     except errors.RemoteEntryNotFoundError as error:
         raise ObjectMissing(f"{url}: not there") from error
-    except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as error:
+    except Exception as error:
+        # The bases of its own error: the HTTP library's, as of a hub out of reach, and OSError.
+        if not isinstance(error, (*errors.HfHubHTTPError.__bases__, errors.EntryNotFoundError)):
+            raise
         raise _of_status(error, url) from error
 
 

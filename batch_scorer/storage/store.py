@@ -24,16 +24,19 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
+from batch_scorer.credentials import aws_provider, is_http, wrong_options, wrong_url
 from batch_scorer.errors import ConfigError, StorageError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.storage.faults import (
     AccessDenied,
     ObjectChanged,
+    ObjectDamaged,
     ObjectMissing,
     PlaceMissing,
     first_line,
     translated,
 )
+from batch_scorer.storage.folders import Unusable, is_speakable, printable, walk
 from batch_scorer.storage.versions import ObjectInfo, Version, info_of, version_of
 
 log = logging.getLogger("batch_scorer")
@@ -50,6 +53,7 @@ _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.002
 _BUFFER_BYTES = 1 << 16
 _AHEAD = 4
+_AWS = ("s3://", "s3a://")
 HUB = "hf://"
 """What URLs of the Hugging Face hub begin with."""
 
@@ -87,11 +91,15 @@ class Store:
     """
 
     def __init__(self, root: str, options: Mapping[str, str], *, create: bool = False) -> None:
+        if not root or not is_speakable(root):
+            raise ConfigError(f"{printable(root) or repr(root)}: not a path or URL")
         self.root = root.rstrip("/") or "/"
         self._options = dict(options)
         self._local = None if is_remote(root) else Path(root).absolute()
         self._store: Any
         if self._local is not None:
+            if os.path.exists(self._local) and not os.path.isdir(self._local):
+                raise PlaceMissing(f"{root}: no folder")
             try:
                 self._store = LocalStore(str(self._local), mkdir=create)
             except (BaseError, OSError) as error:
@@ -99,18 +107,28 @@ class Store:
                     raise AccessDenied(f"{root}: no permission to create it") from error
                 raise PlaceMissing(f"{root}: no such folder") from error
             return
+        if why := wrong_url(root):
+            raise ConfigError(why)
+        if lines := list(wrong_options(options)):
+            raise ConfigError("\n".join(f"store_options.{line}" for line in lines))
         # allow_http belongs to the HTTP client and not to the store.
-        allow_http = options.get("allow_http", "false") == "true"
+        allow_http = options.get("allow_http") or str(is_http(root, options)).lower()
         # Typed for each kind of store upstream; which one this is, the URL says.
         settings: dict[str, Any] = {
             "config": {key: value for key, value in options.items() if key != "allow_http"},
-            "client_options": {"timeout": _REQUEST_TIMEOUT, "allow_http": allow_http},
+            "client_options": {"timeout": _REQUEST_TIMEOUT, "allow_http": allow_http == "true"},
             "retry_config": _RETRY,
         }
+        if root.startswith(_AWS) and (provider := aws_provider(options)):
+            settings["credential_provider"] = provider
         try:
             self._store = from_url(_as_url(self.root), **settings)
         except (BaseError, ValueError) as error:
             raise ConfigError(f"{root}: {first_line(error)}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens its own."""
+        return open_store, (self.root, self._options)
 
     @property
     def kind(self) -> Kind:
@@ -126,7 +144,30 @@ class Store:
         return open_store(self.url(folder), self._options)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """All objects whose key lies in the folder `prefix`, in the store's order."""
+        """All objects whose key lies in the folder `prefix`, in the store's order.
+
+        An entry of a local folder that cannot be used (`entries`) is named in the log.
+        """
+        for entry in self.entries(prefix):
+            if isinstance(entry, Unusable):
+                log.warning("%s: %s; left alone", self.url(entry.key), entry.problem)
+            else:
+                yield entry
+
+    def entries(self, prefix: str = "") -> Iterator[ObjectInfo | Unusable]:
+        """The same, with what of a local folder cannot be used, and why."""
+        return self._stored(prefix) if self._local is None else self._walked(self._local, prefix)
+
+    def _walked(self, folder: Path, prefix: str) -> Iterator[ObjectInfo | Unusable]:
+        with self._translated(prefix):
+            for found in walk(folder, prefix):
+                if isinstance(found, Unusable):
+                    yield found
+                else:
+                    with suppress(ObjectMissing):  # removed in the meantime
+                        yield self.head(found)
+
+    def _stored(self, prefix: str) -> Iterator[ObjectInfo]:
         seen: set[str] = set()
         for try_again in self._tries(prefix):
             with try_again:
@@ -155,17 +196,23 @@ class Store:
 
     def read_json(self, key: str) -> Any:
         """The value of a small JSON object."""
-        return self._asked(key, lambda: self.parse_json(key, self._get(key)[0]))
+        return self.read_parsed(key, json.loads)[0]
 
-    def parse_json(self, key: str, data: bytes) -> Any:
-        """The JSON value in `data`, which was read under `key`.
+    def read_parsed(self, key: str, parse: Callable[[bytes], T]) -> tuple[T, ObjectInfo]:
+        """What `parse` makes of the whole object, and the version that was read.
 
-        What does not parse came damaged: StorageError, as for any other fault of the store.
+        What it refuses with ValueError came damaged, as by any other fault of the store, or is
+        stored damaged: it is read again, and at last ObjectDamaged is raised.
         """
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise StorageError(f"{self.url(key)}: came damaged ({error})") from error
+
+        def request() -> tuple[T, ObjectInfo]:
+            data, info = self._get(key)
+            try:
+                return parse(data), info
+            except (ValueError, RecursionError) as error:
+                raise ObjectDamaged(f"{self.url(key)}: damaged: {first_line(error)}") from None
+
+        return self._asked(key, request)
 
     def _get(
         self, key: str, version: Version | None = None, part: tuple[int, int] | None = None
@@ -389,9 +436,10 @@ def glob_matches(pattern: str, keys: Iterable[str]) -> set[str]:
     other character. Raises ConfigError where they hold a range that runs backwards."""
     keys = list(keys)
     for spelled in (re.escape, _characters):
+        # Text and tokens take turns; a bracket that is not closed is text.
         parts = [
-            _GLOB.get(t) or (spelled(t) if t.startswith("[") else re.escape(t))
-            for t in _GLOB_TOKENS.split(pattern)
+            (_GLOB.get(part) or spelled(part)) if place % 2 else re.escape(part)
+            for place, part in enumerate(_GLOB_TOKENS.split(pattern))
         ]
         try:
             matches = re.compile("".join(parts)).fullmatch
@@ -404,8 +452,9 @@ def glob_matches(pattern: str, keys: Iterable[str]) -> set[str]:
 
 def _characters(brackets: str) -> str:
     """`[…]` of a glob as that of a regular expression; a slash is never one of them."""
-    inside = brackets[1:-1].replace("\\", r"\\").replace("[", r"\[")
-    return f"(?!/)[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
+    is_other = brackets[1] in "!^"
+    inside = "".join(c if c == "-" else re.escape(c) for c in brackets[1 + is_other : -1])
+    return f"(?!/)[^{inside}]" if is_other else f"[{inside}]"
 
 
 class _PinnedFile(io.RawIOBase):

@@ -28,9 +28,12 @@ from cluster.local.processes import end_processes_in
 
 HOST = "127.0.0.1"
 MOST_NODES = 8
-_START_TIMEOUT_S = 180
+_START_TIMEOUT_S = 600
 _POLL_S = 0.05
 _STARTED = "Ray runtime started."
+_TOO_SLOW = "timed out during startup"
+"""Ray gives a node 30 s to belong to the cluster. Its log advises another
+RAY_raylet_start_wait_time_s, which that code does not read (Ray 2.60)."""
 _OBJECT_STORE_BYTES = 100 << 20
 """Of each node. Ray's least is 75 MiB."""
 
@@ -77,11 +80,16 @@ class Node:
             )
 
     def wait_until_up(self) -> None:
-        """Raises RuntimeError, with Ray's own message, if it does not come up."""
+        """Started again where a busy machine was too slow for Ray. Raises RuntimeError, with Ray's
+        own message, if it does not come up."""
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while _STARTED not in self._log.read_text():
+        while _STARTED not in (said := self._log.read_text()):
             assert self._process is not None
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            is_over, is_late = self._process.poll() is not None, time.monotonic() > deadline
+            if is_over and _TOO_SLOW in said and not is_late:
+                self.kill()
+                self.launch()
+            elif is_over or is_late:
                 said = self._log.read_text()[-4000:]
                 raise RuntimeError(f"{self.name} of the local cluster did not start: {said}")
             time.sleep(_POLL_S)

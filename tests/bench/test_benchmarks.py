@@ -14,10 +14,19 @@ from tests.helpers.program import REPOSITORY
 BENCHMARKS = REPOSITORY / "benchmarks"
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "common")
 
+# They start a Ray for what `end_to_end` and `scaling` do too: a job on it, and a resume.
+LEFT_TO_SLOW = {"shards", "workers"}
+
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=pytest.mark.slow if script in LEFT_TO_SLOW else ())
+        for script in SCRIPTS
+    ],
+)
 def test_it_runs_and_its_last_line_is_json(script: str, ray_home: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{script}", "--tiny"],

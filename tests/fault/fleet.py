@@ -32,8 +32,11 @@ class Fleet:
     model: Path
     expected: Found
 
-    def start(self, output: str, environment: dict[str, str] | None = None) -> Running:
-        """A driver of its own process, on the cluster unless the environment says otherwise."""
+    def start(
+        self, output: str, environment: dict[str, str] | None = None, gate: Path | None = None
+    ) -> Running:
+        """A driver of its own process, on the cluster unless the environment says otherwise. With a
+        `gate`, no engine is loaded before that file is there."""
         flags = arguments(self.server, self.proxy.endpoint, self.model, output)
         device = "cuda" if environment is None else "cpu"
         command = [
@@ -45,6 +48,7 @@ class Fleet:
             device,
         ]
         slow = {"SLOW_LOAD_S": str(LOAD_S), "SLOW_SCORE_S": str(SCORE_S)}
+        slow["SLOW_GATE"] = str(gate or "")
         ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         joins = self.cluster.environment if environment is None else environment
         folder = Path(joins["RAY_TMPDIR"])

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch_scorer import Config
+from batch_scorer import Config, quarantine
 from batch_scorer.errors import BatchScorerError
-from batch_scorer.failpoints import arm
+from batch_scorer.failpoints import TESTING, arm
 from batch_scorer.records import Receipt
 from batch_scorer.runs.derive import derive, look_at_model
 from batch_scorer.runs.remaining import Work
@@ -47,8 +48,8 @@ _POLL_S = 0.005
 @dataclass(frozen=True)
 class Scene:
     """What happens around a run: an object that another writer puts there after the run has
-    planned, by its key, and how long the run dwells on its first shard; where it does, the
-    failpoint is not armed before."""
+    planned, by its key, and how long the run dwells on its first shard, unless it loses its lease;
+    where it does, the failpoint is not armed before."""
 
     appears: Mapping[str, str] | None = None
     dwell_s: float = 0.0
@@ -72,8 +73,15 @@ class _Stage:
     def finished(self, receipt: Receipt) -> None:
         if self._scene.dwell_s:
             arm(self._failpoint)
-            time.sleep(self._scene.dwell_s)
+            deadline = time.monotonic() + self._scene.dwell_s
+            while time.monotonic() < deadline and _is_renewed():
+                time.sleep(_POLL_S)
             self._scene = Scene()
+
+
+def _is_renewed() -> bool:
+    """Whether this process renews a lease; it stops where it has lost it."""
+    return any(thread.name == "lease" for thread in threading.enumerate())
 
 
 class ForkedRun:
@@ -135,6 +143,7 @@ def forked_runs(folder: Path, model: Path) -> Iterator[ForkedRuns]:
     environment = {
         **os.environ,
         "TOKENIZERS_PARALLELISM": "false",
+        TESTING: "1",
     }
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -155,6 +164,8 @@ def forked_runs(folder: Path, model: Path) -> Iterator[ForkedRuns]:
 
 
 def _serve(model: Path) -> None:
+    # As in a reading process, which costs seconds of each run: nothing foreign is read here.
+    quarantine._is_child = True
     _warm_up(model)
     children: set[int] = set()
     for line in sys.stdin:

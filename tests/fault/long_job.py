@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import long_pair_rows, parquet, table_of
 from tests.helpers.places import Place
-from tests.helpers.program import Ended, Program, Running, wait_until
+from tests.helpers.program import Ended, Running, wait_until
 
 SHARDS = 10
 ROWS_PER_SHARD = 2
@@ -43,5 +44,5 @@ class LongJob:
 
         wait_until(reached, f"{count} shards are committed")
 
-    def verify(self, program: Program, name: str) -> Ended:
-        return program.run("verify", self.output(name).url, *self.place.flags, "--json")
+    def verify(self, name: str) -> Ended:
+        return run_cli("verify", self.output(name).url, *self.place.flags, "--json")

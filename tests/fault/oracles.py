@@ -93,6 +93,12 @@ class Findings:
     changed_rows: int = 0
     problems: list[str] = field(default_factory=list)
 
+    def add(self, others: "Findings") -> None:
+        self.lost_rows += others.lost_rows
+        self.doubled_rows += others.doubled_rows
+        self.changed_rows += others.changed_rows
+        self.problems += others.problems
+
 
 def read_output(output: Folder, inputs: Folder) -> Found:
     """Read all shards, and the columns that their inputs have, which are the ones not added."""

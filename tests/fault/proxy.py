@@ -18,6 +18,7 @@ from enum import StrEnum
 from urllib.parse import urlsplit
 
 _ORIGIN = re.compile("^https?://[^/]+")
+_POLL_S = 0.05
 _BODILESS = {"204", "304"}
 _FRAMING = {"content-length", "transfer-encoding", "connection"}
 _ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>injected</Message></Error>"
@@ -85,6 +86,27 @@ class Injected:
     client_port: int
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What the store answered to a request, whatever the client got."""
+
+    method: str
+    key: str
+    """The path, without its query."""
+    status: int
+    kind: Kind | None
+    """How it was broken."""
+
+    @property
+    def is_done(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def is_refused(self) -> bool:
+        """Its condition did not hold."""
+        return self.status in (304, 409, 412)
+
+
 @dataclass
 class _Message:
     """A request or an answer; header names as they came."""
@@ -137,11 +159,14 @@ class _Decisions:
 
 @dataclass
 class FaultProxy:
-    """A running proxy: what it has passed on (`counts`, by method) and what it has broken."""
+    """A running proxy: what it has passed on (`counts`, by method; `answered`, one by one) and what
+    it has broken."""
 
     port: int
     counts: Counter[str] = field(default_factory=Counter)
     injected: list[Injected] = field(default_factory=list)
+    answered: list[Answered] = field(default_factory=list)
+    _held: str = ""
     _upstream: tuple[str, int] = ("", 0)
     _faults: Faults | None = None
     _decisions: _Decisions = field(default_factory=lambda: _Decisions(None))
@@ -155,11 +180,22 @@ class FaultProxy:
         """Break requests in here; begins with empty counts."""
         self.counts.clear()
         self.injected.clear()
+        self.answered.clear()
         self._faults, self._decisions = faults, _Decisions(faults)
         try:
             yield
         finally:
             self._faults, self._decisions = None, _Decisions(None)
+
+    @contextmanager
+    def holding(self, part: str) -> Iterator[None]:
+        """Hold back every PUT whose path has this part: before the store sees it, and until the end
+        of the context."""
+        self._held = part
+        try:
+            yield
+        finally:
+            self._held = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection of a client."""
@@ -186,12 +222,16 @@ class FaultProxy:
             await reader.readexactly(length // 2)
             _reset(writer)
         request.body = await reader.readexactly(length)
+        while method == "PUT" and self._held and self._held in path:
+            await asyncio.sleep(_POLL_S)
         if kind in _STATUS:
             answer = _refusal(kind)  # type: ignore[arg-type]
         else:
             answer = await self._pass_on(request)
+            self._note(request, answer, kind)
             if kind is Kind.TWICE:
                 answer = await self._pass_on(request)
+                self._note(request, answer, kind)
         if kind is Kind.STALL and self._faults:
             await asyncio.sleep(self._faults.stall_s)
         if kind is Kind.LOST:
@@ -211,6 +251,11 @@ class FaultProxy:
             raise ConnectionAbortedError
         writer.write(data)
         await writer.drain()
+
+    def _note(self, request: _Message, answer: _Message, kind: Kind | None) -> None:
+        method, path, _ = request.start.split(" ", 2)
+        status = int(answer.start.split()[1])
+        self.answered.append(Answered(method, urlsplit(path).path, status, kind))
 
     async def _pass_on(self, request: _Message) -> _Message:
         """The store's answer, its body whole."""

@@ -15,7 +15,6 @@ from batch_scorer.models.directory import inspect_model
 from batch_scorer.outputs.commit import commit_shard
 from batch_scorer.records import Receipt, ScoredRows, Shard
 from batch_scorer.records import Stored as CommittedShard
-from batch_scorer.render import renderer_of
 from batch_scorer.runs.derive import derive
 from batch_scorer.shard import read_shard, score_shard
 from tests.helpers.places import Place, Stored
@@ -66,7 +65,7 @@ def make_bench(place: Place, model: str, rounds: int) -> Bench:
     )
     job = derive(config, inspect_model(Path(model)))
     shard = make_plan(config).shards[0]
-    rows = read_shard(shard, config.store_options, renderer_of(config, job.model))
+    rows = read_shard(shard, config, job.model).rows
     scored = score_shard(rows, FakeBackend())
     return Bench(place, job, shard, scored, rounds)
 

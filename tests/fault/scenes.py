@@ -1,19 +1,25 @@
 """What it takes to get a run to a failpoint; the drill uses it too."""
 
 import io
+import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.records import Commit
+from batch_scorer.storage import ObjectMissing
 from tests.fault.forked import Scene
 from tests.fault.small_job import SmallJob
 
 TERM_S = 0.6
-DWELL_S = 3 * TERM_S
-"""Longer than a term, so that the lease has to be renewed, three times a term."""
-RENEWALS = 6
+"""Of a lease whose end a test waits for; nothing goes wrong where it takes longer."""
+DWELL_S = 300.0
+"""At most: a run dwells until the renewal at which its failpoint is has come, and ends or stops it,
+or the thread that renews."""
+RENEWALS = 2
 A_SHARD = "a.rows0-3.parquet"
 
 
@@ -34,6 +40,20 @@ def _stale_shard(job: SmallJob) -> Path:
     file = job.runs.log.parent / A_SHARD
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **footer}), file)
     return file
+
+
+def sleeper_term_s(failpoint: str) -> float:
+    """The lease of a run that will be stopped at a failpoint: long, unless that is a renewal. On a
+    local disk nobody can write while a process is stopped in the middle of renewing."""
+    return TERM_S if "renew" in failpoint else 60.0
+
+
+def end_term(job: SmallJob, output: str) -> None:
+    """Of the lease of a run that was stopped, which so need not be waited for."""
+    store, key = (job.place / output).store, f"{RECORDS}/lease.json"
+    with suppress(ObjectMissing):
+        data, info = store.read_with_info(key)
+        store.replace(key, json.dumps(json.loads(data) | {"ttl_s": 0.0}).encode(), info.version)
 
 
 def failpoint_of(name: str, action: str) -> str:

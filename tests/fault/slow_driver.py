@@ -16,6 +16,8 @@ from batch_scorer.runs import run
 LOAD_S = float(os.environ["SLOW_LOAD_S"])
 SCORE_S = float(os.environ["SLOW_SCORE_S"])
 """For each shard."""
+GATE = os.environ["SLOW_GATE"]
+"""No engine is loaded before a file of this name is there; empty for none."""
 
 
 class SlowBackend(FakeBackend):
@@ -26,6 +28,8 @@ class SlowBackend(FakeBackend):
 
 def slow_engine(job: Job) -> SlowBackend:
     time.sleep(LOAD_S)
+    while GATE and not os.path.exists(GATE):
+        time.sleep(0.05)
     return SlowBackend()
 
 

@@ -10,7 +10,7 @@ from batch_scorer import Config
 from tests.fault.forked import ForkedRuns, forked_runs
 from tests.fault.oracles import Findings, Folder, Found, judge, read_output
 from tests.fault.proxy import redirected
-from tests.helpers.inputs import pairs, parquet
+from tests.helpers.inputs import pair_rows, pairs, parquet, table_of
 from tests.helpers.places import Place
 
 SHARD_ROWS = 3
@@ -18,15 +18,18 @@ SHARD_ROWS = 3
 
 @dataclass(frozen=True)
 class SmallJob:
-    """Two small files in four shards. Rewritten (`newer`), the second is cut in another way."""
+    """Two small files in four shards, with one row that cannot be scored. Rewritten (`newer`), the
+    second is cut in another way."""
 
     place: Place
     model: Path
     runs: ForkedRuns
 
     def write_inputs(self, name: str = "in", *, newer: bool = False) -> None:
+        first = pair_rows(5)
+        first[3]["rejected"] = None
         second = pairs(7, start=100) if newer else pairs(4, start=50)
-        files = {"a.parquet": parquet(pairs(5)), "b.parquet": parquet(second)}
+        files = {"a.parquet": parquet(table_of(first)), "b.parquet": parquet(second)}
         (self.place / name).write(files)
 
     def config(

@@ -5,8 +5,10 @@ run, whose plan is newer, takes over and finishes: when it wakes up it damages n
 """
 
 import ast
+import os
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +17,14 @@ import pytest
 import batch_scorer
 from batch_scorer import Config
 from batch_scorer.errors import ConfigError
-from batch_scorer.failpoints import FAILPOINTS, arm
+from batch_scorer.failpoints import FAILPOINTS, TESTING, arm
 from batch_scorer.outputs.reuse import EARLIER
 from tests.fault.forked import STOPPED
 from tests.fault.oracles import Found, judge
-from tests.fault.scenes import TERM_S, failpoint_of, scene_of
+from tests.fault.scenes import TERM_S, end_term, failpoint_of, scene_of, sleeper_term_s
 from tests.fault.small_job import SmallJob, small_job
 from tests.helpers.places import Place
+from tests.helpers.program import wait_until
 
 pytestmark = pytest.mark.fault
 
@@ -40,10 +43,13 @@ def expected(job: SmallJob) -> Found:
 
 def until_taken(job: SmallJob, config: Config) -> None:
     """Run it until the lease of the one that sleeps is over."""
-    deadline = time.monotonic() + 30
-    while (code := job.runs.run(config)) != 0:
-        assert code == 2 and time.monotonic() < deadline, (code, job.runs.said())
-        time.sleep(TERM_S / 3)
+
+    def is_taken() -> bool:
+        code = job.runs.run(config)
+        assert code in (0, 2), (code, job.runs.said())
+        return code == 0
+
+    wait_until(is_taken, "the lease of the run that sleeps is over")
 
 
 @pytest.mark.parametrize("action", ["kill", "raise"])
@@ -70,7 +76,7 @@ def test_a_run_that_replaces_scored_shards_may_end_or_sleep_at_any_step(
     as it was, and another run scores it: then the old pieces are the right ones again."""
     inputs, output = f"in-{action}-{name}", f"replaced-{action}-{name}"
     job.write_inputs(inputs)
-    config = job.config(output, inputs, lease_s=TERM_S)
+    config = job.config(output, inputs, lease_s=sleeper_term_s(name))
     assert job.runs.run(config) == 0, job.runs.said()
     job.write_inputs(inputs, newer=True)
     run = job.runs.start(config, failpoint_of(name, action))
@@ -79,6 +85,7 @@ def test_a_run_that_replaces_scored_shards_may_end_or_sleep_at_any_step(
         right = job.undisturbed(inputs)
     else:
         assert run.wait() == STOPPED, job.runs.said()
+        end_term(job, output)
         job.write_inputs(inputs)
         right = expected
         until_taken(job, config)
@@ -95,9 +102,10 @@ def test_a_run_that_is_paused_at_any_step_damages_nothing_when_it_wakes_up(
 ) -> None:
     inputs, output = f"in-{name}", f"pause-{name}"
     job.write_inputs(inputs)
-    config = job.config(output, inputs, lease_s=TERM_S)
+    config = job.config(output, inputs, lease_s=sleeper_term_s(name))
     paused = job.runs.start(config, failpoint_of(name, "pause"), scene_of(name, job))
     assert paused.wait() == STOPPED, job.runs.said()
+    end_term(job, output)
 
     job.write_inputs(inputs, newer=True)
     newer = job.undisturbed(inputs)
@@ -128,12 +136,12 @@ def test_a_run_that_wakes_up_while_a_newer_one_is_at_work_damages_nothing(
     another way."""
     inputs, output = f"in-early-{where}", f"early-{where}"
     job.write_inputs(inputs)
-    config = job.config(output, inputs, lease_s=TERM_S)
+    config = job.config(output, inputs, lease_s=sleeper_term_s("commit"))
     older = job.runs.start(config, failpoint_of("commit.before_put", "pause"))
     assert older.wait() == STOPPED, job.runs.said()
+    end_term(job, output)
     job.write_inputs(inputs, newer=True)
     expected = job.undisturbed(inputs)
-    time.sleep(1.5 * TERM_S)
     # Its lease lasts, so that it does not stop in the middle of renewing it, with a lock held.
     newer = job.runs.start(job.config(output, inputs, lease_s=60), failpoint_of(where, "pause"))
     assert newer.wait() == STOPPED, job.runs.said()
@@ -159,3 +167,21 @@ def test_every_failpoint_of_the_table_is_in_the_code_once_and_no_other() -> None
 def test_a_failpoint_that_does_not_exist_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected NAME:ACTION"):
         arm(text)
+
+
+@pytest.mark.parametrize("testing", ["", "0", "true"])
+def test_no_failpoint_is_armed_outside_of_tests(
+    testing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TESTING, testing)
+    with pytest.raises(ConfigError, match="failpoints are for tests"):
+        arm("commit.after_put:kill")
+    arm("")  # to disarm is always right
+
+
+def test_no_variable_arms_one() -> None:
+    """As the environment of a run in production may hold anything."""
+    code = "from batch_scorer.failpoints import failpoint; failpoint('commit.after_put')"
+    armed = {"BATCH_SCORER_FAILPOINT": "commit.after_put:kill", TESTING: "1"}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **armed}, check=False)
+    assert done.returncode == 0

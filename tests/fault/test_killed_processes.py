@@ -23,11 +23,11 @@ def workers_of(program: Program, stage: str) -> list[int]:
 
 
 def assert_as_undisturbed(
-    ended: Ended, job: LongJob, name: str, program: Program, undisturbed: dict[str, Stored]
+    ended: Ended, job: LongJob, name: str, undisturbed: dict[str, Stored]
 ) -> None:
     assert ended.exit_code == 0, ended.err
     assert digests(job.output(name).shards()) == digests(undisturbed)
-    verdict = job.verify(program, name)
+    verdict = job.verify(name)
     assert verdict.exit_code == 0, verdict.out
     assert verdict.json["ok"]
 
@@ -49,7 +49,7 @@ def test_a_killed_driver_is_resumed_and_no_shard_scored_twice_though_a_worker_di
     os.kill(worker, signal.SIGKILL)
     assert len(long_job.output("driver-killed").shard_keys()) < SHARDS
     again = resumed.wait()
-    assert_as_undisturbed(again, long_job, "driver-killed", program, undisturbed)
+    assert_as_undisturbed(again, long_job, "driver-killed", undisturbed)
     after = long_job.output("driver-killed").shards()
     assert {key: after[key] for key in before} == before
     done = sum(shard.commit.tokens for shard in before.values())
@@ -67,12 +67,12 @@ def test_a_run_that_is_asked_to_stop_lets_go_and_can_be_finished(
     ended = running.wait()
     assert len(long_job.output(name).shard_keys()) < SHARDS
     assert long_job.output(name).read_json("_batch_scorer/lease.json")["released"]
-    assert not program.processes()
+    program.wait_until_gone()
     assert ended.exit_code == 3
     assert ended.error == "stopped; run the same command again to resume"
 
     again = program.run(*long_job.arguments(name, "--no-ray"))
-    assert_as_undisturbed(again, long_job, name, program, undisturbed)
+    assert_as_undisturbed(again, long_job, name, undisturbed)
 
 
 def is_loading_the_model(pid: int) -> bool:

@@ -34,7 +34,9 @@ pytestmark = pytest.mark.fault
 SEED = int(os.environ.get("SEED", "5"))
 WORKER_KILLS = 4
 HELD_SHARD = f"rows{SHARD_ROWS * (SHARDS // 2)}-"
-HOLD_S = 30.0
+LAST_SHARD = f"rows{SHARD_ROWS * (SHARDS - 1)}-"
+HOLD_S = 100.0
+"""At most: whoever uploads it is killed meanwhile. Less than the client waits for an answer."""
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +45,14 @@ def fleet(cluster: Cluster, s3: S3Server, tiny_model: Path) -> Iterator[Fleet]:
         yield made
 
 
-def test_nodes_are_lost_while_a_run_plans_loads_scores_and_uploads(fleet: Fleet) -> None:
+def test_nodes_are_lost_while_a_run_plans_loads_scores_and_uploads(
+    fleet: Fleet, tmp_path: Path
+) -> None:
     """Each comes back later, as new machines do."""
-    output = "nodes-lost"
+    output, gate = "nodes-lost", tmp_path / "may-load"
     holding = Faults((Kind.STALL,), SEED, burst=1, burst_within=1, stall_s=HOLD_S, only=HELD_SHARD)
     with fleet.proxy.breaking(holding):
-        run = fleet.start(output)
+        run = fleet.start(output, gate=gate)
         fleet.wait_for_record(output, "plan.json", run)
         nodes = fleet.free_nodes(run)
         lose(nodes[0])
@@ -57,6 +61,7 @@ def test_nodes_are_lost_while_a_run_plans_loads_scores_and_uploads(fleet: Fleet)
         assert fleet.committed(output) == 0
         loading = next(node for node in nodes[1:] if scoring_workers(node))
         lose(loading)
+        gate.touch()
 
         fleet.wait_for_shards(output, 3, run)
         wait_until(lambda: any(map(scoring_workers, nodes)), "a worker is there")
@@ -99,7 +104,7 @@ def test_a_cluster_that_is_lost_with_its_driver_is_replaced_by_another(fleet: Fl
     """Everything of the first is killed by its process id when nine tenths are done; the next run,
     on another cluster and on another kind of device, scores the last tenth."""
     output, done = "cluster-lost", SHARDS * 9 // 10
-    with temporary_ray_home() as home:
+    with temporary_ray_home() as home, fleet.proxy.holding(LAST_SHARD):
         run = fleet.start(output, {"RAY_TMPDIR": str(home)})
         fleet.wait_for_shards(output, done, run)
         end_processes(home)

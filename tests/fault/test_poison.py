@@ -27,7 +27,7 @@ from tests.helpers.places import Place
 
 pytestmark = pytest.mark.fault
 
-HANG_S = 2.0
+HANG_S = 4.0
 WHOLE_ROWS = 7
 """A shard of so many rows cannot be scored at once, though each of them can."""
 POISONS = {

@@ -102,8 +102,8 @@ def told(module_program: Program, cluster: Cluster, place: Place, runs: Runs) ->
 
 
 def text_of(key: str, data: bytes) -> str:
-    """All that an object says; Parquet files are compressed."""
-    if key.endswith(".parquet"):
+    """All that an object says; Parquet files, and manifests are such, are compressed."""
+    if key.endswith((".parquet", ".manifest")):
         table = pq.read_table(io.BytesIO(data))
         return f"{key}: {table.schema.metadata} {table.to_pylist()}"
     return f"{key}: {data.decode()}"

@@ -1,4 +1,5 @@
-"""A small server of the Hugging Face hub's HTTP API: data sets with commits, to be read."""
+"""A small server of the Hugging Face hub's HTTP API: a data set or a model with commits, to be
+read."""
 
 import hashlib
 import json
@@ -13,14 +14,18 @@ Files = Mapping[str, bytes]
 
 
 class Hub(ThreadingHTTPServer):
-    """`commits` are the files by commit hash, `branches` commit hashes by name, `private` the
-    token that opens the data set `ORG/NAME`. `asked` lists what was requested."""
+    """`commits` are the files by commit hash, `branches` commit hashes by name, `token` what opens
+    the repository `ORG/NAME`, of the kind `datasets` or `models`. With `gated` all may look at it,
+    and only the token opens its files. Of the files in `broken` half is sent, and then an error.
+    `asked` lists what was requested."""
 
     daemon_threads = True
 
-    def __init__(self, name: str, token: str | None = None) -> None:
+    def __init__(self, name: str, token: str | None = None, kind: str = "datasets") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.name, self.token = name, token
+        self.name, self.token, self.kind = name, token, kind
+        self.gated = False
+        self.broken: set[str] = set()
         self.commits: dict[str, Files] = {}
         self.branches: dict[str, str] = {}
         self.asked: list[str] = []
@@ -37,8 +42,8 @@ class Hub(ThreadingHTTPServer):
 
 
 @contextmanager
-def hub(name: str, token: str | None = None) -> Iterator[Hub]:
-    with Hub(name, token) as server:
+def hub(name: str, token: str | None = None, kind: str = "datasets") -> Iterator[Hub]:
+    with Hub(name, token, kind) as server:
         thread = Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
@@ -67,10 +72,17 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.server, unquote(urlsplit(self.path).path)
         hub.asked.append(f"{self.command} {path}")
         form = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+        api = f"/api/{hub.kind}/{hub.name}"
+        files = (
+            f"/datasets/{hub.name}/resolve/" if hub.kind == "datasets" else f"/{hub.name}/resolve/"
+        )
+        is_open = not hub.token or self.headers.get("Authorization") == f"Bearer {hub.token}"
+        if not is_open and not hub.gated:
             return self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
-        api, files = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/"
         if path.startswith(files):
+            if not is_open:
+                status = 403 if "Authorization" in self.headers else 401
+                return self._send(status, b"", {"X-Error-Code": "GatedRepo"})
             revision, _, name = path.removeprefix(files).partition("/")
             return self._send_file(revision, name, with_body=with_body)
         if path != api and not path.startswith(f"{api}/"):
@@ -102,6 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         headers = {"ETag": f'"{_entry(name, data)["oid"]}"', "X-Repo-Commit": revision}
+        if with_body and name in self.server.broken:
+            if sum(line.endswith(f"GET {self.path}") for line in self.server.asked) > 1:
+                return self._send(500, b"", {})
+            headers["Content-Length"] = str(len(data))
+            self.close_connection = True
+            return self._send(200, data[: len(data) // 2], headers)
         self._send(200, data, headers, with_body=with_body)
         return None
 
@@ -109,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         self, status: int, body: bytes, headers: Mapping[str, str], *, with_body: bool = True
     ) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if with_body:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
-_RUN_TIMEOUT_S = 240
 _POLL_S = 0.05
+# Ends a test that hangs; far beyond what a loaded machine takes.
+_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,14 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """The message after `error:`; fails the test where it is not there once, or is a trace."""
+        """The message after `error:`, with `--json` that of its object; fails the test where it is
+        not there once, or is a trace."""
         assert "Traceback" not in self.err, self.err
+        *_, last = self.err.splitlines() or [""]
+        if last.startswith("{") and "error: " not in self.err.partition(last)[0]:
+            told = json.loads(last)
+            assert told["exit_code"] == self.exit_code, told
+            return str(told["message"])
         messages = f"\n{self.err}".split("\nerror: ")[1:]
         assert len(messages) == 1, self.err
         return messages[0].strip()
@@ -65,7 +72,7 @@ class Running:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self, timeout_s: float = _RUN_TIMEOUT_S) -> Ended:
+    def wait(self, timeout_s: float = _TIMEOUT_S) -> Ended:
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -95,6 +102,10 @@ class Program:
     def processes(self) -> dict[int, str]:
         """Command line by process id of all that runs from `home`."""
         return processes_of(self.home)
+
+    def wait_until_gone(self) -> None:
+        """A killed process of Ray may take a moment to give its memory back."""
+        wait_until(lambda: not self.processes(), "nothing of the run is left")
 
 
 @contextmanager
@@ -137,7 +148,7 @@ def processes_of(home: Path) -> dict[int, str]:
     return found
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = _TIMEOUT_S) -> None:
     """Poll until the condition holds; fails the test at the deadline."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -39,7 +39,7 @@ COMMIT = Commit(
     scores_digest="s",
     pairs={"web": PairCounts(9, 6, 1)},
     layout={},
-    added_columns=["score"],
+    added_columns=["score", "score_error"],
     spread={"web": Spread(10, 9, 0.5, 1.0, (-1.0, -0.9, 0.0, 0.5, 1.0, 1.9, 2.0))},
 )
 

@@ -36,6 +36,18 @@ def violations(document: dict[str, Any]) -> list[str]:
     return list(found) if _schemas(*kind) else [f"no schema for {kind[1]} of {kind[0]}"]
 
 
+def refusals(policy: dict[str, Any], document: dict[str, Any]) -> list[str]:
+    """The messages with which a ValidatingAdmissionPolicy refuses this document."""
+    known: dict[str, Any] = {"object": document, "variables": {}}
+    for variable in policy["spec"].get("variables", []):
+        known["variables"][variable["name"]] = cel.evaluate(variable["expression"], known)
+    return [
+        validation["message"]
+        for validation in policy["spec"]["validations"]
+        if not cel.evaluate(validation["expression"], known)
+    ]
+
+
 def ray_up_violations(document: dict[str, Any]) -> list[str]:
     """The same for a file of `ray up`, against the schema inside the installed Ray."""
     text = resources.files("ray.autoscaler").joinpath("ray-schema.json").read_text()
@@ -216,6 +228,7 @@ _METADATA: Schema = _closed(
     )
 )
 
+_ADMISSION = "admissionregistration.k8s.io/v1"
 _KUEUE = "kueue.x-k8s.io/v1beta2"
 _MONITORING = "monitoring.coreos.com/v1"
 
@@ -280,6 +293,37 @@ _BY_HAND: dict[tuple[str, str], Schema] = {
         "spec",
         spec=_object(
             "clusterQueue", clusterQueue=_STRING, stopPolicy=_enum("None", "Hold", "HoldAndDrain")
+        ),
+    ),
+    # Kubernetes 1.30 and newer; what its documentation of the two kinds names and we use.
+    (_ADMISSION, "ValidatingAdmissionPolicy"): _object(
+        "spec",
+        spec=_object(
+            "matchConstraints validations",
+            failurePolicy=_enum("Fail", "Ignore"),
+            matchConstraints=_object(
+                "resourceRules",
+                resourceRules=_list(
+                    _object(
+                        "apiGroups apiVersions operations resources",
+                        apiGroups=_STRINGS,
+                        apiVersions=_STRINGS,
+                        operations=_list(_enum("CREATE", "UPDATE", "DELETE", "CONNECT", "*")),
+                        resources=_STRINGS,
+                    )
+                ),
+            ),
+            variables=_list(_object("name expression", name=_STRING, expression=_STRING)),
+            validations=_list(_object("expression", expression=_STRING, message=_STRING)),
+        ),
+    ),
+    (_ADMISSION, "ValidatingAdmissionPolicyBinding"): _object(
+        "spec",
+        spec=_object(
+            "policyName validationActions",
+            policyName=_STRING,
+            validationActions=_list(_enum("Deny", "Warn", "Audit")),
+            matchResources=_object(namespaceSelector=_SELECTOR),
         ),
     ),
     # prometheus-operator, example/prometheus-operator-crd/monitoring.coreos.com_*.yaml

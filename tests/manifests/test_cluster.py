@@ -22,7 +22,13 @@ from cluster import lint
 from cluster.lint import Manifest, Node, findings, load
 from tests.helpers.program import REPOSITORY
 from tests.manifests.network import End, may_connect
-from tests.manifests.schemas import keys, ray_up_violations, skypilot_violations, violations
+from tests.manifests.schemas import (
+    keys,
+    ray_up_violations,
+    refusals,
+    skypilot_violations,
+    violations,
+)
 
 CLUSTER = REPOSITORY / "cluster"
 KUBERAY = CLUSTER / "kuberay"
@@ -34,6 +40,7 @@ BUILT = (
     "cluster/kuberay/overlays/aws",
     "cluster/kuberay/overlays/gcp",
     "cluster/kuberay/overlays/cpu-smoke",
+    "cluster/kuberay/admission",
     "cluster/kuberay/kueue",
     "cluster/kuberay/monitoring",
     "jobs",
@@ -201,6 +208,8 @@ def test_what_pods_ask_for_is_there() -> None:
             settings = volume.child("configMap").value
             name = settings.get("name")
             assert name is None or settings.get("optional") or ("ConfigMap", name) in there, volume
+        for source in [source for one in pod.containers for source in one.children("envFrom")]:
+            assert ("ConfigMap", source.child("configMapRef").value["name"]) in there, source
         for mount in [mount for one in pod.containers for mount in one.children("volumeMounts")]:
             volumes = {volume.value["name"] for volume in pod.spec.children("volumes")}
             assert mount.value["name"] in volumes, mount
@@ -215,6 +224,96 @@ def test_the_submitter_makes_rayjobs_and_no_more() -> None:
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert [subject["name"] for subject in binding["subjects"]] == ["batch-scorer-submitter"]
     assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == "batch-scorer"
+
+
+WRITTEN = {
+    "HOME", "TMPDIR", "RAY_TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "VLLM_CACHE_ROOT",
+}  # fmt: skip
+"""What Ray, torch, triton, vLLM and the hub's client are told where to write."""
+
+
+def test_all_that_is_written_goes_to_the_one_writable_folder() -> None:
+    """Of every container with Ray in it; lint.py sees to the read-only rest and to the folder."""
+    [paths] = [
+        document["data"]
+        for document in of_kind(built("cluster/kuberay/base"), "ConfigMap")
+        if document["metadata"]["name"] == "batch-scorer-paths"
+    ]
+    assert paths.keys() == WRITTEN
+    assert all(path == "/tmp" or path.startswith("/tmp/") for path in paths.values())
+    argo = load((JOBS / "argo" / "cronworkflow.yaml").read_text())[0]["spec"]["workflowSpec"]
+    with_ray = [Node("", argo["templates"][0]["container"])]
+    for document in shipped():
+        manifest = Manifest(Node("", document))
+        with_ray += manifest.autoscalers
+        with_ray += [one for pod in manifest.pods if pod.role != "other" for one in pod.containers]
+    assert len(with_ray) > 12
+    for container in with_ray:
+        sources = [each.value for each in container.children("envFrom")]
+        assert sources == [{"configMapRef": {"name": "batch-scorer-paths"}}], container.path
+        own = {each.value["name"] for each in container.children("env")}
+        assert not own & WRITTEN, container.path
+        assert container.child("securityContext").value["readOnlyRootFilesystem"] is True
+        mounts = {
+            each.value["mountPath"]: each.value for each in container.children("volumeMounts")
+        }
+        assert mounts["/tmp"] == {"name": "tmp", "mountPath": "/tmp"}, container.path
+        # Whatever else is mounted is read, or memory.
+        assert {path for path, mount in mounts.items() if not mount.get("readOnly")} <= {
+            "/tmp", "/dev/shm"
+        }  # fmt: skip
+    assert {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}} in argo["volumes"]
+
+
+def ray_jobs() -> list[Document]:
+    return of_kind(shipped(), "RayJob")
+
+
+def test_our_rayjobs_are_admitted() -> None:
+    policy, binding = built("cluster/kuberay/admission")
+    assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+    assert "namespace" not in policy["metadata"]
+    assert len(ray_jobs()) >= 3
+    for job in ray_jobs():
+        assert refusals(policy, job) == []
+
+
+SECRET = {"secretKeyRef": {"name": "s", "key": "k"}}
+RAY = ("rayClusterSpec", "headGroupSpec", "template", "spec")
+WORKER_POD = ("rayClusterSpec", "workerGroupSpecs", 0, "template", "spec")
+SUBMITTER_POD = ("submitterPodTemplate", "spec")
+
+
+@pytest.mark.parametrize("pod", [RAY, WORKER_POD, SUBMITTER_POD], ids=lambda pod: str(pod[0:2]))
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (("containers", 0, "env"), [{"name": "A", "valueFrom": SECRET}], "is taken from a Secret"),
+        (("containers", 0, "envFrom"), [{"secretRef": {"name": "s"}}], "are taken from a Secret"),
+        (
+            ("initContainers",),
+            [{"name": "i", "env": [{"name": "A", "valueFrom": SECRET}]}],
+            "is taken from a Secret",
+        ),
+        (("volumes",), [{"name": "v", "secret": {"secretName": "s"}}], "a volume"),
+        (("volumes",), [{"name": "v", "projected": {"sources": []}}], "a volume"),
+        (("volumes",), [{"name": "v", "csi": {"driver": "d"}}], "a volume"),
+        (("volumes",), [{"name": "v", "hostPath": {"path": "/"}}], "a volume"),
+        (("serviceAccountName",), "batch-scorer-submitter", "another service account"),
+    ],
+)
+def test_a_rayjob_that_reaches_for_more_is_refused(
+    pod: tuple[str | int, ...], at: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    policy, _ = built("cluster/kuberay/admission")
+    job = copy.deepcopy(ray_jobs()[0])
+    place: Any = job["spec"]
+    for step in (*pod, *at[:-1]):
+        place = place[step]
+    place[at[-1]] = value
+    [found] = refusals(policy, job)
+    assert said in found
 
 
 # The network.
@@ -434,7 +533,7 @@ def test_one_ray_and_one_program_everywhere() -> None:
         text = (CLUSTER / file).read_text()
         assert set(re.findall(r"batch-scorer:(\d[\w.-]*)", text)) == {tag}, file
     dockerfile = (CLUSTER / "image" / "Dockerfile").read_text()
-    assert f"RAY_IMAGE=rayproject/ray:{lint.RAY}-py311-gpu" in dockerfile
+    assert f"RAY_IMAGE=rayproject/ray:{lint.RAY}-py311-gpu@sha256:" in dockerfile
     assert f"== '{lint.RAY}'" in dockerfile
     assert f'image.version="{batch_scorer.__version__}"' in dockerfile
 

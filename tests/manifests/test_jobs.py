@@ -550,7 +550,14 @@ _ARGO = _object(
                 seccompProfile=_object("type", type=_TEXT),
             ),
             podMetadata=_object("labels", labels=_MAP),
-            volumes=_items(_object("name", name=_TEXT, configMap=_object("name", name=_TEXT))),
+            volumes=_items(
+                _object(
+                    "name",
+                    name=_TEXT,
+                    configMap=_object("name", name=_TEXT),
+                    emptyDir=_object("sizeLimit", sizeLimit=_TEXT),
+                )
+            ),
             templates=_items(
                 _object(
                     "name container",
@@ -563,6 +570,9 @@ _ARGO = _object(
                         image=_TEXT,
                         command=_TEXTS,
                         args=_TEXTS,
+                        envFrom=_items(
+                            _object("configMapRef", configMapRef=_object("name", name=_TEXT))
+                        ),
                         env=_items(
                             _object(
                                 "name valueFrom",
@@ -579,8 +589,9 @@ _ARGO = _object(
                             limits=_object("cpu memory", cpu=_TEXT, memory=_TEXT),
                         ),
                         securityContext=_object(
-                            "allowPrivilegeEscalation",
+                            "allowPrivilegeEscalation readOnlyRootFilesystem",
                             allowPrivilegeEscalation={"const": False},
+                            readOnlyRootFilesystem={"const": True},
                             capabilities=_object("drop", drop={"const": ["ALL"]}),
                         ),
                         volumeMounts=_items(

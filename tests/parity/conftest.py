@@ -3,7 +3,16 @@ from pathlib import Path
 
 import pytest
 
+from batch_scorer import shard
+from batch_scorer.parity import sample
 from tests.parity.tiny_models import build_model
+
+
+@pytest.fixture(autouse=True)
+def _in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards and the gate's sample are read in this process, where tests put faults in."""
+    for module in (sample, shard):
+        monkeypatch.setattr(module, "read_apart", lambda config, size, read, *given: read(*given))
 
 
 @pytest.fixture(scope="session")

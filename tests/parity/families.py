@@ -27,6 +27,7 @@ from tests.parity.tiny_models import (
     QUERY_KEY_GAIN,
     Sequences,
     build_model,
+    change_config,
     load_reference,
     random_sequences,
     reference_scores,
@@ -342,6 +343,27 @@ def tied_token_logit(model_dir: Path) -> Checkpoint:
     )
 
 
+def logit_difference(first: int, second: int) -> Callable[[Path], Checkpoint]:
+    """One token's logit minus another's."""
+
+    def build(model_dir: Path) -> Checkpoint:
+        vocabulary = max(VOCABULARY, first + 1)
+        body = new_body("llama", vocabulary)
+        lm_head = matrix(vocabulary, HIDDEN, 10)
+        save(model_dir, body, "LlamaForCausalLM", {"lm_head.weight": lm_head})
+
+        def score(x: Tensor) -> Tensor:
+            return lm_head[first : first + 1] @ x - lm_head[second : second + 1] @ x
+
+        traps = common_traps(score) | {
+            "the first token's logit alone": Trap(last(lambda x: lm_head[first : first + 1] @ x)),
+            "the other way round": Trap(last(lambda x: -score(x))),
+        }
+        return Checkpoint(model_dir, body, last(score), texts(), traps)
+
+    return build
+
+
 def logit_traps(lm_head: Tensor) -> dict[str, Trap]:
     traps = common_traps(lambda x: lm_head[:1] @ x)
     traps["a log probability"] = Trap(last(lambda x: (lm_head @ x).log_softmax(-1)[:1]))
@@ -515,9 +537,9 @@ def sign_traps(
 # InternLM2
 
 
-def internlm2(model_dir: Path) -> Checkpoint:
-    reward_id, shape = 311, {"hidden_size": 128, "head_dim": 32}
-    body = new_body("llama", **shape, rope_theta=50000.0)
+def internlm2(model_dir: Path, vocabulary: int = VOCABULARY, reward_id: int = 311) -> Checkpoint:
+    shape = {"hidden_size": 128, "head_dim": 32}
+    body = new_body("llama", vocabulary, **shape, rope_theta=50000.0)
     state = body.state_dict()
     weight = matrix(1, 128, 2)
     renamed = {
@@ -585,6 +607,65 @@ def internlm2(model_dir: Path) -> Checkpoint:
         "rotary base lost": Trap(last(score), other_base),
     }
     return Checkpoint(model_dir, body, last(score), sequences, traps)
+
+
+# PairRM
+
+
+def pairrm(model_dir: Path, source: int = 320, first: int = 321, second: int = 322) -> Checkpoint:
+    marks = {"source_prefix_id": source, "cand1_prefix_id": first, "cand2_prefix_id": second}
+    # Distances are counted up to 32 tokens, in buckets; most sequences are longer.
+    distances = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+    shape = {"position_biased_input": False, "type_vocab_size": 0, "max_position_embeddings": 32}
+    body = new_body("deberta-v2", 323, **distances, **shape)
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            if "query_proj.weight" in name or "key_proj.weight" in name:
+                parameter.mul_(QUERY_KEY_GAIN["deberta-v2"])
+            elif "value_proj.weight" in name or "attention.output.dense.weight" in name:
+                parameter.mul_(8)  # else a mark's own embedding is nearly all there is
+        body.encoder.rel_embeddings.weight.mul_(50)
+    head = {
+        "head_layer.1.weight": matrix(HIDDEN, 2 * HIDDEN, 2),
+        "head_layer.1.bias": torch.randn(HIDDEN),
+        "head_layer.4.weight": matrix(3, HIDDEN, 4),
+        "head_layer.4.bias": torch.randn(3),
+    }
+    architecture, prefix = "DebertaV2PairRM", "pretrained_model."
+    save(model_dir, body, architecture, head, prefix=prefix, n_tasks=3, drop_out=0.05, **marks)
+
+    def answer(hidden: Tensor, ids: list[int], mark: str) -> Tensor:
+        read = torch.cat([hidden[ids.index(marks[m])] for m in ("source_prefix_id", mark)])
+        inner = torch.tanh(head["head_layer.1.weight"] @ read + head["head_layer.1.bias"])
+        return head["head_layer.4.weight"] @ inner + head["head_layer.4.bias"]
+
+    def formula(hidden: Tensor, ids: list[int]) -> Tensor:
+        own, other = (answer(hidden, ids, f"cand{n}_prefix_id") for n in (1, 2))
+        return (own - other).mean()[None]
+
+    sequences = [
+        [1, 320, *ids[: len(ids) // 3], 2, 1, 321, *ids[len(ids) // 3 : -2], 2, 1, 322, *ids[-2:]]
+        for ids in texts()
+    ]
+    traps = {
+        "the first answer alone": Trap(lambda h, ids: answer(h, ids, "cand1_prefix_id")[:1]),
+        "the first task alone": Trap(
+            lambda h, ids: (answer(h, ids, "cand1_prefix_id") - answer(h, ids, "cand2_prefix_id"))[
+                :1
+            ]
+        ),
+        "the other way round": Trap(lambda h, ids: -formula(h, ids)),
+        "the second answer's end": Trap(lambda h, ids: formula(h[[*range(1, len(ids)), 0]], ids)),
+    }
+    wider = copy.deepcopy(body.config)
+    wider.max_position_embeddings = 2048
+    other = AutoModel.from_config(wider, attn_implementation="eager").eval()
+    other.load_state_dict(
+        {n: t for n, t in body.state_dict().items() if "rel_embeddings" not in n}, strict=False
+    )
+    other.encoder.rel_embeddings = body.encoder.rel_embeddings
+    traps["distances counted up to the longest sequence"] = Trap(formula, other)
+    return Checkpoint(model_dir, body, formula, sequences, traps)
 
 
 # Beaver
@@ -915,6 +996,35 @@ HELPSTEER_WEIGHTS = {
 }
 
 
+def named_outputs(model_dir: Path) -> Checkpoint:
+    body = new_body("llama")
+    score, bias = matrix(3, HIDDEN, 2), torch.tensor([0.5, -0.25, 2.0])
+    head = {"score.weight": score, "score.bias": bias}
+    labels = {"0": "kind", "1": "short", "2": "true"}
+    save(model_dir, body, "LlamaForSequenceClassification", head, id2label=labels)
+
+    def outputs(x: Tensor) -> Tensor:
+        return score @ x + bias
+
+    traps = common_traps(outputs) | {
+        "no bias": Trap(last(lambda x: score @ x)),
+        "a softmax": Trap(last(lambda x: outputs(x).softmax(-1))),
+        "another order": Trap(last(lambda x: outputs(x).flip(0))),
+    }
+    return Checkpoint(model_dir, body, last(outputs), texts(), traps)
+
+
+def token_classifier(model_dir: Path) -> Checkpoint:
+    make = linear_head("qwen2", "Qwen2ForTokenClassification", "score", bias=True)
+    checkpoint = make(model_dir)
+    score = checkpoint.formula
+    checkpoint.sequences = ends_in_pad()
+    checkpoint.traps["the last token that is not the pad id"] = Trap(
+        lambda hidden, ids: score(hidden[:-1], ids)
+    )
+    return checkpoint
+
+
 def attributes(kind: str, names: list[str]) -> Callable[[Path], Checkpoint]:
     def build(model_dir: Path) -> Checkpoint:
         body = new_body("llama")
@@ -972,6 +1082,54 @@ def encoder(name: str) -> Callable[[Path], Checkpoint]:
     return build
 
 
+# Sentence-transformers' CrossEncoders: an activation, and the logit beside it
+
+
+def activated(logit: np.ndarray, activation: str) -> np.ndarray:
+    """float32[..., 2] of float32[..., 1]."""
+    after = {"Sigmoid": 1 / (1 + np.exp(-logit)), "Tanh": np.tanh(logit)}[activation]
+    return np.concatenate([after, logit], axis=-1)
+
+
+@dataclass
+class CrossEncoderCheckpoint(EncoderCheckpoint):
+    @cached_property
+    def reference(self) -> list[np.ndarray]:
+        logits = reference_scores(load_reference(self.model_dir), self.sequences)
+        return list(activated(logits, "Tanh"))
+
+    @cached_property
+    def bfloat16_reference(self) -> list[np.ndarray]:
+        model = load_reference(self.model_dir, "bfloat16")
+        return list(activated(reference_scores(model, self.sequences), "Tanh"))
+
+
+def cross_encoder(model_dir: Path) -> Checkpoint:
+    raw = encoder("bert")(model_dir)
+    change_config(
+        model_dir, sbert_ce_default_activation_function="torch.nn.modules.activation.Tanh"
+    )
+    traps = {**raw.traps, "no activation": Trap(lambda h, ids: raw.body.pooler(h[None])[0, :1])}
+    return CrossEncoderCheckpoint(model_dir, raw.body, raw.formula, raw.sequences, traps)
+
+
+def cross_encoder_decoder(model_dir: Path) -> Checkpoint:
+    marks = {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "5.1.0"}
+    make = linear_head(
+        "qwen3", "Qwen3ForSequenceClassification", "score", sentence_transformers=marks
+    )
+    checkpoint = make(model_dir)
+    raw = checkpoint.formula
+    checkpoint.formula = lambda hidden, ids: torch.cat(
+        [torch.sigmoid(raw(hidden, ids)), raw(hidden, ids)]
+    )
+    checkpoint.traps = {
+        "no activation": Trap(raw),
+        "the token before the last": Trap(lambda h, ids: checkpoint.formula(h[:-1], ids[:-1])),
+    }
+    return checkpoint
+
+
 LLAMA_CLASSIFIER = "LlamaForSequenceClassification"
 NEMOTRON_ORDER = ["verbosity", "quality", "helpfulness", "toxicity", "humor"]
 NEMOTRON_ORDER += ["complexity", "creativity", "coherence", "correctness"]
@@ -992,8 +1150,22 @@ FAMILIES = (
         linear_head("qwen3", "Qwen3ForSequenceClassification", "score", bias=True),
         "qwen3",
     ),
+    Family("token_classifier", token_classifier, paths=HF_ONLY),
+    Family("named_outputs", named_outputs),
     Family("token_logit", token_logit, directory="Llama-3.1-Nemotron-70B-Reward-HF"),
     Family("token_logit", tied_token_logit, "tied", directory="Qwen-3-Nemotron-tiny-Reward"),
+    Family(
+        "nemotron_principle",
+        logit_difference(9642, 2822),
+        directory="Llama-3.3-Nemotron-70B-Reward-Principle",
+    ),
+    Family(
+        "pair_preference",
+        logit_difference(32, 33),
+        directory="pair-preference-model-LLaMA3-8B",
+        paths=HF_ONLY,
+    ),
+    Family("pairrm", pairrm, paths=PADDED_ONLY),
     Family(
         "value_head",
         linear_head("llama", "LlamaForCausalLM", "v_head.summary", bias=True, lm_head=True),
@@ -1022,6 +1194,7 @@ FAMILIES = (
     Family("rlhflow_prm", rlhflow, directory="RLHFlow-Llama3.1-8B-PRM", has_steps=True),
     Family("math_shepherd", shepherd, directory="math-shepherd-mistral-7b-prm", has_steps=True),
     Family("internlm2_reward", internlm2),
+    Family("polar", internlm2, directory="POLAR-7B", paths=HF_ONLY),
     Family("beaver_reward", beaver("reward")),
     Family("beaver_cost", beaver("cost")),
     Family("oasst_pythia", oasst("mean"), "mean", paths=HF_ONLY),
@@ -1038,6 +1211,8 @@ FAMILIES = (
         attributes("steerlm", STEERLM_ORDER),
         directory="llama3-70b-steerlm-rm",
     ),
+    Family("cross_encoder", cross_encoder, paths=PADDED_ONLY),
+    Family("cross_encoder_decoder", cross_encoder_decoder),
     Family("encoder", encoder("bert"), "bert", paths=PADDED_ONLY),
     Family("encoder", encoder("modernbert"), "modernbert", paths=PADDED_ONLY),
     Family("encoder", encoder("deberta-v2"), "deberta", paths=PADDED_ONLY),

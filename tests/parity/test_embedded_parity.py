@@ -38,7 +38,7 @@ def model_dir() -> Iterator[Path]:
 
 def tokenized(model_dir: Path, count: int) -> TokenizedRows:
     pairs = pq.read_table(PAIRS).slice(0, count)
-    parsed = formats.parse(formats.columns_of(pairs), LAYOUT)
+    parsed = formats.parse(formats.columns_of(pairs)[0], LAYOUT)
     rows = Renderer(model_dir, 8192, OverLength.MARK).tokenize(parsed)
     assert rows.num_sequences == 2 * count
     return rows
@@ -67,6 +67,7 @@ def packed(model_dir: Path, rows: TokenizedRows, dtype: str) -> npt.NDArray[np.f
     return backend.score(rows).values[:, 0]
 
 
+@pytest.mark.slow
 def test_packed_scores_of_200_real_pairs_are_those_of_plain_hugging_face(model_dir: Path) -> None:
     rows = tokenized(model_dir, NUM_PAIRS)
     reference = plain(model_dir, rows, torch.float32)
@@ -78,6 +79,7 @@ def test_packed_scores_of_200_real_pairs_are_those_of_plain_hugging_face(model_d
     assert (np.sign(margins) == np.sign(expected))[decided].all()
 
 
+@pytest.mark.slow
 def test_in_bfloat16_packing_adds_no_error(model_dir: Path) -> None:
     rows = tokenized(model_dir, NUM_PAIRS_IN_BFLOAT16)
     reference = plain(model_dir, rows, torch.float32)

@@ -240,6 +240,16 @@ def test_the_reference_is_computed_once_for_an_output(
     assert score(config).parity == first.parity
 
 
+def test_a_kept_reference_that_is_damaged_is_computed_anew(config: Config) -> None:
+    score(config)
+    (kept,) = Path(config.output).glob("_batch_scorer/parity/*.json")
+    for damage in ("[]", '{"dtype": "float32", "values": "many"}', "{"):
+        kept.write_text(damage)
+        for file in Path(config.output).glob("*.parquet"):
+            file.unlink()
+        assert score(config).is_complete
+
+
 def test_check_shows_what_the_model_sees(model: Path, tmp_path: Path) -> None:
     config = config_for(model, tmp_path)
     ended = run_cli("check", model, *config.inputs, "--no-ray", "--dtype", "float32")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
+    LlamaModel,
 )
 
 from batch_scorer.backends.hf import HFBackend
@@ -217,7 +216,7 @@ def test_a_sequence_that_ends_in_the_pad_id_is_pooled_where_transformers_pools(
     np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("pad_token_id", [None, -1])
+@pytest.mark.parametrize("pad_token_id", [None, -1, 10**6])
 def test_a_useless_pad_id_does_not_matter(
     pad_token_id: int | None, model_dir: ModelDir, tmp_path: Path
 ) -> None:
@@ -296,10 +295,17 @@ def test_scores_do_not_depend_on_budget_order_or_company(
     values = whole.score(tokenized(sequences)).values
     small = make_backend(model_dir(name), dtype=dtype, token_budget=37)
     shuffled = small.score(tokenized([sequences[index] for index in order])).values
-    tolerance = TOLERANCE if dtype == "float32" else 0.02 * values.std()
-    np.testing.assert_allclose(shuffled, values[order], rtol=0, atol=tolerance)
+    if dtype == "float32":
+        np.testing.assert_allclose(shuffled, values[order], rtol=0, atol=TOLERANCE)
+        return
+    # Other sizes of products are rounded in another order, which costs far less than bfloat16 does:
+    # 2 to 3 % of its error on a Xeon with AMX.
+    exact = make_backend(model_dir(name), dtype="float32").score(tokenized(sequences)).values
+    of_order, of_dtype = shuffled - values[order], values - exact
+    assert np.sqrt(np.mean(of_order**2)) < 0.1 * np.sqrt(np.mean(of_dtype**2))
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_scores(model_dir: ModelDir) -> None:
     """Gemma-2: softcap, and two kinds of layers."""
     if not (shutil.which("g++") or shutil.which("clang++")):
@@ -531,15 +537,11 @@ def test_a_head_with_two_outputs_is_refused(tmp_path: Path) -> None:
         make_backend(tmp_path)
 
 
-def test_weights_without_a_place_are_recorded(
-    model_dir: ModelDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_without_a_place_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:
     shutil.copytree(model_dir("llama"), tmp_path, dirs_exist_ok=True)
     change_weights(tmp_path, lambda weights: weights | {"gate.weight": torch.ones(2)})
-    with caplog.at_level(logging.WARNING, logger="batch_scorer"):
-        backend = make_backend(tmp_path)
-    assert backend.provenance["unexpected_weights"] == ["gate.weight"]
-    assert "gate.weight" in caplog.text
+    with pytest.raises(ModelError, match=r"nothing in the model takes gate\.weight"):
+        make_backend(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -588,13 +590,13 @@ def test_rounded_rotary_frequencies_are_refused(
     model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later .to(dtype) rounds them, an error that grows with the position."""
-    load = AutoModel.from_pretrained
+    load = LlamaModel.from_pretrained
 
     def load_and_cast(*args: Any, **kwargs: Any) -> Any:
         model, report = load(*args, **kwargs)
         return model.to(torch.bfloat16), report
 
-    monkeypatch.setattr(AutoModel, "from_pretrained", load_and_cast)
+    monkeypatch.setattr(LlamaModel, "from_pretrained", load_and_cast)
     with pytest.raises(ModelError, match="inv_freq"):
         make_backend(model_dir("llama"), dtype="bfloat16")
 

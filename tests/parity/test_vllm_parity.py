@@ -24,6 +24,7 @@ from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowR
 from batch_scorer.models.adapter import Adapter, MarkAndLast, StepTokens
 from batch_scorer.models.registry import EMBEDDING, adapter_named
 from batch_scorer.records import Embedding
+from tests.helpers.adapters import peft_adapter
 from tests.parity.tiny_models import (
     GQA,
     PAD,
@@ -118,6 +119,19 @@ def test_scores_are_those_of_plain_hugging_face(
     scores = start(model_dir(name)).score(tokenized(SEQUENCES))
     assert scores.errors == {}
     np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE)
+
+
+def test_a_lora_adapter_scores_as_in_peft(
+    model_dir: ModelDir, start: Start, tmp_path: Path
+) -> None:
+    base = model_dir("llama")
+    config = {"target_modules": "all-linear", "use_rslora": True, "modules_to_save": ["norm"]}
+    model = peft_adapter(load_reference(base), tmp_path, base=str(base), **config)
+    reference = reference_scores(model, SEQUENCES)
+    scores = start(base, lora_dir=tmp_path).score(tokenized(SEQUENCES))
+    assert scores.errors == {}
+    np.testing.assert_allclose(scores.values, reference, rtol=0, atol=TOLERANCE * reference.std())
+    assert np.abs(reference - plain(base, SEQUENCES).values).max() > reference.std() / 10
     assert reference.min() < -1 and reference.max() > 2
 
 
@@ -356,11 +370,11 @@ def test_a_head_that_reads_two_tokens(model_dir: ModelDir, start: Start, tmp_pat
     for index, (columns, rows) in enumerate(itertools.pairwise(sizes)):
         head[f"gating.layers.{index}.weight"] = torch.randn(rows, columns)
         head[f"gating.layers.{index}.bias"] = torch.randn(rows)
-    change_weights(tmp_path, lambda old: old | head)
-    change_config(tmp_path, architectures=["LlamaForRewardModelWithGating"])
-    adapter = replace(
-        adapter_named("armorm"), pooling=MarkAndLast({"llama": MARK}), unused=("score.weight",)
+    change_weights(
+        tmp_path, lambda old: {n: t for n, t in old.items() if n != "score.weight"} | head
     )
+    change_config(tmp_path, architectures=["LlamaForRewardModelWithGating"])
+    adapter = replace(adapter_named("armorm"), pooling=MarkAndLast({"llama": MARK}))
     sequences = [[*ids, *MARK, *ids[:9]] for ids in random_sequences(12, longest=90)]
     sequences.append([3, 4])  # without the mark
     reference = plain(tmp_path, sequences, adapter)
@@ -399,6 +413,23 @@ def test_a_step_head_reads_every_step_from_one_forward(
     # One forward for each distinct sequence that has steps, however many.
     assert scores.effort.computed_tokens == sum(map(len, sequences[: len(steps)]))
     assert np.std(scores.step_values) > 0.05
+
+
+def test_every_token_has_a_score(model_dir: ModelDir, start: Start) -> None:
+    sequences = [*SEQUENCES, SEQUENCES[0], []]  # one a second time, and one without tokens
+    scores = start(model_dir("llama"), token_scores=True).score(tokenized(sequences))
+    assert {i: e.reason for i, e in scores.errors.items()} == {len(sequences) - 1: RowReason.EMPTY}
+    model = load_reference(model_dir("llama"))
+    with torch.inference_mode():
+        expected = [
+            model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
+            for ids in sequences[:-1]
+        ]
+    assert scores.step_values is not None and scores.step_offsets is not None
+    assert np.diff(scores.step_offsets).tolist() == [len(ids) for ids in sequences]
+    np.testing.assert_allclose(scores.step_values, torch.cat(expected), rtol=0, atol=5 * TOLERANCE)
+    last = [values[-1] for values in expected]
+    np.testing.assert_allclose(scores.values[:-1, 0], last, rtol=0, atol=TOLERANCE)
 
 
 def test_a_body_under_other_names(start: Start, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     | GQA
     | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 50.0, "sliding_window": 16},
     "mistral": SHAPE | GQA | {"sliding_window": 16},
+    "mixtral": SHAPE | GQA | {"num_local_experts": 4},
     "gpt2": SHAPE | {"n_layer": 4},  # learned absolute positions
     "bert": SHAPE,
     "modernbert": SHAPE | {"local_attention": 16, "global_attn_every_n_layers": 2},

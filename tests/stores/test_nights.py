@@ -6,7 +6,7 @@ import pytest
 
 from batch_scorer import Config
 from batch_scorer.nightly.night import Ended, Night, run_night
-from batch_scorer.outputs.manifest import read_success
+from batch_scorer.outputs.manifest import SUCCESS_KEY
 from tests.helpers.inputs import pairs, parquet
 from tests.stores.jobs import StoreJob
 
@@ -60,8 +60,7 @@ def test_a_night_of_some_days_keeps_what_the_night_before_has_scored(job: StoreJ
         return run_night(nights_of(job, "days"), Night(since=since and date.fromisoformat(since)))
 
     def counted() -> int:
-        success = read_success((job.place / latest(job)).store)
-        assert success is not None
+        success = (job.place / latest(job)).store.read_json(SUCCESS_KEY)
         assert (success["rows_left"], success["shards_left"]) == (0, 0)
         return int(success["rows"])
 

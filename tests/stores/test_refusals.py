@@ -32,20 +32,30 @@ def lines(store: Store, kind: type[StorageError]) -> set[str]:
     return found
 
 
+KEY = base64.b64encode(b"k" * 64).decode()
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of every store, so that requests are signed."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", KEY)
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "a-token")
+
+
 def s3_at(endpoint: str) -> Store:
     options = {"endpoint": endpoint, "region": "us-east-1", "allow_http": "true"}
-    return Store("s3://bkt/out", {**options, "access_key_id": "id", "secret_access_key": "secret"})
+    return Store("s3://bkt/out", options)
 
 
 def azure_at(endpoint: str) -> Store:
-    key = base64.b64encode(b"k" * 64).decode()
-    options = {"endpoint": endpoint, "account_name": "a", "account_key": key, "allow_http": "true"}
+    options = {"endpoint": endpoint, "account_name": "a", "allow_http": "true"}
     return Store("az://box/out", options)
 
 
 def gcs_at(endpoint: str) -> Store:
-    options = {"base_url": endpoint, "bearer_token": "a-token", "allow_http": "true"}
-    return Store("gs://bkt/out", options)
+    return Store("gs://bkt/out", {"base_url": endpoint, "allow_http": "true"})
 
 
 AT = {"s3": s3_at, "azure": azure_at, "gcs": gcs_at}
@@ -53,6 +63,7 @@ AT = {"s3": s3_at, "azure": azure_at, "gcs": gcs_at}
 REGION = "the region 'us-east-1' is wrong; expecting 'eu-central-1'"
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize(
     ("kind", "code", "line"),
     [
@@ -66,6 +77,7 @@ def test_a_missing_place_is_one_line(kind: str, code: str, line: str) -> None:
         assert lines(AT[kind](endpoint), PlaceMissing) == {line}
 
 
+@pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize(
     ("kind", "status", "code", "message", "line"),
     [
@@ -88,6 +100,7 @@ def test_a_refusal_is_one_line(kind: str, status: int, code: str, message: str, 
     assert all(line in each and len(each) < 120 for each in found), found
 
 
+@pytest.mark.usefixtures("keys")
 def test_a_refused_deletion_is_one_line() -> None:
     """S3 deletes in bulk, and answers 200 with an error for each key."""
     refused = error("AccessDenied", "Access Denied").replace("<Error>", "<Error><Key>out/k</Key>")
@@ -110,20 +123,21 @@ def test_s3_answers_so(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("no permission: the key is wrong" in line for line in wrong)
 
 
-def test_azure_answers_so(azure: AzureServer) -> None:
+def test_azure_answers_so(azure: AzureServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines(Store("az://nobox/out", azure.options), PlaceMissing) == {
         "az://nobox: no such container"
     }
-    key = base64.b64encode(b"k" * 64).decode()
-    wrong = lines(Store(azure.url("x"), {**azure.options, "account_key": key}), AccessDenied)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", KEY)
+    wrong = lines(Store(azure.url("x"), azure.options), AccessDenied)
     assert all("no permission (AuthorizationFailure)" in line for line in wrong)
 
 
-def test_gcs_answers_so(gcs: GcsServer) -> None:
+def test_gcs_answers_so(gcs: GcsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines(Store("gs://nobkt/out", gcs.options), PlaceMissing) == {
         "gs://nobkt: no such bucket"
     }
-    wrong = lines(Store(gcs.url("x"), {**gcs.options, "bearer_token": "wrong"}), AccessDenied)
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "wrong")
+    wrong = lines(Store(gcs.url("x"), gcs.options), AccessDenied)
     assert all("no permission: the key is wrong" in line for line in wrong)
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import pytest
 
 from batch_scorer.config import Config, load_config, load_partial_config
 from batch_scorer.errors import ConfigError
+from batch_scorer.storage import Store
 
 NEEDED: dict[str, Any] = {"model": "m", "inputs": ("in",), "output": "out"}
 
@@ -45,7 +47,7 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
         ({"dtype": "int8"}, "dtype: .*'bfloat16', 'float32' or 'float16'.*'int8'"),
         ({"shard_rows": 0}, "shard_rows: .*greater than 0.*got 0"),
         ({"over_length": "cut"}, "over_length: .*'mark', 'error', .* or 'truncate_right'"),
-        ({"store_options": {"aws_secret_access_key": "x"}}, "credentials are not settings"),
+        ({"store_options": {"regoin": "x"}}, "store_options.regoin: .* did you mean `region`"),
         ({"backend": "fake", "compile": True}, "compile: the fake .* set backend: hf or vllm"),
         (
             {"backend": "auto", "attention": "sdpa", "quantization": "fp8"},
@@ -103,3 +105,79 @@ def test_only_scores_settings_are_asked_for_the_fingerprint() -> None:
     scores = load_config(**NEEDED).with_role("scores")
     assert "over_length" in scores
     assert not {"workers", "token_budget", "output", "shard_rows"} & set(scores)
+
+
+def test_token_scores_need_an_engine_and_a_head_that_have_them() -> None:
+    assert load_config(**NEEDED, token_scores=True, backend="auto").token_scores
+    with pytest.raises(ConfigError, match="token_scores: the fake backend does not take it"):
+        load_config(**NEEDED, token_scores=True, backend="fake")
+    with pytest.raises(ConfigError, match="token_scores: only for scores"):
+        load_config(**NEEDED, token_scores=True, task="embed")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: a\nmodel: b\n", "`model` is there twice.*line 1"),
+        ("columns: {chosen: a, chosen: b}", "`chosen` is there twice"),
+        ("k: &a x\nl: [" + "*a, " * 21 + "]", "more than 20 aliases"),
+        ("template_arguments: &a {x: *a}", "stands inside of what it stands for"),
+        ("model: !!python/name:os.system x", "tags are not read"),
+        ("model: !!str x", "tags are not read"),
+        ("model: a\n---\nmodel: b", "not readable as YAML: .*another document"),
+        ("[a, b]", "expected `setting: value` lines, got list"),
+        ("just text", "expected `setting: value` lines, got str"),
+        ("1: 2", "1 is no setting's name"),
+        ("? [a]\n: b", "not readable as YAML"),
+        ("limit: " + "9" * 5000, "not readable as YAML: .*4300 digits"),
+        ("template_date: 2026-99-99", "not readable as YAML: month must be"),
+        ("columns: " + "[" * 2000, "not readable as YAML"),
+        ("model: a\x00b", "not readable as YAML"),
+        ("#" * (1 << 20) + "\nmodel: a", "at most 1,048,576 bytes"),
+        ("template_arguments: {day: 2026-11-28}", "template_arguments: not JSON .* quote a date"),
+        ("template_arguments: {x: .nan}", "template_arguments: not JSON values"),
+        ("template_arguments: [1]", "template_arguments: .*valid dictionary"),
+        ("columns: {chosen: [1]}", "columns.chosen: .*valid string"),
+        ("keep_columns: {a: 1}", "keep_columns: "),
+        ("limit: " + "9" * 4000, "limit: "),
+        ("system_prompt: [" + "x, " * 500 + "]", "system_prompt: .{1,400}$"),
+    ],
+)
+def test_odd_yaml_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_config(file, **NEEDED)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_few_aliases_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("inputs: [&place in]\noutput: out\nmodel: *place\n")
+    assert load_config(file).model == "in"
+
+
+def test_a_folder_is_no_config_file_and_a_pipe_is_one(tmp_path: Path) -> None:
+    """Shells give `<(...)` as a pipe."""
+    with pytest.raises(ConfigError, match="not a file"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="no config file"):
+        load_config(tmp_path / "a\x00b")
+    reading, writing = os.pipe()
+    os.write(writing, b"{model: m, inputs: [i], output: o}")
+    os.close(writing)
+    assert load_config(Path(f"/dev/fd/{reading}")).model == "m"
+    os.close(reading)
+
+
+@pytest.mark.parametrize("path", ["", " ", "a\x00b", "a\nb", "a\x1bb", "a\udcffb"])
+@pytest.mark.parametrize(
+    "name", ["model", "inputs", "output", "exclude", "chat_template", "base_model", "also"]
+)
+def test_a_path_that_cannot_be_named_is_refused(name: str, path: str) -> None:
+    value = {"inputs": (path,), "exclude": (path,), "also": {"b_": path}}.get(name, path)
+    with pytest.raises(ConfigError, match=rf"\A{name}[^\n]*\Z"):
+        load_config(**{**NEEDED, name: value})
+    if path.strip():
+        with pytest.raises(ConfigError, match="not a path or URL"):
+            Store(path, {})

@@ -9,6 +9,8 @@ from batch_scorer.models.adapter import Prompt
 
 FACTS: dict[str, Any] = {
     "model_digest": "d",
+    "base_digest": None,
+    "reference_digest": None,
     "adapter": "sequence_classifier",
     "backend": "hf",
     "embedding": None,
@@ -31,6 +33,8 @@ def _fingerprint(config: Config | None = None, **facts: Any) -> Fingerprint:
     "change",
     [
         {"model_digest": "e"},
+        {"base_digest": "b"},
+        {"reference_digest": "r"},
         {"dtype": "bfloat16"},
         {"max_tokens": 99},
         {"probe_digest": "q"},
@@ -40,6 +44,7 @@ def _fingerprint(config: Config | None = None, **facts: Any) -> Fingerprint:
         {"config": _config(over_length="truncate_left")},
         {"config": _config(attention="eager")},
         {"config": _config(step_aggregation="mean")},
+        {"config": _config(token_scores=True)},
         {"backend": "vllm"},
         {"adapter": "value_head"},
         {"embedding": ("mean", True)},

@@ -1,20 +1,14 @@
 """What the stages hand on, and what a process needs to take it."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from batch_scorer.backends.fake import FakeBackend
-from batch_scorer.config import OverLength
 from batch_scorer.errors import RowNote, RowReason
-from batch_scorer.records import ParsedRows, RowError, Scores, TokenizedRows
-from batch_scorer.render import Renderer
+from batch_scorer.records import RowError, Scores, TokenizedRows
 from batch_scorer.shard import score_shard
-from tests.helpers.tiny import tiny_tokenizer
 
 
 class Version(str):
@@ -73,31 +67,23 @@ def test_another_number_of_steps_than_the_row_gives_is_marked() -> None:
     assert score_shard(rows(given_steps={1: 3}), FakeBackend()).scores.errors == {}
 
 
+def test_a_sequence_with_a_step_that_is_no_number_is_marked() -> None:
+    """Its score may be one: that of the last step."""
+
+    class Broken(TwoSteps):
+        def score(self, rows: TokenizedRows) -> Scores:
+            scores = super().score(rows)
+            assert scores.step_values is not None
+            scores.step_values[2] = np.nan
+            return scores
+
+    scored = score_shard(rows(), Broken())
+    (error,) = scored.scores.errors.values()
+    assert list(scored.scores.errors) == [1] and error.reason is RowReason.NON_FINITE_SCORE
+    assert np.isnan(scored.scores.values[:, 0]).tolist() == [False, True]
+
+
 def test_notes_go_with_the_scores() -> None:
     noted = rows(notes={1: (RowNote.SAME_TOKENS,)}, special_tokens={0: 4})
     scored = score_shard(noted, FakeBackend())
     assert (scored.notes, scored.special_tokens) == (noted.notes, noted.special_tokens)
-
-
-def test_a_process_that_reads_gives_the_same_ids_without_torch(tmp_path: Path) -> None:
-    tiny_tokenizer(tmp_path, bos=True)
-    talk = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
-    parsed = ParsedRows([talk, "a text"], np.array([0, 1, 2]))  # type: ignore[list-item]
-    here = Renderer(tmp_path, 100, OverLength.MARK).tokenize(parsed)
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "import numpy as np\n"
-        "from batch_scorer.pipeline.ray_data import _leave_out_torch\n"
-        "from batch_scorer.config import OverLength\n"
-        "from batch_scorer.records import ParsedRows\n"
-        "from batch_scorer.render import Renderer\n"
-        "_leave_out_torch()\n"
-        f"renderer = Renderer(Path({str(tmp_path)!r}), 100, OverLength.MARK)\n"
-        f"rows = renderer.tokenize(ParsedRows([{talk!r}, 'a text'], np.array([0, 1, 2])))\n"
-        "assert sys.modules['torch'] is None\n"
-        "print(rows.token_ids.tolist())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(here.token_ids.tolist())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import get_session
 
 from batch_scorer.errors import ConfigError, StorageError
 from batch_scorer.storage import (
@@ -17,6 +18,7 @@ from batch_scorer.storage import (
     in_threads,
     open_store,
 )
+from batch_scorer.storage.hub import _translated as translated
 from cluster.local.seaweed import S3Server
 
 
@@ -180,3 +182,9 @@ def test_results_of_threads_come_in_order_and_items_are_taken_as_they_are_needed
 def test_an_error_in_a_thread_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda number: 1 // number, [1, 0, 1], 2))
+
+
+def test_a_hub_that_cannot_be_reached_is_a_failed_store() -> None:
+    """The HTTP library's error came through and ended the program with a traceback."""
+    with pytest.raises(StorageError, match="hf://datasets/a/b: "), translated("hf://datasets/a/b"):
+        get_session().get("http://127.0.0.1:1")

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from batch_scorer.errors import ModelError
-from batch_scorer.models.adapter import Adapter, LastToken, ModelConfig, Prompt, Reference
-from batch_scorer.models.families.heads import linear
+from batch_scorer.models.adapter import (
+    OUTPUT_WEIGHTS,
+    Adapter,
+    LastToken,
+    ModelConfig,
+    Prompt,
+    Reference,
+)
+from batch_scorer.models.families.heads import LastTokenHead, linear
+from batch_scorer.models.registry import NAMED, are_names
 
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 NEMOTRON_4 = ("quality", "toxicity", "humor", "creativity", *HELPSTEER)
@@ -69,6 +77,12 @@ def _head(weights: Mapping[str, float]) -> Callable[[Mapping[str, Tensor], Model
     return build
 
 
+def _named_outputs(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
+    if config.get(OUTPUT_WEIGHTS):
+        return _head(config[OUTPUT_WEIGHTS])(tensors, config)
+    return LastTokenHead(linear(tensors["score.weight"], tensors.get("score.bias")))
+
+
 ADAPTERS = (
     Adapter(
         name="nemotron4_attributes",
@@ -109,5 +123,27 @@ ADAPTERS = (
         attributes=labels,
         models=("ports of nvidia/Llama3-70B-SteerLM-RM whose id2label names its attributes",),
         traps=("weights belong to one model: another model's attributes need `--adapter`",),
+    ),
+)
+
+NAMED_OUTPUTS = (
+    Adapter(
+        name=NAMED,
+        summary="linear head with several outputs of the user's own, named by id2label or "
+        "`--output-names`",
+        architectures=("*ForSequenceClassification", "*ForCausalLM"),
+        fits_config=lambda config: are_names(labels(config)),
+        head={"score.weight": (None, None)},
+        head_extra=("score.bias",),
+        build_head=_named_outputs,
+        pooling=LastToken(skips_pad=True),
+        reads="the last token that is not the config's pad id",
+        attributes=labels,
+        has_score=lambda config: bool(config.get(OUTPUT_WEIGHTS)),
+        models=("any model trained with several labels and a linear head",),
+        traps=(
+            "there is a `score` only with `--output-weights`, the weighted sum of the raw outputs; "
+            "without them the outputs stand in `rewards` alone",
+        ),
     ),
 )

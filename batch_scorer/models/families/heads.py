@@ -6,6 +6,7 @@ Legend: S sequences, k pooled tokens per sequence, H hidden, A named attributes.
 from collections.abc import Callable, Mapping
 from itertools import chain, pairwise
 
+import torch
 from torch import Tensor, nn
 
 from batch_scorer.errors import ModelError
@@ -44,7 +45,7 @@ def mlp(tensors: Mapping[str, Tensor], prefix: str, activation: type[nn.Module])
 
 
 class LastTokenHead(nn.Module):
-    """`score` applied to the last pooled token: [S, k, H] → [S, 1]."""
+    """`score` applied to the last pooled token: [S, k, H] → [S, its outputs], mostly one."""
 
     def __init__(self, score: nn.Module) -> None:
         super().__init__()
@@ -62,6 +63,25 @@ def linear_head(name: str) -> Callable[[Mapping[str, Tensor], ModelConfig], nn.M
         return LastTokenHead(linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
 
     return build
+
+
+class Activated(nn.Module):
+    """A logit after an activation, a module of torch.nn by name, and the logit itself: [S, 1] →
+    [S, 2]."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.activation: nn.Module = getattr(nn, name)()
+
+    def forward(self, logit: Tensor) -> Tensor:
+        return torch.cat([self.activation(logit), logit], dim=-1)
+
+
+def difference_head(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
+    """The first of two read rows of `lm_head` minus the second, on the last token: the logit of one
+    token minus that of another, [S, k, H] → [S, 1]."""
+    rows = tensors["lm_head.weight"]
+    return LastTokenHead(linear(rows[:1] - rows[1:]))
 
 
 class ClassProbability(nn.Module):

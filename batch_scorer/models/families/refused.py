@@ -1,18 +1,32 @@
-"""Models that give no score to one answer on its own, refused by name with the reason."""
+"""Models that cannot be scored here, refused by name with the reason."""
 
 from batch_scorer.models.adapter import Adapter
 
 ADAPTERS = (
     Adapter(
-        name="pairwise_only",
-        summary="compares two answers in one input; there is no score of one answer",
+        name="pairrm_original",
+        summary="PairRM as its own library stores it",
         architectures=("*",),
-        model_ids=("*pairrm*", "*pair-rm*", "*steamshp*", "*pair-preference-model*"),
+        fits_config=lambda config: config.get("architectures") != ["DebertaV2PairRM"],
+        model_ids=("*pairrm*", "*pair-rm*"),
         refused=(
-            "a pairwise model: it reads both answers in one input and has no score for one alone; "
-            "choose a model that scores one answer (docs/models.md)"
+            "a pairwise model in the form of its own library, whose config.json does not describe "
+            "it; use llm-blender/PairRM-hf, the same weights"
         ),
-        models=("llm-blender/PairRM", "SteamSHP", "RLHFlow/pair-preference-model-LLaMA3-8B"),
+        models=("llm-blender/PairRM",),
+    ),
+    Adapter(
+        name="pairwise_only",
+        summary="writes which of two answers is better",
+        architectures=("*",),
+        fits_config=lambda config: config.get("architectures") != ["LlamaForCausalLM"],
+        model_ids=("*steamshp*", "*pair-preference-model*"),
+        refused=(
+            "a pairwise model that is not known here: it reads both answers in one input, and "
+            "nothing in its files says how; known are PairRM-hf and "
+            "pair-preference-model-LLaMA3-8B (docs/models.md)"
+        ),
+        models=("SteamSHP", "pair preference models that are no Llama"),
     ),
     Adapter(
         name="generative_judge",

@@ -42,4 +42,17 @@ ADAPTERS = (
             "pad id equal to the last token's: transformers pools one token earlier, so do we",
         ),
     ),
+    Adapter(
+        name="token_classifier",
+        summary="decoder with a linear score for every token, of which the last one counts",
+        architectures=("*ForTokenClassification",),
+        head={"score.weight": (1, None)},
+        head_extra=("score.bias",),
+        build_head=linear_head("score"),
+        models=("reward models and critics of verl",),
+        traps=(
+            "the head has a bias, unlike that of transformers' sequence classifiers",
+            "the last token is read whatever it is, also where it is the config's pad id",
+        ),
+    ),
 )

@@ -17,7 +17,7 @@ ADAPTERS = (
         model_ids=("*nemotron*reward*",),
         models=(
             "nvidia/Llama-3.1-Nemotron-70B-Reward-HF",
-            "nvidia/Llama-3.3-Nemotron-70B-Reward, -Multilingual, -Principle",
+            "nvidia/Llama-3.3-Nemotron-70B-Reward, -Multilingual",
             "nvidia/Qwen-3-Nemotron-32B-Reward",
         ),
         references=(

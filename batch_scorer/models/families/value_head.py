@@ -52,6 +52,7 @@ ADAPTERS = (
         architectures=_ARCHITECTURES,
         head={"v_head.summary.weight": (1, None)},
         head_extra=("v_head.summary.bias",),
+        head_files={"value_head.bin": ""},
         unused=("lm_head.*",),
         build_head=linear_head("v_head.summary"),
         models=("TRL and LLaMA-Factory reward models", "GRM-*-sftreg with vhead_layer_type linear"),

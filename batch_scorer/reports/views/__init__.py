@@ -7,6 +7,8 @@ computed.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+from batch_scorer.decontamination.decontaminate import Decontaminated
+from batch_scorer.derived.state import DerivedStatus, DerivedVerdict
 from batch_scorer.evaluation.result import Evaluation
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.nightly.status import NightlyStatus
@@ -21,6 +23,7 @@ from batch_scorer.reports.results import (
     RunReport,
     VerifyReport,
 )
+from batch_scorer.reports.views.decontamination import decontaminated_view
 from batch_scorer.reports.views.evaluation import evaluation_view
 from batch_scorer.reports.views.nightly import (
     drift_view,
@@ -34,6 +37,7 @@ from batch_scorer.reports.views.runs import (
     conformance_view,
     failed_shard_view,
     marked_row_view,
+    marked_rows_view,
     pace_view,
     plan_view,
     run_view,
@@ -41,7 +45,14 @@ from batch_scorer.reports.views.runs import (
     status_view,
     verify_view,
 )
+from batch_scorer.reports.views.selection import (
+    derived_status_view,
+    derived_verdict_view,
+    selected_view,
+)
+from batch_scorer.runs.marked import MarkedRows
 from batch_scorer.runs.status import OutputStatus
+from batch_scorer.selection.select import Selected
 from batch_scorer.storage import Conformance
 
 Result: TypeAlias = (
@@ -51,12 +62,17 @@ Result: TypeAlias = (
     | VerifyReport
     | Conformance
     | OutputStatus
+    | MarkedRows
     | Evaluation
     | NightlyPlan
     | NightlyReport
     | NightlyRecord
     | NightlyStatus
     | DriftReport
+    | Selected
+    | DerivedStatus
+    | DerivedVerdict
+    | Decontaminated
 )
 """What a command ends with; `to_json` is the same for machines."""
 
@@ -74,12 +90,17 @@ VIEWS: Mapping[type[Report], Callable[[Any], Iterator[Block]]] = {
     VerifyReport: verify_view,
     Conformance: conformance_view,
     OutputStatus: status_view,
+    MarkedRows: marked_rows_view,
     Evaluation: evaluation_view,
     NightlyPlan: nightly_plan_view,
     NightlyReport: nightly_view,
     NightlyRecord: nightly_record_view,
     NightlyStatus: nightly_status_view,
     DriftReport: drift_view,
+    Selected: selected_view,
+    DerivedStatus: derived_status_view,
+    DerivedVerdict: derived_verdict_view,
+    Decontaminated: decontaminated_view,
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from batch_scorer.models.adapter import Prompt
+from batch_scorer.parity import ParityReport
 from batch_scorer.records import PairCounts
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
 from batch_scorer.reports.figures import duration, figure_rows, scaled
@@ -14,11 +15,13 @@ from batch_scorer.reports.results import (
     RunReport,
     VerifyReport,
 )
+from batch_scorer.runs.marked import MarkedRows
 from batch_scorer.runs.status import OutputStatus
 from batch_scorer.storage import Conformance
 
 _FILES_SHOWN = 40
 _LAYOUTS_SHOWN = 8
+_ROWS_SHOWN = 100
 _CHARACTERS_SHOWN = 600
 _VALUE_SHOWN = 80
 
@@ -65,6 +68,11 @@ def _besides(rows_not_asked: int) -> str:
     return f" ({rows_not_asked:,} more are not asked for)" if rows_not_asked else ""
 
 
+def _reference(parity: ParityReport) -> str:
+    streamed = ", layer by layer" if parity.reference_streamed else ""
+    return f"plain Hugging Face, eager, one by one, {parity.reference_dtype}{streamed}"
+
+
 def check_view(report: CheckReport) -> Iterator[Block]:
     parity = report.parity
     outputs = ", ".join(report.outputs)
@@ -78,7 +86,7 @@ def check_view(report: CheckReport) -> Iterator[Block]:
             ("family", f"{report.adapter}: {report.adapter_summary}"),
             ("outputs", outputs),
             ("engine", f"{parity.backend} in {parity.dtype} on {report.device}"),
-            ("reference", f"plain Hugging Face, eager, one by one, {parity.reference_dtype}"),
+            ("reference", _reference(parity)),
             ("longest sequence", f"{report.max_tokens:,} tokens"),
             ("BOS", _bos(report.leading_bos)),
             ("pooled tokens", ", ".join(map(repr, report.pooled_tokens)) or _pooling(report)),
@@ -331,6 +339,30 @@ def status_view(status: OutputStatus) -> Iterator[Block]:
         yield Line(f"… and {more} more failed shards")
     for name, value in figure_rows(status.metrics) if status.metrics else ():
         yield Line(f"  {name}: {value}")
+
+
+def marked_rows_view(found: MarkedRows) -> Iterator[Block]:
+    more = found.rows.num_rows - _ROWS_SHOWN
+    yield Table(
+        f"{found.output}: {found.rows.num_rows:,} rows without a score",
+        ("file", "row", "reason", "detail"),
+        [
+            (row["file"], _known(row["row"]), _reason(row), row["detail"] or "")
+            for row in found.rows.slice(0, _ROWS_SHOWN).to_pylist()
+        ],
+        words=(0, 2, 3),
+        note=f"and {more:,} more; --json and --to FILE have all" if more > 0 else "",
+    )
+
+
+def _known(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _reason(row: Mapping[str, str]) -> str:
+    """The reason, and behind it which of several models it is about."""
+    prefix = row["column"].removesuffix("score_error")
+    return f"{row['reason']} ({prefix})" if prefix else row["reason"]
 
 
 def heartbeat(holder: str | None, renewed_s: float | None) -> str:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.readout import Readout
-from batch_scorer.models.adapter import LastToken
+from batch_scorer.models.adapter import LastToken, ModelFiles
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import Embedding, PooledTokens, RowError, TokenizedRows
 
@@ -36,7 +36,8 @@ def _rows(sequences: list[list[int]]) -> TokenizedRows:
 def _readout(embedding: Embedding) -> Readout:
     """Without a head, which would be loaded."""
     settings = EngineSettings(Path(), dtype="float32", device="cpu", embedding=embedding)
-    return Readout(settings, adapter_named("sequence_classifier"), CONFIG)
+    no_files = ModelFiles(Path(), "", {}, {})
+    return Readout(settings, no_files, adapter_named("sequence_classifier"), CONFIG)
 
 
 def _lists(pooled: PooledTokens) -> list[list[int]]:

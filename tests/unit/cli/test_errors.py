@@ -37,7 +37,6 @@ NOWHERE = "http://127.0.0.1:1"
         ["status", NAME],
         ["verify", NAME],
         ["drift", NAME],
-        ["status", "in", "--store-option", NAME],
         ["submit", "--address", NOWHERE, "--", NAME],
         ["submit", "--address", NAME, "--", "status", "out"],
         ["submit", "--address", NOWHERE, "--tag", NAME, "--", "status", "out"],

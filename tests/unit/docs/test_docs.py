@@ -8,10 +8,12 @@ from typing import Any, get_args
 import pytest
 
 from batch_scorer.config import Config
+from batch_scorer.decontamination.recipe import Decontamination
 from batch_scorer.errors import RowNote, RowReason, ShardReason
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.families import ADAPTERS
 from batch_scorer.models.families.attribute_regression import labels
+from batch_scorer.selection.recipe import Selection
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = ROOT / "docs" / "settings.md"
@@ -26,6 +28,11 @@ refused.
 
 **scores**: enters the fingerprint; another value cannot reuse old scores. **layout**: fixed for an
 output once it has been written to. **runtime**: free to change when a run is resumed.
+
+In every path or URL `~/` is the home folder, `${NAME}` a variable of the environment (it must be
+set), and `$${` stands for `${`; the path is recorded as it is used. `submit` leaves them to the
+job, where they are the cluster's. YAML's `off` is read as it is spelled here. In Python a path may
+be a `Path`.
 """
 
 
@@ -156,10 +163,54 @@ neither decides, the model's name; `--adapter` names it outright. Body and head 
 engine runs the body, the head is ours, in float32, and no family needs remote code. Each family is
 held to a plain model, one sequence at a time, in `tests/parity/test_matrix.py`.
 
-`score` is the raw output; higher is better in every family. Attributes come beside it, in
-`rewards`, raw. Not here: implicit rewards of DPO policies, which need a second model and the log
-probabilities of every token. A model that no family fits can be scored by the Python code that
-comes with it, with `--trust-remote-code`, on the hf engine; the run records that.
+`score` is the raw output, in the cross_encoder families after their activation; higher is better in
+every family. Attributes come beside it, in `rewards`, raw. A model that no family fits can be
+scored by the Python code that comes with it, with `--trust-remote-code`, on the hf engine; the run
+records that.
+
+A DPO policy is a reward model together with the model that DPO began with: `--adapter
+implicit_reward --model POLICY --reference-model REFERENCE`. Nothing in its files shows this use, so
+it has to be asked for. Both models read one token trie, shared prefixes once each; the answer's
+tokens alone count. A density ratio is the same with `--beta 1`: the stronger model is `--model`,
+the weaker one `--reference-model`, and exchanged they give the other sign. It is held to plain
+language models in `tests/parity/test_implicit.py`. A policy may be a LoRA adapter; its base is then
+the reference: `--model ADAPTER --reference-model BASE`.
+
+## What each trainer writes
+
+Each row is a folder that `tests/parity/test_trainers.py` builds, and scores as the trainer does.
+Adapters, names that training wrappers leave, and what is refused: [checkpoints.md](checkpoints.md).
+Shards of FSDP, DeepSpeed, verl, NeMo and Megatron are no model yet; the message names the program
+that converts them.
+
+| trainer | what the folder holds | family |
+|---|---|---|
+| TRL | RewardTrainer: `*ForSequenceClassification`, `score.weight` [1, H] | `sequence_classifier` |
+| TRL, compiled | the same, names begin with `_orig_mod.` | `sequence_classifier` |
+| OpenRLHF | `RewardModel`, head `score.weight`; texts end in a blank and EOS | `openrlhf` |
+| OpenRLHF, value_head | the same, `value_head_prefix` value_head | `openrlhf_value_head` |
+| OpenRLHF, normalised | `mean` and `std` in config.json: score (raw - mean) / std | `openrlhf` |
+| verl | merged: `*ForTokenClassification`, `score.weight` and `score.bias`, read \
+at the last token | `token_classifier` |
+| LLaMA-Factory | `*ForCausalLM` and `value_head.safetensors` (`v_head.summary.*`) | `value_head` |
+| LLaMA-Factory, bin | the same as `value_head.bin`; only tensors are read from it | `value_head` |
+| LLaMA-Factory, score | config of a `*ForCausalLM`, `score.weight` in the weights \
+| `sequence_classifier` |
+| ms-swift | `*ForSequenceClassification` with one label | `sequence_classifier` |
+| ms-swift, PPO | `*ForCausalLM` and `value_head.safetensors` | `value_head` |
+| axolotl | `reward_model: true`: `*ForSequenceClassification` with one label \
+| `sequence_classifier` |
+| axolotl, FSDP | the same with `_fsdp_wrapped_module.` inside the names | `sequence_classifier` |
+| open-instruct | `*ForSequenceClassification` with one label | `sequence_classifier` |
+| open-instruct, DDP | the same with `module.` before and `_orig_mod.` inside the names \
+| `sequence_classifier` |
+| NeMo and Megatron, exported | converted to `*ForSequenceClassification`, shards and an index \
+| `sequence_classifier` |
+
+The endings of texts differ too (OpenRLHF's is added; TRL's comes from the chat template): the
+setting `eos` says what to do where a template leaves it out.
+
+## Families
 
 | family | what it is | engines | outputs beside `score` |
 |---|---|---|---|
@@ -212,18 +263,26 @@ def _family(adapter: Adapter) -> str:
         lines.append(f"outputs beside the score: {', '.join(outputs)}")
     if adapter.step_aggregation:
         lines.append(f"score: the {adapter.step_aggregation} of the steps' (`--step-aggregation`)")
+    if adapter.reads_any_token:
+        lines.append("token scores: what the head gives at every token (`--token-scores`)")
     lines += [f"trap: {trap}" for trap in adapter.traps]
     return lines[0] + "\n" + "".join(f"- {line}\n" for line in lines[1:])
 
 
 def _outputs(adapter: Adapter) -> tuple[str, ...]:
+    if adapter.attributes is labels and not adapter.has_score({}):
+        return ("a score only with weights; the outputs that id2label names",)
     if adapter.attributes is labels:
         return ("the attributes that id2label names",)
     return adapter.attributes(_FULL_CONFIG)
 
 
 def _found_by(adapter: Adapter) -> str:
+    if adapter.asked_only and not adapter.model_ids:
+        return f"`--adapter {adapter.name}`"
     how = "architecture " + ", ".join(f"`{name}`" for name in adapter.architectures)
+    if adapter.is_cross_encoder:
+        return f"{how}, saved as a CrossEncoder"
     if adapter.model_ids:
         return f"{how} and a name like {', '.join(f'`{name}`' for name in adapter.model_ids)}"
     return how
@@ -246,6 +305,10 @@ def _text(adapter: Adapter) -> str:
         parts.append(f"{steps} `{tag}`")
     if prompt.suffix_id_of is not None:
         parts.append(f"the config's `{prompt.suffix_id_of}` at the end")
+    if prompt.beside is not None and prompt.beside.field == "other":
+        parts.append("both answers of a row, the scored one first")
+    elif prompt.beside is not None:
+        parts.append(f"the row's `{prompt.beside.field}`")
     if prompt.eos == "openrlhf":
         parts.append("line feeds at the end stripped, then a blank and EOS unless it ends in EOS")
     return "; ".join(parts)
@@ -277,6 +340,11 @@ def test_flags_in_the_documents_exist() -> None:
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before
     known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
     known |= {"--repair"}
+    known |= {"--against", "--dry-run", "--output", "--recipe"}
+    known |= {f"--{name.replace('_', '-')}" for name in Decontamination.model_fields}
+    known |= {"--repair", "--beside", "--recipe", "--offset", "--split"}
+    known |= {f"--{name.replace('_', '-')}" for name in Selection.model_fields}
+    known |= {"--repair", "--marked", "--to", "--card"}
     known |= {"--since", "--until", "--rescore", "--max-shards", "--dry-run"}
     known |= {"--address", "--token-file", "--tag", "--no-wait", "--nodes", "--gpus-per-node"}
     other_programs = {"embedded-model.md"}  # its flags are those of a script in examples/

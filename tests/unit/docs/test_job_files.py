@@ -86,7 +86,7 @@ WRONG_BY_ITSELF: list[tuple[dict[str, Any], str]] = [
     ({"workers": 0}, "workers: Input should be greater than 0 (got 0)"),
     ({"parity_check": "skip"}, "parity_check: Input should be 'stop', 'warn' or 'off'"),
     ({"lease_s": 0}, "lease_s: Input should be greater than 0 (got 0)"),
-    ({"store_options": {"timeout": 5}}, "store_options.timeout: Input should be a valid string"),
+    ({"store_options": {"region": 5}}, "store_options.region: Input should be a valid string"),
 ]
 WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"model": MISSING}, "`model` is needed"),
@@ -94,6 +94,7 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"output": MISSING}, "`output` is needed"),
     ({"quantization": "fp8"}, "quantization: the hf backend does not take it; set backend: vllm"),
     ({"tensor_parallel": 2}, "tensor_parallel: the hf backend does not take it; set backend: vllm"),
+    ({"pipeline_parallel": 2}, "pipeline_parallel: the hf backend does not take it; set backend"),
     (
         {"backend": "vllm", "attention": "sdpa"},
         "attention: the vllm backend does not take it; set backend: hf",

@@ -40,16 +40,18 @@ def found(
     named: dict[str, str] | None = None,
     style: TextStyle | None = None,
     ignore: tuple[str, ...] = (),
+    beside: str | None = None,
 ) -> Layout:
     """The layout that the first rows give."""
     table = table_of(columns)
     return detect(
         table.schema,
-        columns_of(table.slice(0, SAMPLED), columns_judged(table.schema, named or {})),
+        columns_of(table.slice(0, SAMPLED), columns_judged(table.schema, named or {}))[0],
         format=format,
         columns=named or {},
         text_style=style,
         ignore=ignore,
+        beside=beside,
     )
 
 
@@ -65,7 +67,7 @@ def parsed(columns: dict[str, Any] | pa.Table, **settings: Any) -> ParsedRows:
     """The rows, by the layout that the first ones give."""
     table = table_of(columns)
     layout = found(table, **settings)
-    return parse(columns_of(table, columns_needed(layout)), layout)
+    return parse(columns_of(table, columns_needed(layout))[0], layout)
 
 
 def sequences(columns: dict[str, Any] | pa.Table, **settings: Any) -> list[Any]:

@@ -175,3 +175,50 @@ def test_ignored_columns_are_no_fields_either() -> None:
     hh = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
     assert found({**hh, "system_prompt": "s"}).text_style is TextStyle.HH
     assert sequences({**hh, "system_prompt": "s"})[0] == [system("s"), *DIALOGUE]
+
+
+# What a model judges the answers by
+
+
+@pytest.mark.parametrize("name", ["principle", "criterion"])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("Be brief.", "Be brief."),
+        (user("Be brief."), "Be brief."),
+        ([{"from": "human", "value": "Be brief."}, assistant("And kind.")], "Be brief.\nAnd kind."),
+        (json.dumps([user("Be brief.")]), "Be brief."),
+        ("['not', 'messages']", "['not', 'messages']"),
+    ],
+    ids=["text", "message", "messages", "messages-in-writing", "other-text"],
+)
+def test_a_principle_is_read_where_the_model_asks_for_one(name: str, value: Any, text: str) -> None:
+    row = {"messages": DIALOGUE, name: value}
+    rows = parsed(row, beside="principle")
+    assert rows.sequences == [DIALOGUE]
+    assert [message["content"] for message in rows.beside.values()] == [text]
+    assert f"principle in {name}" in describe(found(row, beside="principle"))
+    assert parsed(row).beside == {}
+    assert parsed({"messages": DIALOGUE, "x": value}, named={"principle": "x"}).beside
+
+
+def test_rows_without_a_reference_are_marked() -> None:
+    given = pa.array(["4", None, " "])
+    table = pa.table({"messages": [DIALOGUE] * 3, "reference": given})
+    rows = parsed(table, beside="reference")
+    assert reasons(rows) == [None, RowReason.NULL_VALUE, RowReason.EMPTY]
+    assert list(rows.beside) == [0]
+    assert reasons(parsed(table)) == [None] * 3
+    turns = pa.table({"messages": [DIALOGUE] * 2, "reference": [DIALOGUE[1:], [assistant(" ")]]})
+    assert reasons(parsed(turns, beside="reference")) == [None, RowReason.EMPTY]
+
+
+def test_a_file_without_a_reference_is_refused_where_conversations_need_it() -> None:
+    asked = "judges an answer by a reference, and no column holds one"
+    assert asked in refused({"messages": DIALOGUE}, beside="reference")
+    assert asked in refused({"messages": DIALOGUE, "reference": 4}, beside="reference")
+    ignored = {"beside": "reference", "ignore": ("reference",)}
+    assert asked in refused({"messages": DIALOGUE, "reference": "4"}, **ignored)
+    assert found({"text": "<s>all of it"}, beside="reference").columns == {"text": "text"}
+    ids = {"input_ids": [5, 6], "ground_truth": "It is."}
+    assert "column ground_truth would not be read" in refused(ids, beside="reference")

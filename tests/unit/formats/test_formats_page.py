@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from batch_scorer.formats.kinds import (
+    BESIDE_NAMES,
     CONTEXT_NAMES,
     KINDS,
     KNOWN_NAMES,
@@ -36,7 +37,7 @@ def test_every_field_has_a_row_with_the_columns_that_it_is_read_from() -> None:
         field for kind in KINDS.values() if Part.TOKEN_IDS in kind.parts for field in kind.fields
     ]
     known = {field: {n for _, tier in tiers for n in tier} for field, tiers in KNOWN_NAMES.items()}
-    known |= {field: set(columns) for field, columns in CONTEXT_NAMES.items()}
+    known |= {field: set(columns) for field, columns in (CONTEXT_NAMES | BESIDE_NAMES).items()}
     known |= {mask_field(field): set(mask_names(field)) - {mask_field(field)} for field in masked}
     rows = {field: set(names(row[1])) for row in TABLE if len(row) == 3 for field in names(row[0])}
     assert rows.keys() == known.keys()

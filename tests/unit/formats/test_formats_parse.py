@@ -32,11 +32,11 @@ def read(name: str) -> pa.Table:
 
 
 def parse(table: pa.Table, layout: Layout) -> ParsedRows:
-    return formats.parse(columns_of(table), layout)
+    return formats.parse(columns_of(table)[0], layout)
 
 
 def layout_of(table: pa.Table) -> Layout:
-    rows = columns_of(table.slice(0, 32))
+    rows, _ = columns_of(table.slice(0, 32))
     return detect(table.schema, rows, format=None, columns={}, text_style=None)
 
 

@@ -74,9 +74,7 @@ def test_file_without_rows_is_an_empty_table(data: bytes) -> None:
         b"7",
         b'{"a": "x"} {"a": "y"}',
         b'{"a": "x", "a": "y"}',
-        b'{"a": "\xff"}',
-        b'{"a": "\\ud800"}',
-        b"[" * 5_000,
+        b"[" * 200,
     ],
 )
 def test_malformed_line_is_a_row_of_nulls_in_its_place(bad: bytes) -> None:
@@ -85,6 +83,13 @@ def test_malformed_line_is_a_row_of_nulls_in_its_place(bad: bytes) -> None:
     assert list(errors) == [1]
     assert errors[1].reason == RowReason.MALFORMED_JSON
     assert errors[1].detail.startswith("line 3: ")
+
+
+@pytest.mark.parametrize("bad", [b'{"a": "\xff"}', b'{"a": "\\ud800"}', b'{"b": "\xff"}'])
+def test_a_line_that_is_not_utf8_is_marked_as_such(bad: bytes) -> None:
+    table, errors = read_json_table(b'{"a": "1"}\n' + bad + b'\n{"a": "2"}\n', "a")
+    assert table.to_pylist() == [{"a": "1"}, {"a": None}, {"a": "2"}]
+    assert errors == {1: RowError(RowReason.NOT_UTF8, "line 2: not UTF-8")}
 
 
 def test_malformed_first_and_last_lines_are_marked() -> None:
@@ -108,7 +113,7 @@ def test_object_over_two_lines_is_two_malformed_rows() -> None:
 def test_array_element_that_is_no_object_is_marked() -> None:
     table, errors = read_json_table(b'[{"a": 1}, 5, {"a": 2}]', "a")
     assert table.to_pylist() == [{"a": 1}, {"a": None}, {"a": 2}]
-    assert errors[1].detail == "line 2: not a JSON object"
+    assert errors[1].detail == "element 2: not a JSON object"
 
 
 def test_null_line_is_a_row_of_nulls() -> None:
@@ -199,7 +204,7 @@ def test_nan_is_a_number() -> None:
 
 
 def test_a_line_of_many_levels_is_kept_or_marked() -> None:
-    for levels, marked in ((200, []), (5_000, [1]), (50_000, [1])):
+    for levels, marked in ((199, []), (200, [1]), (900, [1])):
         deep = b'{"a": ' + b"[" * levels + b"]" * levels + b"}"
         tables, errors = in_runs(b'{"a": [[]]}\n' + deep + b"\n", 10, 10**6)
         assert [sum(table.num_rows for table in tables), [*errors]] == [2, marked]
@@ -248,13 +253,13 @@ def in_runs(
         if lines.codec:
             unpacked = unpack_lines(io.BytesIO(data), "in/a.jsonl", part)
         else:
-            unpacked = data[part.start : part.stop]
+            unpacked = b"".join(data[start:stop] for start, stop in part.spans)
         table, bad = read_lines(unpacked, part)
         assert table.num_rows == run.num_rows
         tables.append(table)
         errors |= {before + row: error for row, error in bad.items()}
         before += run.num_rows
-    assert first.equals(tables[0] if tables else pa.table({}))
+    assert any(map(first.equals, tables or [pa.table({})]))
     return tables, errors
 
 
@@ -407,7 +412,7 @@ def test_values_of_lines_are_what_json_gives(some: list[bytes], max_rows: int) -
     found, _ = scanned
     for index in range(len(found.runs)):
         part = found.part(index, index + 1)
-        piece = data[part.start : part.stop]
+        piece = b"".join(data[start:stop] for start, stop in part.spans)
         columns, errors = read_line_values(piece, part, ["a", "b", "new"])
         table, same = read_lines(piece, part)
         assert errors == same

@@ -70,10 +70,10 @@ def test_the_value_of_a_sequence_returns_to_the_place_that_it_was_cut_from(
     if kind.prompt is not Prompt.NEVER:
         table = table.append_column("prompt", pa.array(["a question"] * len(rows), pa.string()))
         layout = Layout(format, {**layout.columns, "prompt": "prompt"}, TextStyle.PLAIN)
-    parsed = formats.parse(formats.columns_of(table), layout)
+    parsed = formats.parse(formats.columns_of(table)[0], layout)
 
     values = pa.array([place_of(sequence) for sequence in parsed.sequences], pa.string())
-    counts = shape.counts(table, layout.columns, parsed.row_offsets)
+    counts = shape.counts(table, layout, parsed.row_offsets)
     columns = shape.to_columns(values, counts)
 
     def read(value: Any) -> Any:
@@ -98,7 +98,6 @@ def test_lists_in_writing_are_as_long_as_what_they_spell(is_json: bool) -> None:
     column = pa.ExtensionArray.from_storage(pa.json_(pa.string()), texts) if is_json else texts
     table = pa.table({"chosen": column, "rejected": column})
     offsets = np.array([0, 4, 5, 5, 7], dtype=np.int64)
-    counts = shape_of(Format.BEST_OF_N).counts(
-        table, {"chosen": "chosen", "rejected": "rejected"}, offsets
-    )
+    layout = Layout(Format.BEST_OF_N, {"chosen": "chosen", "rejected": "rejected"})
+    counts = shape_of(Format.BEST_OF_N).counts(table, layout, offsets)
     assert counts.tolist() == [[2, 2], [0, 1], [0, 0], [1, 1]]

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,8 @@ from batch_scorer.inputs import files
 from batch_scorer.inputs.files import row_numbers, rows_of_shard
 from batch_scorer.inputs.plan import InputFile, Plan, cut, make_plan
 from batch_scorer.inputs.selection import kept_columns, kept_of, spread
-from batch_scorer.records import Format, Layout, Source, Status
+from batch_scorer.quarantine import Bounds, apart
+from batch_scorer.records import Format, Layout, Shard, Source, Status
 from batch_scorer.storage import Store, Version
 
 Row = dict[str, Any]
@@ -251,37 +253,39 @@ def test_a_column_that_is_dropped_may_be_added_anew(tmp_path: Path) -> None:
 # What is read
 
 
-def test_row_groups_that_hold_no_match_are_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_groups_that_hold_no_match_are_not_read(tmp_path: Path) -> None:
     """By their statistics: neither by the plan nor for a shard."""
     texts = [f"{n} " + "x" * 2000 for n in range(2000)]
     table = pa.table({"text": texts, "n": range(2000)})
     options = {"compression": "none", "use_dictionary": False}
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=200, **options)
-    monkeypatch.setattr(files, "_WHOLE_BYTES", 0)
-    begun: list[int] = []  # where requests begin: each reads on, up to 64 kB
+    metadata = pq.read_metadata(tmp_path / "x.parquet")
+    firsts = [metadata.row_group(group).column(0).data_page_offset for group in range(10)]
+    where = '(field("n") == 555) | (field("n") == 1111)'
+    # In a process apart: what is planned and read there is read by itself.
+    shard, planned, numbers, read = apart(Bounds(300, 1 << 30), requests, tmp_path, where)
+    assert (shard.first_row, shard.num_rows, shard.row_groups) == (555, 2, (2, 6))
+    # The sample of the first rows, and the matches.
+    assert {bisect_right(firsts, start) - 1 for start in planned} == {0, 2, 5}
+    assert numbers == [555, 1111]
+    assert {bisect_right(firsts, start) - 1 for start in read} == {2, 5}
+
+
+def requests(folder: Path, where: str) -> tuple[Shard, list[int], list[int], list[int]]:
+    """The only shard of a plan, and the numbers of its rows; after each where the requests begin,
+    all of which read on, up to 64 kB."""
+    begun: list[int] = []
     read_range = Store.read_range
+    size = (folder / "x.parquet").stat().st_size
 
     def noted(self: Store, key: str, version: Version, start: int, stop: int) -> bytes:
         if stop < size:  # the footer is at the end
             begun.append(start)
         return read_range(self, key, version, start, stop)
 
-    monkeypatch.setattr(Store, "read_range", noted)
-    metadata = pq.read_metadata(tmp_path / "x.parquet")
-    firsts = [metadata.row_group(group).column(0).data_page_offset for group in range(10)]
-    size = (tmp_path / "x.parquet").stat().st_size
-
-    def groups_read() -> set[int]:
-        return {bisect_right(firsts, start) - 1 for start in begun}
-
-    where = '(field("n") == 555) | (field("n") == 1111)'
-    plan = make_plan(config(tmp_path, where=where))
-    (shard,) = plan.shards
-    assert (shard.first_row, shard.num_rows, shard.row_groups) == (555, 2, (2, 6))
-    assert groups_read() == {0, 2, 5}  # the sample of the first rows, and the matches
-    begun.clear()
-    rows, _ = rows_of_shard(shard, {}, None)
-    assert rows["n"].to_pylist() == [555, 1111]
-    assert groups_read() == {2, 5}
+    with patch.object(files, "_WHOLE_BYTES", 0), patch.object(Store, "read_range", noted):
+        (shard,) = make_plan(config(folder, where=where)).shards
+        planned = list(begun)
+        begun.clear()
+        rows, _ = rows_of_shard(shard, {}, None)
+    return shard, planned, rows["n"].to_pylist(), begun

@@ -289,7 +289,11 @@ def test_unpacked_weights_are_the_language_model() -> None:
 
 @needs_weights
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, BFLOAT16_TOLERANCE)]
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-3),
+        pytest.param(torch.bfloat16, BFLOAT16_TOLERANCE, marks=pytest.mark.slow),
+    ],
 )
 def test_scores_of_the_demo_sample(
     model_dir: Path, tokenizer: Any, dtype: torch.dtype, tolerance: float

@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from batch_scorer.config import load_config
 from batch_scorer.errors import ModelError
-from batch_scorer.models.directory import find_model, inspect_model
+from batch_scorer.models.directory import find_model, inspect_model, with_reference
 from batch_scorer.render import max_tokens_of
 from batch_scorer.runs.derive import look_at_model
 
@@ -63,8 +64,6 @@ def test_a_setting_goes_before_the_tokenizers_limit(
 
 
 def test_a_causal_model_has_no_head(model: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     _change_config(model, architectures=["LlamaForCausalLM"])
     tensors = load_file(model / "model.safetensors")
     del tensors["score.weight"]
@@ -74,8 +73,6 @@ def test_a_causal_model_has_no_head(model: Path) -> None:
 
 
 def test_a_head_that_is_not_in_the_weights_is_refused(model: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(model / "model.safetensors")
     save_file(
         {name: tensor for name, tensor in weights.items() if name != "score.weight"},
@@ -87,7 +84,6 @@ def test_a_head_that_is_not_in_the_weights_is_refused(model: Path) -> None:
 
 def test_a_head_with_several_outputs_is_refused(model: Path) -> None:
     import torch
-    from safetensors.torch import load_file, save_file
 
     weights = load_file(model / "model.safetensors")
     save_file({**weights, "score.weight": torch.zeros(5, 64)}, model / "model.safetensors")
@@ -107,7 +103,6 @@ def test_quantised_weights_are_refused_before_anything_is_loaded(model: Path, me
 def test_a_tensor_without_values_is_named(model: Path, name: str) -> None:
     """As DeepSpeed's ZeRO-3 leaves them."""
     import torch
-    from safetensors.torch import load_file, save_file
 
     tensors = load_file(model / "model.safetensors")
     assert name in tensors
@@ -141,3 +136,48 @@ def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="is a file"):
         find_model(str(tmp_path / "file"))
+
+
+def _with_token(model: Path, place: int) -> None:
+    """Its tokenizer with one token more."""
+    file = model / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "id": place, "content": "<new>"})
+    file.write_text(json.dumps(stored))
+
+
+def test_a_policy_may_have_tokens_behind_its_references(model: Path, tiny_model: Path) -> None:
+    _with_token(model, 384)
+    policy, reference = (inspect_model(each, with_digest=False) for each in (model, tiny_model))
+    both = with_reference(policy, reference)
+    assert both.vocab_size == 384 < policy.vocab_size
+    assert both.doubts == (
+        "1 tokens, from id 384 on, are not in both models' tokenizers: rows that have them are "
+        "marked bad_token_id",
+    )
+    assert with_reference(reference, policy).vocab_size == 384
+    alike = with_reference(reference, inspect_model(tiny_model, with_digest=False))
+    assert (alike.vocab_size, alike.doubts) == (512, ())
+
+
+def test_a_token_in_the_midst_is_another_vocabulary(model: Path, tiny_model: Path) -> None:
+    _with_token(model, 300)
+    policy, reference = (inspect_model(each, with_digest=False) for each in (model, tiny_model))
+    with pytest.raises(ModelError, match="'<new>' is no token here, 300 there"):
+        with_reference(policy, reference)
+
+
+def test_what_was_done_to_the_files_is_no_warning(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    renamed = {f"module.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, model / "model.safetensors", metadata={"format": "pt"})
+    _change_config(model, architectures=["LlamaForCausalLM"])
+    config = load_config(model=str(model), inputs="in", output="out", backend="fake")
+    with caplog.at_level("INFO", "batch_scorer"):
+        facts = look_at_model(config, with_weights=False)
+    said = {record.getMessage(): record.levelname for record in caplog.records}
+    (change,), (doubt,) = facts.changes, facts.doubts
+    assert "the wrapper's name module." in change and said[f"{model}: {change}"] == "INFO"
+    assert "names LlamaForCausalLM" in doubt and said[f"{model}: {doubt}"] == "WARNING"

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from batch_scorer.errors import ConfigError, ModelError
-from batch_scorer.models.adapter import Adapter, ModelFiles
+from batch_scorer.models.adapter import Adapter, ModelFiles, output_entries
 from batch_scorer.models.families import ADAPTERS
 from batch_scorer.models.families.attribute_regression import HELPSTEER, NEMOTRON_4
-from batch_scorer.models.registry import EMBEDDING, adapter_named, choose_adapter
+from batch_scorer.models.registry import EMBEDDING, adapter_named, choose_adapter, mismatch_of
 
 H = 64
 BODY = {"model.embed_tokens.weight": [320, H], "model.norm.weight": [H]}
@@ -53,6 +53,12 @@ QRM = GATED | {
         for i in (2, 5, 8)
         for part in ("weight", "bias", "running_mean", "running_var")
     },
+}
+PAIRRM = {
+    "head_layer.1.weight": [H, 2 * H],
+    "head_layer.1.bias": [H],
+    "head_layer.4.weight": [1, H],
+    "head_layer.4.bias": [1],
 }
 CLASSIFIER = "LlamaForSequenceClassification"
 
@@ -129,6 +135,31 @@ def labels(*names: str) -> dict[str, str]:
             files("MistralForCausalLM", LM_HEAD, name="peiyi9979/math-shepherd-mistral-7b-prm"),
             "math_shepherd",
         ),
+        (
+            files("LlamaForCausalLM", LM_HEAD, name="Llama-3.3-Nemotron-70B-Reward-Principle"),
+            "nemotron_principle",
+        ),
+        (
+            files("LlamaForCausalLM", LM_HEAD, name="RLHFlow/pair-preference-model-LLaMA3-8B"),
+            "pair_preference",
+        ),
+        (
+            files("InternLM2ForRewardModel", {"v_head.weight": [1, H]}, name="internlm/POLAR-7B"),
+            "polar",
+        ),
+        (files("DebertaV2PairRM", PAIRRM, name="llm-blender/PairRM-hf"), "pairrm"),
+        # As verl trains them.
+        (files("Qwen2ForTokenClassification", SCORE | {"score.bias": [1]}), "token_classifier"),
+        # Several outputs of the user's own.
+        (
+            files(CLASSIFIER, {"score.weight": [5, H]}, id2label=labels(*HELPSTEER)),
+            "named_outputs",
+        ),
+        (
+            files(CLASSIFIER, {"score.weight": [2, H]}, id2label=labels("kind", "short")),
+            "named_outputs",
+        ),
+        (files(CLASSIFIER, SCORE, id2label=labels("kind", "short")), "sequence_classifier"),
         # Encoders score themselves.
         (
             files(
@@ -179,16 +210,20 @@ def test_a_family_that_is_asked_for_is_taken() -> None:
             "the head has 5 outputs, a scalar reward model has 1",
         ),
         (
-            files(CLASSIFIER, {"score.weight": [5, H]}, id2label=labels(*HELPSTEER)),
-            "--adapter nemotron4_attributes or steerlm_attributes",
+            files(CLASSIFIER, {"score.weight": [5, H]}, id2label=labels("LABEL_0", "LABEL_1")),
+            "--output-names a,b,… names them",
+        ),
+        (
+            files(CLASSIFIER, {"score.weight": [5, H]}, id2label=labels("kind", "short")),
+            "the head has 5 outputs, and there are 2 names: kind, short",
+        ),
+        (
+            files(CLASSIFIER, {"score.weight": [2, H]}, id2label=labels("kind", "kind")),
+            "two outputs have one name",
         ),
         (
             files("BertForSequenceClassification", {"classifier.weight": [2, H]}),
             "the head has 2 outputs",
-        ),
-        *(
-            (files(CLASSIFIER, {f"{prefix}score.weight": [1, H]}), f"{prefix}score.weight, saved")
-            for prefix in ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
         ),
     ],
 )
@@ -199,17 +234,19 @@ def test_a_model_without_a_usable_head_is_refused(found: ModelFiles, message: st
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "architecture", "why"),
     [
-        "llm-blender/PairRM",
-        "stanfordnlp/SteamSHP-flan-t5-xl",
-        "RLHFlow/pair-preference-model-LLaMA3-8B",
+        ("llm-blender/PairRM", "unknown", "use llm-blender/PairRM-hf"),
+        ("llm-blender/PairRM", "LlamaForCausalLM", "use llm-blender/PairRM-hf"),
+        ("stanfordnlp/SteamSHP-flan-t5-xl", "T5ForConditionalGeneration", "not known here"),
+        ("RLHFlow/pair-preference-model-gemma", "GemmaForCausalLM", "not known here"),
     ],
 )
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_pairwise_models_are_refused_for_what_they_are(name: str, architecture: str) -> None:
+def test_pairwise_models_are_refused_for_what_they_are(
+    name: str, architecture: str, why: str
+) -> None:
     """T-PAIRONLY: also where they hold a tensor that would pass for a head."""
-    with pytest.raises(ModelError, match="a pairwise model: it reads both answers in one input"):
+    with pytest.raises(ModelError, match=f"a pairwise model .*{why}"):
         choose_adapter(files(architecture, LM_HEAD | SCORE, name=name))
 
 
@@ -294,3 +331,35 @@ def test_what_neither_body_nor_head_reads_belongs_to_none() -> None:
     assert adapter.is_body_tensor("model.norm.weight")
     assert not adapter.is_body_tensor("lm_head.weight")
     assert not adapter.is_head_tensor("lm_head.weight")
+
+
+# Outputs of the user's own
+
+
+def test_names_and_weights_of_the_settings_are_held_to_the_head() -> None:
+    three = {"score.weight": [3, H]}
+    entries = output_entries(("a", "b", "c"), {"a": 1.0})
+    found = choose_adapter(files(CLASSIFIER, three, **entries), "named_outputs")
+    assert found.attributes(entries) == ("a", "b", "c")
+    assert found.has_score(entries) and not found.has_score(output_entries(("a", "b", "c"), {}))
+    assert (found.num_outputs(entries), found.num_outputs(output_entries("abc", {}))) == (4, 3)
+    with pytest.raises(ModelError, match="3 outputs, and there are 2 names: a, b"):
+        choose_adapter(files(CLASSIFIER, three, **output_entries("ab", {})), "named_outputs")
+    with pytest.raises(ConfigError, match="no output is named d; there are a, b, c"):
+        wrong = output_entries("abc", {"a": 1.0, "d": 0.5})
+        choose_adapter(files(CLASSIFIER, three, **wrong), "named_outputs")
+    with pytest.raises(ModelError, match="no names for them"):
+        choose_adapter(files(CLASSIFIER, three, **output_entries("", {"a": 1})), "named_outputs")
+    with pytest.raises(ConfigError, match="has one output, which is the score"):
+        choose_adapter(files(CLASSIFIER, SCORE, **output_entries("a", {})), "named_outputs")
+
+
+def test_a_config_without_the_head_that_the_weights_have_is_told() -> None:
+    found = files("LlamaForCausalLM", LM_HEAD | SCORE)
+    (change,) = mismatch_of(found, choose_adapter(found))
+    assert change == (
+        "the config names LlamaForCausalLM, and the weights hold score.weight: scored as "
+        "sequence_classifier"
+    )
+    stock = files(CLASSIFIER, SCORE)
+    assert mismatch_of(stock, choose_adapter(stock)) == ()

@@ -147,6 +147,7 @@ def test_the_names_are_those_that_are_made(format: Format, over_length: OverLeng
     for outputs, width in (
         (SCALAR, 1),
         (Outputs(("a", "b"), steps=True), 3),
+        (Outputs(("a",), tokens=True), 2),
         (Outputs((), False, 4), 4),
     ):
         rows = scored([], [0], steps=[])
@@ -181,6 +182,27 @@ def test_every_step_has_its_score() -> None:
     made = columns(Format.ROLLOUT_GROUP, rows, outputs=Outputs(steps=True))
     assert made["scores"] == [[0.5, None], [0.25]]
     assert made["step_scores"] == [[[0.5, 0.75], None], [[0.25]]]
+
+
+def test_every_token_has_its_score() -> None:
+    """By side, as scores are; none for a sequence that has no score."""
+    rows = scored(
+        [[0.5, 9.0], [NAN] * 2, [0.25, 8.0], [0.75, 7.0]],
+        [0, 2, 4],
+        {1: TOO_LONG},
+        steps=[[1.0, 0.5], [], [0.25], [2.0, 1.0, 0.75]],
+    )
+    made = columns(Format.PREFERENCE_PAIR, rows, outputs=Outputs(("raw_score",), tokens=True))
+    assert made["token_scores_chosen"] == [[1.0, 0.5], [0.25]]
+    assert made["token_scores_rejected"] == [None, [2.0, 1.0, 0.75]]
+    assert made["rewards_chosen"] == [[9.0], [8.0]]
+
+
+def test_a_shard_without_any_score_has_no_lists() -> None:
+    rows = scored([NAN, NAN], [0, 1, 2], {0: TOO_LONG, 1: TOO_LONG})
+    for outputs in (Outputs(steps=True), Outputs(tokens=True)):
+        made = columns(Format.ROLLOUT, rows, outputs=outputs)
+        assert made[outputs.list_column or ""] == [None, None]
 
 
 def test_embeddings_are_vectors_without_a_score() -> None:

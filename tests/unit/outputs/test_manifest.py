@@ -18,6 +18,7 @@ from batch_scorer.outputs.manifest import (
 )
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Commit, Format, Layout, Receipt, Shard, Status
+from batch_scorer.records.reading import parsed
 from batch_scorer.storage import Store, Version
 from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD, stored
 
@@ -28,8 +29,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_records_survive_being_written() -> None:
-    assert Receipt.from_json(DONE.to_json()) == DONE
-    assert Receipt.from_json(FAILED.to_json()) == FAILED
+    assert parsed(DONE.to_line(), Receipt) == DONE
+    assert parsed(FAILED.to_line(), Receipt) == FAILED
     assert Commit.from_footer(COMMIT.footer()) == COMMIT
     assert Commit.from_footer({b"pandas": b"{}"}) is None
 
@@ -104,7 +105,7 @@ def test_success_is_written_only_when_nothing_failed(store: Store) -> None:
     assert current_manifest(store) == [DONE, FAILED]
     _finish(store, [DONE])
     success = read_success(store)
-    assert success is not None and success["rows_scored"] == 9
+    assert success is not None and success.rows_scored == 9
     assert current_manifest(store) == [DONE]
 
 
@@ -125,7 +126,7 @@ def test_an_output_belongs_to_one_fingerprint_and_layout(store: Store) -> None:
         claim_output(store, Fingerprint({"model": "m", "dtype": "float32"}), {"shard_rows": 10}, {})
     with pytest.raises(OutputError, match="shard_rows: 10 there, 20 here"):
         claim_output(store, mine, {"shard_rows": 20}, {})
-    assert open_scored(store.root, {})[1]["provenance"] == {"device": "cpu"}
+    assert open_scored(store.root, {})[1].provenance == {"device": "cpu"}
 
 
 def test_an_output_of_another_version_is_refused(store: Store) -> None:

@@ -76,7 +76,7 @@ def test_nothing_is_a_stray_but_scored_shards_without_a_name(store: Store) -> No
     sink = io.BytesIO()
     pq.write_table(pa.table({"a": [1]}), sink)
     store.create("also-theirs.parquet", sink.getvalue())
-    store.create("_batch_scorer/earlier/a.parquet", scored(COMMIT))
+    store.create("_batch_scorer/earlier/a.parquet.earlier", scored(COMMIT))
     assert [stray.key for stray in find_strays(store.root, {})] == [OLD]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_scorer.backends.fake import FakeBackend
-from batch_scorer.config import OverLength
+from batch_scorer.config import OverLength, PartialConfig
 from batch_scorer.errors import RowReason
 from batch_scorer.outputs.by_source import row_sources, spread_by_source
 from batch_scorer.outputs.columns import score_columns, score_items, sequence_scores
@@ -57,7 +57,13 @@ COUNTS = {
     Format.BEST_OF_N: st.integers(0, 4),
     Format.ROLLOUT_GROUP: st.integers(0, 4),
 }
-OUTPUTS = [SCALAR, Outputs(("a", "b")), Outputs(steps=True), Outputs(embedding_size=3)]
+OUTPUTS = [
+    SCALAR,
+    Outputs(("a", "b")),
+    Outputs(steps=True),
+    Outputs(("a",), tokens=True),
+    Outputs(embedding_size=3),
+]
 
 
 @st.composite
@@ -109,7 +115,7 @@ def test_scores_come_back_from_their_columns(
         )
     back = sequence_scores(stored, layout, "p_", outputs, scored.row_offsets)
     np.testing.assert_array_equal(back.values, scored.scores.values)
-    if outputs.steps:
+    if outputs.list_column:
         np.testing.assert_array_equal(back.step_values, scored.scores.step_values)
         np.testing.assert_array_equal(back.step_offsets, scored.scores.step_offsets)
     if outputs.embedding_size is None:
@@ -277,13 +283,14 @@ def test_copies_are_made_again_after_a_crash_and_found_by_their_footers(tmp_path
     version = store.create("a/b.parquet", sink.getvalue().to_pybytes())
     stored = Stored(COMMIT, version, size_bytes=0, sha256="")
     receipt = Receipt("a/b.parquet", "a/b.parquet", "", 10, Status.COMMITTED, stored)
-    expected = [Earlier(store.root, f"{EARLIER}/a/b.parquet", COMMIT)]
+    expected = [Earlier(store.root, f"{EARLIER}/a/b.parquet.earlier", COMMIT)]
     for _ in range(2):
         assert keep(store, [receipt]) == expected
-        assert kept(store) == expected
-    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["b.parquet"] * 2
+        assert kept(PartialConfig(), store) == expected
+    assert [info.key for info in store.list(EARLIER)] == [expected[0].key]
+    assert len(list((tmp_path / "out").rglob("*.parquet"))) == 1, "a plain glob finds rows twice"
     store.delete("a/b.parquet")
-    assert kept(store) == expected
+    assert kept(PartialConfig(), store) == expected
 
 
 # What a commit says of its scores

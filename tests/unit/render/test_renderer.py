@@ -8,7 +8,7 @@ import pytest
 
 from batch_scorer.config import OverLength
 from batch_scorer.errors import ModelError, RowNote, RowReason, ShardError
-from batch_scorer.models.adapter import Prompt, Steps
+from batch_scorer.models.adapter import Beside, Prompt, Steps
 from batch_scorer.records import Conversation, ParsedRows, RowError
 from batch_scorer.render import OWN_TEMPLATE, Renderer
 from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
@@ -280,3 +280,14 @@ def test_the_reasoning_of_a_pairs_answer_is_kept_or_noted(tmp_path: Path) -> Non
     keeping = renderer(tmp_path, template=None, prompt=Prompt(pair=True, reasoning="keep"))
     assert texts(keeping, talk) == ["Q<think>\nHm.\n</think>\n\nA"]
     assert keeping.tokenize(rows(talk)).notes == {}
+
+
+def test_a_principle_that_nobody_gives_is_not_left_out(tmp_path: Path) -> None:
+    asking = Prompt(beside=Beside("principle", turn="Is it {{ principle }}?"))
+    talk = conversation("q", "a")
+    made = renderer(tmp_path, prompt=asking).tokenize(rows(talk))
+    assert made.sequence_errors[0].reason == RowReason.NULL_VALUE
+    given = ParsedRows([talk], np.array([0, 1]), beside={0: {"content": "brief"}})
+    asked = renderer(tmp_path, prompt=asking)
+    shown = asked.visible(asked.tokenize(given).token_ids)
+    assert shown.endswith("a<|im_end|>\n<|im_start|>user\nIs it brief?<|im_end|>\n")

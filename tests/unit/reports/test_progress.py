@@ -36,7 +36,7 @@ def work_of(*names: str, tokens: int = 1) -> Work:
     files = [InputFile(shard.source, schema, shard.layout, ((10, 500),)) for shard in shards]
     failed = [replace(FAILED, input=name) for name in names]
     gone = [replace(DONE, output_key=name) for name in names]
-    return Work(Plan(files, shards, failed), todo=shards, done=[], gone=gone)
+    return Work(Plan(files, shards, failed), todo=shards, done=[], gone=gone, failed=failed)
 
 
 def screen(width: int, *, is_terminal: bool = True) -> tuple[Console, io.StringIO]:

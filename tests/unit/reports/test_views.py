@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from batch_scorer.decontamination.decontaminate import Decontaminated, SourceCounts
+from batch_scorer.derived.output import Totals
+from batch_scorer.derived.state import DerivedStatus, DerivedVerdict
 from batch_scorer.evaluation import Benchmark
 from batch_scorer.evaluation.result import Estimate, Evaluation, Subset
 from batch_scorer.models.adapter import Prompt
@@ -47,8 +51,10 @@ from batch_scorer.reports.results import (
 )
 from batch_scorer.reports.views import VIEWS, Report, blocks_of
 from batch_scorer.runs.estimate import Estimate as Work
+from batch_scorer.runs.marked import SCHEMA, MarkedRows
 from batch_scorer.runs.metrics import Metrics
 from batch_scorer.runs.status import OutputStatus
+from batch_scorer.selection.select import Selected
 from batch_scorer.storage import Check, Conformance
 from tests.helpers.receipts import ONE, OTHER, RUN
 
@@ -161,6 +167,14 @@ def status(text: str) -> OutputStatus:
     )  # fmt: skip
 
 
+def marked_rows(text: str) -> MarkedRows:
+    rows = [
+        {"file": text, "row": 1_234, "reason": "too_long", "detail": text, "column": "score_error"},
+        {"file": text, "row": None, "reason": "empty", "detail": None, "column": "b_score_error"},
+    ]
+    return MarkedRows(text, pa.Table.from_pylist(rows, SCHEMA))
+
+
 def evaluation(text: str) -> Evaluation:
     estimate = Estimate(0.8, 0.75, 0.85)
     return Evaluation(
@@ -184,6 +198,10 @@ def record(text: str) -> NightlyRecord:
         7, "2026-11-21T01:00:00+00:00", "2026-11-21T01:10:00+00:00", {}, 0, (series,),
         latest={"main": text}, has_moved=False, lacking=(f"{text}: not begun",),
     )  # fmt: skip
+
+
+def decontaminated(text: str) -> Decontaminated:
+    return Decontaminated(text, 3, 1, 1, 2, 1, {text: SourceCounts(3, 1)}, None)
 
 
 def drift(text: str) -> DriftReport:
@@ -211,6 +229,16 @@ def nightly_status(text: str) -> NightlyStatus:
     )
 
 
+def selected(text: str) -> Selected:
+    totals = Totals(1_234, 1_000, {"marked": 34, "rank": 200}, 1_000, 3, "0" * 64)
+    return Selected(text, (text,), {"by": text}, totals)
+
+
+def derived_status(text: str) -> DerivedStatus:
+    totals = selected(text).totals
+    return DerivedStatus(text, "select", {"by": text}, (text,), 3, totals)
+
+
 EXAMPLES: dict[type, Callable[[str], Any]] = {
     PlanReport: plan,
     CheckReport: check,
@@ -222,12 +250,17 @@ EXAMPLES: dict[type, Callable[[str], Any]] = {
     VerifyReport: verification,
     Conformance: conformance,
     OutputStatus: status,
+    MarkedRows: marked_rows,
     Evaluation: evaluation,
     NightlyPlan: nightly_plan,
     NightlyReport: lambda text: NightlyReport(text, None, record(text), drift(text), (), True),
     NightlyRecord: record,
     NightlyStatus: nightly_status,
     DriftReport: drift,
+    Selected: selected,
+    DerivedStatus: derived_status,
+    DerivedVerdict: lambda text: DerivedVerdict(text, "select", 3, 1_000, 3, [text], [text]),
+    Decontaminated: decontaminated,
 }
 WITHOUT_FOREIGN_TEXT = {Pace}
 
@@ -332,6 +365,17 @@ def test_a_status_shows_the_last_heartbeat_and_the_time_left() -> None:
     shown = printed(status("out"))
     assert "out: running (out, last heartbeat 0:03 ago)" in shown
     assert "about 12:34 left" in shown
+
+
+def test_marked_rows_are_counted_and_cut_off_where_there_are_many() -> None:
+    found = marked_rows("a")
+    assert "a: 2 rows without a score" in printed(found)
+    assert "and" not in printed(found)
+    many = replace(found, rows=pa.concat_tables([found.rows] * 60))
+    shown = printed(many)
+    assert "a: 120 rows without a score" in shown
+    assert "and 20 more" in shown
+    assert len(many.to_json()["rows"]) == 120
 
 
 def test_a_nightly_status_shows_what_the_pointer_names() -> None:

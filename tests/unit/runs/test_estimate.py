@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -5,8 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from batch_scorer.config import load_config
+from batch_scorer.errors import ModelError
 from batch_scorer.records import TokenizedRows
 from batch_scorer.runs import estimate
 from batch_scorer.runs.estimate import RowWork, work_of
@@ -71,6 +74,17 @@ def test_without_packing_nothing_is_shared(
     found = ahead(tiny_model, files, **settings).estimate
     assert found is not None and found.computed_tokens == found.row_tokens
     assert (found.flop is None) == (settings == {"backend": "fake"})
+
+
+def test_a_plan_refuses_the_model_that_score_refuses(
+    files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["score.weight"].zero_()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="all zeros"):
+        ahead(model, files / "a.parquet")
 
 
 def test_a_plan_goes_without_what_it_cannot_estimate(files: Path, tiny_model: Path) -> None:

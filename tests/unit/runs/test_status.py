@@ -11,6 +11,8 @@ from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.outputs.claim import claim_output
 from batch_scorer.outputs.lease import Lease
 from batch_scorer.outputs.ledger import Ledger
+from batch_scorer.outputs.manifest import record_plan
+from batch_scorer.records import Status
 from batch_scorer.runs.metrics import Metrics, record_run
 from batch_scorer.runs.status import read_status
 from batch_scorer.storage import Store
@@ -78,3 +80,14 @@ def test_nobody_holds_an_output_that_was_released(store: Store) -> None:
     status = read_status(store.root)
     assert (status.state, status.holder, status.renewed_s) == ("interrupted", None, None)
     assert (status.left_s, status.metrics) == (None, Metrics.of([ONE]).to_json(RUN))
+
+
+def test_a_run_that_ended_with_failed_shards_is_not_called_interrupted(store: Store) -> None:
+    record_plan(store, shards=1, rows=ONE.num_rows, tokens=1)
+    with Lease(store, "digest", 30.0) as lease:
+        failed = replace(
+            ONE, epoch=RUN.epoch, status=Status.FAILED, stored=None, reason="internal", detail="x"
+        )
+        Ledger(store, RUN.epoch, lease.holder_id, every_s=0).add(failed)
+        assert read_status(store.root).state == "running"
+    assert read_status(store.root).state == "failed"

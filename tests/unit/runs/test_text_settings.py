@@ -1,6 +1,7 @@
 """The settings of the text, from the job to what the output remembers."""
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,19 @@ def test_the_settings_reach_the_text(config: Config) -> None:
     assert prompt.template == DATED and prompt.arguments == '{"a": true, "b": 1}'
     assert (prompt.system, prompt.step_separator) == ("Be kind.", "|")
     assert (prompt.bos, prompt.eos, prompt.reasoning) == ("auto", "append", "drop")
+
+
+def test_another_model_in_the_same_folder_has_its_own_template(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """One program scores a training's checkpoints, each saved over the one before."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = load_config(model=str(folder), inputs=("in",), output="out", device="cpu")
+    before = derive.derive(config, derive.look_at_model(config))
+    template = folder / "chat_template.jinja"
+    template.write_text(
+        template.read_text().replace("message['content']", "'new' + message['content']")
+    )
+    after = derive.derive(config, derive.look_at_model(config))
+    assert before.probe and after.probe
+    assert "new" in after.probe.texts[0] and "new" not in before.probe.texts[0]

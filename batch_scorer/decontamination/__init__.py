@@ -1,0 +1,1 @@
+"""Which rows are too close to evaluation sets, or to each other."""

@@ -1,0 +1,176 @@
+"""The first pass of a selection: what decides about each row, and nothing else of it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_scorer.derived.parts import Part
+from batch_scorer.errors import InputError, ShardError
+from batch_scorer.inputs.where import where_of
+from batch_scorer.selection.flat import FlatPart, FlatRows
+from batch_scorer.selection.layouts import SIDE_FIELDS, fits, sides_of
+from batch_scorer.selection.recipe import PROMPT, Reason, Selection
+from batch_scorer.selection.texts import NoColumn, prompts_of, responses_of, texts_of
+from batch_scorer.selection.values import Ranking, numbers_of, require
+
+_SLIM = """
+select row, slot,
+    coalesce(md5_number_upper(grp), 0) as grp_hi, coalesce(md5_number_lower(grp), 0) as grp_lo,
+    md5_number_lower(coalesce(prompt, '')) as prompt,
+    category, value,
+    md5_number_lower(coalesce(prompt, '') || chr(31) || coalesce(text, '')) as tie,
+    {text} as text, tokens
+from rows
+"""
+"""MD5, as a digest that DuckDB computes itself and that no version of it changes."""
+_SCHEMA = pa.schema(
+    {
+        "row": pa.int32(),
+        "slot": pa.int32(),
+        "grp": pa.string(),
+        "prompt": pa.string(),
+        "category": pa.string(),
+        "value": pa.float64(),
+        "text": pa.string(),
+        "tokens": pa.int32(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a part holds. `candidates` has one row each of `_SLIM`, in the order of the rows; `rows`
+    were read (flat ones), and `dropped` of them are no candidates."""
+
+    candidates: pa.Table
+    rows: int
+    dropped: dict[Reason, int]
+
+
+def find_candidates(part: Part, selection: Selection, options: Mapping[str, str]) -> Found:
+    """Called in a process that may die of the file.
+
+    Raises InputError where a column that the selection needs is not there, or is of another type.
+    """
+    try:
+        finder = _Finder(FlatPart(part, options), selection)
+        return finder.found()
+    except ShardError as error:
+        raise InputError(f"{part.url}: where: {error}") from None
+    except NoColumn as error:
+        raise InputError(f"{part.url}: {error}") from None
+
+
+class _Finder:
+    """What one part has for one selection."""
+
+    def __init__(self, part: FlatPart, selection: Selection) -> None:
+        self._part = part
+        self._selection = selection
+        self._where = None if selection.where is None else where_of(selection.where)
+        if self._where is not None:
+            self._where.check(part.schema)
+        self._ranking = Ranking(selection, part.schema, part.prefix)
+        self._prompts = prompts_of(part, is_needed=_needs_prompt(selection))
+        self._responses = responses_of(part)
+        self._dropped = dict.fromkeys(Reason, 0)
+
+    def found(self) -> Found:
+        tables, rows = [], 0
+        text = "md5_number_lower(text)" if self._selection.pairs else "null::ubigint"
+        with duckdb.connect(config={"threads": 1}) as database:
+            for group in self._part.groups(self._columns()):
+                database.register("rows", self._slim(group))
+                tables.append(database.execute(_SLIM.format(text=text)).to_arrow_table())
+                rows += group.table.num_rows
+        candidates = pa.concat_tables(tables) if tables else pa.table({})
+        return Found(candidates, rows, {why: n for why, n in self._dropped.items() if n})
+
+    def _columns(self) -> set[str]:
+        """All that decides; the other columns are not read in this pass."""
+        selection, prefix = self._selection, self._part.prefix
+        needed = {name for name in selection.group_by if name != PROMPT}
+        if selection.above_margin is not None:
+            needed.add(f"{prefix}margin")
+        if selection.top_percent:
+            needed.add(selection.category)
+        for name in sorted(needed):
+            require(self._part.schema.names, name)
+        needed |= {f"{prefix}score_error", *self._ranking.columns}
+        needed |= {*self._prompts.columns, *self._responses.columns}
+        if self._where is not None:
+            needed |= {*self._where.columns}
+        if selection.pairs:
+            fields = {self._part.column_of(field) for field in SIDE_FIELDS} - {None}
+            needed |= {f"{prefix}num_tokens", *map(str, fields)}
+        return needed
+
+    def _slim(self, group: FlatRows) -> pa.Table:
+        value = self._ranking.values(group.table)
+        kept = np.flatnonzero(self._kept(group, value))
+        table, selection = group.table.take(pa.array(kept)), self._selection
+        prompt = self._prompts.texts(table)
+        keys = [prompt if name == PROMPT else texts_of(table[name]) for name in selection.group_by]
+        category = pa.nulls(len(kept), pa.string())
+        if selection.top_percent:
+            category = texts_of(table[selection.category])
+        columns = [
+            pa.array(group.rows[kept].astype(np.int32)),
+            pa.array(group.slots[kept].astype(np.int32)),
+            prompt if selection.group_by in ((), (PROMPT,)) else _joined(keys),
+            prompt,
+            category,
+            pa.array(value[kept]),
+            self._responses.texts(table),
+            self._tokens(table),
+        ]
+        return pa.table(columns, schema=_SCHEMA)
+
+    def _kept(self, group: FlatRows, value: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """bool[n]: the rows that are candidates; the others are counted."""
+        table, error = group.table, f"{self._part.prefix}score_error"
+        kept = np.isfinite(value)
+        if error in table.column_names:
+            # In a list, the error is of one of the responses: that one has no score.
+            kept &= (group.slots >= 0) | pc.is_null(table[error]).to_numpy()
+        self._dropped[Reason.MARKED] += int((~kept).sum())
+        if self._where is not None:
+            matches = np.zeros(len(kept), dtype=bool)
+            matches[self._where.matches(table)] = True
+            self._dropped[Reason.WHERE] += int((kept & ~matches).sum())
+            kept &= matches
+        if (least := self._selection.above_margin) is not None:
+            above = numbers_of(table[f"{self._part.prefix}margin"]) > least
+            self._dropped[Reason.MARGIN] += int((kept & ~above).sum())
+            kept &= above
+        if self._selection.pairs:
+            sides = sides_of(self._part, table.filter(pa.array(kept)))
+            fit = np.zeros(len(kept), dtype=bool)
+            fit[kept] = fits(sides, self._selection.columns)
+            self._dropped[Reason.COLUMNS] += int((kept & ~fit).sum())
+            kept = fit
+        return kept
+
+    def _tokens(self, table: pa.Table) -> pa.Array:
+        name = f"{self._part.prefix}num_tokens"
+        if self._selection.pairs and name in table.column_names:
+            return table[name].cast(pa.int32()).combine_chunks()
+        return pa.nulls(table.num_rows, pa.int32())
+
+
+def _needs_prompt(selection: Selection) -> bool:
+    return PROMPT in selection.group_by or bool(selection.splits or selection.pairs)
+
+
+def _joined(keys: list[pa.Array]) -> pa.Array:
+    """string[n], the same for rows of one group only: null is another key than any text."""
+    if len(keys) == 1:
+        return keys[0]
+    rows = zip(*(key.to_pylist() for key in keys), strict=True)
+    return pa.array([json.dumps(row) for row in rows], pa.string())
