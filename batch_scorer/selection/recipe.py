@@ -7,8 +7,6 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from batch_scorer.inputs.where import where_of
-
 PROMPT = "prompt"
 """The group of all rows with one prompt, wherever it stands in a row."""
 EVERY_OTHER = "*"
@@ -133,6 +131,9 @@ class Selection(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.where is not None:
+            # Arrow's parts for it take as long to import as all of `--help`.
+            from batch_scorer.inputs.where import where_of
+
             where_of(self.where)
         if (self.best or self.worst) and not self.group_by:
             raise ValueError("best and worst are of a group: name it with group_by")
