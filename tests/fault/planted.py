@@ -106,8 +106,8 @@ BUGS = (
     Bug(
         "a stale object is taken for ours",
         "outputs/commit.py",
-        "    if there.identity != ours.identity:\n",
-        "    if there.identity == ours:\n",
+        "    if there.identity != ours.identity or",
+        "    if there.identity == ours or",
         "kills",
         40,
     ),
@@ -146,8 +146,8 @@ BUGS = (
     Bug(
         "a shard that was rewritten under the same name is taken for done",
         "runs/remaining.py",
-        "            return Fate.DONE if commit.identity == identities[key] else Fate.STALE\n",
-        "            return Fate.DONE if commit.fingerprint else Fate.STALE\n",
+        "            if commit.identity != identities[key]:\n",
+        "            if not commit.fingerprint:\n",
         "histories",
         5,
     ),
