@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from batch_scorer.backends import fake
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, ExitCode, RowReason
 from batch_scorer.inputs.plan import make_plan
+from batch_scorer.nightly.night import Ended, Night, run_night
 from batch_scorer.outputs.lease import Lease
 from batch_scorer.outputs.manifest import total
 from batch_scorer.outputs.reuse import EARLIER
@@ -207,6 +209,40 @@ def test_a_shard_whose_retry_fails_stays_as_it_was(
     assert score(config_of(place, tiny_model)).is_complete
     assert digests((place / "out").shards()) == before
     assert_finished(place, score(config), {"null_value": 1})
+
+
+# Every night
+
+
+def test_a_night_tries_marked_rows_again_in_each_generation(
+    place: Place, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    also = {"b_": str(tiny_model)}
+    config = config_of(place, tiny_model, "nights", also=also)
+    reason = RowReason.ENGINE_ERROR
+
+    def night(weakness: RowReason | None, **settings: Any) -> Ended:
+        monkeypatch.setattr(fake, "BACKEND", lambda engine: WeakBackend(weakness))
+        return run_night(config.model_copy(update=settings), Night())
+
+    marks = [summary.totals["marked"] for summary in night(reason).summaries]
+    assert marks[0][reason] == marks[1][reason] > 0
+    assert night(None).record is None
+    retried = night(None, retry_marked=(reason,))
+    assert [s.totals["marked"] for s in retried.summaries] == [{"null_value": 1}] * 2
+    assert retried.record is not None
+    rows = [series.rows for series in retried.record.series]
+    assert {(each.total, each.failed, each.left) for each in rows} == {(14, 0, 0)}
+    assert (rows[0].kept + rows[0].reused + rows[0].new, rows[0].gone) == (14, 0)
+    assert all(each.new >= marks[0][reason] for each in rows)
+    latest = place / "nights" / (place / "nights").read_json("latest.json")["path"]
+    afresh = config_of(place, tiny_model, "afresh", also=also)
+    run_night(afresh, Night())
+    fresh = place / "afresh" / (place / "afresh").read_json("latest.json")["path"]
+    assert {k: s.table.to_pylist() for k, s in latest.shards().items()} == {
+        k: s.table.to_pylist() for k, s in fresh.shards().items()
+    }
+    assert night(None, retry_marked=(reason,)).record is None
 
 
 # What is left to do
