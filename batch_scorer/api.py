@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 _OF_FILES = (
     *("inputs", "exclude", "output", "where", "limit", "keep_columns", "drop_columns"),
-    *("use_ray", "ray_address", "store_options"),
+    *("use_ray", "ray_address", "store_options", "retry_marked"),
 )
 """Settings that say which files and rows are read, what is written, and where."""
 

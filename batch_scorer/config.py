@@ -17,12 +17,20 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from batch_scorer.credentials import wrong_options, wrong_url
-from batch_scorer.errors import ConfigError
+from batch_scorer.errors import ConfigError, RowReason
 from batch_scorer.quarantine import Bounds
 from batch_scorer.records import Format, ReadBounds, TextStyle
 from batch_scorer.storage import is_speakable
@@ -118,6 +126,23 @@ ENGINES = {
     "fake": EngineFacts(runs_model=False),
 }
 """The engines by name, in the order in which `auto` prefers them; each is `backends/<name>.py`."""
+
+
+_RETRIED = [reason.value for reason in RowReason if reason.may_pass]
+
+
+def _that_may_pass(reason: Any) -> Any:
+    if reason not in _RETRIED:
+        raise ValueError(f"only what may pass on another try: {', '.join(_RETRIED)}")
+    return reason
+
+
+RetriedReason: TypeAlias = Annotated[
+    RowReason,
+    BeforeValidator(_that_may_pass),
+    WithJsonSchema({"enum": _RETRIED, "type": "string"}),
+]
+"""A reason for which rows may be scored again."""
 
 
 def _recordable(digits: str) -> int:
@@ -381,6 +406,12 @@ class Config(BaseModel):
     attempts: int = _setting(3, "runtime", gt=0)
     """How often a shard may kill its worker before the program bisects it for the row at fault
     (docs/survival.md), and how often it may fail before it is recorded as failed."""
+
+    retry_marked: tuple[RetriedReason, ...] = _setting((), "runtime")
+    """Score again, in place, the rows that earlier runs have marked for one of these reasons:
+    `--retry-marked out_of_memory,worker_crash` on the command line, `retry_marked: [out_of_memory,
+    worker_crash]` in YAML. Only what may pass on another try: out_of_memory, non_finite_score,
+    engine_error, worker_crash. All other rows keep their scores (docs/survival.md)."""
 
     hang_s: float = _setting(600.0, "runtime", gt=0)
     """Seconds after which a forward pass counts as hung; its worker is killed and the shard

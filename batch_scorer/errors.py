@@ -58,6 +58,17 @@ class RowReason(StrEnum):
     ANSWER_NOT_FOUND = "answer_not_found"
     NOT_A_PAIR = "not_a_pair"
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same row, under the same model and settings, may have a score another time:
+        machines and engines decide it too, and not the row and the model's files alone."""
+        return self in (
+            RowReason.OUT_OF_MEMORY,
+            RowReason.NON_FINITE_SCORE,
+            RowReason.ENGINE_ERROR,
+            RowReason.WORKER_CRASH,
+        )
+
 
 class RowNote(StrEnum):
     """What is worth knowing of a row that has a score: the values in the `score_notes` column."""

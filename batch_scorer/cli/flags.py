@@ -44,7 +44,7 @@ _MAPPINGS = {
     "store_options": ("--store-option", "KEY=VALUE"),
     "template_arguments": ("--template-argument", "NAME=VALUE"),
 }
-"""Flag and metavar of settings that are given as entries; those whose flag is in the plural take
+"""Flag and metavar of settings that are given as entries; those whose metavar ends in `,…` take
 several at once."""
 _LISTS = {
     "exclude": ("--exclude", "GLOB"),
@@ -52,6 +52,7 @@ _LISTS = {
     "keep_columns": ("--keep-columns", "COLUMN,…"),
     "drop_columns": ("--drop-columns", "COLUMN,…"),
     "output_names": ("--output-names", "NAME,…"),
+    "retry_marked": ("--retry-marked", "REASON,…"),
 }
 """The same of settings that are lists."""
 
@@ -110,9 +111,9 @@ def load_settings(
     settings = {name: values[name] for name in Config.model_fields}
     for name in _MAPPINGS:
         settings[name] = mapping(name, settings[name])
-    for name, (flag, _) in _LISTS.items():
+    for name, (_, metavar) in _LISTS.items():
         given = settings[name] or []
-        parts = [each.split(",") if flag.endswith("s") else [each] for each in given]
+        parts = [each.split(",") if metavar.endswith(",…") else [each] for each in given]
         settings[name] = tuple(chain.from_iterable(parts)) or None
     settings["inputs"] = tuple(settings["inputs"] or ()) or None
     file = Path(values["config_file"]) if values["config_file"] else None
@@ -127,7 +128,7 @@ def mapping(name: str, pairs: list[str] | None) -> dict[str, Any] | None:
     if not pairs:
         return None
     flag, form = _MAPPINGS[name]
-    if flag.endswith("s"):
+    if form.endswith(",…"):
         pairs = [part for pair in pairs for part in pair.split(",")]
     wrong = [pair for pair in pairs if "=" not in pair]
     if wrong:

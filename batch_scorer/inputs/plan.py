@@ -135,9 +135,11 @@ class Plan:
     def estimated_tokens(self) -> int:
         return sum(shard.estimated_tokens for shard in self.shards)
 
-    def digest(self, fingerprint: str, column_prefix: str) -> str:
-        """Digest of all identities: equal plans do equal work."""
-        return digest_of([shard.identity(fingerprint, column_prefix) for shard in self.shards])
+    def digest(self, fingerprint: str, column_prefix: str, retried: Iterable[str] = ()) -> str:
+        """Digest of all identities, and of the reasons for which marked rows are `retried`: equal
+        plans do equal work."""
+        identities = [shard.identity(fingerprint, column_prefix) for shard in self.shards]
+        return digest_of([*identities, *sorted(set(retried))])
 
 
 Choice: TypeAlias = Callable[[Source, datetime], bool | None]

@@ -42,10 +42,10 @@ _GRID = 1000
 class Figures:
     """The rows of one source, or of all sources, and their scores.
 
-    Of the `rows`, the `new` were scored since the record before, the `reused` are in rewritten
-    files and have their earlier scores, and the `kept` are in unchanged shards; `gone` rows were
-    there before and are not counted in `rows`. `quantiles` are at `by_source.LEVELS`.
-    Without a score `mean` and `std` are None, `quantiles` ().
+    Of the `rows`, the `new` were scored, or marked, since the record before, the `reused` are in
+    shards that were written anew and have their earlier scores, and the `kept` are in unchanged
+    shards; `gone` rows were there before and are not counted in `rows`. `quantiles` are at
+    `by_source.LEVELS`. Without a score `mean` and `std` are None, `quantiles` ().
     """
 
     rows: int = 0
@@ -69,16 +69,20 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """A shard as an earlier nightly run left it: its identity, and its rows by source."""
+    """A shard as an earlier nightly run left it: its identity, how often its marked rows had been
+    tried again, and its rows by source."""
 
     identity: str
+    retries: int
     rows: Mapping[str, int]
 
 
 def committed_before(receipts: Iterable[Receipt]) -> dict[str, Before]:
     """The committed shards by their key."""
     return {
-        receipt.output_key: Before(receipt.commit.identity, rows_by_source(receipt.commit))
+        receipt.output_key: Before(
+            receipt.commit.identity, receipt.commit.retries, rows_by_source(receipt.commit)
+        )
         for receipt in receipts
         if receipt.commit is not None and receipt.status is Status.COMMITTED
     }
@@ -100,18 +104,25 @@ def figures_by_source(
     rows: dict[str, dict[str, int]] = {}
 
     def count(source: str, what: str, number: int) -> None:
-        row = rows.setdefault(source, dict.fromkeys(("before", "rows", "kept", "reused"), 0))
+        names = ("before", "rows", "kept", "reused", "again")
+        row = rows.setdefault(source, dict.fromkeys(names, 0))
         row[what] += number
 
     parts: dict[str, list[Spread]] = {}
     pairs: dict[str, PairCounts] = {}
     for receipt, commit in committed:
         there = before.get(receipt.output_key)
-        is_kept = there is not None and there.identity == commit.identity
+        is_same = there is not None and there.identity == commit.identity
+        is_kept = there is not None and (there.identity, there.retries) == (
+            commit.identity,
+            commit.retries,
+        )
         for source, number in rows_by_source(commit).items():
             count(source, "rows", number)
             reused = receipt.reused.rows.get(source, 0)
             count(source, "kept" if is_kept else "reused", number if is_kept else reused)
+            if is_same and not is_kept:  # its marked rows were tried again, and are still there
+                count(source, "again", number - reused)
         for source, spread in commit.spread.items():
             parts.setdefault(source, []).append(spread)
         for source, counts in commit.pairs.items():
@@ -126,7 +137,7 @@ def figures_by_source(
             new=row["rows"] - row["kept"] - row["reused"],
             reused=row["reused"],
             kept=row["kept"],
-            gone=max(0, row["before"] - row["kept"] - row["reused"]),
+            gone=max(0, row["before"] - row["kept"] - row["reused"] - row["again"]),
             pairs=pairs.get(source, PairCounts()),
         )
         for source, row in sorted(rows.items())

@@ -178,6 +178,7 @@ def _describe(
         spread=spread_by_source(scored, sources, has_scores=job.outputs.has_score),
         where=shard.where,
         rows_not_asked=shard.rows_not_asked,
+        retries=shard.retries,
     )
 
 
@@ -218,7 +219,8 @@ class Stands:
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """Another commit is stored there, which may be replaced."""
+    """Another commit is stored there, or one with fewer retries of its marked rows, which may be
+    replaced."""
 
     version: Version
 
@@ -281,7 +283,7 @@ def _look(store: Store, key: str, ours: Commit) -> Stands | Stale | None:
         )
     if there.epoch > ours.epoch:
         raise _superseded()
-    if there.identity != ours.identity:
+    if there.identity != ours.identity or there.retries < ours.retries:
         return Stale(info.version)
     note = "" if there.scores_digest == ours.scores_digest else "scores differ from an equal commit"
     return Stands(Stored(there, info.version, info.size_bytes, sha256), note)

@@ -2,7 +2,8 @@
 
 The epoch counts the plans that an output has seen. A resumed plan keeps its epoch, because its
 shards come out byte for byte the same whoever writes them; a changed plan (an input was
-rewritten) raises it, and a shard of a lower epoch gives way to one of a higher.
+rewritten, other marked rows are tried again) raises it, and a shard of a lower epoch gives way to
+one of a higher.
 """
 
 import json

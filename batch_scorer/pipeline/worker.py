@@ -166,7 +166,7 @@ class Scorer:
             try:
                 with self._at_work():
                     if tried.is_probe:
-                        self._backend.score(rows.part(tried.start, tried.stop))
+                        score_shard(rows.part(tried.start, tried.stop), self._backend)
                     else:
                         return score_shard(without(rows, marks), self._backend)
                 search.passed(tried)

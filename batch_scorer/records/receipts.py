@@ -65,7 +65,8 @@ class Commit:
     columns. `notes` counts rows by note (`errors.RowNote`), and as `special_tokens` those whose
     messages spell any. `pairs` and `spread` are by source (`outputs.by_source`). `num_rows`,
     `where` and `rows_not_asked` are the shard's: the object has the rows that are asked for, and
-    the others are counted.
+    the others are counted. `retries` is how often marked rows of the shard were tried again
+    (`retry_marked`), each time in place of the object before.
     """
 
     identity: str
@@ -89,6 +90,7 @@ class Commit:
     spread: dict[str, Spread]
     where: str | None = None
     rows_not_asked: int = 0
+    retries: int = 0
 
     def __post_init__(self) -> None:
         if not any(name.endswith("score_error") for name in self.added_columns):

@@ -202,7 +202,8 @@ class TokenizedRows:
         )
 
     def part(self, first_row: int, stop_row: int) -> "TokenizedRows":
-        """The rows from one to before another, without their errors and what is known of them."""
+        """The rows from one to before another, without their errors, but with what is known of
+        them: an engine is not asked for that, whichever part it gets."""
         first, stop = self.row_offsets[[first_row, stop_row]]
         offsets = self.sequence_offsets[first : stop + 1]
         starts = self.answer_starts
@@ -213,6 +214,7 @@ class TokenizedRows:
             truncated_tokens=self.truncated_tokens[first:stop],
             sequence_errors={},
             row_errors={},
+            known=None if self.known is None else self.known.part(first, stop),
             answer_starts=None if starts is None else starts[first:stop],
         )
 
@@ -313,6 +315,14 @@ class Scores:
     def is_there(self) -> npt.NDArray[np.bool_]:
         """bool[S]: the sequences whose outputs are all numbers."""
         return np.asarray(np.isfinite(self.values).all(axis=1))
+
+    def part(self, first: int, stop: int) -> "Scores":
+        """Those of the sequences from one to before another, without their errors."""
+        if self.step_values is None or self.step_offsets is None:
+            return Scores(self.values[first:stop])
+        places, offsets = gather(self.step_offsets, np.arange(first, stop))
+        steps = self.step_values[places]
+        return Scores(self.values[first:stop], step_values=steps, step_offsets=offsets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,8 @@ class Shard:
     counts the rows between this shard and the next one that no shard has, and for a file's first
     shard those before it: the shards of a file add up to its rows. `replaces` is the stale object
     to be replaced, if any. `earlier` are scored objects, as (root, key), that may hold rows of this
-    shard with their scores (`reuse`).
+    shard with their scores (`reuse`). `retries` is how often marked rows will have been tried again
+    once this shard is scored. The last three are not part of the identity.
     """
 
     source: Source
@@ -105,6 +106,7 @@ class Shard:
     rows_not_asked: int = 0
     replaces: Version | None = None
     earlier: tuple[tuple[str, str], ...] = ()
+    retries: int = 0
 
     def identity(self, fingerprint: str, column_prefix: str) -> str:
         """Digest of what this shard's scores are made of: equal identities, equal scores."""

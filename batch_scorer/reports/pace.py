@@ -13,7 +13,8 @@ from batch_scorer.runs.remaining import Work
 @dataclass(frozen=True, slots=True)
 class Started:
     """What a run sets out to do: all `files`, `shards` and `rows` of its plan, of which
-    `shards_done` were committed before, and the `todo_*` that are scored now.
+    `shards_done` were committed before, and the `todo_*` that are scored now; of these, the
+    `shards_again` were committed too, and their marked rows are tried again.
 
     `rows_not_asked` are the files' other rows. `layouts` lists the files by what their rows are;
     `input_gone` the stored shards whose input is no longer there, `skipped` files beside the inputs
@@ -32,6 +33,7 @@ class Started:
     input_gone: tuple[str, ...]
     rows_not_asked: int = 0
     skipped: tuple[str, ...] = ()
+    shards_again: int = 0
 
 
 def started(work: Work) -> Started:
@@ -53,6 +55,7 @@ def started(work: Work) -> Started:
         input_gone=tuple(receipt.output_key for receipt in work.gone),
         rows_not_asked=plan.rows_not_asked,
         skipped=tuple(plan.skipped),
+        shards_again=sum(shard.retries > 0 for shard in work.todo),
     )
 
 

@@ -27,6 +27,7 @@ class Fate(Enum):
     """What becomes of a scored shard that is stored, under a new plan."""
 
     DONE = "is what the plan wants"
+    RETRIED = "is what the plan wants, with marked rows that are tried again"
     STALE = "has the name of a wanted shard, and was made of something else"
     OUTDATED = "is a piece of a file that is cut differently now"
     ASIDE = "its input is there, but was not looked at"
@@ -66,9 +67,11 @@ def remaining(
 ) -> Work:
     """Subtract what is committed under the same identity; changes nothing.
 
-    With `max_shards` the first N of the rest are to be scored, the others are left. Raises, for
-    a run that holds the lease at `epoch`, LeaseLostError where a newer run has cut a file
-    differently.
+    Shards with rows that are marked for one of `retry_marked` are to be scored again, after all
+    others, those first that were tried least often. With `max_shards` the first N of the rest are
+    to be scored; the others are left, or, where their marked rows would only be tried again, stay
+    as they are. Raises, for a run that holds the lease at `epoch`, LeaseLostError where a newer run
+    has cut a file differently.
     """
     wanted = {shard.output_key: shard for shard in plan.shards}
     identities = {
@@ -77,10 +80,13 @@ def remaining(
     }
     inputs = {part.input for part in plan.not_asked} | {s.source.key for s in plan.shards}
     unusable = {receipt.input for receipt in plan.failed}
+    retried = set(job.config.retry_marked)
 
     def fate_of(key: str, commit: Commit) -> Fate:
         if key in wanted:
-            return Fate.DONE if commit.identity == identities[key] else Fate.STALE
+            if commit.identity != identities[key]:
+                return Fate.STALE
+            return Fate.DONE if retried.isdisjoint(commit.marked) else Fate.RETRIED
         if commit.input in inputs:
             return Fate.OUTDATED
         if commit.input in plan.aside:
@@ -105,15 +111,18 @@ def remaining(
 
     roots = {shard.source.key: shard.source.root for shard in plan.shards}
     roots |= {key: source.root for key, source in plan.aside.items()}
-    done, aside = (
-        [replace(r, status=Status.COMMITTED, input_root=roots[r.input]) for r in found[fate]]
-        for fate in (Fate.DONE, Fate.ASIDE)
-    )
-    finished = {receipt.output_key for receipt in done}
+    finished = {receipt.output_key for fate in (Fate.DONE, Fate.RETRIED) for receipt in found[fate]}
     undone = [s for key, s in wanted.items() if key not in finished and key not in in_the_way]
-    stop = len(undone) if max_shards is None else max_shards
+    stop = len(wanted) if max_shards is None else max_shards
     todo, left = undone[:stop], undone[stop:]
-    stale = {receipt.output_key: receipt for receipt in found[Fate.STALE]}
+    tried = sorted(found[Fate.RETRIED], key=_retries)
+    again, later = tried[: stop - len(todo)], tried[stop - len(todo) :]
+    done, aside = (
+        [replace(r, status=Status.COMMITTED, input_root=roots[r.input]) for r in receipts]
+        for receipts in (found[Fate.DONE] + later, found[Fate.ASIDE])
+    )
+    todo += [replace(wanted[r.output_key], retries=_retries(r) + 1) for r in again]
+    stale = {receipt.output_key: receipt for receipt in [*found[Fate.STALE], *again]}
     replaced = [stale[shard.output_key] for shard in todo if shard.output_key in stale]
     versions = {r.output_key: r.stored.version for r in replaced if r.stored is not None}
     # A file that waits as a whole keeps its old pieces: nothing comes in their place yet.
@@ -137,6 +146,10 @@ def remaining(
         outdated=[receipt for receipt in found[Fate.OUTDATED] if receipt.input not in waiting],
         aside=kept(job.config, output),
     )
+
+
+def _retries(receipt: Receipt) -> int:
+    return 0 if receipt.commit is None else receipt.commit.retries
 
 
 def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = ()) -> Work:

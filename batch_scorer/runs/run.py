@@ -122,7 +122,9 @@ def score_plan(
     require_template(job, plan)
     require_answers(job, plan)
     claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
-    plan_digest = plan.digest(job.fingerprint.digest, config.column_prefix)
+    plan_digest = plan.digest(
+        job.fingerprint.digest, config.column_prefix, retried=config.retry_marked
+    )
     with (
         Lease(output, plan_digest, config.lease_s, seen) as lease,
         logs.fields(run=run_name(config.output, lease.epoch)),

@@ -1,4 +1,5 @@
-"""Histories of a nightly, made up: files that come, change and go, triggers, kills, faults.
+"""Histories of a nightly, made up: files that come, change and go, engines that fail at some rows,
+triggers, kills, faults, marked rows that are tried again.
 
 Rules of a state machine of Hypothesis: a test runs many, and the planted bugs must fall to them.
 """
@@ -10,13 +11,15 @@ from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
 from typing import ClassVar
+from unittest.mock import patch
 
 import pyarrow as pa
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from batch_scorer import Config
-from batch_scorer.errors import BatchScorerError
+from batch_scorer.backends import fake
+from batch_scorer.errors import BatchScorerError, RowReason
 from batch_scorer.failpoints import FAILPOINTS, FailpointReached, arm
 from batch_scorer.nightly.night import Ended, Night, run_night
 from batch_scorer.records import Receipt, Status
@@ -24,12 +27,14 @@ from batch_scorer.runs.remaining import Work
 from batch_scorer.runs.run import score
 from tests.helpers.inputs import Row, pair_rows, parquet, table_of
 from tests.helpers.places import Place
+from tests.helpers.weak import WeakBackend
 
 SHARD_ROWS = 2
 FIRST_DAY = date(2026, 10, 24)  # the night after it has 25 hours in Europe
 
 DAYS = st.integers(0, 3).map(lambda days: FIRST_DAY + timedelta(days))
 COUNTS = st.integers(1, 5)
+RETRIED = tuple(reason for reason in RowReason if reason.may_pass)
 MOST_PUTS = 30
 """Of a trigger; one that makes fewer loses nothing."""
 
@@ -53,7 +58,8 @@ class Watching:
 
     def finished(self, receipt: Receipt) -> None:
         if receipt.commit is not None:
-            self._machine.commits[self._path, receipt.commit.identity] += 1
+            commit = receipt.commit
+            self._machine.commits[self._path, commit.identity, commit.retries] += 1
         self._machine.after_shard()
 
 
@@ -71,7 +77,9 @@ class Histories(RuleBasedStateMachine):
         self.versions: dict[tuple[str, str], list[Row]] = {}
         self.model = self.models[0]
         self.rows_made = 0
-        self.commits: Counter[tuple[str, str]] = Counter()
+        self.weakness: RowReason | None = None
+        """For which the engine fails at some rows."""
+        self.commits: Counter[tuple[str, str, int]] = Counter()
         self.readers: str | None = None
         self.after_shard: Callable[[], None] = lambda: None
 
@@ -114,9 +122,13 @@ class Histories(RuleBasedStateMachine):
     def another_model_is_chosen(self, model: int) -> None:
         self.model = self.models[model]
 
+    @rule(reason=st.sampled_from([None, *RETRIED]))
+    def the_engine_fails_at_some_rows_or_at_none(self, reason: RowReason | None) -> None:
+        self.weakness = reason
+
     # Triggers
 
-    def config(self, output: str) -> Config:
+    def config(self, output: str, *, retries: bool = False) -> Config:
         return Config(
             model=str(self.model),
             inputs=((self.place / "in").url,),
@@ -124,14 +136,17 @@ class Histories(RuleBasedStateMachine):
             backend="fake",
             use_ray=False,
             shard_rows=SHARD_ROWS,
+            retry_marked=RETRIED if retries else (),
         )
 
-    def run(self, night: Night) -> Ended:
-        return run_night(self.config("out"), night, lambda path: Watching(self, path))
+    def run(self, night: Night, *, retries: bool = False) -> Ended:
+        config = self.config("out", retries=retries)
+        with patch.object(fake, "BACKEND", lambda settings: WeakBackend(self.weakness)):
+            return run_night(config, night, lambda path: Watching(self, path))
 
-    def trigger(self, night: Night | None = None) -> Ended:
+    def trigger(self, night: Night | None = None, *, retries: bool = False) -> Ended:
         self.files_then = dict(self.files)
-        ended = self.run(night or Night())
+        ended = self.run(night or Night(), retries=retries)
         for summary in ended.summaries:
             totals = summary.totals
             parts = ("rows_scored", "rows_marked", "rows_not_asked", "rows_failed", "rows_left")
@@ -158,6 +173,14 @@ class Histories(RuleBasedStateMachine):
         assert self.commits.total() == before
 
     @precondition(lambda self: self.files)
+    @rule(most=st.none() | st.integers(1, 3))
+    def a_trigger_to_try_marked_rows_again(self, most: int | None) -> None:
+        ended = self.trigger(Night(max_shards=most), retries=True)
+        if self.weakness is None and most is None:
+            marked = {reason for s in ended.summaries for reason in s.totals["marked"]}
+            assert not marked & set(RETRIED)
+
+    @precondition(lambda self: self.files)
     @rule(day=DAYS)
     def a_trigger_for_the_days_until(self, day: date) -> None:
         """Late, or early, or by a clock that was moved back: the day is what the scheduler says."""
@@ -179,34 +202,39 @@ class Histories(RuleBasedStateMachine):
         self.trigger(Night(rescore=True))
 
     @precondition(lambda self: self.files)
-    @rule(shards=st.integers(1, 4), rescore=st.booleans())
-    def a_trigger_that_is_killed(self, shards: int, rescore: bool) -> None:
+    @rule(shards=st.integers(1, 4), rescore=st.booleans(), retries=st.booleans())
+    def a_trigger_that_is_killed(self, shards: int, rescore: bool, retries: bool) -> None:
         def kill() -> None:
             raise Killed
 
         self.after_shards(shards, kill)
         try:
-            self.trigger(Night(rescore=rescore))
+            self.trigger(Night(rescore=rescore), retries=retries)
         except Killed:
             self.check_readers()
         self.after_shard = lambda: None
 
     @precondition(lambda self: self.files)
-    @rule(lost=st.integers(1, MOST_PUTS), rescore=st.booleans())
-    def a_trigger_that_loses_an_answer(self, lost: int, rescore: bool) -> None:
+    @rule(lost=st.integers(1, MOST_PUTS), rescore=st.booleans(), retries=st.booleans())
+    def a_trigger_that_loses_an_answer(self, lost: int, rescore: bool, retries: bool) -> None:
         """Of a PUT that was applied. On this disk nobody asks again: the run reports it."""
-        self.trigger_that_fails(f"put.applied:lose:{lost}", rescore)
+        self.trigger_that_fails(f"put.applied:lose:{lost}", rescore, retries)
 
     @precondition(lambda self: self.files)
-    @rule(step=st.sampled_from(sorted(FAILPOINTS)), time=st.integers(1, 3), rescore=st.booleans())
-    def a_trigger_that_breaks_off(self, step: str, time: int, rescore: bool) -> None:
+    @rule(
+        step=st.sampled_from(sorted(FAILPOINTS)),
+        time=st.integers(1, 3),
+        rescore=st.booleans(),
+        retries=st.booleans(),
+    )
+    def a_trigger_that_breaks_off(self, step: str, time: int, rescore: bool, retries: bool) -> None:
         """At any step of the commit protocol."""
-        self.trigger_that_fails(f"{step}:raise:{time}", rescore)
+        self.trigger_that_fails(f"{step}:raise:{time}", rescore, retries)
 
-    def trigger_that_fails(self, failpoint: str, rescore: bool) -> None:
+    def trigger_that_fails(self, failpoint: str, rescore: bool, retries: bool) -> None:
         arm(failpoint)
         try:
-            self.trigger(Night(rescore=rescore))
+            self.trigger(Night(rescore=rescore), retries=retries)
         except (BatchScorerError, FailpointReached):
             self.check_readers()
         finally:
@@ -270,8 +298,9 @@ class Histories(RuleBasedStateMachine):
         return whole
 
     def check_readers(self) -> None:
-        """Each shard is committed once. When readers are pointed elsewhere, every file is there
-        whole that was there before, and still is an input: as it was, or as the night found it."""
+        """Each try of a shard is committed once. When readers are pointed elsewhere, every file is
+        there whole that was there before, and still is an input: as it was, or as the night found
+        it."""
         assert max(self.commits.values(), default=0) <= 1
         now = self.latest()
         if now is None or now == self.readers:
@@ -285,13 +314,15 @@ class Histories(RuleBasedStateMachine):
         self.readers = now
 
     def all_is_well_in_the_end(self) -> None:
-        """One more night, with nothing in its way, and readers have what scoring afresh gives."""
+        """One more night, with nothing in its way, that tries marked rows again: and readers have
+        what scoring afresh gives."""
         self.after_shard = lambda: None
+        self.weakness = None
         if not self.files:
             return
-        ended = self.trigger()
+        ended = self.trigger(retries=True)
         assert ended.is_complete
-        assert self.trigger().record is None
+        assert self.trigger(retries=True).record is None
         path = self.latest()
         assert path is not None
         found = self.stored(path)

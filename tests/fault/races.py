@@ -70,13 +70,14 @@ def make_bench(place: Place, model: str, rounds: int) -> Bench:
     return Bench(place, job, shard, scored, rounds)
 
 
-def race(bench: Bench, shard: Shard | None = None) -> list[Receipt]:
-    """All writers at once, each with scores of its own."""
+def race(bench: Bench, shard: Shard | None = None, and_late: Shard | None = None) -> list[Receipt]:
+    """All writers at once, each with scores of its own; every second one writes `and_late`."""
     ready = Barrier(WRITERS)
 
     def write(writer: int) -> Receipt:
         ready.wait()
-        return bench.commit(2, shard, add=float(writer))
+        theirs = and_late if and_late is not None and writer % 2 else shard
+        return bench.commit(2, theirs, add=float(writer))
 
     with ThreadPoolExecutor(WRITERS) as pool:
         return list(pool.map(write, range(WRITERS)))

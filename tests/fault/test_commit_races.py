@@ -9,7 +9,7 @@ import pytest
 from batch_scorer import quarantine
 from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.outputs.lease import Lease
-from batch_scorer.records import Shard
+from batch_scorer.records import Receipt, Shard
 from cluster.local.seaweed import S3Server
 from tests.fault.races import WRITERS, Bench, assert_one_won, make_bench, race, stored_of
 from tests.helpers.inputs import pairs, parquet
@@ -105,3 +105,68 @@ def test_a_late_commit_of_an_old_epoch_is_replaced_by_the_newer_run(bench: Bench
     assert newer.detail == ""
     assert bench.stored().sha256 == stored_of(newer).sha256
     assert bench.stored().commit.epoch == 2
+
+
+# Rows that are tried again: of one identity, the commit with more retries stands
+
+
+def retry_of(bench: Bench, before: Receipt, retries: int = 1) -> Shard:
+    return replace(bench.shard, replaces=stored_of(before).version, retries=retries)
+
+
+def test_a_late_first_try_does_not_replace_a_retry(bench: Bench) -> None:
+    stale = bench.of_plan("old").commit(2)
+    stale_version = stored_of(stale).version
+    first = bench.commit(2, replace(bench.shard, replaces=stale_version))
+    retry = bench.commit(2, retry_of(bench, first), add=1.0)
+    assert retry.detail == ""
+    assert bench.stored().commit.retries == 1
+    for late in (bench.shard, replace(bench.shard, replaces=stale_version)):
+        receipt = bench.commit(2, late, add=2.0)
+        assert receipt.stored == retry.stored
+        assert receipt.detail == "scores differ from an equal commit"
+    assert bench.stored().sha256 == stored_of(retry).sha256
+
+
+def test_a_retry_replaces_a_first_try_that_slipped_in(bench: Bench) -> None:
+    """What it was to replace is gone, and a late writer of the first try has put its own there."""
+    before = bench.commit(2)
+    (bench.place / "out").store.delete(bench.shard.output_key)
+    bench.commit(2, add=1.0)
+    retry = bench.commit(2, retry_of(bench, before), add=2.0)
+    assert retry.detail == ""
+    assert bench.stored().sha256 == stored_of(retry).sha256
+
+
+def test_of_two_retries_of_one_number_the_first_wins(bench: Bench) -> None:
+    before = bench.commit(2)
+    first = bench.commit(2, retry_of(bench, before), add=1.0)
+    second = bench.commit(2, retry_of(bench, before), add=2.0)
+    assert first.stored == second.stored
+    assert second.detail == "scores differ from an equal commit"
+    # A later one takes its place, though its rows are marked again and have the same scores.
+    third = bench.commit(2, retry_of(bench, first, 2), add=1.0)
+    assert stored_of(third).version != stored_of(first).version
+    assert bench.stored().commit.retries == 2
+    for late in (retry_of(bench, before), retry_of(bench, first), bench.shard):
+        assert bench.commit(2, late, add=3.0).stored == third.stored
+
+
+def test_one_of_many_retries_replaces_the_marked_shard_and_first_tries_come_late(
+    bench: Bench,
+) -> None:
+    before = bench.commit(2)
+    for number in range(1, bench.rounds + 1):
+        retry = retry_of(bench, before, number)
+        receipts = race(bench, retry, and_late=bench.shard)
+        after = bench.stored()
+        assert after.commit.retries == number
+        retries, late = receipts[::2], receipts[1::2]
+        assert_one_won(retries, after)
+        assert {stored_of(r).sha256 for r in late} <= {stored_of(before).sha256, after.sha256}
+        before = retries[0]
+
+
+def test_a_retry_of_an_old_epoch_is_superseded(bench: Bench) -> None:
+    first = bench.commit(2)
+    assert_superseded(bench, epoch=1, shard=retry_of(bench, first))

@@ -16,15 +16,17 @@ import pytest
 
 import batch_scorer
 from batch_scorer import Config
-from batch_scorer.errors import ConfigError
+from batch_scorer.errors import ConfigError, RowReason
 from batch_scorer.failpoints import FAILPOINTS, TESTING, arm
 from batch_scorer.outputs.reuse import EARLIER
+from batch_scorer.runs.run import score
 from tests.fault.forked import STOPPED
-from tests.fault.oracles import Found, judge
+from tests.fault.oracles import Found, judge, read_output
 from tests.fault.scenes import TERM_S, end_term, failpoint_of, scene_of, sleeper_term_s
 from tests.fault.small_job import SmallJob, small_job
 from tests.helpers.places import Place
 from tests.helpers.program import wait_until
+from tests.helpers.weak import WeakBackend, making
 
 pytestmark = pytest.mark.fault
 
@@ -150,6 +152,122 @@ def test_a_run_that_wakes_up_while_a_newer_one_is_at_work_damages_nothing(
     newer.go_on()
     assert newer.wait() == 0, job.runs.said()
     assert not judge(job.at(output), job.at(inputs), expected, same_bytes=False).problems
+
+
+# Marked rows are tried again
+
+NOT_IN_A_RETRY = {
+    "claim.before_put": "the output is begun already",
+    "commit.after_refusal": "nobody else writes there",
+}
+WEAK = (RowReason.ENGINE_ERROR,)
+
+
+def first_try(job: SmallJob, output: str) -> None:
+    """All is committed, and rows of two shards or more are marked."""
+    config = job.config(output)
+    summary = score(config, make=making(WeakBackend(RowReason.ENGINE_ERROR)))
+    marked = [r for r in summary.receipts if r.commit and r.commit.marked.keys() & set(WEAK)]
+    assert summary.is_complete
+    assert len(marked) > 1
+
+
+@pytest.fixture(scope="module")
+def retried(job: SmallJob, expected: Found) -> Found:
+    """What the retry of a first try gives, undisturbed."""
+    first_try(job, "retried")
+    assert job.runs.run(job.config("retried", retry_marked=WEAK)) == 0, job.runs.said()
+    assert not judge(job.at("retried"), job.at("in"), expected, same_bytes=False).problems
+    return read_output(job.at("retried"), job.at("in"))
+
+
+@pytest.mark.parametrize("action", ["kill", "raise"])
+@pytest.mark.parametrize("name", sorted(FAILPOINTS.keys() - NOT_IN_A_RETRY.keys()))
+def test_a_retry_that_ends_at_any_step_is_finished_by_the_same_command(
+    name: str, action: str, job: SmallJob, retried: Found
+) -> None:
+    output = f"retry-{action}-{name}"
+    first_try(job, output)
+    config = job.config(output, retry_marked=WEAK, lease_s=TERM_S if "renew" in name else 30)
+    code = job.runs.start(config, failpoint_of(name, action), scene_of(name, job)).wait()
+    reached = {-signal.SIGKILL} if action == "kill" else {1, 3}
+    assert code in reached, (code, job.runs.said())
+    assert job.runs.run(job.config(output, retry_marked=WEAK)) == 0, job.runs.said()
+    assert not judge(job.at(output), job.at("in"), retried).problems
+    assert not list((job.place / output).store.list(EARLIER))
+
+
+@pytest.mark.parametrize("name", ["room.before_delete", "commit.before_put", "manifest.before_put"])
+def test_a_retry_that_was_killed_need_not_be_gone_on_with(
+    name: str, job: SmallJob, expected: Found
+) -> None:
+    """A run without the setting finds every shard committed, tried again or not."""
+    output = f"retry-no-more-{name}"
+    first_try(job, output)
+    config = job.config(output, retry_marked=WEAK)
+    code = job.runs.start(config, failpoint_of(name, "kill")).wait()
+    assert code == -signal.SIGKILL, job.runs.said()
+    left = read_output(job.at(output), job.at("in"))
+    assert job.runs.run(job.config(output)) == 0, job.runs.said()
+    assert not judge(job.at(output), job.at("in"), left).problems
+    assert not list((job.place / output).store.list(EARLIER))
+
+
+@pytest.mark.parametrize("name", ["room.before_delete", "commit.before_epoch_check",
+                                  "commit.before_put", "commit.after_put", "manifest.before_put",
+                                  "success.after_put"])  # fmt: skip
+def test_a_retry_that_is_paused_while_another_one_finishes_damages_nothing(
+    name: str, job: SmallJob, retried: Found
+) -> None:
+    output = f"retry-pause-{name}"
+    first_try(job, output)
+    config = job.config(output, retry_marked=WEAK, lease_s=sleeper_term_s(name))
+    paused = job.runs.start(config, failpoint_of(name, "pause"))
+    assert paused.wait() == STOPPED, job.runs.said()
+    end_term(job, output)
+    until_taken(job, config)
+    assert not judge(job.at(output), job.at("in"), retried).problems
+    paused.go_on()
+    assert paused.wait() in (0, 2, 3), job.runs.said()
+    assert not judge(job.at(output), job.at("in"), retried).problems
+
+
+def test_a_run_that_counts_on_marked_shards_supersedes_one_that_would_replace_them(
+    job: SmallJob,
+) -> None:
+    """It is without the setting, so it has another plan, and a newer epoch."""
+    output = "retry-superseded"
+    first_try(job, output)
+    config = job.config(output, retry_marked=WEAK, lease_s=60)
+    paused = job.runs.start(config, "commit.before_epoch_check:pause")
+    assert paused.wait() == STOPPED, job.runs.said()
+    end_term(job, output)
+    until_taken(job, job.config(output))
+    left = read_output(job.at(output), job.at("in"))
+    paused.go_on()
+    assert paused.wait() == 3, job.runs.said()
+    assert not judge(job.at(output), job.at("in"), left).problems
+
+
+def test_a_retry_that_wakes_up_right_before_its_put_is_found_by_the_next_run(
+    job: SmallJob, expected: Found
+) -> None:
+    """The gap of step 6: no row is lost, doubled or changed but those that get their scores, and
+    the next run's manifest names what is there."""
+    output = "retry-late"
+    first_try(job, output)
+    config = job.config(output, retry_marked=WEAK, lease_s=60)
+    paused = job.runs.start(config, "commit.before_put:pause")
+    assert paused.wait() == STOPPED, job.runs.said()
+    end_term(job, output)
+    until_taken(job, job.config(output))
+    paused.go_on()
+    assert paused.wait() == 3, job.runs.said()
+    left = read_output(job.at(output), job.at("in"))
+    assert job.runs.run(job.config(output)) == 0, job.runs.said()
+    assert not judge(job.at(output), job.at("in"), left).problems
+    assert job.runs.run(config) == 0, job.runs.said()
+    assert not judge(job.at(output), job.at("in"), expected, same_bytes=False).problems
 
 
 def test_every_failpoint_of_the_table_is_in_the_code_once_and_no_other() -> None:

@@ -49,8 +49,8 @@ Try = Callable[[int], list[str]]
 
 @contextmanager
 def races(folder: Path, model: Path) -> Iterator[Try]:
-    """Eight writers, each with scores of its own, create a shard or replace a stale one; one that
-    has seen an older epoch writes over nobody."""
+    """Eight writers, each with scores of its own, create a shard or replace a stale one. Then half
+    of them try its marked rows again, and the others come late with the first try."""
     place = Place(str(folder))
     (place / "in").write({"a.parquet": parquet(pairs(5))})
     with Lease((place / "out").store, "an old plan", 60):
@@ -70,6 +70,10 @@ def races(folder: Path, model: Path) -> Iterator[Try]:
                 receipts = race(now, shard)
                 assert_one_won(receipts, now.stored())
                 there = stored_of(receipts[0]).version
+                retry = replace(now.shard, replaces=there, retries=1)
+                retries = race(now, retry, and_late=now.shard)[::2]
+                assert_one_won(retries, now.stored())
+                there = stored_of(retries[0]).version
             (place / "out").store.delete(bench.shard.output_key)
             return []
 

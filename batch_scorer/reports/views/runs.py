@@ -184,6 +184,7 @@ def started_view(start: Started) -> Iterator[Block]:
     yield Line(
         f"{start.files} files, {start.shards} shards, {start.rows:,} rows"
         f"{_besides(start.rows_not_asked)}; {start.shards_done} shards are done"
+        + (f", marked rows of {start.shards_again} are tried again" if start.shards_again else "")
     )
     for layout, keys in list(start.layouts.items())[:_LAYOUTS_SHOWN]:
         which = keys[0] if len(keys) == 1 else f"{len(keys)} files"

@@ -92,6 +92,15 @@ def test_rows_are_new_reused_kept_or_gone() -> None:
     assert (all_rows.rows, all_rows.new, all_rows.gone) == (41, 10, 11)
 
 
+def test_rows_of_a_shard_that_was_tried_again_are_new_or_reused_and_none_is_gone() -> None:
+    before = receipt("a", "1", {"a": [0.0] * 10})
+    commit = before.commit
+    assert commit is not None
+    after = replace(before, stored=stored(replace(commit, retries=1)), reused=Reused(rows={"a": 8}))
+    found = figures_by_source([after], committed_before([before]))["a"]
+    assert (found.rows, found.new, found.reused, found.kept, found.gone) == (10, 2, 8, 0, 0)
+
+
 # Statistics
 
 

@@ -243,6 +243,21 @@ def test_steps_come_from_both() -> None:
     np.testing.assert_array_equal(some.scores.step_offsets, every.scores.step_offsets)
 
 
+def test_a_part_of_the_rows_knows_the_scores_of_its_own() -> None:
+    rows = tokenized([1, 2], [3], [4, 5, 6], [7], [8, 9], [1], per_row=2)
+    before = tokenized([7], [1, 2], [8, 9])
+    known = find_known(rows, [(before, Stepping().score(before))])
+    every = score_shard(rows, Stepping()).scores
+    for first, stop in ((0, 1), (1, 3), (0, 3), (2, 2)):
+        part = replace(rows, known=known).part(first, stop)
+        scores = score_shard(part, Stepping()).scores
+        expected = every.part(2 * first, 2 * stop)
+        np.testing.assert_array_equal(scores.values, expected.values)
+        if first < stop:
+            np.testing.assert_array_equal(scores.step_values, expected.step_values)
+            np.testing.assert_array_equal(scores.step_offsets, expected.step_offsets)
+
+
 # Which objects are looked into
 
 
