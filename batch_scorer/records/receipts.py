@@ -60,13 +60,13 @@ class Spread:
 class Commit:
     """What a scored shard holds about itself, in its Parquet footer.
 
-    Holds no clock, host or attempt, so the object's bytes are a function of input, model and
-    plan. `rows_digest` is over the token ids that were scored, `scores_digest` over the score
-    columns. `notes` counts rows by note (`errors.RowNote`), and as `special_tokens` those whose
-    messages spell any. `pairs` and `spread` are by source (`outputs.by_source`). `num_rows`,
-    `where` and `rows_not_asked` are the shard's: the object has the rows that are asked for, and
-    the others are counted. `retries` is how often marked rows of the shard were tried again
-    (`retry_marked`), each time in place of the object before.
+    Holds no clock, host or attempt, so the object's bytes are a function of input, model, plan and
+    `retries`: how often marked rows of the shard were tried again (`retry_marked`), each time in
+    place of the object before. `rows_digest` is over the token ids that were scored,
+    `scores_digest` over the score columns. `notes` counts rows by note (`errors.RowNote`), and as
+    `special_tokens` those whose messages spell any. `pairs` and `spread` are by source
+    (`outputs.by_source`). `num_rows`, `where` and `rows_not_asked` are the shard's: the object has
+    the rows that are asked for, and the others are counted.
     """
 
     identity: str

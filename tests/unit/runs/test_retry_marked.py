@@ -9,7 +9,7 @@ import pytest
 
 from batch_scorer.backends import fake
 from batch_scorer.config import Config, load_config
-from batch_scorer.errors import ConfigError, ExitCode, RowReason
+from batch_scorer.errors import ConfigError, ExitCode, OutputError, RowReason
 from batch_scorer.inputs.plan import make_plan
 from batch_scorer.nightly.night import Ended, Night, run_night
 from batch_scorer.outputs.lease import Lease
@@ -19,9 +19,12 @@ from batch_scorer.outputs.state import OutputState
 from batch_scorer.outputs.verify import verify
 from batch_scorer.records import Commit, Receipt, Status
 from batch_scorer.runs.derive import derive, look_at_model
+from batch_scorer.runs.marked import read_marked
 from batch_scorer.runs.remaining import Work, remaining
 from batch_scorer.runs.run import Summary, score
 from batch_scorer.runs.status import read_status
+from batch_scorer.selection.recipe import Selection
+from batch_scorer.selection.select import select
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pair_rows, parquet, table_of
 from tests.helpers.places import Place, digests
@@ -209,6 +212,29 @@ def test_a_shard_whose_retry_fails_stays_as_it_was(
     assert score(config_of(place, tiny_model)).is_complete
     assert digests((place / "out").shards()) == before
     assert_finished(place, score(config), {"null_value": 1})
+
+
+# Who reads the shards that were replaced
+
+
+def test_whoever_reads_scores_sees_the_rows_of_the_retry(place: Place, tiny_model: Path) -> None:
+    reason = RowReason.OUT_OF_MEMORY
+    first = score(config_of(place, tiny_model), make=making(WeakBackend(reason)))
+    out, count = (place / "out").url, first.totals["marked"][reason]
+    reasons = read_marked(out, [out]).rows["reason"].to_pylist()
+    assert sorted(reasons) == sorted(["null_value", *[reason] * count])
+    before = select([out], (place / "before").url, Selection())
+    assert before.totals.rows_kept == 14 - 1 - count
+
+    score(config_of(place, tiny_model, retry_marked=(reason,)))
+    assert read_marked(out, [out]).rows["reason"].to_pylist() == ["null_value"]
+    assert select([out], (place / "after").url, Selection()).totals.rows_kept == 13
+    # A selection stays what it was made of, and is not continued with other scores.
+    with pytest.raises(OutputError, match="before"):
+        select([out], (place / "before").url, Selection())
+    for name in ("before", "after"):
+        ended = run_cli("verify", (place / name).url)
+        assert ended.exit_code == ExitCode.DONE, ended.out
 
 
 # Every night
