@@ -14,8 +14,8 @@ from tests.helpers.program import REPOSITORY
 BENCHMARKS = REPOSITORY / "benchmarks"
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "common")
 
-# They start a Ray for what `end_to_end` and `scaling` do too: a job on it, and a resume.
-LEFT_TO_SLOW = {"shards", "workers"}
+# Each starts Ray or an engine several times, which takes half a minute and more.
+LEFT_TO_SLOW = {"end_to_end", "engines", "numerics", "scaling", "shards", "workers"}
 
 pytestmark = pytest.mark.e2e
 

@@ -80,7 +80,7 @@ def test_both_engines_rank_real_pairs_alike(
 
 
 @with_few_pairs
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param("hf", marks=pytest.mark.slow), "vllm"])
 def test_a_lost_shard_is_scored_again_to_the_same_numbers(
     engine: str, place: Place, program: Program
 ) -> None:

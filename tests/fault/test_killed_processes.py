@@ -56,7 +56,10 @@ def test_a_killed_driver_is_resumed_and_no_shard_scored_twice_though_a_worker_di
     assert again.json["metrics"]["scored_tokens"] == again.json["tokens"] - done > 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-ray"]], ids=["ray", "no-ray"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param([], marks=pytest.mark.slow, id="ray"), pytest.param(["--no-ray"], id="no-ray")],
+)
 def test_a_run_that_is_asked_to_stop_lets_go_and_can_be_finished(
     long_job: LongJob, program: Program, undisturbed: dict[str, Stored], flags: list[str]
 ) -> None:
@@ -83,6 +86,7 @@ def is_loading_the_model(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_whenever_it_loads_the_model_ends_the_run(
     long_job: LongJob, program: Program
 ) -> None:

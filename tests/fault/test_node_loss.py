@@ -79,6 +79,7 @@ def test_nodes_are_lost_while_a_run_plans_loads_scores_and_uploads(
     assert uploading is not None
 
 
+@pytest.mark.slow  # the drill does so too
 def test_workers_are_killed_at_any_moment_and_a_node_is_lost_for_good(fleet: Fleet) -> None:
     output = "workers-killed"
     moments = random.Random(SEED)
@@ -100,6 +101,7 @@ def test_workers_are_killed_at_any_moment_and_a_node_is_lost_for_good(fleet: Fle
     assert not fleet.judge(output, ended).problems
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_lost_with_its_driver_is_replaced_by_another(fleet: Fleet) -> None:
     """Everything of the first is killed by its process id when nine tenths are done; the next run,
     on another cluster and on another kind of device, scores the last tenth."""

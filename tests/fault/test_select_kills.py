@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from batch_scorer.selection.recipe import Selection
 from batch_scorer.selection.select import select
 
 ROOT = Path(__file__).parents[2]
-KILLS = 10
 SHARDS = 30
 SHARD_ROWS = 200
 RUN = """
@@ -53,14 +53,15 @@ def _bytes(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
-def test_a_selection_killed_at_random_ends_in_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_selection_killed_at_random_ends_in_the_same_bytes(kills: int, tmp_path: Path) -> None:
     scored = _scored(tmp_path / "scored")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     start = time.monotonic()
     assert _start(scored, whole).wait() == 0
     whole_s = time.monotonic() - start
     chance = random.Random(2)
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = _start(scored, killed)
         time.sleep(whole_s * chance.uniform(0.3, 1.0))
         process.send_signal(signal.SIGKILL)
