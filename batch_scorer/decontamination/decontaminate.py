@@ -42,7 +42,7 @@ from batch_scorer.decontamination.recipe import (
 from batch_scorer.decontamination.seen import Seen
 from batch_scorer.decontamination.texts import texts_of_rows
 from batch_scorer.decontamination.words import NORMAL_FORM
-from batch_scorer.derived.output import DerivedOutput, Totals, encode_shard
+from batch_scorer.derived.output import Counts, DerivedOutput, Totals, encode_shard
 from batch_scorer.derived.parts import Part, Parts, list_parts, read_apart, read_part
 from batch_scorer.derived.recipes import load_recipe
 from batch_scorer.errors import ConfigError, InputError, ShardError
@@ -166,7 +166,7 @@ def decontaminate(
     # Half a surrogate pair is no UTF-8; in JSON it may be written so.
     made.record(REMOVED_KEY, lines.encode(errors="backslashreplace"))
     reason = "duplicate" if itself else "contaminated"
-    totals = made.conclude(parts.num_rows, {reason: len(removed)})
+    totals = made.conclude(Counts(parts.num_rows, {reason: len(removed)}))
     summary = _summary(output, index, found, totals)
     made.record(SUMMARY_KEY, json.dumps(summary.to_json(), indent=1).encode())
     return summary

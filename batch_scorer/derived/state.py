@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer.derived.output import (
+    Counts,
     Derivation,
     Totals,
     mark_of,
@@ -43,7 +44,8 @@ class DerivedStatus:
 @dataclass(slots=True)
 class DerivedVerdict:
     """What a second look found. `rows_written` is recounted; `remade` counts the shards whose rows
-    were chosen again and compared, None where what they were made of has changed since."""
+    were chosen again and compared, and `counts` are what became of all rows in that; both are None
+    where what they were made of has changed since."""
 
     output: str
     kind: str
@@ -52,6 +54,7 @@ class DerivedVerdict:
     remade: int | None = None
     problems: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    counts: Counts | None = None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -116,6 +119,8 @@ def recount(store: Store, derivation: Derivation) -> DerivedVerdict:
         verdict.problems.append(f"_SUCCESS says {totals.rows_written} rows were written")
     if totals.rows != totals.rows_kept + sum(totals.dropped.values()):
         verdict.problems.append("_SUCCESS: rows are not those kept and those dropped")
+    if sum(totals.prompts_without_pair.values()) > (totals.prompts or 0):
+        verdict.problems.append("_SUCCESS: more prompts have no pair than there are")
     return verdict
 
 
