@@ -24,6 +24,7 @@ from batch_scorer.selection.choose import Candidates, IntArray
 from batch_scorer.selection.flat import FlatPart
 from batch_scorer.selection.gather import gathered
 from batch_scorer.selection.recipe import Selection
+from batch_scorer.selection.stored_pairs import StoredPairs
 from batch_scorer.storage import in_threads
 from batch_scorer.version import __version__
 
@@ -127,7 +128,9 @@ class Chosen:
 
         def encode(shard: tuple[str, Part, IntArray]) -> tuple[str, bytes, int]:
             key, part, places = shard
-            encoded = read_apart(part.source, _encoded, part, places, derivation, key, options)
+            encoded = read_apart(
+                part.source, _encoded, part, places, self.selection, derivation, key, options
+            )
             return key, encoded, len(places)
 
         left = (shard for shard in self._shards() if shard[0] not in committed)
@@ -183,6 +186,15 @@ def _by_text(counts: Mapping[Any, int]) -> dict[str, int]:
 
 
 def _encoded(
-    part: Part, places: IntArray, derivation: str, key: str, options: Mapping[str, str]
+    part: Part,
+    places: IntArray,
+    selection: Selection,
+    derivation: str,
+    key: str,
+    options: Mapping[str, str],
 ) -> bytes:
-    return encode_shard(FlatPart(part, options).taken(places), derivation, key)
+    flat = FlatPart(part, options)
+    table = flat.taken(places)
+    if selection.lays_out:
+        table = StoredPairs(flat, selection.columns).table(table)
+    return encode_shard(table, derivation, key)

@@ -14,9 +14,10 @@ _WHY: Mapping[str, str] = {
     Reason.MARKED: "without a value (marked)",
     Reason.WHERE: "where is not true",
     Reason.MARGIN: "margin too small",
+    Reason.SAME_TEXT: "both texts are the same",
+    Reason.COLUMNS: "no form in these columns",
     Reason.QUANTILE: "outside the quantiles",
     Reason.RANK: "rank too low",
-    Reason.COLUMNS: "no form in these columns",
     Reason.NO_PAIR: "in no pair",
     Reason.SAMPLE: "not in the sample",
 }
