@@ -142,6 +142,7 @@ def decontaminate(
         asked = {**recipe.to_json(), "against": list(against), "against_digest": files}
         kind = "decontamination"
         made = DerivedOutput(output, options, kind, asked, parts.to_json(), _PROVENANCE)
+        made.plan(len(parts.parts))
     known = _compare(parts.parts, recipe, options) if itself else {}
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "index"

@@ -3,6 +3,7 @@
     OUT/<name>.parquet                a shard; the object is the commit
     OUT/_SUCCESS                      JSON totals; written last
     OUT/_batch_scorer/derived.json    what this output is: recipe, digest of what was read, versions
+                      planned.json    how many shards it will have
                       shards.jsonl    every shard with its rows, bytes and sha256
 
 A shard depends on the record in `derived.json` alone, which is written once and never changed. So
@@ -42,6 +43,7 @@ from batch_scorer.storage import (
 )
 
 DERIVED_KEY = f"{RECORDS}/derived.json"
+PLANNED_KEY = f"{RECORDS}/planned.json"
 SHARDS_KEY = f"{RECORDS}/shards.jsonl"
 _FOOTER_KEY = b"batch_scorer.derived"
 _FORMAT = 1
@@ -84,6 +86,13 @@ class DerivedShard:
     rows: int
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What `planned.json` holds: how many shards a complete output has."""
+
+    shards: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +177,10 @@ class DerivedOutput:
     def committed(self) -> dict[str, DerivedShard]:
         """The shards that are there: they need not be made again. They are read for it, once."""
         return {shard.key: shard for shard in self._read_back()}
+
+    def plan(self, shards: int) -> None:
+        """Record how many shards there will be, so that `status` can say how many are left."""
+        self.record(PLANNED_KEY, json.dumps(asdict(Planned(shards))).encode())
 
     def commit(self, key: str, encoded: bytes, rows: int) -> None:
         """Publish a shard of `encode_shard` with one conditional PUT. Raises OutputError where an
@@ -260,6 +273,14 @@ def read_derivation(store: Store) -> Derivation | None:
     """What a derived output is; None where there is none. Raises ObjectDamaged."""
     try:
         return read_record(store, DERIVED_KEY, Derivation)
+    except ObjectMissing:
+        return None
+
+
+def read_planned(store: Store) -> Planned | None:
+    """None before it is known."""
+    try:
+        return read_record(store, PLANNED_KEY, Planned)
     except ObjectMissing:
         return None
 

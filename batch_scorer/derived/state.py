@@ -15,6 +15,7 @@ from batch_scorer.derived.output import (
     Totals,
     mark_of,
     read_derivation,
+    read_planned,
     read_shards,
     read_totals,
 )
@@ -28,17 +29,24 @@ _BOUNDS = Bounds(seconds=600.0, memory_bytes=4 << 30)
 
 @dataclass(frozen=True, slots=True)
 class DerivedStatus:
-    """How far a derived output is. `totals` is None until it is complete; `shards` are there."""
+    """How far a derived output is: `shards` are there, of the `shards_planned`, which is None until
+    all that decides about the rows has been read. `totals` is None until it is complete."""
 
     output: str
     kind: str
     recipe: dict[str, Any]
     places: tuple[str, ...]
     shards: int
+    shards_planned: int | None
     totals: Totals | None
 
+    @property
+    def shards_left(self) -> int | None:
+        return None if self.shards_planned is None else max(0, self.shards_planned - self.shards)
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "complete": self.totals is not None}
+        more = {"shards_left": self.shards_left, "complete": self.totals is not None}
+        return {**asdict(self), **more}
 
 
 @dataclass(slots=True)
@@ -78,12 +86,14 @@ def derived_store(output: str, options: Mapping[str, str]) -> tuple[Store, Deriv
 
 def read_derived_status(store: Store, derivation: Derivation) -> DerivedStatus:
     shards = [info for info in store.list() if not is_record(info.key)]
+    planned = read_planned(store)
     return DerivedStatus(
         output=store.root,
         kind=derivation.kind,
         recipe=derivation.recipe,
         places=tuple(derivation.sources["places"]),
         shards=len(shards),
+        shards_planned=None if planned is None else planned.shards,
         totals=read_totals(store),
     )
 

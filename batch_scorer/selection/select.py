@@ -72,6 +72,7 @@ def select(
     totals = read_totals(derived.store)
     if totals is None:
         with choosing(parts, selection, options) as chosen:
+            derived.plan(len(chosen.shard_rows()))
             for key, encoded, count in chosen.encoded(derived.digest, derived.committed, options):
                 derived.commit(key, encoded, count)
         totals = derived.conclude(chosen.counts)

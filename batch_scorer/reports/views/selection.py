@@ -42,10 +42,13 @@ def selected_view(selected: Selected) -> Iterator[Block]:
 
 def derived_status_view(status: DerivedStatus) -> Iterator[Block]:
     if status.totals is None:
+        left = "how many are left is not known yet"
+        if status.shards_planned is not None:
+            left = f"{status.shards_left:,} of {status.shards_planned:,} are left"
         yield Line(
             f"{status.output}: {status.kind} of {', '.join(status.places)}; {status.shards:,} "
-            "shards are there, run the same command again for the others",
-            "interrupted",
+            f"shards are committed, {left}; run the same command again for the others",
+            "not complete",
             Tone.WARNING,
         )
         return

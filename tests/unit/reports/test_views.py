@@ -237,7 +237,7 @@ def selected(text: str) -> Selected:
 
 def derived_status(text: str) -> DerivedStatus:
     totals = selected(text).totals
-    return DerivedStatus(text, "select", {"by": text}, (text,), 3, totals)
+    return DerivedStatus(text, "select", {"by": text}, (text,), 3, 3, totals)
 
 
 EXAMPLES: dict[type, Callable[[str], Any]] = {
