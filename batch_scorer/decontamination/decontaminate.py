@@ -40,6 +40,7 @@ from batch_scorer.decontamination.recipe import (
     Match,
 )
 from batch_scorer.decontamination.seen import Seen
+from batch_scorer.decontamination.seen_embeddings import SeenEmbeddings
 from batch_scorer.decontamination.texts import texts_of_rows
 from batch_scorer.decontamination.words import NORMAL_FORM
 from batch_scorer.derived.output import Counts, DerivedOutput, Totals, encode_shard
@@ -67,6 +68,9 @@ _PROVENANCE = {
     "normal_form": NORMAL_FORM,
     "minhash": {"permutations": PERMUTATIONS, "scheme": SCHEME},
 }
+MOST_COMPARED_ROWS = 1_000_000
+"""Of which every two are compared by their embeddings. 80,000 with 256 dimensions took 85 s on two
+busy cores; the time grows with the square, so that these take some four hours."""
 _AT_ONCE = 2
 """Shards in memory, each in a process of its own."""
 
@@ -126,14 +130,18 @@ def decontaminate(
     output, itself = expanded(output), list(against) == [ITSELF]
     scored = [expanded(place) for place in scored]
     against = [expanded(place) for place in against]
-    if itself and recipe.match not in (Match.EXACT, Match.NEAR):
-        raise ConfigError("match: rows are compared with each other by exact or near")
+    if itself and recipe.match is Match.NGRAM:
+        raise ConfigError("match: rows are compared with each other by exact, near or embedding")
     parts = list_parts(scored, options)
     index: AnyIndex
-    if recipe.match is Match.EMBEDDING:
+    if itself:
+        index, files = Index(recipe, []), ""
+        if recipe.match is Match.EMBEDDING:
+            _require_comparable(parts, options)
+    elif recipe.match is Match.EMBEDDING:
         index, files = _read_embedded(against, recipe, options, parts)
     else:
-        entries, files = ([], "") if itself else _read_entries(against, recipe, options)
+        entries, files = _read_entries(against, recipe, options)
         index = Index(recipe, entries)
     if not itself and not index.entries:
         raise InputError(f"{', '.join(against)}: no entry has text to look for")
@@ -143,8 +151,8 @@ def decontaminate(
         kind = "decontamination"
         made = DerivedOutput(output, options, kind, asked, parts.to_json(), _PROVENANCE)
         made.plan(len(parts.parts))
-    known = _compare(parts.parts, recipe, options) if itself else {}
     with tempfile.TemporaryDirectory() as folder:
+        known = _compare(parts.parts, recipe, options, Path(folder)) if itself else {}
         stored = Path(folder) / "index"
         stored.write_bytes(pickle.dumps(index, protocol=5))
 
@@ -275,10 +283,29 @@ def _read_index(file: Path) -> AnyIndex:
     return index
 
 
+def _require_comparable(parts: Parts, options: Mapping[str, str]) -> None:
+    """Raise ConfigError or InputError unless the embeddings of all rows can be compared."""
+    if parts.num_rows > MOST_COMPARED_ROWS:
+        raise ConfigError(
+            f"match: embedding compares every two rows, of at most {MOST_COMPARED_ROWS:,}; these "
+            f"are {parts.num_rows:,}: leave out exact and near ones first, or take fewer"
+        )
+    require_one_model(parts.parts, options)
+
+
 def _compare(
-    parts: Sequence[Part], recipe: Decontamination, options: Mapping[str, str]
+    parts: Sequence[Part], recipe: Decontamination, options: Mapping[str, str], folder: Path
 ) -> dict[str, dict[int, Hit]]:
-    """By shard, the rows that are like an earlier one."""
+    """By shard, the rows that are like an earlier one. Files go into `folder`."""
+    if recipe.match is Match.EMBEDDING:
+        close = SeenEmbeddings(recipe.threshold, folder)
+
+        def embedded(part: Part) -> tuple[Vectors, list[str]]:
+            column = recipe.prompt_column
+            return read_apart(part.source, _embedded, part, recipe, options, column)
+
+        read_parts = zip(parts, in_threads(embedded, parts, _AT_ONCE), strict=True)
+        return {part.key: close.hits(part.key, *read) for part, read in read_parts}
     seen = Seen(recipe)
     found: dict[str, dict[int, Hit]] = {}
 
@@ -311,14 +338,15 @@ def _make(
     table = read_part(part, options)
     texts = texts_of_rows(table, recipe.scope, recipe.prompt_column, part.source.url)
     without_text = sum(not each for each in texts)
+    if recipe.match is Match.EMBEDDING:
+        vectors = vectors_of(table, part)
+        without_text = table.num_rows - len(np.unique(vectors.rows))
     if not isinstance(finder, Path):
         hits = finder
     elif isinstance(index := _read_index(finder), Index):
         hits = index.hits(texts)
     else:
-        vectors = vectors_of(table, part)
         hits = index.hits(vectors, ["\n".join(each) for each in texts])
-        without_text = table.num_rows - len(np.unique(vectors.rows))
     sources = row_sources(table)
     removals = ShardRemovals(
         rows=table.num_rows,
