@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -134,10 +134,36 @@ def recount(store: Store, derivation: Derivation) -> DerivedVerdict:
     return verdict
 
 
-def same_rows(store: Store, key: str, made: bytes) -> bool:
+def compare_shards(
+    verdict: DerivedVerdict, store: Store, made: Iterable[tuple[str, bytes]]
+) -> None:
+    """Compare every shard with that which was made again: key and bytes."""
+    verdict.remade = 0
+    for key, data in made:
+        verdict.remade += 1
+        if not _has_rows(store, key, data):
+            verdict.problems.append(f"{store.url(key)} has other rows than the recipe keeps")
+    if verdict.remade != verdict.shards and not verdict.problems:
+        verdict.problems.append(
+            f"{store.root} has {verdict.shards} shards and not {verdict.remade}"
+        )
+
+
+def compare_counts(verdict: DerivedVerdict, store: Store, counts: Counts) -> None:
+    """Compare what `_SUCCESS` says with what was counted again."""
+    verdict.counts = counts
+    totals = read_totals(store)
+    if totals is not None and totals.counts != counts:
+        verdict.problems.append(f"_SUCCESS has other counts: {totals.counts}, {counts}")
+
+
+def _has_rows(store: Store, key: str, made: bytes) -> bool:
     """Whether a stored shard has the rows of one that was made again. Their bytes may differ:
     another version of Arrow may encode the same rows in another way."""
-    info = store.head(key)
+    try:
+        info = store.head(key)
+    except ObjectMissing:
+        return False
     stored = store.read_whole(key, info.version, info.size_bytes)
     return stored == made or apart(_BOUNDS, _are_equal, stored, made)
 

@@ -15,10 +15,10 @@ from batch_scorer.decontamination.embeddings import Vectors
 from batch_scorer.decontamination.recipe import Decontamination, Match
 from batch_scorer.decontamination.seen_embeddings import SeenEmbeddings
 from batch_scorer.errors import ConfigError, InputError
+from tests.helpers.embedded import TEXTS, conversations, embed, vectors
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import jsonl
 from tests.helpers.places import Place
-from tests.unit.decontamination.test_embeddings import TEXTS, conversations, embed, vectors
 
 ROWS, DIMENSIONS, THRESHOLD = 300, 5, 0.8
 Sides = dict[int, Any]
