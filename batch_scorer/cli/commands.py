@@ -289,17 +289,21 @@ def verify(
 ) -> None:
     """Recount an output from its data, and compare every digest with what was committed.
 
-    An output of `select` is also selected again, where what it was made of is still the same.
+    An output of `select` or `decontaminate` is also made again, where what it was made of is still
+    the same.
     """
+    from batch_scorer.decontamination.decontaminate import KIND as DECONTAMINATION
+    from batch_scorer.decontamination.verify import verify_decontamination
     from batch_scorer.derived.state import derived_store
     from batch_scorer.outputs.repair import find_strays, remove
     from batch_scorer.outputs.verify import verify as check
     from batch_scorer.reports.results import VerifyReport
-    from batch_scorer.selection.verify import verify_derived
+    from batch_scorer.selection.verify import verify_selection
 
     options = mapping("store_options", store_option) or {}
     if (derived := derived_store(expanded(output), options)) is not None:
-        found = verify_derived(*derived, options)
+        is_clean = derived[1].kind == DECONTAMINATION
+        found = (verify_decontamination if is_clean else verify_selection)(*derived, options)
         show(found, as_json=as_json)
         raise typer.Exit(found.exit_code)
     if repair:

@@ -9,7 +9,8 @@ import json
 import pickle
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -40,9 +41,10 @@ from batch_scorer.decontamination.recipe import (
     Match,
 )
 from batch_scorer.decontamination.seen import Seen
+from batch_scorer.decontamination.seen_embeddings import SeenEmbeddings
 from batch_scorer.decontamination.texts import texts_of_rows
 from batch_scorer.decontamination.words import NORMAL_FORM
-from batch_scorer.derived.output import DerivedOutput, Totals, encode_shard
+from batch_scorer.derived.output import Counts, DerivedOutput, Totals, encode_shard
 from batch_scorer.derived.parts import Part, Parts, list_parts, read_apart, read_part
 from batch_scorer.derived.recipes import load_recipe
 from batch_scorer.errors import ConfigError, InputError, ShardError
@@ -59,15 +61,19 @@ from batch_scorer.version import __version__
 
 REMOVED_KEY = f"{RECORDS}/removed.jsonl"
 SUMMARY_KEY = f"{RECORDS}/decontamination.json"
+KIND = "decontamination"
 AnyIndex: TypeAlias = Index | EmbeddingIndex
 
-_PROVENANCE = {
+PROVENANCE: Mapping[str, Any] = {
     "batch_scorer": __version__,
     "datasketch": datasketch.__version__,
     "normal_form": NORMAL_FORM,
     "minhash": {"permutations": PERMUTATIONS, "scheme": SCHEME},
 }
-_AT_ONCE = 2
+MOST_COMPARED_ROWS = 1_000_000
+"""Of which every two are compared by their embeddings. 80,000 with 256 dimensions took 85 s on two
+busy cores; the time grows with the square, so that these take some four hours."""
+AT_ONCE = 2
 """Shards in memory, each in a process of its own."""
 
 
@@ -79,6 +85,11 @@ class ShardRemovals:
     without_text: int
     sources: dict[str, int]
     removed: list[Removed] = field(default_factory=list)
+
+
+Decide: TypeAlias = Callable[[Part, str | None], tuple[ShardRemovals, bytes]]
+"""What is left out of a part, and the bytes of its shard in the derivation with this digest; none
+without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +118,34 @@ class Decontaminated:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """What is looked for in which rows. `against_digest` says which version of the evaluation files
+    was read; the index is empty where rows are compared with each other."""
+
+    recipe: Decontamination
+    options: Mapping[str, str]
+    parts: Parts
+    against: tuple[str, ...]
+    against_digest: str
+    index: AnyIndex
+
+    @property
+    def is_itself(self) -> bool:
+        return self.against == (ITSELF,)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the record of the output keeps as its recipe."""
+        against = {"against": list(self.against), "against_digest": self.against_digest}
+        return {**self.recipe.to_json(), **against}
+
+    def counts(self, found: Sequence[ShardRemovals]) -> Counts:
+        removed = sum(len(each.removed) for each in found)
+        reason = "duplicate" if self.is_itself else "contaminated"
+        return Counts(self.parts.num_rows, {reason: removed} if removed else {})
+
+
 def decontaminate(
     scored: Sequence[str],
     against: Sequence[str],
@@ -122,54 +161,41 @@ def decontaminate(
     Raises ConfigError, InputError and OutputError; IncompleteError where what is read is not whole.
     """
     recipe = recipe if isinstance(recipe, Decontamination) else load_recipe(Decontamination, recipe)
-    options = dict(store_options or {})
-    output, itself = expanded(output), list(against) == [ITSELF]
-    scored = [expanded(place) for place in scored]
-    against = [expanded(place) for place in against]
-    if itself and recipe.match not in (Match.EXACT, Match.NEAR):
-        raise ConfigError("match: rows are compared with each other by exact or near")
-    parts = list_parts(scored, options)
-    index: AnyIndex
-    if recipe.match is Match.EMBEDDING:
-        index, files = _read_embedded(against, recipe, options, parts)
-    else:
-        entries, files = ([], "") if itself else _read_entries(against, recipe, options)
-        index = Index(recipe, entries)
-    if not itself and not index.entries:
-        raise InputError(f"{', '.join(against)}: no entry has text to look for")
+    output, options = expanded(output), dict(store_options or {})
+    sought = look_up(scored, against, recipe, options)
     made: DerivedOutput | None = None
     if not dry_run:
-        asked = {**recipe.to_json(), "against": list(against), "against_digest": files}
-        kind = "decontamination"
-        made = DerivedOutput(output, options, kind, asked, parts.to_json(), _PROVENANCE)
-    known = _compare(parts.parts, recipe, options) if itself else {}
-    with tempfile.TemporaryDirectory() as folder:
-        stored = Path(folder) / "index"
-        stored.write_bytes(pickle.dumps(index, protocol=5))
+        sources = sought.parts.to_json()
+        made = DerivedOutput(output, options, KIND, sought.asked, sources, PROVENANCE)
+        made.plan(len(sought.parts.parts))
+    with deciding(sought) as decide:
 
         def find(part: Part) -> ShardRemovals:
-            if made is not None and (found := _committed(made, part)) is not None:
+            if made is None:
+                return decide(part, None)[0]
+            if (found := _committed(made, part)) is not None:
                 return found
-            finder = known[part.key] if itself else stored
-            digest = None if made is None else made.digest
-            found, shard = read_apart(part.source, _make, part, recipe, options, finder, digest)
-            if made is not None:
-                made.record(_removed_key(part), json.dumps(asdict(found)).encode())
-                made.commit(part.key, shard, found.rows - len(found.removed))
+            found, shard = decide(part, made.digest)
+            made.record(_removed_key(part), json.dumps(asdict(found)).encode())
+            made.commit(part.key, shard, found.rows - len(found.removed))
             return found
 
-        found = list(in_threads(find, parts.parts, _AT_ONCE))
+        found = list(in_threads(find, sought.parts.parts, AT_ONCE))
     if made is None:
-        return _summary(output, index, found, None)
+        return _summary(output, sought.index, found, None)
+    made.record(REMOVED_KEY, removed_lines(found))
+    totals = made.conclude(sought.counts(found))
+    summary = _summary(output, sought.index, found, totals)
+    made.record(SUMMARY_KEY, json.dumps(summary.to_json(), indent=1).encode())
+    return summary
+
+
+def removed_lines(found: Sequence[ShardRemovals]) -> bytes:
+    """What `removed.jsonl` holds."""
     removed = [row for each in found for row in each.removed]
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in removed)
     # Half a surrogate pair is no UTF-8; in JSON it may be written so.
-    made.record(REMOVED_KEY, lines.encode(errors="backslashreplace"))
-    reason = "duplicate" if itself else "contaminated"
-    totals = made.conclude(parts.num_rows, {reason: len(removed)})
-    summary = _summary(output, index, found, totals)
-    made.record(SUMMARY_KEY, json.dumps(summary.to_json(), indent=1).encode())
-    return summary
+    return lines.encode(errors="backslashreplace")
 
 
 def _removed_key(part: Part) -> str:
@@ -204,6 +230,51 @@ def _summary(
         sources={name: SourceCounts(rows[name], removed[name]) for name in sorted(rows)},
         totals=totals,
     )
+
+
+def look_up(
+    scored: Sequence[str],
+    against: Sequence[str],
+    recipe: Decontamination,
+    options: Mapping[str, str],
+) -> Sought:
+    """List the rows and read what is looked for; raises as `decontaminate`."""
+    itself = list(against) == [ITSELF]
+    scored = [expanded(place) for place in scored]
+    against = [expanded(place) for place in against]
+    if itself and recipe.match is Match.NGRAM:
+        raise ConfigError("match: rows are compared with each other by exact, near or embedding")
+    parts = list_parts(scored, options)
+    index: AnyIndex
+    if itself:
+        index, files = Index(recipe, []), ""
+        if recipe.match is Match.EMBEDDING:
+            _require_comparable(parts, options)
+    elif recipe.match is Match.EMBEDDING:
+        index, files = _read_embedded(against, recipe, options, parts)
+    else:
+        entries, files = _read_entries(against, recipe, options)
+        index = Index(recipe, entries)
+    if not itself and not index.entries:
+        raise InputError(f"{', '.join(against)}: no entry has text to look for")
+    return Sought(recipe, options, parts, tuple(against), files, index)
+
+
+@contextmanager
+def deciding(sought: Sought) -> Iterator[Decide]:
+    """What is left out of each part, for as long as the context lasts."""
+    recipe, options = sought.recipe, sought.options
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        known = _compare(sought.parts.parts, recipe, options, folder) if sought.is_itself else {}
+        stored = folder / "index"
+        stored.write_bytes(pickle.dumps(sought.index, protocol=5))
+
+        def decide(part: Part, derivation: str | None) -> tuple[ShardRemovals, bytes]:
+            finder = known[part.key] if sought.is_itself else stored
+            return read_apart(part.source, _make, part, recipe, options, finder, derivation)
+
+        yield decide
 
 
 # Evaluation files
@@ -274,17 +345,36 @@ def _read_index(file: Path) -> AnyIndex:
     return index
 
 
+def _require_comparable(parts: Parts, options: Mapping[str, str]) -> None:
+    """Raise ConfigError or InputError unless the embeddings of all rows can be compared."""
+    if parts.num_rows > MOST_COMPARED_ROWS:
+        raise ConfigError(
+            f"match: embedding compares every two rows, of at most {MOST_COMPARED_ROWS:,}; these "
+            f"are {parts.num_rows:,}: leave out exact and near ones first, or take fewer"
+        )
+    require_one_model(parts.parts, options)
+
+
 def _compare(
-    parts: Sequence[Part], recipe: Decontamination, options: Mapping[str, str]
+    parts: Sequence[Part], recipe: Decontamination, options: Mapping[str, str], folder: Path
 ) -> dict[str, dict[int, Hit]]:
-    """By shard, the rows that are like an earlier one."""
+    """By shard, the rows that are like an earlier one. Files go into `folder`."""
+    if recipe.match is Match.EMBEDDING:
+        close = SeenEmbeddings(recipe.threshold, folder)
+
+        def embedded(part: Part) -> tuple[Vectors, list[str]]:
+            column = recipe.prompt_column
+            return read_apart(part.source, _embedded, part, recipe, options, column)
+
+        read_parts = zip(parts, in_threads(embedded, parts, AT_ONCE), strict=True)
+        return {part.key: close.hits(part.key, *read) for part, read in read_parts}
     seen = Seen(recipe)
     found: dict[str, dict[int, Hit]] = {}
 
     def read(part: Part) -> list[list[str]]:
         return read_apart(part.source, _row_texts, part, recipe, options)
 
-    for part, rows in zip(parts, in_threads(read, parts, _AT_ONCE), strict=True):
+    for part, rows in zip(parts, in_threads(read, parts, AT_ONCE), strict=True):
         found[part.key] = {
             row: hit
             for row, texts in enumerate(rows)
@@ -310,14 +400,15 @@ def _make(
     table = read_part(part, options)
     texts = texts_of_rows(table, recipe.scope, recipe.prompt_column, part.source.url)
     without_text = sum(not each for each in texts)
+    if recipe.match is Match.EMBEDDING:
+        vectors = vectors_of(table, part)
+        without_text = table.num_rows - len(np.unique(vectors.rows))
     if not isinstance(finder, Path):
         hits = finder
     elif isinstance(index := _read_index(finder), Index):
         hits = index.hits(texts)
     else:
-        vectors = vectors_of(table, part)
         hits = index.hits(vectors, ["\n".join(each) for each in texts])
-        without_text = table.num_rows - len(np.unique(vectors.rows))
     sources = row_sources(table)
     removals = ShardRemovals(
         rows=table.num_rows,

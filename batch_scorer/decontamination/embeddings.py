@@ -18,15 +18,21 @@ from batch_scorer.outputs.claim import open_scored
 
 _BLOCK = 1024
 """Vectors that are compared with all entries at a time."""
-_DIGITS = 6
+DIGITS = 6
 """Of a cosine; what lies behind them depends on the order in which a library adds up."""
+
+
+_SIDE = 1 << 32
+"""From the slots of one column to those of the next; no list is as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """`values` are float32[V, n] of length 1, `rows` int64[V], the row of each."""
+    """`values` are float32[V, n] of length 1, `rows` int64[V], the row of each, and `slots`
+    int64[V], which of its row it is: it is of one side, or one response of a list."""
 
     rows: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
 
 
@@ -45,18 +51,22 @@ def vectors_of(table: pa.Table, part: Part) -> Vectors:
     lengths = np.linalg.norm(values, axis=1, keepdims=True)
     is_there = np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)
     rows = np.concatenate([each.rows for each in found])
-    return Vectors(rows[is_there], values[is_there] / lengths[is_there])
+    slots = np.concatenate([each.slots + side * _SIDE for side, each in enumerate(found)])
+    return Vectors(rows[is_there], slots[is_there], values[is_there] / lengths[is_there])
 
 
 def _vectors(column: pa.Array) -> Vectors:
     """Of one column: a vector per row, or a list of them where rows are groups."""
     rows = np.arange(len(column))
+    slots = np.zeros(len(column), np.int64)
     if not pa.types.is_fixed_size_list(column.type):
         rows = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+        slots = np.arange(len(rows)) - np.searchsorted(rows, rows)
         column = column.flatten()
-    rows = rows[column.is_valid().to_numpy(zero_copy_only=False)]
+    is_there = column.is_valid().to_numpy(zero_copy_only=False)
     flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return Vectors(rows.astype(np.int64), flat.reshape(-1, column.type.list_size))
+    values = flat.reshape(-1, column.type.list_size)
+    return Vectors(rows[is_there].astype(np.int64), slots[is_there], values)
 
 
 class EmbeddingIndex:
@@ -83,11 +93,11 @@ class EmbeddingIndex:
         hits: dict[int, Hit] = {}
         for start in range(0, len(vectors.rows), _BLOCK):
             block = slice(start, start + _BLOCK)
-            cosines = np.round(vectors.values[block] @ entries.T, _DIGITS)  # float32[block, E]
+            cosines = np.round(vectors.values[block] @ entries.T, DIGITS)  # float32[block, E]
             best = cosines.argmax(axis=1)
             for number in np.flatnonzero(cosines.max(axis=1) >= self._threshold).tolist():
                 row, entry = int(vectors.rows[start + number]), int(best[number])
-                overlap = round(float(cosines[number, entry]), _DIGITS)
+                overlap = round(float(cosines[number, entry]), DIGITS)
                 if row not in hits or overlap > hits[row].overlap:
                     place, text = self.entries[entry]
                     hits[row] = Hit(place, texts[row], text, overlap)

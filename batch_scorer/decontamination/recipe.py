@@ -54,7 +54,8 @@ class Decontamination(BaseModel):
     """`ngram`: so many words in a row are the same (an entry that has fewer is compared whole);
     `exact`: all words are; `near`: the sets of three words in a row are alike, found by MinHash;
     `embedding`: embeddings of
-    `score --task embed` are close by cosine, and the evaluation sets are such outputs too."""
+    `score --task embed` are close by cosine, and the evaluation sets are such outputs too. Rows are
+    compared with each other by all but `ngram`."""
 
     words: int = Field(13, ge=1)
     """The words in a row of `ngram`."""

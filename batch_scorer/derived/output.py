@@ -3,6 +3,7 @@
     OUT/<name>.parquet                a shard; the object is the commit
     OUT/_SUCCESS                      JSON totals; written last
     OUT/_batch_scorer/derived.json    what this output is: recipe, digest of what was read, versions
+                      planned.json    how many shards it will have
                       shards.jsonl    every shard with its rows, bytes and sha256
 
 A shard depends on the record in `derived.json` alone, which is written once and never changed. So
@@ -13,9 +14,9 @@ no lease and no epochs (docs/decisions/0012).
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ from batch_scorer.storage import (
 )
 
 DERIVED_KEY = f"{RECORDS}/derived.json"
+PLANNED_KEY = f"{RECORDS}/planned.json"
 SHARDS_KEY = f"{RECORDS}/shards.jsonl"
 _FOOTER_KEY = b"batch_scorer.derived"
 _FORMAT = 1
@@ -87,10 +89,35 @@ class DerivedShard:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """What `planned.json` holds: how many shards a complete output has."""
+
+    shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the rows that were read: `dropped` has those that are not kept, by reason.
+
+    Where pairs are made, `prompts` are those with a response that can be in one, and
+    `prompts_without_pair` those of which none is written, by reason.
+    """
+
+    rows: int
+    dropped: dict[str, int]
+    prompts: int | None = None
+    prompts_without_pair: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rows_kept(self) -> int:
+        return self.rows - sum(self.dropped.values())
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """What `_SUCCESS` holds. Always `rows == rows_kept + sum(dropped.values())`, rows of what was
     read. `rows_written` are those of the shards: fewer or more than `rows_kept` where rows are put
-    together (a pair is made of two)."""
+    together (a pair is made of two). `prompts` and `prompts_without_pair` are those of `Counts`."""
 
     rows: int
     rows_kept: int
@@ -98,6 +125,26 @@ class Totals:
     rows_written: int
     shards: int
     derivation: str
+    prompts: int | None = None
+    prompts_without_pair: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, counts: Counts, shard_rows: Sequence[int], derivation: str) -> Self:
+        """`shard_rows` are the rows of each shard."""
+        return cls(
+            rows=counts.rows,
+            rows_kept=counts.rows_kept,
+            dropped=_without_zeros(counts.dropped),
+            rows_written=sum(shard_rows),
+            shards=len(shard_rows),
+            derivation=derivation,
+            prompts=counts.prompts,
+            prompts_without_pair=_without_zeros(counts.prompts_without_pair),
+        )
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.rows, self.dropped, self.prompts, self.prompts_without_pair)
 
 
 class DerivedOutput:
@@ -131,6 +178,10 @@ class DerivedOutput:
         """The shards that are there: they need not be made again. They are read for it, once."""
         return {shard.key: shard for shard in self._read_back()}
 
+    def plan(self, shards: int) -> None:
+        """Record how many shards there will be, so that `status` can say how many are left."""
+        self.record(PLANNED_KEY, json.dumps(asdict(Planned(shards))).encode())
+
     def commit(self, key: str, encoded: bytes, rows: int) -> None:
         """Publish a shard of `encode_shard` with one conditional PUT. Raises OutputError where an
         object of others has that name."""
@@ -155,20 +206,12 @@ class DerivedOutput:
             with suppress(ObjectChanged):
                 self.store.put(key, data, instead_of=self.store.head(key).version)
 
-    def conclude(self, rows: int, dropped: Mapping[str, int]) -> Totals:
-        """Write the list of shards and `_SUCCESS`. `rows` were read, and `dropped` of them were not
-        kept, by reason."""
+    def conclude(self, counts: Counts) -> Totals:
+        """Write the list of shards and `_SUCCESS`."""
         shards = [self.committed[key] for key in sorted(self.committed)]
         lines = "".join(json.dumps(asdict(shard)) + "\n" for shard in shards)
         self.record(SHARDS_KEY, lines.encode())
-        totals = Totals(
-            rows=rows,
-            rows_kept=rows - sum(dropped.values()),
-            dropped={reason: count for reason, count in sorted(dropped.items()) if count},
-            rows_written=sum(shard.rows for shard in shards),
-            shards=len(shards),
-            derivation=self.digest,
-        )
+        totals = Totals.of(counts, [shard.rows for shard in shards], self.digest)
         self.record(SUCCESS_KEY, json.dumps(asdict(totals), indent=1).encode())
         return totals
 
@@ -234,6 +277,14 @@ def read_derivation(store: Store) -> Derivation | None:
         return None
 
 
+def read_planned(store: Store) -> Planned | None:
+    """None before it is known."""
+    try:
+        return read_record(store, PLANNED_KEY, Planned)
+    except ObjectMissing:
+        return None
+
+
 def read_totals(store: Store) -> Totals | None:
     """None while the output is not complete."""
     try:
@@ -245,6 +296,10 @@ def read_totals(store: Store) -> Totals | None:
 def read_shards(store: Store) -> list[DerivedShard]:
     """The shards of a complete output."""
     return read_lines(store, SHARDS_KEY, DerivedShard)
+
+
+def _without_zeros(counts: Mapping[str, int]) -> dict[str, int]:
+    return {reason: count for reason, count in sorted(counts.items()) if count}
 
 
 def _claim(store: Store, ours: Derivation) -> Derivation:

@@ -7,8 +7,14 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from batch_scorer.derived.output import read_derivation, read_totals
-from batch_scorer.errors import ConfigError, IncompleteError, InputError, OutputError
+from batch_scorer.derived.output import Derivation, read_derivation, read_totals
+from batch_scorer.errors import (
+    BatchScorerError,
+    ConfigError,
+    IncompleteError,
+    InputError,
+    OutputError,
+)
 from batch_scorer.inputs.files import open_parquet
 from batch_scorer.nightly.generations import read_latest
 from batch_scorer.nightly.status import nightly_root
@@ -112,6 +118,16 @@ def list_parts(
     for prefix, output in (beside or {}).items():
         found = _joined(found, prefix, output, store_options)
     return Parts(tuple(found), tuple(places), tuple((beside or {}).items()))
+
+
+def unchanged_parts(derivation: Derivation, options: Mapping[str, str]) -> Parts | None:
+    """What a derived output was made of; None where that has changed since, or is gone."""
+    sources = derivation.sources
+    try:
+        parts = list_parts(sources["places"], options, sources["beside"])
+    except BatchScorerError:
+        return None
+    return parts if parts.to_json()["digest"] == sources["digest"] else None
 
 
 def _joined(

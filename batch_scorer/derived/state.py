@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_scorer.derived.output import (
+    Counts,
     Derivation,
     Totals,
     mark_of,
     read_derivation,
+    read_planned,
     read_shards,
     read_totals,
 )
@@ -27,23 +29,31 @@ _BOUNDS = Bounds(seconds=600.0, memory_bytes=4 << 30)
 
 @dataclass(frozen=True, slots=True)
 class DerivedStatus:
-    """How far a derived output is. `totals` is None until it is complete; `shards` are there."""
+    """How far a derived output is: `shards` are there, of the `shards_planned`, which is None until
+    all that decides about the rows has been read. `totals` is None until it is complete."""
 
     output: str
     kind: str
     recipe: dict[str, Any]
     places: tuple[str, ...]
     shards: int
+    shards_planned: int | None
     totals: Totals | None
 
+    @property
+    def shards_left(self) -> int | None:
+        return None if self.shards_planned is None else max(0, self.shards_planned - self.shards)
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "complete": self.totals is not None}
+        more = {"shards_left": self.shards_left, "complete": self.totals is not None}
+        return {**asdict(self), **more}
 
 
 @dataclass(slots=True)
 class DerivedVerdict:
     """What a second look found. `rows_written` is recounted; `remade` counts the shards whose rows
-    were chosen again and compared, None where what they were made of has changed since."""
+    were chosen again and compared, and `counts` are what became of all rows in that; both are None
+    where what they were made of has changed since."""
 
     output: str
     kind: str
@@ -52,6 +62,7 @@ class DerivedVerdict:
     remade: int | None = None
     problems: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    counts: Counts | None = None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -75,12 +86,14 @@ def derived_store(output: str, options: Mapping[str, str]) -> tuple[Store, Deriv
 
 def read_derived_status(store: Store, derivation: Derivation) -> DerivedStatus:
     shards = [info for info in store.list() if not is_record(info.key)]
+    planned = read_planned(store)
     return DerivedStatus(
         output=store.root,
         kind=derivation.kind,
         recipe=derivation.recipe,
         places=tuple(derivation.sources["places"]),
         shards=len(shards),
+        shards_planned=None if planned is None else planned.shards,
         totals=read_totals(store),
     )
 
@@ -116,13 +129,41 @@ def recount(store: Store, derivation: Derivation) -> DerivedVerdict:
         verdict.problems.append(f"_SUCCESS says {totals.rows_written} rows were written")
     if totals.rows != totals.rows_kept + sum(totals.dropped.values()):
         verdict.problems.append("_SUCCESS: rows are not those kept and those dropped")
+    if sum(totals.prompts_without_pair.values()) > (totals.prompts or 0):
+        verdict.problems.append("_SUCCESS: more prompts have no pair than there are")
     return verdict
 
 
-def same_rows(store: Store, key: str, made: bytes) -> bool:
+def compare_shards(
+    verdict: DerivedVerdict, store: Store, made: Iterable[tuple[str, bytes]]
+) -> None:
+    """Compare every shard with that which was made again: key and bytes."""
+    verdict.remade = 0
+    for key, data in made:
+        verdict.remade += 1
+        if not _has_rows(store, key, data):
+            verdict.problems.append(f"{store.url(key)} has other rows than the recipe keeps")
+    if verdict.remade != verdict.shards and not verdict.problems:
+        verdict.problems.append(
+            f"{store.root} has {verdict.shards} shards and not {verdict.remade}"
+        )
+
+
+def compare_counts(verdict: DerivedVerdict, store: Store, counts: Counts) -> None:
+    """Compare what `_SUCCESS` says with what was counted again."""
+    verdict.counts = counts
+    totals = read_totals(store)
+    if totals is not None and totals.counts != counts:
+        verdict.problems.append(f"_SUCCESS has other counts: {totals.counts}, {counts}")
+
+
+def _has_rows(store: Store, key: str, made: bytes) -> bool:
     """Whether a stored shard has the rows of one that was made again. Their bytes may differ:
     another version of Arrow may encode the same rows in another way."""
-    info = store.head(key)
+    try:
+        info = store.head(key)
+    except ObjectMissing:
+        return False
     stored = store.read_whole(key, info.version, info.size_bytes)
     return stored == made or apart(_BOUNDS, _are_equal, stored, made)
 

@@ -35,7 +35,15 @@ from batch_scorer.records.rows import (
     TokenizedRows,
     gather,
 )
-from batch_scorer.records.shards import Codec, LineRun, Lines, Shard, Source, layout_to_json
+from batch_scorer.records.shards import (
+    Codec,
+    LineRun,
+    Lines,
+    Shard,
+    Source,
+    layout_from_json,
+    layout_to_json,
+)
 
 __all__ = [
     "DEFAULT_BOUNDS",
@@ -70,5 +78,6 @@ __all__ = [
     "TextStyle",
     "TokenizedRows",
     "gather",
+    "layout_from_json",
     "layout_to_json",
 ]

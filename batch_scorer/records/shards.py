@@ -1,12 +1,13 @@
 """An input file, and a shard: a row range of one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
 from batch_scorer.records.digest import digest_of
-from batch_scorer.records.rows import DEFAULT_BOUNDS, Layout, ReadBounds
+from batch_scorer.records.rows import DEFAULT_BOUNDS, Format, Layout, ReadBounds, TextStyle
 from batch_scorer.storage import Version
 
 
@@ -122,6 +123,20 @@ class Shard:
                 "fingerprint": fingerprint,
             }
         )
+
+
+def layout_from_json(stored: Mapping[str, Any]) -> Layout:
+    """What `layout_to_json` has written."""
+    style = stored["text_style"]
+    return Layout(
+        format=Format(stored["format"]),
+        columns=dict(stored["columns"]),
+        text_style=None if style is None else TextStyle(style),
+        prompt_inside=stored["prompt_inside"],
+        repeated=stored["repeated"],
+        encoded=tuple(stored["encoded"]),
+        watched=tuple(stored["watched"]),
+    )
 
 
 def layout_to_json(layout: Layout) -> dict[str, Any]:

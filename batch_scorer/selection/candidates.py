@@ -16,6 +16,7 @@ from batch_scorer.inputs.where import where_of
 from batch_scorer.selection.flat import FlatPart, FlatRows
 from batch_scorer.selection.layouts import SIDE_FIELDS, fits, sides_of
 from batch_scorer.selection.recipe import PROMPT, Reason, Selection
+from batch_scorer.selection.stored_pairs import StoredPairs
 from batch_scorer.selection.texts import NoColumn, prompts_of, responses_of, texts_of
 from batch_scorer.selection.values import Ranking, numbers_of, require
 
@@ -79,6 +80,7 @@ class _Finder:
         self._ranking = Ranking(selection, part.schema, part.prefix)
         self._prompts = prompts_of(part, is_needed=_needs_prompt(selection))
         self._responses = responses_of(part)
+        self._stored = StoredPairs(part, selection.columns) if selection.lays_out else None
         self._dropped = dict.fromkeys(Reason, 0)
 
     def found(self) -> Found:
@@ -109,6 +111,8 @@ class _Finder:
         if selection.pairs:
             fields = {self._part.column_of(field) for field in SIDE_FIELDS} - {None}
             needed |= {f"{prefix}num_tokens", *map(str, fields)}
+        if self._stored is not None:
+            needed |= {*self._stored.columns}
         return needed
 
     def _slim(self, group: FlatRows) -> pa.Table:
@@ -155,6 +159,11 @@ class _Finder:
             fit[kept] = fits(sides, self._selection.columns)
             self._dropped[Reason.COLUMNS] += int((kept & ~fit).sum())
             kept = fit
+        if self._stored is not None:
+            reasons = self._stored.reasons(table.filter(pa.array(kept)))
+            for reason in filter(None, reasons):
+                self._dropped[reason] += 1
+            kept[kept] = [reason is None for reason in reasons]
         return kept
 
     def _tokens(self, table: pa.Table) -> pa.Array:

@@ -3,8 +3,8 @@
 Each step is a table made of the one before, so that what it drops is the difference in rows.
 """
 
-import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -15,10 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batch_scorer.selection.pairs import count_pairs, pair_up
+from batch_scorer.selection.pairs import NoPair, PromptCounts, count_prompts, pair_up, sample_pairs
 from batch_scorer.selection.recipe import EVERY_OTHER, Reason, Selection
-
-log = logging.getLogger("batch_scorer")
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
 
@@ -29,6 +27,14 @@ _LOWEST = f"value, tie, {_PLACE}"
 _HIGHEST = f"value desc, tie, {_PLACE}"
 _SPLIT_STEPS = 1 << 64
 _SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How many candidates are not kept, by reason; of pairs, what became of the prompts."""
+
+    dropped: dict[Reason, int]
+    prompts: PromptCounts | None
 
 
 class Candidates:
@@ -61,9 +67,10 @@ class Candidates:
         )
         self._database.unregister("added")
 
-    def choose(self, selection: Selection) -> dict[Reason, int]:
-        """Leave only the candidates that are kept; how many were not, by reason."""
-        dropped = {}
+    def choose(self, selection: Selection) -> Choice:
+        """Leave only the candidates that are kept."""
+        dropped: dict[Reason, int] = {}
+        prompts: PromptCounts | None = None
         if selection.quantiles:
             low, high = (self._at_quantile(share) for share in selection.quantiles)
             dropped[Reason.QUANTILE] = self._keep(f"value between {low!r} and {high!r}")
@@ -78,11 +85,18 @@ class Candidates:
                 f"select * from candidates order by {order} limit {selection.sample}"
             )
         if selection.pairs:
-            dropped[Reason.NO_PAIR] = self._pair(selection)
+            pair_up(self._database, selection)
+            prompts = count_prompts(self._database)
+            dropped[Reason.NO_PAIR] = self._keep_paired()
+            if selection.sample:
+                undrawn = sample_pairs(self._database, selection)
+                without = {**prompts.without_pair, NoPair.SAMPLE: undrawn}
+                prompts = PromptCounts(prompts.prompts, without)
+                dropped[Reason.SAMPLE] = self._keep_paired()
         self._split(selection)
         if selection.reorders:
             self._place(selection)
-        return {reason: count for reason, count in dropped.items() if count}
+        return Choice(dropped, prompts)
 
     def kept(self, part: int) -> Iterator[tuple[str, IntArray]]:
         """Each split with rows of this part, and int32[k, 2]: row and slot of each, in order."""
@@ -150,17 +164,8 @@ class Candidates:
         )
         return before - len(self)
 
-    def _pair(self, selection: Selection) -> int:
+    def _keep_paired(self) -> int:
         """Leave only the responses that are in a pair; how many are in none."""
-        pair_up(self._database, selection)
-        if log.isEnabledFor(logging.INFO):  # it counts for a while
-            log.info("%s", count_pairs(self._database, selection))
-        if selection.sample:
-            order = f"md5_number_lower(concat_ws(':', grp, chosen, rejected, {selection.seed}))"
-            self._database.execute(
-                "create or replace table pairs as select * from pairs "
-                f"order by {order}, place limit {selection.sample}"
-            )
         sides = " union all ".join(
             f"select ({side}_part, {side}_row, {side}_slot) from pairs" for side in _SIDES
         )

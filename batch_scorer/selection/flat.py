@@ -62,6 +62,11 @@ class FlatPart:
         return next((n for _, names in tiers for n in names if n in self._stored.names), None)
 
     @property
+    def stored_layout(self) -> Mapping[str, Any] | None:
+        """How the rows were read for scoring; None where they were not scored here."""
+        return None if self._part.commit is None else self._part.commit.layout
+
+    @property
     def is_hh(self) -> bool:
         """Whether strings hold whole dialogues, with turn marks."""
         return self._part.commit is not None and self._part.commit.layout["text_style"] == "hh"

@@ -20,6 +20,7 @@ from batch_scorer.selection.choose import Candidates
 from batch_scorer.selection.flat import FlatPart
 from batch_scorer.selection.layouts import paired_table, sides_of
 from batch_scorer.selection.recipe import Selection
+from batch_scorer.selection.stored_pairs import StoredPairs
 
 _BOUNDS = Bounds(seconds=3600.0, memory_bytes=4 << 30)
 """For putting a shard together from files of our own."""
@@ -79,6 +80,8 @@ def _scatter(
     table = flat.taken(np.stack([placed["row"].to_numpy(), placed["slot"].to_numpy()], axis=1))
     if selection.pairs:
         table = sides_of(flat, table)
+    elif selection.lays_out:
+        table = StoredPairs(flat, selection.columns).table(table)
     for name in _OURS:
         table = table.append_column(f"_{name}", placed[name])
     for split, number in wanted:

@@ -4,6 +4,7 @@ No layout has a column `margin`: TRL's and OpenRLHF's reward trainers take one t
 loss. Ours is called `score_margin`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -64,7 +65,7 @@ def fits(sides: pa.Table, columns: Columns) -> list[bool]:
 
     def fit(prompt: str | Messages, side: str | Messages) -> bool:
         try:
-            _pair(columns, prompt, side, side)
+            pair_in(columns, prompt, side, side)
         except Unfit:
             return False
         return True
@@ -76,25 +77,47 @@ def fits(sides: pa.Table, columns: Columns) -> list[bool]:
 def paired_table(chosen: pa.Table, rejected: pa.Table, columns: Columns) -> pa.Table:
     """The pairs of n sides each, in the layout's columns; with `Columns.INPUT` their prompts and
     sides as they are stored. All fit."""
-    both = {
-        "source": chosen["source"],
-        "score_chosen": chosen["score"],
-        "score_rejected": rejected["score"],
-        "score_margin": pc.subtract(chosen["score"], rejected["score"]),
-        "tokens_chosen": chosen["tokens"],
-        "tokens_rejected": rejected["tokens"],
-    }
+    scores, tokens = ((chosen[name], rejected[name]) for name in ("score", "tokens"))
+    margin = pc.subtract(*scores)
     if columns is Columns.INPUT:
         parts = {"prompt": chosen["prompt"], "chosen": chosen["side"], "rejected": rejected["side"]}
-        return pa.table(parts | both)
+        return pa.table(parts | _beside(chosen["source"], scores, margin, tokens))
     prompts, ours, theirs = (
         column.to_pylist() for column in (chosen["prompt"], chosen["side"], rejected["side"])
     )
-    made = [_pair(columns, *each) for each in zip(prompts, ours, theirs, strict=True)]
+    made = [pair_in(columns, *each) for each in zip(prompts, ours, theirs, strict=True)]
+    return made_table(made, columns, chosen["source"], scores, margin, tokens)
+
+
+def made_table(
+    made: Sequence[Mapping[str, Any]],
+    columns: Columns,
+    source: pa.ChunkedArray,
+    scores: Sequence[pa.ChunkedArray],
+    margin: pa.ChunkedArray,
+    tokens: Sequence[pa.ChunkedArray],
+) -> pa.Table:
+    """Pairs of `pair_in` as a table; `scores` and `tokens` are those of chosen and rejected."""
     table = pa.Table.from_pylist(made, schema=_schema(columns))
-    for name, column in both.items():
+    for name, column in _beside(source, scores, margin, tokens).items():
         table = table.append_column(name, column)
     return table
+
+
+def _beside(
+    source: pa.ChunkedArray,
+    scores: Sequence[pa.ChunkedArray],
+    margin: pa.ChunkedArray,
+    tokens: Sequence[pa.ChunkedArray],
+) -> dict[str, Any]:
+    return {
+        "source": source,
+        "score_chosen": scores[0],
+        "score_rejected": scores[1],
+        "score_margin": margin,
+        "tokens_chosen": tokens[0],
+        "tokens_rejected": tokens[1],
+    }
 
 
 def _schema(columns: Columns) -> pa.Schema:
@@ -109,7 +132,7 @@ def _schema(columns: Columns) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _pair(
+def pair_in(
     columns: Columns, prompt: str | Messages, chosen: str | Messages, rejected: str | Messages
 ) -> dict[str, Any]:
     """One pair in the columns of `_schema`; raises Unfit."""

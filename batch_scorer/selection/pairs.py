@@ -26,24 +26,16 @@ class NoPair(StrEnum):
     """No pair that the rule allows differs by more than `min_margin`."""
     TOO_LONG = "too_long"
     """Every such pair has a side of more than `max_tokens` tokens, or of unknown length."""
+    SAMPLE = "sample"
+    """There are pairs, and none of them was drawn."""
 
 
 @dataclass(frozen=True, slots=True)
-class PairCounts:
-    """Always `prompts == prompts_with_pair + sum(without_pair.values())`."""
+class PromptCounts:
+    """`prompts` have a candidate; `without_pair` of them have no pair, by reason."""
 
-    responses: int
-    unscored: int
-    repeated: int
-    """Responses whose text another response to the prompt has; one of them is a candidate."""
     prompts: int
-    pairs: int
-    pairs_too_long: int
     without_pair: dict[NoPair, int]
-
-    @property
-    def prompts_with_pair(self) -> int:
-        return self.prompts - sum(self.without_pair.values())
 
 
 _RANKED = """
@@ -98,8 +90,9 @@ _SHUFFLED = "md5(concat_ws(':', $seed, grp, chosen_text, rejected_text)), grp"
 _SHORT = "coalesce(greatest(tokens_chosen, tokens_rejected) <= $max_tokens"
 _SHORT += " AND tokens_chosen IS NOT NULL AND tokens_rejected IS NOT NULL, false)"
 
-_WITHOUT = """
+_PROMPTS = """
 SELECT CASE
+    WHEN p.grp IS NOT NULL THEN NULL
     WHEN coalesce(r.responses, 0) < 2 THEN 'one_response'
     WHEN r.highest = r.lowest THEN 'equal'
     WHEN a.grp IS NULL THEN 'margin'
@@ -108,9 +101,10 @@ FROM (SELECT DISTINCT grp FROM candidates) c
 LEFT JOIN (SELECT grp, count(*) AS responses, max(value) AS highest, min(value) AS lowest
     FROM ranked GROUP BY grp) r USING (grp)
 LEFT JOIN (SELECT DISTINCT grp FROM allowed) a USING (grp)
-WHERE NOT EXISTS (SELECT 1 FROM pairs p WHERE p.grp = c.grp)
+LEFT JOIN (SELECT DISTINCT grp FROM pairs) p USING (grp)
 GROUP BY reason
 """
+"""How many prompts have no pair for each reason, and in the line without a reason have one."""
 
 
 def pair_up(connection: duckdb.DuckDBPyConnection, selection: Selection) -> None:
@@ -136,20 +130,23 @@ def pair_up(connection: duckdb.DuckDBPyConnection, selection: Selection) -> None
     connection.execute(_PAIRS.format(order=order, short=short), values)
 
 
-def count_pairs(connection: duckdb.DuckDBPyConnection, selection: Selection) -> PairCounts:
-    """What became of the responses and prompts, once `pair_up` has made the tables."""
-    short, bound = _length_bound(selection)
-    responses = _count(connection, "candidates")
-    scored = _count(connection, "candidates WHERE isfinite(value)")
-    return PairCounts(
-        responses=responses,
-        unscored=responses - scored,
-        repeated=scored - _count(connection, "ranked"),
-        prompts=_count(connection, "(SELECT DISTINCT grp FROM candidates)"),
-        pairs=_count(connection, "pairs"),
-        pairs_too_long=_count(connection, f"allowed WHERE NOT ({short})", bound),
-        without_pair={NoPair(why): n for why, n in connection.execute(_WITHOUT).fetchall()},
+def count_prompts(connection: duckdb.DuckDBPyConnection) -> PromptCounts:
+    """What became of the prompts, once `pair_up` has made the tables."""
+    found = dict(connection.execute(_PROMPTS).fetchall())
+    prompts = sum(found.values())
+    found.pop(None, None)
+    return PromptCounts(prompts, {NoPair(reason): count for reason, count in found.items()})
+
+
+def sample_pairs(connection: duckdb.DuckDBPyConnection, selection: Selection) -> int:
+    """Leave `selection.sample` of the pairs, by the seed; how many prompts have none any more."""
+    before = _prompts_with_pair(connection)
+    order = "md5_number_lower(concat_ws(':', grp, chosen, rejected, $seed)), place"
+    connection.execute(
+        f"CREATE OR REPLACE TABLE pairs AS SELECT * FROM pairs ORDER BY {order} LIMIT $sample",
+        {"seed": selection.seed, "sample": selection.sample},
     )
+    return before - _prompts_with_pair(connection)
 
 
 def _length_bound(selection: Selection) -> tuple[str, dict[str, Any]]:
@@ -159,9 +156,7 @@ def _length_bound(selection: Selection) -> tuple[str, dict[str, Any]]:
     return _SHORT, {"max_tokens": selection.max_tokens}
 
 
-def _count(
-    connection: duckdb.DuckDBPyConnection, what: str, values: dict[str, Any] | None = None
-) -> int:
-    row = connection.execute(f"SELECT count(*) FROM {what}", values or None).fetchone()
+def _prompts_with_pair(connection: duckdb.DuckDBPyConnection) -> int:
+    row = connection.execute("SELECT count(DISTINCT grp) FROM pairs").fetchone()
     assert row is not None
     return int(row[0])

@@ -39,9 +39,10 @@ class Reason(StrEnum):
     MARKED = "marked"
     WHERE = "where"
     MARGIN = "margin"
+    SAME_TEXT = "same_text"
+    COLUMNS = "columns"
     QUANTILE = "quantile"
     RANK = "rank"
-    COLUMNS = "columns"
     NO_PAIR = "no_pair"
     SAMPLE = "sample"
 
@@ -122,8 +123,8 @@ class Selection(BaseModel):
     """Write the rows in an order that `seed` says, not in that of the inputs."""
 
     columns: Columns = Columns.INPUT
-    """Which columns pairs are written in: prompt, chosen and rejected as they are stored, or what
-    a trainer loads. Responses that its layout has no form for are left out."""
+    """Which columns pairs are written in, those that `pairs` makes or rows that are pairs already:
+    as they are stored, or what a trainer loads. What its layout has no form for is left out."""
 
     shard_rows: int = Field(default=100_000, ge=1)
     """Most rows in a shard, where rows are put into a new order or made into pairs."""
@@ -143,7 +144,9 @@ class Selection(BaseModel):
             raise ValueError("top_percent: more than 0 and at most 100")
         if self.pairs and (self.best or self.worst or self.top_percent):
             raise ValueError("pairs are chosen by their own rule: leave out best and top_percent")
-        for name in ("max_tokens", "pairs_per_prompt", "columns"):
+        if self.pairs and self.group_by and PROMPT not in self.group_by:
+            raise ValueError("pairs are of one prompt: name it in group_by too, or leave that out")
+        for name in ("max_tokens", "pairs_per_prompt"):
             if name in self.model_fields_set and not self.pairs:
                 raise ValueError(f"{name} is of pairs that are made: name their rule with pairs")
         for name in self.splits:
@@ -154,6 +157,17 @@ class Selection(BaseModel):
         if self.splits and abs(sum(self.splits.values()) - 1) > 1e-9:
             raise ValueError("splits: the shares add up to 1")
         return self
+
+    @property
+    def lays_out(self) -> bool:
+        """Whether rows that are pairs are written in a trainer's columns."""
+        return self.pairs is None and self.columns is not Columns.INPUT
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether some step compares the rows' values."""
+        steps = (self.quantiles, self.best, self.worst, self.top_percent)
+        return any(steps) or self.by is not None or self.above_margin is not None
 
     @property
     def reorders(self) -> bool:

@@ -4,12 +4,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batch_scorer.config import expanded
 from batch_scorer.derived.output import (
+    Counts,
     Derivation,
     DerivedOutput,
     Totals,
@@ -23,6 +24,7 @@ from batch_scorer.selection.choose import Candidates, IntArray
 from batch_scorer.selection.flat import FlatPart
 from batch_scorer.selection.gather import gathered
 from batch_scorer.selection.recipe import Selection
+from batch_scorer.selection.stored_pairs import StoredPairs
 from batch_scorer.storage import in_threads
 from batch_scorer.version import __version__
 
@@ -69,10 +71,11 @@ def select(
     derived = DerivedOutput(output, options, KIND, recipe, sources, {"batch_scorer": __version__})
     totals = read_totals(derived.store)
     if totals is None:
-        with _chosen(parts, selection, options) as chosen:
+        with choosing(parts, selection, options) as chosen:
+            derived.plan(len(chosen.shard_rows()))
             for key, encoded, count in chosen.encoded(derived.digest, derived.committed, options):
                 derived.commit(key, encoded, count)
-        totals = derived.conclude(chosen.rows, chosen.dropped)
+        totals = derived.conclude(chosen.counts)
     return Selected(output, parts.places, recipe, totals)
 
 
@@ -86,38 +89,21 @@ def preview(
     options = store_options or {}
     parts = _parts(places, options, beside)
     recipe = selection.to_json()
-    with _chosen(parts, selection, options) as chosen:
-        shards = chosen.shard_rows()
-        totals = Totals(
-            rows=chosen.rows,
-            rows_kept=chosen.rows - sum(chosen.dropped.values()),
-            dropped=chosen.dropped,
-            rows_written=sum(shards),
-            shards=len(shards),
-            derivation=Derivation.of(KIND, recipe, parts.to_json()).digest,
-        )
+    derivation = Derivation.of(KIND, recipe, parts.to_json()).digest
+    with choosing(parts, selection, options) as chosen:
+        totals = Totals.of(chosen.counts, chosen.shard_rows(), derivation)
     return Selected(None, parts.places, recipe, totals)
 
 
-def remade(
-    parts: Parts, selection: Selection, derivation: str, options: Mapping[str, str]
-) -> Iterator[tuple[str, bytes]]:
-    """The key and the bytes of every shard of a selection, made again; writes nothing."""
-    with _chosen(parts, selection, options) as chosen:
-        for key, encoded, _ in chosen.encoded(derivation, (), options):
-            yield key, encoded
-
-
 @dataclass(frozen=True, slots=True)
-class _Chosen:
-    """`rows` were read, and `dropped` of them are not kept, by reason."""
+class Chosen:
+    """The rows that a selection keeps, and `counts` of all that were read."""
 
     selection: Selection
     parts: Sequence[Part]
     candidates: Candidates
     folder: Path
-    rows: int
-    dropped: dict[str, int]
+    counts: Counts
 
     def shard_rows(self) -> list[int]:
         """How many rows each shard has."""
@@ -143,7 +129,9 @@ class _Chosen:
 
         def encode(shard: tuple[str, Part, IntArray]) -> tuple[str, bytes, int]:
             key, part, places = shard
-            encoded = read_apart(part.source, _encoded, part, places, derivation, key, options)
+            encoded = read_apart(
+                part.source, _encoded, part, places, self.selection, derivation, key, options
+            )
             return key, encoded, len(places)
 
         left = (shard for shard in self._shards() if shard[0] not in committed)
@@ -164,7 +152,10 @@ def _parts(
 
 
 @contextmanager
-def _chosen(parts: Parts, selection: Selection, options: Mapping[str, str]) -> Iterator[_Chosen]:
+def choosing(parts: Parts, selection: Selection, options: Mapping[str, str]) -> Iterator[Chosen]:
+    """What a selection keeps of these parts, for as long as the context lasts. Writes nothing but
+    files of its own on the local disk."""
+
     def find(part: Part) -> Found:
         return read_apart(part.source, find_candidates, part, selection, options)
 
@@ -177,16 +168,34 @@ def _chosen(parts: Parts, selection: Selection, options: Mapping[str, str]) -> I
                     candidates.add(number, found.candidates)
                 rows += found.rows
                 dropped.update(found.dropped)
-            dropped.update(candidates.choose(selection))
+            choice = candidates.choose(selection)
+            dropped.update(choice.dropped)
             if rows != len(candidates) + sum(dropped.values()):
                 raise IntegrityError(f"{rows} rows, {len(candidates)} kept, {dropped} dropped")
-            counts = {str(reason): count for reason, count in dropped.items() if count}
-            yield _Chosen(selection, parts.parts, candidates, Path(folder), rows, counts)
+            counts = Counts(rows, _by_text(dropped))
+            if choice.prompts is not None:
+                prompts, without = choice.prompts.prompts, _by_text(choice.prompts.without_pair)
+                counts = replace(counts, prompts=prompts, prompts_without_pair=without)
+            yield Chosen(selection, parts.parts, candidates, Path(folder), counts)
         finally:
             candidates.close()
 
 
+def _by_text(counts: Mapping[Any, int]) -> dict[str, int]:
+    """Counts by the text of their reasons, those of none left out."""
+    return {str(reason): count for reason, count in sorted(counts.items()) if count}
+
+
 def _encoded(
-    part: Part, places: IntArray, derivation: str, key: str, options: Mapping[str, str]
+    part: Part,
+    places: IntArray,
+    selection: Selection,
+    derivation: str,
+    key: str,
+    options: Mapping[str, str],
 ) -> bytes:
-    return encode_shard(FlatPart(part, options).taken(places), derivation, key)
+    flat = FlatPart(part, options)
+    table = flat.taken(places)
+    if selection.lays_out:
+        table = StoredPairs(flat, selection.columns).table(table)
+    return encode_shard(table, derivation, key)

@@ -1,7 +1,8 @@
 """What ranks a row: one float64, with the offset of its source."""
 
 import json
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,15 @@ class Ranking:
     """How the rows of a part with this schema are ranked; `columns` are those that it reads."""
 
     def __init__(self, selection: Selection, schema: pa.Schema, prefix: str) -> None:
+        self._sides: tuple[str, str] | None = None
+        self._is_needed = True
         self._offsets = selection.offsets
         self._offset_by = selection.offset_by
         usual = (f"{prefix}margin", f"{prefix}score")
         by = selection.by or next((name for name in usual if name in schema.names), usual[1])
+        if selection.lays_out and selection.by is None and by not in schema.names:
+            self._sides = side_scores(schema.names, prefix)
+            self._is_needed = self._sides is not None or selection.needs_value
         self._is_mean = by.startswith("mean(") and by.endswith(")")
         self._attribute: int | None = None
         if self._is_mean:
@@ -30,17 +36,23 @@ class Ranking:
             by, name = by.split(".", 1)
             self._attribute = _place_of(schema, by, name)
         self._by = by
-        self.columns = [by, *([self._offset_by] if self._offsets else [])]
+        self.columns = list(self._sides or ([by] if self._is_needed else []))
+        self.columns += [self._offset_by] if self._offsets else []
         for name in self.columns:
             require(schema.names, name)
 
     def values(self, table: pa.Table) -> FloatArray:
-        """float64[n]: NaN where there is none."""
-        column = table[self._by]
-        if self._is_mean or self._attribute is not None:
-            value = _of_vectors(column, self._attribute)
+        """float64[n]: NaN where there is none; 0 where the selection needs none and the rows of
+        this part have none."""
+        if not self._is_needed:
+            value = np.zeros(table.num_rows)
+        elif self._sides is not None:
+            chosen, rejected = (numbers_of(table[name]) for name in self._sides)
+            value = chosen - rejected
+        elif self._is_mean or self._attribute is not None:
+            value = _of_vectors(table[self._by], self._attribute)
         else:
-            value = numbers_of(column)
+            value = numbers_of(table[self._by])
         if not self._offsets:
             return value
         other = self._offsets.get(EVERY_OTHER, 0.0)
@@ -49,6 +61,22 @@ class Ranking:
         places = pc.fill_null(sources.indices, len(known)).to_numpy(zero_copy_only=False)
         moved: FloatArray = value + np.array([*known, other])[places]
         return moved
+
+
+def side_scores(names: Sequence[str], prefix: str) -> tuple[str, str] | None:
+    """The columns of a pair's two scores, chosen first; None where there are none."""
+    found = [
+        next((name for name in each if name in names), None) for each in side_names("score", prefix)
+    ]
+    return (found[0], found[1]) if found[0] and found[1] else None
+
+
+def side_names(what: Literal["score", "tokens"], prefix: str) -> list[tuple[str, str]]:
+    """What a column of each side of a pair can be called: as scoring names it, or as pairs that
+    were made here or by others do."""
+    scored = {"score": "score", "tokens": "num_tokens"}[what]
+    other = {"score": "{}_score", "tokens": "tokens_{}"}[what]
+    return [(f"{prefix}{scored}_{side}", other.format(side)) for side in ("chosen", "rejected")]
 
 
 def numbers_of(column: pa.ChunkedArray) -> FloatArray:

@@ -3,39 +3,24 @@
 from collections.abc import Mapping
 
 from batch_scorer.derived.output import Derivation
-from batch_scorer.derived.parts import list_parts
-from batch_scorer.derived.state import DerivedVerdict, recount, same_rows
-from batch_scorer.errors import BatchScorerError
+from batch_scorer.derived.parts import unchanged_parts
+from batch_scorer.derived.state import DerivedVerdict, compare_counts, compare_shards, recount
 from batch_scorer.selection.recipe import Selection
-from batch_scorer.selection.select import KIND, remade
-from batch_scorer.storage import ObjectMissing, Store
+from batch_scorer.selection.select import choosing
+from batch_scorer.storage import Store
 
 
-def verify_derived(
+def verify_selection(
     store: Store, derivation: Derivation, options: Mapping[str, str]
 ) -> DerivedVerdict:
-    """Check a derived output. A selection is made again where what it was made of is as it was."""
+    """Check a selection; it is made again where what it was made of is as it was."""
     verdict = recount(store, derivation)
-    if verdict.problems or verdict.unfinished or derivation.kind != KIND:
+    if verdict.problems or verdict.unfinished:
         return verdict
-    sources = derivation.sources
-    try:
-        parts = list_parts(sources["places"], options, sources["beside"])
-    except BatchScorerError:  # what it was made of is gone
+    if (parts := unchanged_parts(derivation, options)) is None:
         return verdict
-    if parts.to_json()["digest"] != sources["digest"]:
-        return verdict
-    verdict.remade = 0
-    for key, made in remade(parts, Selection(**derivation.recipe), derivation.digest, options):
-        try:
-            is_same = same_rows(store, key, made)
-        except ObjectMissing:
-            is_same = False
-        verdict.remade += 1
-        if not is_same:
-            verdict.problems.append(f"{store.url(key)} has other rows than the recipe keeps")
-    if verdict.remade != verdict.shards and not verdict.problems:
-        verdict.problems.append(
-            f"{store.root} has {verdict.shards} shards and not {verdict.remade}"
-        )
+    with choosing(parts, Selection(**derivation.recipe), options) as chosen:
+        encoded = chosen.encoded(derivation.digest, (), options)
+        compare_shards(verdict, store, ((key, data) for key, data, _ in encoded))
+        compare_counts(verdict, store, chosen.counts)
     return verdict

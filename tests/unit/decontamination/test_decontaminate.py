@@ -223,5 +223,5 @@ def test_of_alike_rows_the_first_is_kept_wherever_shards_are_cut(
 
 
 def test_rows_have_no_ngrams_in_common_with_themselves(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="exact or near"):
+    with pytest.raises(ConfigError, match="exact, near or embedding"):
         decontaminate([write(tmp_path / "in", prompts("a"))], ["self"], str(tmp_path / "out"))

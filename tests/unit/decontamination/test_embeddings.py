@@ -8,42 +8,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer import Config, decontaminate, score
+from batch_scorer import decontaminate
 from batch_scorer.decontamination.recipe import Decontamination, Match
 from batch_scorer.derived.recipes import load_recipe
 from batch_scorer.errors import ConfigError, InputError
+from tests.helpers.embedded import TEXTS, conversations, embed, vectors
 from tests.helpers.inputs import jsonl
 from tests.helpers.places import Place
-
-TEXTS = ["What is the capital of France?", "Name a tree.", "Say it in French.", "2 + 2", "Why?"]
-
-
-def conversations(texts: list[str]) -> bytes:
-    answer = {"role": "assistant", "content": "It is so."}
-    return jsonl([{"messages": [{"role": "user", "content": t}, answer]} for t in texts])
-
-
-def embed(place: Place, name: str, data: bytes, model: Path, **settings: Any) -> str:
-    (place / f"{name}-in").write({"a.jsonl": data})
-    output = place / name
-    score(
-        Config(
-            model=str(model),
-            inputs=((place / f"{name}-in").url,),
-            output=output.url,
-            task="embed",
-            backend="hf",
-            device="cpu",
-            use_ray=False,
-            **settings,
-        )
-    )
-    return output.url
-
-
-def vectors(output: str) -> list[Any]:
-    (shard,) = Place(output).shards().values()
-    return [None if v is None else np.array(v) for v in shard.table["embedding"].to_pylist()]
 
 
 def test_close_rows_are_left_out_and_a_row_without_an_embedding_is_kept(

@@ -131,7 +131,7 @@ from batch_scorer.failpoints import arm
 arm(sys.argv[1])
 decontaminate([sys.argv[2]], [sys.argv[3]], sys.argv[4])
 """
-STORED = (4, 6, 9)
+STORED = (5, 7, 10)
 """After so many PUTs: a shard's list without the shard, some shards, all that is but `_SUCCESS`."""
 
 

@@ -230,13 +230,14 @@ def nightly_status(text: str) -> NightlyStatus:
 
 
 def selected(text: str) -> Selected:
-    totals = Totals(1_234, 1_000, {"marked": 34, "rank": 200}, 1_000, 3, "0" * 64)
+    dropped, without_pair = {"marked": 34, "no_pair": 200}, {"equal": 20, text: 1}
+    totals = Totals(1_234, 1_000, dropped, 500, 3, "0" * 64, 521, without_pair)
     return Selected(text, (text,), {"by": text}, totals)
 
 
 def derived_status(text: str) -> DerivedStatus:
     totals = selected(text).totals
-    return DerivedStatus(text, "select", {"by": text}, (text,), 3, totals)
+    return DerivedStatus(text, "select", {"by": text}, (text,), 3, 3, totals)
 
 
 EXAMPLES: dict[type, Callable[[str], Any]] = {
@@ -259,7 +260,9 @@ EXAMPLES: dict[type, Callable[[str], Any]] = {
     DriftReport: drift,
     Selected: selected,
     DerivedStatus: derived_status,
-    DerivedVerdict: lambda text: DerivedVerdict(text, "select", 3, 1_000, 3, [text], [text]),
+    DerivedVerdict: lambda text: DerivedVerdict(
+        text, "select", 3, 500, 3, [text], [text], selected(text).totals.counts
+    ),
     Decontaminated: decontaminated,
 }
 WITHOUT_FOREIGN_TEXT = {Pace}

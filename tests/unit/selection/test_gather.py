@@ -109,6 +109,37 @@ def test_shuffled_rows_are_the_rows_in_an_order_of_the_seed_alone(tmp_path: Path
         assert sorted(found, key=str) == sorted(rows, key=str) != found
 
 
+def test_every_prompt_without_a_pair_is_counted_by_reason(tmp_path: Path) -> None:
+    answers: dict[str, list[tuple[str, float | None, int]]] = {
+        "paired": [("a", 2.0, 5), ("b", 0.0, 5)],
+        "paired too": [("a", 2.0, 5), ("b", 0.0, 5)],
+        "one": [("a", 2.0, 5), ("b", None, 5)],
+        "one text": [("a", 2.0, 5), ("a", 1.0, 5)],
+        "equal": [("a", 1.0, 5), ("b", 1.0, 5)],
+        "close": [("a", 1.0, 5), ("b", 0.75, 5)],
+        "long": [("a", 2.0, 50), ("b", 0.0, 5)],
+        "marked": [("a", None, 5), ("b", None, 5)],
+    }
+    rows = [
+        {"prompt": prompt, "response": text, "score": score, "num_tokens": tokens}
+        for prompt, each in answers.items()
+        for text, score, tokens in each
+    ]
+    place = write(rows, tmp_path / "in", 9)
+    recipe = Selection(pairs=Pairs.BEST_WORST, min_margin=0.5, max_tokens=20)
+    totals = select([place], str(tmp_path / "out"), recipe).totals
+    # No response to "marked" has a value: it is no prompt that a pair could be made of.
+    without = {"one_response": 2, "equal": 1, "margin": 1, "too_long": 1}
+    assert (totals.prompts, totals.prompts_without_pair) == (7, without)
+    assert totals.dropped == {"marked": 3, "no_pair": 9}
+    assert {row["prompt"] for row in read(tmp_path / "out")} == {"paired", "paired too"}
+
+    one = select([place], str(tmp_path / "one"), recipe.model_copy(update={"sample": 1})).totals
+    assert one.prompts_without_pair == {**without, "sample": 1}
+    assert one.dropped == {**totals.dropped, "sample": 2}
+    assert (one.rows_kept, one.rows_written) == (2, 1)
+
+
 def test_splits_of_pairs_share_no_prompt(tmp_path: Path) -> None:
     place = write(rollouts(4), tmp_path / "in", 10)
     recipe = Selection(

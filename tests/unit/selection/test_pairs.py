@@ -7,7 +7,7 @@ from typing import Any
 import duckdb
 import pytest
 
-from batch_scorer.selection.pairs import NoPair, PairCounts, count_pairs, pair_up
+from batch_scorer.selection.pairs import NoPair, PromptCounts, count_prompts, pair_up
 from batch_scorer.selection.recipe import Pairs, Selection
 
 Line = tuple[int, int, int, int, str, float | None, int, int, int | None]
@@ -30,7 +30,7 @@ def line(
 
 def paired(
     lines: list[Line], max_tokens: int | None = None, **recipe: Any
-) -> tuple[list[tuple[float, float]], PairCounts, list[Any]]:
+) -> tuple[list[tuple[float, float]], PromptCounts, list[Any]]:
     """Scores of both sides in order, the counts, and the groups and texts' rows in order."""
     with duckdb.connect() as connection:
         connection.execute(
@@ -40,11 +40,11 @@ def paired(
         connection.executemany("INSERT INTO candidates VALUES (?,?,?,?,?,?,?,?,?)", lines)
         selection = Selection(max_tokens=max_tokens, **recipe)
         pair_up(connection, selection)
-        counts = count_pairs(connection, selection)
+        counts = count_prompts(connection)
         found = connection.execute(
             "SELECT score_chosen, score_rejected, place, grp FROM pairs ORDER BY place"
         ).fetchall()
-    assert [row[2] for row in found] == list(range(counts.pairs))
+    assert [row[2] for row in found] == list(range(len(found)))
     return [(row[0], row[1]) for row in found], counts, [row[3] for row in found]
 
 
@@ -76,8 +76,7 @@ def test_no_pair_of_one_text_of_equal_values_or_of_what_is_no_number(rule: Pairs
     lines += [line(3, None, 3), line(4, NAN, 4), line(5, INF, 5), line(6, -INF, 6)]
     pairs, counts, _ = paired(lines, pairs=rule)
     assert pairs == []
-    assert (counts.responses, counts.unscored, counts.repeated) == (7, 4, 1)
-    assert counts.without_pair == {NoPair.EQUAL: 1}
+    assert counts == PromptCounts(1, {NoPair.EQUAL: 1})
 
 
 @pytest.mark.parametrize("rule", Pairs)
@@ -104,7 +103,7 @@ def test_every_prompt_without_a_pair_has_a_reason() -> None:
         NoPair.MARGIN: 1,
         NoPair.TOO_LONG: 2,
     }
-    assert (counts.prompts, counts.prompts_with_pair, counts.pairs_too_long) == (7, 1, 2)
+    assert counts.prompts == 7
     assert groups == [7]
 
 

@@ -63,6 +63,27 @@ def test_verify_and_status_know_a_selection(rollouts: Path, tmp_path: Path) -> N
     assert run_cli("verify", output, "--json").exit_code == 4
 
 
+def test_why_prompts_have_no_pair_is_shown_and_counted_again(
+    rollouts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ["select", rollouts, "--pairs", "best_worst", "--min-margin", "4.5"]
+    counted = json.loads(run_cli(*words, "--dry-run", "--json").out)
+    assert (counted["prompts"], counted["rows_written"]) == (4, 1)
+    assert counted["prompts_without_pair"] == {"margin": 3}
+    shown = run_cli(*words, "--output", output)
+    for ended in (shown, run_cli("status", output), run_cli("verify", output)):
+        lines = [line.split() for line in ended.out.splitlines()]
+        assert ["-", "margin", "too", "small", "3"] in lines
+        assert ["with", "a", "pair", "1"] in lines
+    found = json.loads(run_cli("verify", output, "--json").out)
+    assert (found["ok"], found["counts"]["prompts_without_pair"]) == (True, {"margin": 3})
+    success = output / "_SUCCESS"
+    success.write_text(success.read_text().replace('"margin": 3', '"margin": 2'))
+    ended = run_cli("verify", output)
+    assert ended.exit_code == 4 and "_SUCCESS has other counts" in ended.out
+
+
 def test_verify_does_not_choose_again_of_what_has_changed(rollouts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     select([str(rollouts)], str(output), Selection(sample=3))
