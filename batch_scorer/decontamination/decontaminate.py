@@ -40,6 +40,7 @@ from batch_scorer.decontamination.recipe import (
     Decontamination,
     Match,
 )
+from batch_scorer.decontamination.result import Decontaminated, SourceCounts
 from batch_scorer.decontamination.seen import Seen
 from batch_scorer.decontamination.seen_embeddings import SeenEmbeddings
 from batch_scorer.decontamination.texts import texts_of_rows
@@ -90,32 +91,6 @@ class ShardRemovals:
 Decide: TypeAlias = Callable[[Part, str | None], tuple[ShardRemovals, bytes]]
 """What is left out of a part, and the bytes of its shard in the derivation with this digest; none
 without one."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceCounts:
-    rows: int
-    removed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Decontaminated:
-    """What a run found. `entries` are the different texts that were looked for, `entries_without_
-    text` those that left nothing to look for, `rows_without_text` rows that were kept unseen; with
-    match `embedding`, a text stands for an embedding.
-    `totals` is None of a dry run, which writes nothing."""
-
-    output: str
-    rows: int
-    removed: int
-    rows_without_text: int
-    entries: int
-    entries_without_text: int
-    sources: dict[str, SourceCounts]
-    totals: Totals | None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batch_scorer.selection.pairs import NoPair, PromptCounts, count_prompts, pair_up, sample_pairs
-from batch_scorer.selection.recipe import EVERY_OTHER, Reason, Selection
+from batch_scorer.selection.pairs import PromptCounts, count_prompts, pair_up, sample_pairs
+from batch_scorer.selection.recipe import EVERY_OTHER, NoPair, Reason, Selection
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
 

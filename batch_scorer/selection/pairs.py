@@ -7,27 +7,11 @@ into its bound on memory.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import duckdb
 
-from batch_scorer.selection.recipe import Pairs, Selection
-
-
-class NoPair(StrEnum):
-    """Why no pair is made of a prompt; the first that is so counts."""
-
-    ONE_RESPONSE = "one_response"
-    """Fewer than two different responses have a value."""
-    EQUAL = "equal"
-    """All values are the same."""
-    MARGIN = "margin"
-    """No pair that the rule allows differs by more than `min_margin`."""
-    TOO_LONG = "too_long"
-    """Every such pair has a side of more than `max_tokens` tokens, or of unknown length."""
-    SAMPLE = "sample"
-    """There are pairs, and none of them was drawn."""
+from batch_scorer.selection.recipe import NoPair, Pairs, Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,21 @@ class Reason(StrEnum):
     SAMPLE = "sample"
 
 
+class NoPair(StrEnum):
+    """Why no pair is made of a prompt; the first that is so counts."""
+
+    ONE_RESPONSE = "one_response"
+    """Fewer than two different responses have a value."""
+    EQUAL = "equal"
+    """All values are the same."""
+    MARGIN = "margin"
+    """No pair that the rule allows differs by more than `min_margin`."""
+    TOO_LONG = "too_long"
+    """Every such pair has a side of more than `max_tokens` tokens, or of unknown length."""
+    SAMPLE = "sample"
+    """There are pairs, and none of them was drawn."""
+
+
 class Selection(BaseModel):
     """Which rows are kept, in the order of these fields: a later one sees what earlier ones left.
 

@@ -4,7 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from batch_scorer.selection.choose import Candidates, IntArray
 from batch_scorer.selection.flat import FlatPart
 from batch_scorer.selection.gather import gathered
 from batch_scorer.selection.recipe import Selection
+from batch_scorer.selection.result import Selected
 from batch_scorer.selection.stored_pairs import StoredPairs
 from batch_scorer.storage import in_threads
 from batch_scorer.version import __version__
@@ -31,24 +32,6 @@ from batch_scorer.version import __version__
 KIND = "select"
 _READERS = 2
 """Processes that read at the same time, each a row group."""
-
-
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """What was selected. `output` is None where nothing was written (`preview`)."""
-
-    output: str | None
-    places: tuple[str, ...]
-    recipe: Mapping[str, Any]
-    totals: Totals
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "output": self.output,
-            "places": list(self.places),
-            "recipe": dict(self.recipe),
-            **asdict(self.totals),
-        }
 
 
 def select(

@@ -7,7 +7,7 @@ computed.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from batch_scorer.decontamination.decontaminate import Decontaminated
+from batch_scorer.decontamination.result import Decontaminated
 from batch_scorer.derived.state import DerivedStatus, DerivedVerdict
 from batch_scorer.evaluation.result import Evaluation
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
@@ -52,7 +52,7 @@ from batch_scorer.reports.views.selection import (
 )
 from batch_scorer.runs.marked import MarkedRows
 from batch_scorer.runs.status import OutputStatus
-from batch_scorer.selection.select import Selected
+from batch_scorer.selection.result import Selected
 from batch_scorer.storage import Conformance
 
 Result: TypeAlias = (

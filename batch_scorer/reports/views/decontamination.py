@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from batch_scorer.decontamination.decontaminate import Decontaminated
+from batch_scorer.decontamination.result import Decontaminated
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
 
 

@@ -6,9 +6,8 @@ from batch_scorer.derived.output import Counts
 from batch_scorer.derived.state import DerivedStatus, DerivedVerdict
 from batch_scorer.errors import ExitCode
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
-from batch_scorer.selection.pairs import NoPair
-from batch_scorer.selection.recipe import Reason
-from batch_scorer.selection.select import Selected
+from batch_scorer.selection.recipe import NoPair, Reason
+from batch_scorer.selection.result import Selected
 
 _WHY: Mapping[str, str] = {
     Reason.MARKED: "without a value (marked)",

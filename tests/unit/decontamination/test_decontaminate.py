@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer.decontamination.decontaminate import Decontaminated, decontaminate
+from batch_scorer.decontamination.decontaminate import decontaminate
 from batch_scorer.decontamination.recipe import (
     Decontamination,
     Match,
     Preset,
     Scope,
 )
+from batch_scorer.decontamination.result import Decontaminated
 from batch_scorer.derived.recipes import load_recipe
 from batch_scorer.errors import ConfigError
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from batch_scorer import Config, decontaminate, score
-from batch_scorer.decontamination.decontaminate import Decontaminated
+from batch_scorer.decontamination.result import Decontaminated
 from batch_scorer.failpoints import TESTING
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import jsonl, pair_rows, parquet, table_of

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from batch_scorer.decontamination.decontaminate import Decontaminated, SourceCounts
+from batch_scorer.decontamination.result import Decontaminated, SourceCounts
 from batch_scorer.derived.output import Totals
 from batch_scorer.derived.state import DerivedStatus, DerivedVerdict
 from batch_scorer.evaluation import Benchmark
@@ -54,7 +54,7 @@ from batch_scorer.runs.estimate import Estimate as Work
 from batch_scorer.runs.marked import SCHEMA, MarkedRows
 from batch_scorer.runs.metrics import Metrics
 from batch_scorer.runs.status import OutputStatus
-from batch_scorer.selection.select import Selected
+from batch_scorer.selection.result import Selected
 from batch_scorer.storage import Check, Conformance
 from tests.helpers.receipts import ONE, OTHER, RUN
 

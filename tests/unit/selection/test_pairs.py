@@ -7,8 +7,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from batch_scorer.selection.pairs import NoPair, PromptCounts, count_prompts, pair_up
-from batch_scorer.selection.recipe import Pairs, Selection
+from batch_scorer.selection.pairs import PromptCounts, count_prompts, pair_up
+from batch_scorer.selection.recipe import NoPair, Pairs, Selection
 
 Line = tuple[int, int, int, int, str, float | None, int, int, int | None]
 """part, row, slot, grp, category, value, tie, text, tokens"""
