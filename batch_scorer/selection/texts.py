@@ -1,14 +1,15 @@
 """The texts of a row by which it is grouped and told from others: its prompt and its response."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_scorer.selection.flat import FlatPart
+from batch_scorer.selection.message_texts import MessageColumn, shared, shared_counts, text_of
 
 _HH_ANSWER = "\n\nAssistant:"
 
@@ -26,8 +27,8 @@ class Texts:
 
 
 def prompts_of(part: FlatPart, *, is_needed: bool) -> Texts:
-    """The prompt of each row. One message of a user is the same prompt as its text; other messages
-    are JSON, in which a null key is an absent one.
+    """The prompt of each row. One message of a user is the same prompt as its text; of others
+    the text says roles and contents, and a null key is an absent one.
 
     Raises NoColumn where it is needed and the rows do not show it.
     """
@@ -39,10 +40,10 @@ def prompts_of(part: FlatPart, *, is_needed: bool) -> Texts:
         if part.is_hh:
             return Texts(names[:1], lambda table: _mapped(_before_answer, table[names[0]]))
         if _is_nested(part, names[0]):
-            return Texts(names, lambda table: _mapped(_shared, *(table[n] for n in names)))
+            return Texts(names, lambda table: _shared_prompts(*(table[n] for n in names)))
     whole = part.column_of("messages") or part.column_of("response")
     if whole and _is_nested(part, whole):
-        return Texts((whole,), lambda table: _mapped(_before_last, table[whole]))
+        return Texts((whole,), lambda table: _before_last(table[whole]))
     if is_needed:
         raise NoColumn(f"no column holds the prompt; there are {', '.join(part.schema.names)}")
     return Texts((), lambda table: pa.nulls(table.num_rows, pa.string()))
@@ -67,6 +68,8 @@ def texts_of(column: pa.ChunkedArray) -> pa.Array:
     """string[n], null where the value is null."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if (messages := MessageColumn.of(column)) is not None:
+        return messages.texts(messages.lengths)
     if pa.types.is_nested(column.type):
         return _mapped(lambda value: value, column)
     return column.cast(pa.string()).combine_chunks()
@@ -78,39 +81,22 @@ def _is_nested(part: FlatPart, name: str) -> bool:
 
 def _mapped(make: Callable[..., Any], *columns: pa.ChunkedArray) -> pa.Array:
     rows = zip(*(column.to_pylist() for column in columns), strict=True)
-    return pa.array([_text(make(*row)) for row in rows], pa.string())
+    return pa.array([text_of(make(*row)) for row in rows], pa.string())
 
 
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    match value := _without_nulls(value):
-        case [{"role": "user", "content": str(text)} as message] if len(message) == 2:
-            return text
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+def _shared_prompts(chosen: pa.ChunkedArray, rejected: pa.ChunkedArray) -> pa.Array:
+    """The messages that both sides begin with."""
+    sides = MessageColumn.of(chosen), MessageColumn.of(rejected)
+    if sides[0] is None or sides[1] is None:
+        return _mapped(shared, chosen, rejected)
+    texts = sides[0].texts(shared_counts(sides[0], sides[1]))
+    return pc.fill_null(texts, "[]")  # where chosen is null, both begin with nothing
 
 
-def _without_nulls(value: Any) -> Any:
-    match value:
-        case dict():
-            return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-        case list():
-            return [_without_nulls(each) for each in value]
-    return value
-
-
-def _shared(chosen: Any, rejected: Any) -> list[Any]:
-    """The messages that both begin with."""
-    shared = []
-    for ours, theirs in zip(chosen or [], rejected or [], strict=False):
-        if ours != theirs:
-            break
-        shared.append(ours)
-    return shared
-
-
-def _before_last(messages: Any) -> Any:
-    return messages[:-1] if isinstance(messages, list) else None
+def _before_last(messages: pa.ChunkedArray) -> pa.Array:
+    if (found := MessageColumn.of(messages)) is not None:
+        return found.texts(np.maximum(found.lengths - 1, 0))
+    return _mapped(lambda each: each[:-1] if isinstance(each, list) else None, messages)
 
 
 def _before_answer(dialogue: str | None) -> str | None:
