@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batch_scorer.failpoints import TESTING
 from tests.helpers.program import REPOSITORY
 from tests.helpers.tiny import tiny_reward_model
 
@@ -269,7 +270,7 @@ def run_oracle(oracle: str, bound: int, models: Path, bug: Bug | None = None) ->
         done = subprocess.run(
             [sys.executable, "-m", "tests.fault.tries", oracle, str(bound), str(models)],
             cwd=copy,
-            env={**os.environ, "PYTHONPATH": str(copy)},
+            env={**os.environ, "PYTHONPATH": str(copy), TESTING: "1"},
             capture_output=True,
             text=True,
             check=False,
