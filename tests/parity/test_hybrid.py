@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModel
 
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.errors import ModelError
+from batch_scorer.outputs.claim import claimed
+from batch_scorer.storage import open_store
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
 from tests.helpers.tiny import tiny_tokenizer
@@ -159,9 +161,31 @@ def test_the_refusal_comes_before_the_output_is_claimed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.parquet").write_bytes(parquet(pairs(2)))
     command = ["score", "--model", model, tmp_path / "in", "--no-ray", "--dtype", "float32"]
-    refused = run_cli(*command, "--output", tmp_path / "out")
-    assert refused.exit_code == 2
-    assert "linear_attention; set attention to eager" in refused.error
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
-    scored = run_cli(*command, "--output", tmp_path / "out", "--attention", "eager")
+    asked = [
+        (["--attention", "packed"], "set attention to eager"),
+        (["--compile"], "leave compile out"),
+    ]
+    for flags, cure in asked:
+        refused = run_cli(*command, "--output", tmp_path / "out", *flags)
+        assert refused.exit_code == 2
+        assert f"linear_attention; {cure}" in refused.error
+        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("backend", ["hf", "auto"])
+def test_left_open_it_runs_padded(backend: str, tmp_path: Path) -> None:
+    """What was derived is recorded as if it had been set, so either finishes the other's work."""
+    model = build("qwen3_5_text", tmp_path / "model", vocab_size=512)
+    tiny_tokenizer(model)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.parquet").write_bytes(parquet(pairs(2)))
+    command = ["score", "--model", model, tmp_path / "in", "--no-ray", "--dtype", "float32"]
+    command += ["--output", tmp_path / "out"]
+    scored = run_cli(*command, "--backend", backend)
     assert scored.exit_code == 0, scored.err
+    claim = claimed(open_store(str(tmp_path / "out"), {}))
+    assert claim is not None and claim.fingerprint["attention"] == "eager"
+    before = sorted((tmp_path / "out").rglob("*.parquet"))
+    again = run_cli(*command, "--attention", "eager")
+    assert again.exit_code == 0, again.err
+    assert sorted((tmp_path / "out").rglob("*.parquet")) == before
