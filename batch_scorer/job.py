@@ -59,6 +59,10 @@ class Job:
         return self.model.adapter
 
     @property
+    def attention(self) -> str:
+        return attention_of(self.config, self.model, self.backend)
+
+    @property
     def max_tokens(self) -> int:
         return max_tokens_of(self.config, self.model)
 
@@ -115,8 +119,23 @@ class Job:
 
     def on_engine(self, engine: str) -> "Job":
         """The same job on this engine alone."""
-        parts = {**self.fingerprint.parts, "backend": engine}
+        attention = attention_of(self.config, self.model, engine)
+        parts = {**self.fingerprint.parts, "backend": engine, "attention": attention}
         return replace(self, engines=(engine,), fingerprint=Fingerprint(parts))
+
+
+def attention_of(config: Config, model: ModelFacts, engine: str) -> str:
+    """How this engine attends. For one that does not take the setting `packed` is recorded."""
+    if config.attention is not None:
+        return config.attention
+    takes_it = "attention" in ENGINES[engine].options
+    return "eager" if takes_it and unpackable_part(model) else "packed"
+
+
+def unpackable_part(model: ModelFacts) -> ModelFacts | None:
+    """The model, or its reference, that cannot be packed; None: all can."""
+    parts = (model, *([model.reference] if model.reference else []))
+    return next((part for part in parts if part.unpackable), None)
 
 
 def outputs_of(config: Config, model: ModelFacts) -> Outputs:

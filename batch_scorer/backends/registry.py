@@ -31,7 +31,7 @@ def settings_of(job: Job) -> EngineSettings:
         output_names=job.config.output_names,
         output_weights=job.config.output_weights,
         embedding=job.embedding,
-        attention=job.config.attention,
+        attention=job.attention,
         quantization=job.config.quantization,
         tensor_parallel=job.config.tensor_parallel,
         pipeline_parallel=job.config.pipeline_parallel,

@@ -66,12 +66,13 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Scale:
     """What the numbers of a quantised weight are multiplied by: the tensor of scales; the rows and
-    columns that share one of them (`block`, None: all do); and what is taken off the numbers first,
-    laid out alike, if anything is."""
+    columns that share one of them (`block`, None: all do); what is taken off the numbers first,
+    laid out alike, if anything is; and what the scales are divided by."""
 
     source: Source
     block: tuple[int, int] | None
     zero_point: Source | None = None
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,35 @@ class Packed:
     zeros: Source
     zero_offset: int
     groups: Source | None
+
+
+@dataclass(frozen=True, slots=True)
+class CodedScales:
+    """How scales are stored as bytes, which are places in a `table`, [256]: the number there, times
+    the byte's own scale (one of `scales` for every `block_size` bytes), plus `offset`."""
+
+    table: Source
+    scales: Source
+    block_size: int
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """How a weight of this `shape` lies in codes of 4 bits, as bitsandbytes stores it.
+
+    A byte holds two, the first in its upper half, row after row of the weight. A code is a place in
+    `table`, [16]; the number there is multiplied by its scale. `scales` has one for every
+    `block_size` numbers of the flat weight, as floats or, with `nested`, as bytes of those. `kind`
+    is the table's name, nf4 or fp4.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    table: Source
+    scales: Source
+    block_size: int
+    nested: CodedScales | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +147,7 @@ class ModelFiles:
     lora_dir: Path | None = None
     changes: tuple[str, ...] = ()
     deltas: Mapping[str, Delta] = field(default_factory=dict)
-    scales: Mapping[str, Scale | Packed] = field(default_factory=dict)
+    scales: Mapping[str, Scale | Packed | Coded] = field(default_factory=dict)
     companions: Mapping[str, Source] = field(default_factory=dict)
     cross_encoder: CrossEncoder | None = None
 

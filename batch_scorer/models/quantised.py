@@ -3,8 +3,8 @@
 A weight in 8 bits is a tensor of floats or integers with a tensor of scales beside it, one for the
 whole weight, one for each row, or one for each block of it. The weight is the number times its
 scale, rounded to float32 once. The hf engine and the gate's reference read these values; vLLM gets
-the tensors as they are stored. GPTQ's and AWQ's words are in `words.py`; other formats that pack
-several numbers into one are refused by name.
+the tensors as they are stored. GPTQ's and AWQ's words are in `words.py`, bitsandbytes' codes in
+`bitsandbytes.py`; other formats that pack several numbers into one are refused by name.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from math import ceil, prod
 from typing import Any
 
 from batch_scorer.errors import ModelError
-from batch_scorer.models import words
+from batch_scorer.models import bitsandbytes, words
 from batch_scorer.models.adapter import ModelConfig, ModelFiles, Packed, Scale
 
 _EIGHT_BITS = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8"}
@@ -26,7 +26,7 @@ _OF_ENGINES = ("_scale_inv", "_scale", "_zero_point")
 """Ends of the names of tensors that quantised layers have and plain ones do not."""
 _OF_CACHES = (".k_scale", ".v_scale", ".q_scale", "_proj.output_scale")
 """Scales of the keys' and values' cache, which is never quantised here."""
-_METHODS = ("fp8", "compressed-tensors", *words.METHODS)
+_METHODS = ("fp8", "compressed-tensors", *words.METHODS, bitsandbytes.METHOD)
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 """compressed-tensors' formats with one number in every element."""
 
@@ -57,6 +57,10 @@ def describe(files: ModelFiles) -> Quantisation | None:
     stated = quantisation_of(files.config)
     if (method := stated["quant_method"]) in words.METHODS:
         return Quantisation(method, ("cuda",))
+    if method == bitsandbytes.METHOD:
+        # vLLM 0.32 has no loader for it any more.
+        stored_as = sorted({bitsandbytes.kind_of(scale) for scale in files.scales.values()})
+        return Quantisation(f"{' and '.join(stored_as)}, {method}", ())
     kinds = {_EIGHT_BITS[files.sources[weight].dtype] for weight in files.scales}
     devices: tuple[str, ...] = ()
     if kinds == {"fp8"}:
@@ -101,6 +105,8 @@ def read_quantised(files: ModelFiles) -> ModelFiles:
         _refuse_unreadable(files, stated)
     if method in words.METHODS:
         return words.read_words(files, stated)
+    if method == bitsandbytes.METHOD:
+        return bitsandbytes.read_bitsandbytes(files, stated)
     scales = {
         name: scale
         for name, source in files.sources.items()
@@ -113,9 +119,9 @@ def read_quantised(files: ModelFiles) -> ModelFiles:
             "supported; use the checkpoint that it was made from"
         )
     if not stated:
-        if scales:
+        if named := [*scales, *bitsandbytes.quantised_weights(files)]:
             raise ModelError(
-                f"{files.path}: {next(iter(scales))} is quantised, with scales beside it, and "
+                f"{files.path}: {named[0]} is quantised, with scales beside it, and "
                 "config.json has no quantization_config: take it from the folder that this one was "
                 "copied from"
             )

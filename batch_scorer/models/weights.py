@@ -7,6 +7,7 @@ checkpoint in the dtype it was stored in, and computes in float32.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import groupby
+from math import prod
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from batch_scorer.errors import ModelError
-from batch_scorer.models.adapter import Adapter, Delta, ModelFiles, Packed, Scale, Source
+from batch_scorer.models.adapter import Adapter, Coded, Delta, ModelFiles, Packed, Scale, Source
 from batch_scorer.models.files import read_json, read_pickled
 
 ReadTensors: TypeAlias = Callable[[ModelFiles, Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
@@ -163,6 +164,8 @@ def checkpoint_tensors(
                         tensor = weights.get_tensor(stored)
                         if isinstance(scale, Packed):
                             tensor = _unpacked(tensor, scale)
+                        elif isinstance(scale, Coded):
+                            tensor = _decoded(tensor, scale)
                         elif scale:
                             tensor = _dequantised(tensor, scale)
                         if delta:
@@ -215,7 +218,7 @@ def _dequantised(numbers: Tensor, scale: Scale) -> Tensor:
     values = numbers.float()
     if scale.zero_point is not None:
         values -= _spread(_stored(scale.zero_point), scale.block, values.shape)
-    return values.mul_(_spread(_stored(scale.source), scale.block, values.shape))
+    return values.mul_(_spread(_stored(scale.source) / scale.divisor, scale.block, values.shape))
 
 
 def _unpacked(words: Tensor, packed: Packed) -> Tensor:
@@ -241,6 +244,27 @@ def _numbers(words: Tensor, packed: Packed, dim: int) -> Tensor:
     shifts = places[:, None] if dim == 0 else places
     numbers: Tensor = (words.unsqueeze(dim + 1) >> shifts) & (2**packed.bits - 1)
     return numbers.flatten(dim, dim + 1)
+
+
+def _decoded(codes: Tensor, coded: Coded) -> Tensor:
+    """float32 of the shape `coded.shape`."""
+    table, byte = _stored(coded.table), torch.arange(256)
+    pairs = torch.stack((table[byte >> 4], table[byte & 15]), dim=1)  # [256, 2]
+    count = prod(coded.shape)  # one less than there are codes, where it is odd
+    values = pairs[codes.flatten().int()].flatten()[:count]
+    scales = _as_it_is(coded.scales)
+    if nested := coded.nested:
+        scales = _stored(nested.table)[scales.int()]
+        scales = _times_blocks(scales, _stored(nested.scales), nested.block_size) + nested.offset
+    return _times_blocks(values, scales.float(), coded.block_size).reshape(coded.shape)
+
+
+def _times_blocks(values: Tensor, scales: Tensor, size: int) -> Tensor:
+    """The flat values, changed in place: every `size` of them share a scale, the last fewer."""
+    whole = len(values) // size
+    values[: whole * size].view(whole, size).mul_(scales[:whole, None])
+    values[whole * size :].mul_(scales[whole:])
+    return values
 
 
 def _spread(grid: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:

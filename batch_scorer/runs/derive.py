@@ -22,7 +22,7 @@ from batch_scorer.errors import (
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.formats.kinds import BESIDE_NAMES
 from batch_scorer.inputs.plan import Plan
-from batch_scorer.job import Job
+from batch_scorer.job import Job, attention_of, unpackable_part
 from batch_scorer.models.adapter import Prompt, output_entries
 from batch_scorer.models.directory import (
     ModelFacts,
@@ -102,6 +102,8 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     for name, part in ((config.model, model), (config.reference_model, model.reference)):
         for doubt in part.doubts if part else ():
             log.warning("%s: %s", name, doubt)
+    if config.attention is None and (part := unpackable_part(model)):
+        log.info("%s: %s; on hf it runs padded (attention: eager)", part.path, part.unpackable)
     if not (model.has_score or config.task == "embed"):
         log.warning(
             "%s: no score, only rewards (%s); --output-weights makes a score of them",
@@ -256,6 +258,7 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
         reference_digest=model.reference.digest if model.reference else None,
         adapter=model.adapter,
         backend=engines[0],
+        attention=attention_of(config, model, engines[0]),
         embedding=(embedding.pooling, embedding.normalize) if embedding else None,
         dtype=dtype,
         max_tokens=max_tokens_of(config, model),

@@ -15,7 +15,7 @@ from batch_scorer.backends.device import cpu_has_amx, cpu_has_int8
 from batch_scorer.backends.registry import make_backend
 from batch_scorer.config import ENGINES, Config, Device
 from batch_scorer.errors import BatchScorerError, ModelError, ShardError
-from batch_scorer.job import Job
+from batch_scorer.job import Job, unpackable_part
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.registry import adapter_named
@@ -94,9 +94,11 @@ def _quantised_refusal(
 
 def _refuse_unpackable(config: Config, model: ModelFacts) -> None:
     """Raise ModelError for a body that the hf engine cannot run with this attention."""
-    for part in (model, *([model.reference] if model.reference else [])):
-        if config.attention == "packed" and part.unpackable:
-            raise ModelError(f"{part.path}: {part.unpackable}; set attention to eager")
+    part = unpackable_part(model)
+    if part and config.attention == "packed":
+        raise ModelError(f"{part.path}: {part.unpackable}; set attention to eager")
+    if part and config.compile:
+        raise ModelError(f"{part.path}: {part.unpackable}; leave compile out")
 
 
 def _is_installed(engine: str) -> bool:

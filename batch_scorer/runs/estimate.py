@@ -9,6 +9,7 @@ import numpy as np
 from batch_scorer.backends.packing import build_trie
 from batch_scorer.config import ENGINES, Config, EngineFacts
 from batch_scorer.errors import ShardError
+from batch_scorer.job import attention_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.embedding import is_decoder
 from batch_scorer.models.registry import EMBEDDING, adapter_named
@@ -116,4 +117,4 @@ def shares_prefixes(config: Config, model: ModelFacts, engine: EngineFacts) -> b
     """Whether the engine computes a prefix once that several sequences of a shard have."""
     reads_all = model.has_steps or config.token_scores
     shares = engine.shares_in_steps if reads_all else engine.shares_prefixes
-    return shares and is_causal(model) and config.attention == "packed"
+    return shares and is_causal(model) and attention_of(config, model, "hf") == "packed"

@@ -150,6 +150,40 @@ def in_words(numbers: Tensor, bits: int, is_awq: bool) -> Tensor:
     return torch.from_numpy(words.view(np.int32).copy())
 
 
+def in_codes(kind: str, *, nested: bool = False, block_size: int = 64) -> Quantise:
+    """bitsandbytes' own codes, and its own numbers for them. But where blocks run over the ends of
+    rows its kernel for CPUs reads them wrongly (findings/)."""
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        from bitsandbytes import functional
+
+        codes, state = functional.quantize_4bit(
+            weight, blocksize=block_size, compress_statistics=nested, quant_type=kind
+        )
+        scales = state.absmax
+        if nested:
+            scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+        places = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[: weight.numel()]
+        scales = scales.repeat_interleave(block_size)[: weight.numel()]
+        meant = (state.code[places.long()] * scales).reshape(weight.shape)
+        if weight.shape[1] % block_size == 0:
+            torch.testing.assert_close(meant, functional.dequantize_4bit(codes, state))
+        parts = {f"weight.{end}": part for end, part in state.as_dict(packed=True).items()}
+        return {"weight": codes} | parts, meant
+
+    return quantise
+
+
+def llm_int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    from bitsandbytes import functional
+
+    numbers, largest, _ = functional.int8_vectorwise_quant(weight.half())
+    meant = numbers * (largest / 127)[:, None]
+    torch.testing.assert_close(meant, functional.int8_vectorwise_dequant(numbers, largest))
+    parts = {"SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {"weight": numbers} | parts, meant
+
+
 def compressed(form: str, strategy: str, kind: str, **weights: Any) -> dict[str, Any]:
     """quantization_config as llm-compressor writes it."""
     inputs = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True, "symmetric": True}
@@ -176,6 +210,7 @@ def compressed(form: str, strategy: str, kind: str, **weights: Any) -> dict[str,
 
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+BITSANDBYTES = {"quant_method": "bitsandbytes"}
 INT8_OF_ROWS = compressed("int-quantized", "channel", "int")
 FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
     "fp8 blocks": (in_blocks(32, 32, "_scale_inv"), FP8 | {"weight_block_size": [32, 32]}),
@@ -201,6 +236,14 @@ FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
         {"quant_method": "gptq", "bits": 8, "group_size": 16, "checkpoint_format": "gptq_v2"},
     ),
     "awq": (packed("awq", 4), {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "bitsandbytes nf4": (
+        in_codes("nf4", block_size=32),
+        BITSANDBYTES | {"load_in_4bit": True},
+    ),
+    "bitsandbytes nf4, nested": (in_codes("nf4", nested=True), BITSANDBYTES),
+    "bitsandbytes fp4": (in_codes("fp4", block_size=32), BITSANDBYTES),
+    "bitsandbytes fp4, blocks cut": (in_codes("fp4", nested=True, block_size=4096), BITSANDBYTES),
+    "bitsandbytes int8": (llm_int8, BITSANDBYTES | {"load_in_8bit": True}),
     "int-quantized channel": (int8_of_rows, INT8_OF_ROWS),
     "int-quantized zero points": (
         int8_with_zero_points,
@@ -229,7 +272,7 @@ def write(
         for name, tensor in load_file(plain / "model.safetensors").items()
         if is_linear.search(name)
     }
-    is_packed = config["quant_method"] in ("gptq", "awq")
+    is_packed = config["quant_method"] in ("gptq", "awq", "bitsandbytes")
     stored = {
         (name.removesuffix("weight") if is_packed else name) + end: tensor
         for name, (tensors, _) in parts.items()
@@ -268,7 +311,15 @@ def test_weights_are_what_the_numbers_stand_for(name: str, llama: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["fp8 blocks, cut at the edges", "int-quantized zero points", "gptq", "awq"]
+    "name",
+    [
+        "fp8 blocks, cut at the edges",
+        "int-quantized zero points",
+        "gptq",
+        "awq",
+        "bitsandbytes nf4, nested",
+        "bitsandbytes int8",
+    ],
 )
 def test_engine_and_reference_score_with_them(name: str, llama: Path, tmp_path: Path) -> None:
     quantised, meant = write(llama, tmp_path, *FORMATS[name])
@@ -313,6 +364,43 @@ def test_transformers_dequantises_blocks_alike(llama: Path, tmp_path: Path) -> N
     ours = plain_scores(engine_settings(quantised), tokenized(SEQUENCES)).values
     theirs = reference_scores(load_reference(quantised), SEQUENCES)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"load_in_8bit": True, "llm_int8_skip_modules": ["score", "o_proj"]},
+    ],
+    ids=["nf4", "fp4", "int8"],
+)
+def test_what_transformers_saves_scores_as_what_it_dequantises(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A folder as users have it, with all names and config entries; modules may be left out.
+
+    Every row is whole blocks: others bitsandbytes reads wrongly on CPUs (findings/).
+    """
+    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    plain, saved = tmp_path / "plain", tmp_path / "saved"
+    build_model("llama", plain, num_hidden_layers=2, intermediate_size=128)
+    quantisation = BitsAndBytesConfig(**settings)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        plain, quantization_config=quantisation, dtype=torch.float32
+    )
+    model.save_pretrained(saved)
+    left = settings.get("llm_int8_skip_modules", ["score"])
+    scales = read_model_files(saved).scales
+    assert len(scales) == 2 * (7 - ("o_proj" in left))
+    assert not any(name.endswith(f"{module}.weight") for name in scales for module in left)
+    theirs = AutoModelForSequenceClassification.from_pretrained(saved).dequantize().float()
+    expected = reference_scores(theirs.eval(), SEQUENCES)
+    before = reference_scores(load_reference(plain), SEQUENCES)
+    assert np.abs(expected - before).max() > 10 * TOLERANCE, "quantising moved nothing"
+    ours = plain_scores(engine_settings(saved), tokenized(SEQUENCES)).values
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE / 10)
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(FORMATS) if "quantized" in name])

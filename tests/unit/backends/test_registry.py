@@ -30,7 +30,7 @@ def test_an_engine_without_a_model_is_made_without_torch() -> None:
         "from batch_scorer.config import Config\n"
         "config = Config(model='m', inputs=('in',), output='out', backend='fake')\n"
         "job = SimpleNamespace(config=config, backend='fake', adapter='armorm', model_dir=None,\n"
-        "    dtype='float32', device='cpu', max_tokens=9, embedding=None,\n"
+        "    dtype='float32', device='cpu', attention='packed', max_tokens=9, embedding=None,\n"
         "    model=SimpleNamespace(lora_dir=None), placement_group=None)\n"
         "assert make_backend(job).num_outputs == 1\n"
         "assert 'torch' not in sys.modules\n"

@@ -210,6 +210,30 @@ at the last token | `token_classifier` |
 The endings of texts differ too (OpenRLHF's is added; TRL's comes from the chat template): the
 setting `eos` says what to do where a template leaves it out.
 
+## Bodies with layers that keep a state
+
+Mamba, linear attention and short convolutions carry a state from token to token, so such a body is
+neither packed nor shares prefixes. On hf it runs padded: `attention` is then `eager` by itself, and
+`--attention packed` is refused. `tests/parity/test_hybrid.py` holds tiny ones of twelve kinds to
+one sequence at a time. vLLM runs some, without its prefix cache. The others it refuses in one line
+when a worker starts, before its first shard; a race under `--backend auto` then goes to hf. Seen
+with vLLM 0.32's build for CPUs and tiny bodies:
+
+| kind | vllm on a CPU |
+|---|---|
+| `falcon_h1`, `granitemoehybrid` (Mamba-2) | runs; in float32 as close as other bodies |
+| `qwen3_next` (gated delta rule) | runs in bfloat16 only, with linear heads of 128 |
+| `lfm2` (short convolutions) | refused: sequences see each other's states, which the probe at the \
+start finds |
+| `jamba` (Mamba-1) | refused: that build has no kernel (`selective_scan_fwd`) |
+| `nemotron_h` | refused: its experts are for GPUs only |
+| `olmo_hybrid` | refused: asks for Triton |
+| `qwen3_5` | refused without torchvision, which the tests' set-up leaves out; not tried with it |
+| `zamba2` | a tiny one could not be loaded; no other was tried |
+| `bamba`, `recurrent_gemma`, `minimax` | refused: vLLM has no decoder for them |
+
+On a GPU none was tried; the gate decides.
+
 ## Families
 
 | family | what it is | engines | outputs beside `score` |

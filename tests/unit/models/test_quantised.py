@@ -1,6 +1,7 @@
 """Quantised folders that cannot be scored are refused in one line, and engines chosen by them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,37 @@ def int8() -> dict[str, torch.Tensor]:
     return {WEIGHT: torch.ones(128, 64, dtype=torch.int8), **scales}
 
 
+BITSANDBYTES = {"quant_method": "bitsandbytes"}
+STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+SCB = f"{WEIGHT[:-6]}SCB"
+
+
+def as_bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def nf4(**state: Any) -> dict[str, torch.Tensor]:
+    """The same weight in 128 blocks, whose scales are codes too."""
+    stated = {"quant_type": "nf4", "blocksize": 64, "shape": [128, 64], "dtype": "float16"}
+    nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+    return {
+        WEIGHT: torch.zeros(128 * 32, 1, dtype=torch.uint8),
+        f"{WEIGHT}.absmax": torch.zeros(128, dtype=torch.uint8),
+        f"{WEIGHT}.quant_map": torch.zeros(16),
+        f"{WEIGHT}.nested_absmax": torch.ones(1),
+        f"{WEIGHT}.nested_quant_map": torch.zeros(256),
+        STATE: as_bytes(json.dumps(stated | nested | state)),
+    }
+
+
+def llm_int8() -> dict[str, torch.Tensor]:
+    return {WEIGHT: int8()[WEIGHT], SCB: torch.ones(128)}
+
+
+def without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {n: tensor for n, tensor in tensors.items() if n != name}
+
+
 def config_for(model: Path, **settings: Any) -> Config:
     settings = {"inputs": ("in.parquet",), "output": str(model.parent / "out"), **settings}
     return load_config(model=str(model), **settings)
@@ -91,7 +123,11 @@ PACKED = {
         ({"quant_method": "gptq", "bits": 3}, {}, r"quantised \(gptq, 3 bits\), which is not"),
         ({"quant_method": "awq", "version": "GEMV"}, {}, r"\(awq, 4 bits gemv\), which is not"),
         ({"quant_method": "gptq", "bits": 4}, {}, r"by config.json, but no tensor \*.qweight is"),
-        ({"quant_method": "bitsandbytes"}, {}, r"quantised \(bitsandbytes\), which is not supp"),
+        (
+            BITSANDBYTES,
+            {},
+            r"but no tensor \*.quant_state.bitsandbytes__nf4 or \*.SCB",
+        ),
         ({"quant_algo": "NVFP4"}, {}, r"quantised \(NVFP4\), which is not supported"),
         ({**W8A8, "transform_config": {"config_groups": {"u": {}}}}, int8(), "and rotated"),
         ({**W8A8, "sparsity_config": {"format": "sparse-24-bitmask"}}, int8(), "stored sparse"),
@@ -110,6 +146,84 @@ def test_what_cannot_be_read_is_refused_by_name(
     with pytest.raises(ModelError, match=message) as refused:
         look_at_model(config_for(model))
     assert "\n" not in str(refused.value) and str(model) in str(refused.value)
+
+
+UP = re.escape(WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (without(nf4(), f"{WEIGHT}.absmax"), rf"weights lack {UP}\.absmax"),
+        (without(nf4(), f"{WEIGHT}.quant_map"), rf"weights lack {UP}\.quant_map"),
+        (without(nf4(), f"{WEIGHT}.nested_absmax"), rf"weights lack {UP}\.nested_absmax"),
+        (without(nf4(), f"{WEIGHT}.nested_quant_map"), rf"lack {UP}\.nested_quant_map"),
+        (without(nf4(), STATE), "but no tensor"),
+        (without(nf4(), STATE) | llm_int8() | {"a.weight": nf4()[WEIGHT]}, "has no scales"),
+        (nf4() | {WEIGHT: torch.zeros(128 * 31, 1, dtype=torch.uint8)}, r"be U8 \[4096, 1\]"),
+        (nf4() | {WEIGHT: torch.zeros(128, 64)}, r"is F32 \[128, 64\], and should be U8"),
+        (nf4() | {f"{WEIGHT}.absmax": torch.zeros(127, dtype=torch.uint8)}, r"be U8 \[128\]"),
+        (nf4() | {f"{WEIGHT}.absmax": torch.zeros(128)}, r"is F32 \[128\], and should be U8"),
+        (nf4() | {f"{WEIGHT}.quant_map": torch.zeros(15)}, r"is F32 \[15\], and should be"),
+        (nf4() | {f"{STATE[:-3]}fp4": nf4()[STATE]}, "bitsandbytes__fp4 is there, and .*nf4 too"),
+        (nf4(quant_type="int4"), r"is of type 'int4'; read are nf4 and fp4"),
+        (nf4(quant_type="fp4"), r"is of type 'fp4'; read are"),
+        (nf4(shape=[128, 32]), r"should be U8 \[2048, 1\]"),
+        (nf4(shape=[64, 128]), r"is \[64, 128\], and .* expects \[128, 64\]"),
+        (nf4(shape=[128, True]), r"shape is '\[128, True\]', and should be a list of whole"),
+        (nf4(shape=None), "shape is 'None'"),
+        (nf4(blocksize=0), "blocksize is '0', and should be a whole number above 0"),
+        (nf4(nested_blocksize="256"), "nested_blocksize is '256'"),
+        (nf4(nested_offset=float("nan")), "nested_offset is 'nan', and should be a number"),
+        (nf4() | {STATE: as_bytes("{")}, "is no JSON: "),
+        (nf4() | {STATE: as_bytes("[]")}, "is no JSON object"),
+        (nf4() | {STATE: as_bytes("[" * 60_000)}, "is no JSON: "),
+        (nf4() | {STATE: torch.zeros(99)}, r"is F32 \[99\], and should be a few bytes"),
+        (nf4() | {STATE: torch.zeros(1 << 20, dtype=torch.uint8)}, "should be a few bytes"),
+        (llm_int8() | {SCB: torch.ones(64)}, r"SCB is F32 \[64\], and should be"),
+        (llm_int8() | {WEIGHT: torch.ones(128, 64)}, r"SCB beside it, and is F32 \[128, 64\]"),
+        (llm_int8() | {f"{SCB[:-3]}weight_format": as_bytes("\2")}, "does not lie row by row"),
+        (without(llm_int8(), WEIGHT) | {"a.SCB": torch.ones(1)}, "a.SCB beside it, and is not th"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused_by_name(
+    tensors: dict[str, Any], message: str, quantised: Quantise
+) -> None:
+    model = quantised(BITSANDBYTES, **tensors)
+    with pytest.raises(ModelError, match=message) as refused:
+        look_at_model(config_for(model))
+    assert "\n" not in str(refused.value) and str(model) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"load_in_4bit": True}, llm_int8(), "load_in_4bit is true and .*up_proj.weight is not so"),
+        ({"load_in_8bit": True}, nf4(), "load_in_8bit is true and .*up_proj.weight is not so"),
+        (None, nf4(), "config.json has no quantization_config"),
+        (None, llm_int8(), "config.json has no quantization_config"),
+    ],
+)
+def test_a_config_that_contradicts_the_codes_is_refused(
+    config: dict[str, Any] | None, tensors: dict[str, Any], message: str, quantised: Quantise
+) -> None:
+    model = quantised(None if config is None else BITSANDBYTES | config, **tensors)
+    with pytest.raises(ModelError, match=message):
+        look_at_model(config_for(model))
+
+
+def test_codes_run_on_hf_only(quantised: Quantise) -> None:
+    model = quantised(BITSANDBYTES, **nf4())
+    facts = inspect_model(model, with_fit=True)
+    assert facts.changes == (
+        "1 weights are stored as nf4 (bitsandbytes) and stand for float32 ones",
+    )
+    assert supported_engines(config_for(model, backend="auto"), facts) == ["hf"]
+    asked = config_for(model, backend="vllm")
+    with pytest.raises(
+        ModelError, match=r"vllm cannot .* \(nf4, bitsandbytes\); set backend to hf"
+    ):
+        supported_engines(asked, facts, Device.CUDA)
 
 
 def test_scales_are_no_tensors_of_the_model(quantised: Quantise) -> None:
