@@ -16,7 +16,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 pip() { "$folder/venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
-pip torch==2.13.0 packaging
+pip torch==2.13.0 packaging numpy==2.4.6
 pip --no-deps bitsandbytes==0.50.2
 "$folder/venv/bin/python" - 2> "$folder/log" <<'PYTHON' || { cat "$folder/log"; exit 1; }
 import torch

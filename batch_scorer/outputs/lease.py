@@ -103,7 +103,16 @@ class Lease:
         return self._holder.id
 
     def __enter__(self) -> Self:
-        self._acquire()
+        try:
+            self._acquire()
+        except OutputHeldError:
+            raise
+        except BaseException:
+            # Taken, perhaps, as with Ctrl-C in a notebook: nobody will leave what was not entered,
+            # and as long as this process lives every other run would wait for the term to end.
+            if self._is_ours():
+                self._release()
+            raise
         self._thread.start()
         return self
 
@@ -112,8 +121,7 @@ class Lease:
         self._thread.join()
         if not self._lost.is_set():
             failpoint("lease.before_release")
-            with suppress(LeaseLostError, StorageError):  # it will expire by itself
-                self._write_ours(released=True)
+            self._release()
 
     def check(self) -> None:
         """Raises LeaseLostError if this run no longer holds the output."""
@@ -152,6 +160,10 @@ class Lease:
             )
         self.epoch = held.epoch if same_plan else held.epoch + 1
         self._take(info.version)
+
+    def _release(self) -> None:
+        with suppress(LeaseLostError, StorageError):  # it will expire by itself
+            self._write_ours(released=True)
 
     def _take(self, version: Version | None) -> None:
         self._version = version

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from batch_scorer.errors import LeaseLostError, OutputHeldError
-from batch_scorer.failpoints import arm
+from batch_scorer.failpoints import FailpointReached, arm
 from batch_scorer.outputs.lease import Lease, current_epoch, lease_of
 from cluster.local.seaweed import S3Server
 from tests.helpers.places import Place
@@ -92,6 +92,23 @@ def test_a_hold_whose_answer_was_lost_is_known_and_given_back(tmp_path: Path) ->
             arm("")
         released = lease_of(place.store)
         assert released is not None and not released.is_held
+
+
+@pytest.mark.parametrize("step", ["lease.before_take", "put.applied", "lease.after_take"])
+def test_a_hold_that_was_never_entered_is_given_back(place: Place, step: str) -> None:
+    """As when Ctrl-C comes while it is taken, in a process that lives on."""
+    with Lease(place.store, "a plan", TTL_S):
+        pass
+    arm(f"{step}:raise")
+    try:
+        with pytest.raises(FailpointReached), Lease(place.store, "another plan", TTL_S):
+            pass
+    finally:
+        arm("")
+    released = lease_of(place.store)
+    assert released is not None and not released.is_held
+    with Lease(place.store, "a third plan", TTL_S) as lease:
+        assert lease.epoch == (2 if step == "lease.before_take" else 3)
 
 
 def test_a_living_holder_is_not_taken_for_dead_after_its_term(place: Place) -> None:
