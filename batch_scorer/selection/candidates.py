@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 from batch_scorer.derived.parts import Part
 from batch_scorer.errors import InputError, ShardError
 from batch_scorer.inputs.where import where_of
+from batch_scorer.selection.digests import digests, tie_of
 from batch_scorer.selection.flat import FlatPart, FlatRows
 from batch_scorer.selection.layouts import SIDE_FIELDS, fits, sides_of
 from batch_scorer.selection.recipe import PROMPT, Reason, Selection
@@ -20,34 +20,27 @@ from batch_scorer.selection.stored_pairs import StoredPairs
 from batch_scorer.selection.texts import NoColumn, prompts_of, responses_of, texts_of
 from batch_scorer.selection.values import Ranking, numbers_of, require
 
-_SLIM = """
-select row, slot,
-    coalesce(md5_number_upper(grp), 0) as grp_hi, coalesce(md5_number_lower(grp), 0) as grp_lo,
-    md5_number_lower(coalesce(prompt, '')) as prompt,
-    category, value,
-    md5_number_lower(coalesce(prompt, '') || chr(31) || coalesce(text, '')) as tie,
-    {text} as text, tokens
-from rows
-"""
-"""MD5, as a digest that DuckDB computes itself and that no version of it changes."""
 _SCHEMA = pa.schema(
     {
         "row": pa.int32(),
         "slot": pa.int32(),
-        "grp": pa.string(),
-        "prompt": pa.string(),
+        "grp_hi": pa.uint64(),
+        "grp_lo": pa.uint64(),
+        "prompt": pa.uint64(),
         "category": pa.string(),
         "value": pa.float64(),
-        "text": pa.string(),
+        "tie": pa.uint64(),
+        "text": pa.uint64(),
         "tokens": pa.int32(),
     }
 )
+"""Digests in place of texts. `text` is null where no pairs are made, and where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a part holds. `candidates` has one row each of `_SLIM`, in the order of the rows; `rows`
-    were read (flat ones), and `dropped` of them are no candidates."""
+    """What a part holds. `candidates` are of `_SCHEMA`, in the order of the rows; `rows` were read
+    (flat ones), and `dropped` of them are no candidates."""
 
     candidates: pa.Table
     rows: int
@@ -85,12 +78,9 @@ class _Finder:
 
     def found(self) -> Found:
         tables, rows = [], 0
-        text = "md5_number_lower(text)" if self._selection.pairs else "null::ubigint"
-        with duckdb.connect(config={"threads": 1}) as database:
-            for group in self._part.groups(self._columns()):
-                database.register("rows", self._slim(group))
-                tables.append(database.execute(_SLIM.format(text=text)).to_arrow_table())
-                rows += group.table.num_rows
+        for group in self._part.groups(self._columns()):
+            tables.append(self._slim(group))
+            rows += group.table.num_rows
         candidates = pa.concat_tables(tables) if tables else pa.table({})
         return Found(candidates, rows, {why: n for why, n in self._dropped.items() if n})
 
@@ -119,19 +109,27 @@ class _Finder:
         value = self._ranking.values(group.table)
         kept = np.flatnonzero(self._kept(group, value))
         table, selection = group.table.take(pa.array(kept)), self._selection
-        prompt = self._prompts.texts(table)
-        keys = [prompt if name == PROMPT else texts_of(table[name]) for name in selection.group_by]
+        prompts = self._prompts.texts(table)
+        prompt, responses = digests(prompts), self._responses.texts(table)
+        text, grp = digests(responses), prompt
+        if selection.group_by not in ((), (PROMPT,)):
+            names = selection.group_by
+            keys = [prompts if name == PROMPT else texts_of(table[name]) for name in names]
+            grp = digests(_joined(keys))
         category = pa.nulls(len(kept), pa.string())
         if selection.top_percent:
             category = texts_of(table[selection.category])
+        is_no_text = pc.is_null(responses).to_numpy(zero_copy_only=False) | (not selection.pairs)
         columns = [
             pa.array(group.rows[kept].astype(np.int32)),
             pa.array(group.slots[kept].astype(np.int32)),
-            prompt if selection.group_by in ((), (PROMPT,)) else _joined(keys),
-            prompt,
+            pa.array(grp[:, 0]),
+            pa.array(grp[:, 1]),
+            pa.array(prompt[:, 1]),
             category,
             pa.array(value[kept]),
-            self._responses.texts(table),
+            pa.array(tie_of(prompt, text)),
+            pa.array(text[:, 1], mask=is_no_text),
             self._tokens(table),
         ]
         return pa.table(columns, schema=_SCHEMA)

@@ -10,6 +10,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from batch_scorer.derived.output import SHARDS_KEY, Totals
 from batch_scorer.errors import InputError, OutputError
@@ -82,11 +83,19 @@ def _ids(output: Path) -> list[int]:
 
 
 def _sql(place: str, query: str) -> list[int]:
-    found = duckdb.execute(query.replace("ROWS", f"read_parquet('{place}/*.parquet')"))
-    return sorted(row[0] for row in found.fetchall())
+    with duckdb.connect() as database:
+        database.create_function("tie", _tie, ["varchar", "varchar"], "ubigint")
+        found = database.execute(query.replace("ROWS", f"read_parquet('{place}/*.parquet')"))
+        return sorted(row[0] for row in found.fetchall())
 
 
-_TIE = "md5_number_lower(prompt || chr(31) || response)"
+def _tie(prompt: str, response: str) -> int:
+    """By what equal values are ordered."""
+    low = (xxhash.xxh3_128_intdigest(text.encode()) % 2**64 for text in (prompt, response))
+    return (next(low) * 0x9E3779B97F4A7C15 + next(low)) % 2**64
+
+
+_TIE = "tie(prompt, response)"
 _SELECTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "marked rows are never kept": ({}, f"select id from ROWS where {_KEPT}"),
     "where": (
