@@ -181,9 +181,9 @@ def make_plan(
         aside = {s.key: s for s, changed in listed if choose(s, changed) is False}
     layout_of = partial(_layout, config=config, outputs=outputs, beside=beside)
     look = partial(_look_apart, config=config, layout_of=layout_of)
-    for found in in_threads(look, sources, _INSPECTORS):
+    for found in _looked_at(sources, look, shared):
         if isinstance(found, InputFile):
-            files.append(_with_shared_parts(found, shared))
+            files.append(found)
         elif found is not None:
             failed.append(found)
     if not files and not failed and choose is None:
@@ -215,6 +215,29 @@ def make_plan(
     ]
     _warn(files, listing.skipped)
     return Plan(files, shards, failed, aside, not_asked, listing.skipped)
+
+
+def _looked_at(
+    sources: Sequence[Source],
+    look: Callable[[Source], InputFile | Receipt | None],
+    shared: dict[Any, Any],
+) -> list[InputFile | Receipt | None]:
+    """What the plan knows of each file. What the store refused is asked for again after the rest: a
+    moment of its trouble does not leave out a file."""
+    looked: list[InputFile | Receipt | None] = []
+    for found in in_threads(look, sources, _INSPECTORS):
+        looked.append(_with_shared_parts(found, shared) if isinstance(found, InputFile) else found)
+    refused = [
+        place
+        for place, found in enumerate(looked)
+        if isinstance(found, Receipt) and found.reason is not None and found.reason.may_pass
+    ]
+    for place in refused:
+        log.warning("%s: cannot be read; will be tried again", sources[place].url)
+    again = in_threads(look, [sources[place] for place in refused], _INSPECTORS)
+    for place, found in zip(refused, again, strict=True):
+        looked[place] = found
+    return looked
 
 
 def _warn(files: Sequence[InputFile], skipped: Sequence[str]) -> None:

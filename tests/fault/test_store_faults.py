@@ -98,6 +98,18 @@ def test_a_put_that_was_applied_although_its_answer_was_lost_is_our_own(
         bench.assert_right(f"every-{kind}", code, expected)
 
 
+def test_a_file_that_the_store_gives_cut_short_for_a_moment_is_planned_all_the_same(
+    bench: Bench, expected: Found
+) -> None:
+    """More often than a request is made again. Left out, it would come with the next run's plan,
+    whose shards have another epoch."""
+    faults = Faults((Kind.SHORT,), SEED, burst=4, burst_within=1, only="in/b.parquet")
+    code = bench.run("cut-short", faults)
+    assert len(bench.proxy.injected) == 4
+    assert code == 0, bench.job.runs.said()
+    bench.assert_right("cut-short", code, expected)
+
+
 def test_a_shard_that_the_store_refuses_is_reported_and_scored_by_the_next_run(
     bench: Bench, expected: Found
 ) -> None:
