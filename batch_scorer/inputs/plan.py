@@ -56,7 +56,7 @@ log = logging.getLogger("batch_scorer")
 
 _SAMPLE_ROWS = 32
 _SAMPLE_BYTES = 1 << 20
-_INSPECTORS = 16
+_INSPECTORS = 8
 _NAMED = 20
 """Files in a line of the log."""
 

@@ -141,9 +141,12 @@ class Candidates:
         return float(found[0]) if found else 0.0
 
     def _keep_ranks(self, best: int, worst: int) -> int:
-        window = f"row_number() over (partition by {_GROUP} order by {{}})"
         return self._keep_ranked(
-            f"{window.format(_HIGHEST)} <= {best} or {window.format(_LOWEST)} <= {worst}"
+            " or ".join(
+                f"row_number() over (partition by {_GROUP} order by {order}) <= {count}"
+                for order, count in ((_HIGHEST, best), (_LOWEST, worst))
+                if count
+            )
         )
 
     def _keep_top(self, selection: Selection) -> int:
