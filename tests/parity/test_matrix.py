@@ -46,9 +46,10 @@ BFLOAT16_FACTOR = 1.75
 """Times plain Hugging Face's own error in bfloat16 that ours may reach (docs/numerics.md)."""
 
 
-BFLOAT16_IN_VLLM = {"sequence_classifier-gemma2", "token_logit", "value_head_mlp", "starling",
-                    "qwen2_math_prm", "armorm", "ldl"}  # fmt: skip
-"""One for each kind of head; an engine takes seconds to start, and float32 has them all."""
+EACH_HEAD = {"sequence_classifier-gemma2", "token_logit", "value_head_mlp", "starling",
+             "qwen2_math_prm", "armorm", "ldl"}  # fmt: skip
+"""One family for each kind of head: in vLLM, which takes seconds to start, these in bfloat16 and by
+`make test`, all in float32 by `make slow`. Heads are applied by the same code for both engines."""
 
 
 def vllm(model_dir: Path, **settings: Any) -> VLLMBackend:
@@ -74,8 +75,17 @@ def make_backend(path: str, model_dir: Path, dtype: str = "float32") -> Any:
     return PATHS[path](model_dir, dtype=dtype)
 
 
+def is_left_to_slow(family: Family, path: str) -> bool:
+    return path == "vllm" and family.id not in EACH_HEAD
+
+
 MATRIX = [
-    pytest.param(family, path, id=f"{family.id}-{path}")
+    pytest.param(
+        family,
+        path,
+        id=f"{family.id}-{path}",
+        marks=[pytest.mark.slow] if is_left_to_slow(family, path) else [],
+    )
     for family in FAMILIES
     for path in PATHS
     if path in family.paths
@@ -134,7 +144,7 @@ def test_scores_are_those_of_the_plain_model(family: Family, path: str, built: B
 
 @pytest.mark.parametrize(
     ("family", "path"),
-    [case for case in MATRIX if case.values[1] != "vllm" or case.values[0].id in BFLOAT16_IN_VLLM],
+    [case for case in MATRIX if not is_left_to_slow(*case.values)],
 )
 def test_bfloat16_is_no_further_from_float32_than_plain_hugging_face(
     family: Family, path: str, built: Built
