@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from batch_scorer import quarantine
 from batch_scorer.errors import ShardError, ShardReason
 from batch_scorer.quarantine import Bounds, Died, apart
 from tests.helpers.program import wait_until
@@ -205,12 +206,13 @@ def test_it_is_tried_twice_and_not_more_often(tmp_path: Path) -> None:
 
 
 def test_threads_have_a_process_each_and_few_stay() -> None:
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda number: apart(BOUNDS, slowly, number), range(64)))
-    assert [number for number, _ in found] == list(range(64))
+    most = quarantine._MOST_IDLE
+    with ThreadPoolExecutor(2 * most) as pool:
+        found = list(pool.map(lambda number: apart(BOUNDS, slowly, number), range(8 * most)))
+    assert [number for number, _ in found] == list(range(8 * most))
     used = {there for _, there in found}
     assert len(used) > 1
-    wait_until(lambda: sum(map(_is_there, used)) <= 2, "the surplus processes to end")
+    wait_until(lambda: sum(map(_is_there, used)) <= most, "the surplus processes to end")
 
 
 def test_a_fork_has_children_of_its_own(tmp_path: Path) -> None:
