@@ -481,7 +481,7 @@ def test_models_beside_a_policy_are_no_policies(models: Models, tiny_model: Path
     assert beside.model.adapter == "sequence_classifier" and beside.config.beta == 0.1
 
 
-def test_a_reference_that_cannot_be_packed_is_refused_with_the_settings(
+def test_a_reference_that_cannot_be_packed_is_run_padded_and_refused_if_packed_is_asked_for(
     models: Models, tmp_path: Path
 ) -> None:
     policy, _ = models("llama")
@@ -489,10 +489,12 @@ def test_a_reference_that_cannot_be_packed_is_refused_with_the_settings(
     layers = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **(SHAPE | layers)))
     model.save_pretrained(tmp_path)
-    config = load_config(
-        model=str(policy), inputs=("in",), output="out", adapter="implicit_reward",
-        reference_model=str(tmp_path), use_ray=False,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "model": str(policy), "inputs": ("in",), "output": "out", "adapter": "implicit_reward",
+        "reference_model": str(tmp_path), "use_ray": False,
+    }  # fmt: skip
+    config = load_config(**settings)
     facts = look_at_model(config)
+    assert derive(config, facts).attention == "eager"
     with pytest.raises(ModelError, match=rf"{tmp_path}: Lfm2Model cannot be packed"):
-        derive(config, facts)
+        derive(load_config(**settings, attention="packed"), facts)
