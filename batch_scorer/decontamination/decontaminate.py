@@ -72,8 +72,7 @@ PROVENANCE: Mapping[str, Any] = {
     "minhash": {"permutations": PERMUTATIONS, "scheme": SCHEME},
 }
 MOST_COMPARED_ROWS = 1_000_000
-"""Of which every two are compared by their embeddings. 80,000 with 256 dimensions took 85 s on two
-busy cores; the time grows with the square, so that these take some four hours."""
+"""Of which every two are compared by their embeddings: the time grows with the square."""
 AT_ONCE = 2
 """Shards in memory, each in a process of its own."""
 

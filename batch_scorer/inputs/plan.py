@@ -224,9 +224,12 @@ def _looked_at(
 ) -> list[InputFile | Receipt | None]:
     """What the plan knows of each file. What the store refused is asked for again after the rest: a
     moment of its trouble does not leave out a file."""
-    looked: list[InputFile | Receipt | None] = []
-    for found in in_threads(look, sources, _INSPECTORS):
-        looked.append(_with_shared_parts(found, shared) if isinstance(found, InputFile) else found)
+
+    def looks(at: Sequence[Source]) -> Iterator[InputFile | Receipt | None]:
+        for found in in_threads(look, at, _INSPECTORS):
+            yield _with_shared_parts(found, shared) if isinstance(found, InputFile) else found
+
+    looked = list(looks(sources))
     refused = [
         place
         for place, found in enumerate(looked)
@@ -234,7 +237,7 @@ def _looked_at(
     ]
     for place in refused:
         log.warning("%s: cannot be read; will be tried again", sources[place].url)
-    again = in_threads(look, [sources[place] for place in refused], _INSPECTORS)
+    again = looks([sources[place] for place in refused])
     for place, found in zip(refused, again, strict=True):
         looked[place] = found
     return looked

@@ -1,4 +1,4 @@
-"""Which candidates are kept: SQL over a database on the local disk, in the order of the recipe.
+"""Which candidates are kept: SQL over a database in bounded memory, in the order of the recipe.
 
 Each step is a table made of the one before, so that what it drops is the difference in rows.
 """
@@ -40,10 +40,11 @@ class Choice:
 
 
 class Candidates:
-    """The candidates of all parts, in `folder`, which is the caller's to remove."""
+    """The candidates of all parts. What is too much for memory goes into `folder`, which is the
+    caller's to remove."""
 
     def __init__(self, folder: Path) -> None:
-        # In memory: a file takes as long again to write, and what is too much is spilled anyway.
+        # Not a database in a file: that takes longer to write, and this one spills too.
         self._database = duckdb.connect(
             config={
                 "memory_limit": _MEMORY,

@@ -1,7 +1,7 @@
 """Digests of texts: XXH3, whose values no version changes.
 
 They decide what a selection keeps of equal values, so they may never change. MD5 would do too, and
-takes seven times as long: most of what reading takes.
+takes several times as long: more than reading the rows does.
 """
 
 from itertools import pairwise
