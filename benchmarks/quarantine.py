@@ -1,9 +1,9 @@
 """What it costs to parse foreign bytes in a process apart, against doing it in place.
 
-Real pairs, repeated, in healthy local files, without Ray. Two things are timed: to plan the files
-and read all their shards, and the whole run without a model (`backend: fake`), with the embedded
-model's tokenizer. Both ways take turns, and all processes are warm. A model that computes makes the
-share smaller.
+Real pairs, repeated, in healthy local files, without Ray. Three things are timed: to plan the
+files; to turn all their shards into token ids, with the embedded model's tokenizer; and the whole
+run without a model (`backend: fake`). Both ways take turns, and all processes are warm. A model
+that computes makes the share smaller.
 
     python -m benchmarks.quarantine                  # 200,000 rows as Parquet, and as JSON lines
 """
@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from batch_scorer import quarantine
 from batch_scorer.config import Config, load_config
 from batch_scorer.inputs.plan import make_plan
+from batch_scorer.runs.derive import look_at_model
 from batch_scorer.runs.run import score
-from batch_scorer.shard import parse_shard
+from batch_scorer.shard import read_shard
 from benchmarks.common import WORKLOADS, Contest, command_line, model_of, print_table, report
 
 ROWS = 200_000
@@ -53,9 +54,8 @@ def main() -> None:
                 backend="fake",
                 use_ray=False,
             )
-            for work in (plan_and_read, whole_run):
-                measured = measure(work, config, rounds)
-                results.append({"work": work.__name__, "kind": kind, **measured})
+            for name, work in works(config).items():
+                results.append({"work": name, "kind": kind, **measure(work, rounds)})
                 print(results[-1], flush=True)
     names = ("rows", "apart_rows_per_s", "in_place_rows_per_s", "time_ratio")
     print_table(
@@ -78,29 +78,35 @@ def write(table: pa.Table, rows: int, folder: Path, kind: str) -> None:
             file.write_text("".join(f"{json.dumps(row)}\n" for row in part.to_pylist()))
 
 
-def plan_and_read(config: Config) -> int:
-    """How many rows were read."""
+def works(config: Config) -> dict[str, Callable[[], int]]:
+    """What is timed, by name; each gives the number of rows that it went through."""
+    model = look_at_model(config)
     shards = make_plan(config).shards
-    return sum(parse_shard(shard, config).num_rows for shard in shards)
+
+    def plan() -> int:
+        return make_plan(config).num_rows
+
+    def read() -> int:
+        return sum(read_shard(shard, config, model).rows.num_rows for shard in shards)
+
+    def whole_run() -> int:
+        with tempfile.TemporaryDirectory() as output:
+            totals = score(config.model_copy(update={"output": output})).totals
+        assert totals["shards_failed"] == 0
+        return int(totals["rows"])
+
+    return {"plan": plan, "read": read, "whole_run": whole_run}
 
 
-def whole_run(config: Config) -> int:
-    """How many rows were committed."""
-    with tempfile.TemporaryDirectory() as output:
-        totals = score(config.model_copy(update={"output": output})).totals
-    assert totals["shards_failed"] == 0
-    return int(totals["rows"])
-
-
-def measure(work: Callable[[Config], int], config: Config, rounds: int) -> dict[str, Any]:
+def measure(work: Callable[[], int], rounds: int) -> dict[str, Any]:
     contest = Contest()
-    rows = work(config)  # what it needs is loaded then
+    rows = work()  # what it needs is loaded then
     for number in range(rounds):
         for name in ("apart", "in place") if number % 2 else ("in place", "apart"):
             # In a child everything is called in place.
             with patch.object(quarantine, "_is_child", name == "in place"):
                 started = time.perf_counter()
-                assert work(config) == rows
+                assert work() == rows
                 contest.add(name, rows / (time.perf_counter() - started))
     return {
         "rows": rows,
