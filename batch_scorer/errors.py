@@ -57,6 +57,12 @@ class RowReason(StrEnum):
     STEPS_DIFFER = "steps_differ"
     ANSWER_NOT_FOUND = "answer_not_found"
     NOT_A_PAIR = "not_a_pair"
+    NO_VERDICT = "no_verdict"
+    VERDICT_OUT_OF_RANGE = "verdict_out_of_range"
+    CUT_OFF = "cut_off"
+    INCONSISTENT_VERDICTS = "inconsistent_verdicts"
+    BAD_RUBRIC = "bad_rubric"
+    MARKER_IN_TEXT = "marker_in_text"
 
     @property
     def may_pass(self) -> bool:
@@ -67,6 +73,9 @@ class RowReason(StrEnum):
             RowReason.NON_FINITE_SCORE,
             RowReason.ENGINE_ERROR,
             RowReason.WORKER_CRASH,
+            RowReason.NO_VERDICT,
+            RowReason.VERDICT_OUT_OF_RANGE,
+            RowReason.CUT_OFF,
         )
 
 

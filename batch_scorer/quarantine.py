@@ -49,8 +49,8 @@ _READERS = "batch_scorer.shard"
 _COUNTED_AS_USED = {"MIMALLOC_ARENA_EAGER_COMMIT": "0"}
 """Arrow's allocator takes a GiB at once by default, which would be free then whatever the bound."""
 _MOST_IDLE = 8
-"""Children that are kept for the next call: as many as a plan has at once. With fewer, most files of
-a plan wait for a fork."""
+"""Children that are kept for the next call: as many as a plan has at once. With fewer, most of its
+files wait for a fork."""
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS_BYTES = 4096
 

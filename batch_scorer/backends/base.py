@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.errors import ModelError, RowReason
+from batch_scorer.judges.page import Page
 from batch_scorer.models.adapter import Adapter, ModelFiles, StepAggregation, output_entries
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.files import reading
@@ -59,6 +60,8 @@ class EngineSettings:
     token_budget       most tokens of a forward pass; None: what suits the device.
     compile            whether torch compiles the body's layers; None: the engine's default.
     trust_remote_code  whether Python code that comes with the model is run.
+    judge              the page that a judge is asked by; None: the model is none. `tokenizer_dir`:
+                       what its replies are decoded with.
     prefix_caching     False only to measure what vLLM's prefix cache brings.
     """
 
@@ -82,6 +85,8 @@ class EngineSettings:
     token_budget: int | None = None
     compile: bool | None = None
     trust_remote_code: bool = False
+    judge: Page | None = None
+    tokenizer_dir: Path | None = None
     prefix_caching: bool = True
 
     @property

@@ -4,6 +4,7 @@ Legend: R rows of a shard, S sequences (a row has one or more), T tokens, H hidd
 O outputs of the model (1 for a scalar reward).
 """
 
+from batch_scorer.records.judging import Ended, Questions, Reply
 from batch_scorer.records.receipts import (
     Commit,
     PairCounts,
@@ -53,6 +54,7 @@ __all__ = [
     "Conversation",
     "Effort",
     "Embedding",
+    "Ended",
     "Format",
     "Layout",
     "LineRun",
@@ -62,8 +64,10 @@ __all__ = [
     "PairCounts",
     "ParsedRows",
     "PooledTokens",
+    "Questions",
     "ReadBounds",
     "Receipt",
+    "Reply",
     "Reused",
     "RowError",
     "ScoredRows",

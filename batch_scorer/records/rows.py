@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.errors import RowNote, RowReason
+from batch_scorer.records.judging import Questions, Reply
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -155,6 +156,9 @@ class TokenizedRows:
     (how often the text of a message spells a special token) are by row, of those that have any.
     `answer_starts` is int32[S], how many tokens of a sequence stand before the judged answer, which
     is the rest of it; None for models that do not ask where it begins.
+    Of a judge the sequences are questions: what they are about is in `questions`. `seeds` is
+    int64[S], what makes the reply to a question its own, wherever it is asked, and `verdicts`
+    int64[S], how many verdicts a reply holds.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -169,6 +173,9 @@ class TokenizedRows:
     notes: dict[int, tuple[RowNote, ...]] = field(default_factory=dict)
     special_tokens: dict[int, int] = field(default_factory=dict)
     answer_starts: npt.NDArray[np.int32] | None = None
+    questions: Questions | None = None
+    seeds: npt.NDArray[np.int64] | None = None
+    verdicts: npt.NDArray[np.int64] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -199,6 +206,8 @@ class TokenizedRows:
             sequence_errors={},
             row_errors={},
             answer_starts=None if starts is None else starts[sequences],
+            seeds=None if self.seeds is None else self.seeds[sequences],
+            verdicts=None if self.verdicts is None else self.verdicts[sequences],
         )
 
     def part(self, first_row: int, stop_row: int) -> "TokenizedRows":
@@ -216,6 +225,8 @@ class TokenizedRows:
             row_errors={},
             known=None if self.known is None else self.known.part(first, stop),
             answer_starts=None if starts is None else starts[first:stop],
+            seeds=None if self.seeds is None else self.seeds[first:stop],
+            verdicts=None if self.verdicts is None else self.verdicts[first:stop],
         )
 
 
@@ -287,6 +298,8 @@ class Effort:
     not considered."""
     oom_splits: int = 0
     """Batches that were cut smaller for lack of memory."""
+    generated_tokens: int = 0
+    """Tokens that a judge wrote."""
 
     def add(self, other: "Effort") -> None:
         """Count the other's as well."""
@@ -302,7 +315,8 @@ class Scores:
     sequence. Output 0 is the score, the others the model's attributes; without a score all O are
     attributes, or the dimensions of an embedding. A process reward model adds `step_values`,
     float32[K], those of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`. Where every token
-    has a score (`Outputs.tokens`), every token is a step.
+    has a score (`Outputs.tokens`), every token is a step. Of a judge that writes, `replies` are
+    what it wrote, None where it was not asked.
     """
 
     values: npt.NDArray[np.float32]
@@ -310,6 +324,7 @@ class Scores:
     step_values: npt.NDArray[np.float32] | None = None
     step_offsets: npt.NDArray[np.int64] | None = None
     effort: Effort = field(default_factory=Effort)
+    replies: list[Reply | None] | None = None
 
     @property
     def is_there(self) -> npt.NDArray[np.bool_]:

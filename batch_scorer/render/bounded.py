@@ -77,7 +77,16 @@ class BoundedTemplate:
         return "".join(pieces)
 
 
-@lru_cache(maxsize=16)
+def syntax_problem(source: str) -> str | None:
+    """Why this is no template; None: it is one."""
+    try:
+        compiled(source)
+    except (TemplateError, RecursionError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+@lru_cache(maxsize=64)
 def compiled(source: str) -> BoundedTemplate:
     """Compiled once in a process, as in transformers."""
     return BoundedTemplate(source)
