@@ -119,7 +119,7 @@ class Generation(_Part):
 
     closing: str = ""
     """Put behind the critique, after which the judge writes its verdict in `verdict_tokens`: so a
-    long critique leaves room for it."""
+    long critique leaves room for it. What stands before it is not searched for a verdict."""
 
     verdict_tokens: int = Field(default=16, gt=0)
     """Most tokens behind `closing`."""

@@ -29,8 +29,9 @@ def pattern_problem(pattern: str) -> str | None:
     return None
 
 
-def last_group(pattern: str, text: str) -> str | None:
-    """What the first group of the pattern's last match holds, None without a match.
+def last_group(pattern: str, text: str, behind: int = 0) -> str | None:
+    """What the first group of the pattern's last match holds, None without a match. One that does
+    not reach beyond the first `behind` characters is none.
 
     Words and numbers are taken whole: where the group is at an edge of the match, and the word or
     number goes on beyond it, so does what is returned. `Grade: (\\d)` finds 10 in "Grade: 10", and
@@ -44,6 +45,8 @@ def last_group(pattern: str, text: str) -> str | None:
     whole, _, after = rest.partition(_END)
     stop = len(text) - len(after)
     start = stop - len(whole)
+    if stop <= behind:
+        return None
     left, right = start, stop
     if group and whole.startswith(group):
         while left > 0 and _goes_on(text, left):

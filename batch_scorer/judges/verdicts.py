@@ -48,7 +48,8 @@ def read_verdicts(reply: Reply, page: Page, count: int) -> list[float] | RowErro
     criteria 1 to `count` (a rubric whose criteria are asked together), or one. Without exactly
     these, an error: ENGINE_ERROR, CUT_OFF (what stands before a cut is not looked at: the judge may
     have gone on to change its mind), VERDICT_OUT_OF_RANGE for a number beyond the page's range,
-    otherwise NO_VERDICT. Raises ValueError for a page whose judge writes no reply.
+    otherwise NO_VERDICT. What a page puts into the reply is no verdict, and where it has a
+    `closing`, nothing before it is one. Raises ValueError for a page whose judge writes no reply.
     """
     if not page.generates:
         raise ValueError(f"page {page.name!r}: by probability there is no reply to read")
@@ -60,18 +61,28 @@ def read_verdicts(reply: Reply, page: Page, count: int) -> list[float] | RowErro
         empty = "the think block has no end" if reply.reasoning else "the reply is empty"
         return RowError(RowReason.NO_VERDICT, empty)
     rule = page.verdict
+    text, given = _last_part(reply.text, page)
     try:
         if rule.pattern is not None:
-            return _by_pattern(reply.text, rule, count if page.asks_for_several else None)
-        spelled = _by_json(reply.text, page, count)
+            found = last_group(rule.pattern, text, behind=len(given))
+            return _in_group(found, rule, count if page.asks_for_several else None)
+        spelled = _by_json(text, page, count)
         return _worth_of_places(spelled) if rule.ranks else [_worth(text, rule) for text in spelled]
     except _Unread as unread:
         return unread.error
 
 
-def _by_pattern(text: str, rule: VerdictRule, count: int | None) -> list[float]:
-    """The worth of what the pattern finds: `count` items of a list; None: one verdict."""
-    found = last_group(rule.pattern or "", text)
+def _last_part(text: str, page: Page) -> tuple[str, str]:
+    """The part of a reply that the verdict is read from, and what of its beginning the page put
+    there."""
+    closing, begins = page.generation.closing, page.begins
+    if closing and (start := text.rfind(closing)) >= 0:
+        return text[start:], closing
+    return text, begins if text.startswith(begins) else ""
+
+
+def _in_group(found: str | None, rule: VerdictRule, count: int | None) -> list[float]:
+    """The worth of what a pattern found: `count` items of a list; None: one verdict."""
     if found is None:
         raise _Unread("the pattern does not match")
     if count is None:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batch_scorer.errors import RowReason
-from batch_scorer.judges.page import Page
+from batch_scorer.judges.page import Generation, Page
 from batch_scorer.judges.pattern import last_group, pattern_problem
 from batch_scorer.judges.verdicts import read_verdicts
 from batch_scorer.records import Reply, RowError
@@ -277,6 +277,23 @@ def test_an_error_of_the_engine_keeps_what_failed() -> None:
     assert found == RowError(RowReason.ENGINE_ERROR, "HTTP 503")
 
 
+@pytest.mark.parametrize(
+    "by", [{"pattern": r"(?i)grade:? (\d)"}, {"key": "grade"}], ids=["text", "json"]
+)
+def test_what_the_page_puts_into_a_reply_and_what_stands_before_is_no_verdict(
+    by: dict[str, str],
+) -> None:
+    closing = "\nGrade 1 to 5 as {grade: …}: "
+    asked = page(**by, low=1, high=5).model_copy(
+        update={"begins": "Grade 5?", "generation": Generation(closing=closing)}
+    )
+    critique = 'Grade 5? {"grade": 2}, grade: 2'
+    assert read(critique + closing, asked) == NONE
+    assert read(f'{critique}{closing}{{"grade": 4}}, grade: 4', asked) == [4.0]
+    begun = asked.model_copy(update={"generation": Generation()})
+    assert read("Grade 5?", begun) == NONE
+
+
 def test_a_probability_is_in_no_reply() -> None:
     asked = page(by="probability", choices={"Yes": 1, "No": 0})
     with pytest.raises(ValueError, match="probability"):
@@ -345,9 +362,11 @@ ASKED = [
 ]
 # Texts of the parts that parsers look for, so that many come close to a verdict.
 PIECES = st.sampled_from(
-    ["Grade: ", "Verdict: ", "Verdicts:", "Ranking:", "**Result:** ", "[RESULT] ", "\\boxed{"]
-    + ["[[", "]]", "<answer>", "</answer>", "{", "}", "[", "]", '"verdict"', '"1"', '"2"', ": "]
-    + [", ", " > ", "\n", "```json", "```", "A", "B", "yes", "no", "1", "2", "10", "4.5", "NaN"]
+    [
+        *("Grade: ", "Verdict: ", "Verdicts:", "Ranking:", "**Result:** ", "[RESULT] ", "\\boxed{"),
+        *("[[", "]]", "<answer>", "</answer>", "{", "}", "[", "]", '"verdict"', '"1"', '"2"', ": "),
+        *(", ", " > ", "\n", "```json", "```", "A", "B", "yes", "no", "1", "2", "10", "4.5", "NaN"),
+    ]
 )
 TEXTS = st.one_of(st.text(), st.lists(st.one_of(PIECES, PIECES, st.text(max_size=3))).map("".join))
 
@@ -389,9 +408,9 @@ def test_a_well_formed_object_reads_as_it_was_written(grades: list[int], reasoni
 def test_places_and_an_order_say_the_same(places: list[int]) -> None:
     order = sorted(range(1, len(places) + 1), key=lambda answer: places[answer - 1])
     by_place = read(f"Ranking: {', '.join(map(str, places))}", PLACES, len(places))
-    assert by_place == [
-        pytest.approx(1 - (place - 1) / max(len(places) - 1, 1)) for place in places
-    ]
+    assert not isinstance(by_place, RowReason)
+    worth = [1 - (place - 1) / max(len(places) - 1, 1) for place in places]
+    assert by_place == pytest.approx(worth)
     if len(places) > 1:
         assert read(f"Ranking: {' > '.join(map(str, order))}", PLACES, len(places)) == by_place
     assert read(json.dumps({"verdict": places}), PLACE_LIST, len(places)) == by_place
