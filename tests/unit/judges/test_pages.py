@@ -141,40 +141,40 @@ GENRM_JSON = '{{"response_1_analysis": "…", "score_1": 4, "score_2": 2, "ranki
 CLOSING = PAGES["critique_then_grade"].generation.closing
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("sfr_pairwise", SFR.format("B"), [0.0]),
-        ("sfr_pairwise", SFR.format("Response A"), [1.0]),
-        ("sfr_pairwise", SFR.format("**A**"), [1.0]),
-        ("sfr_pairwise", SFR.format("Both"), None),
-        ("sfr_grade", SFR.format("4"), [4.0]),
-        ("sfr_grade", SFR.format("4/5"), [4.0]),
-        ("sfr_grade", SFR.format("10"), None),
-        ("sfr_classify", SFR.format("Yes"), [1.0]),
-        ("sfr_classify", SFR.format("No."), [0.0]),
-        ("nemotron_genrm", GENRM_JSON.format(2), [0.8]),
-        ("nemotron_genrm", f"```json\n{GENRM_JSON.format(6)}\n```", [0.0]),
-        ("nemotron_genrm", GENRM_JSON.format(7), None),
-        ("nemotron_genrm_boxed", BOXED.format("4, 2", 1), [1.0]),
-        ("nemotron_genrm_boxed", BOXED.format("4, 2", "1, 2"), None),
-        ("nemotron_genrm_grade", BOXED.format(4, 1), [4.0]),
-        ("nemotron_genrm_grade", BOXED.format("4, 2", 1), None),
-        ("rm_r1", "<eval>[[A]]</eval>\n<answer>[[B]]</answer>", [0.0]),
-        ("rm_r1", "<eval>[[A]]</eval>", None),
-        ("rm_r1_reasoning", "<answer> [[A]] </answer>", [1.0]),
-        ("prometheus", "Feedback: as [RESULT] asks. [RESULT] 4", [4.0]),
-        ("prometheus", "Feedback: fine. [RESULT] (4)", [4.0]),
-        ("prometheus", "Feedback: fine. 4", None),
-        ("ratings", "Clear, in 3 steps.\n\n9", [9.0]),
-        ("ratings", "Clear.\n\nRating: **10**.", [10.0]),
-        ("ratings", "9 for its steps, less for its style", None),
-        ("critique_then_grade", f"Not [[1]] but good.{CLOSING}4", [4.0]),
-        ("critique_then_grade", f"[[1]] is too low.{CLOSING}", None),
-        ("rubric_together", '{"reasoning": "…", "verdict": {"1": "yes", "2": "no"}}', [1.0, 0.0]),
-        ("rubric_together", '{"reasoning": "…", "verdict": {"1": "yes"}}', None),
-    ],
-)
+REPLIES: list[tuple[str, str, list[float] | None]] = [
+    ("sfr_pairwise", SFR.format("B"), [0.0]),
+    ("sfr_pairwise", SFR.format("Response A"), [1.0]),
+    ("sfr_pairwise", SFR.format("**A**"), [1.0]),
+    ("sfr_pairwise", SFR.format("Both"), None),
+    ("sfr_grade", SFR.format("4"), [4.0]),
+    ("sfr_grade", SFR.format("4/5"), [4.0]),
+    ("sfr_grade", SFR.format("10"), None),
+    ("sfr_classify", SFR.format("Yes"), [1.0]),
+    ("sfr_classify", SFR.format("No."), [0.0]),
+    ("nemotron_genrm", GENRM_JSON.format(2), [0.8]),
+    ("nemotron_genrm", f"```json\n{GENRM_JSON.format(6)}\n```", [0.0]),
+    ("nemotron_genrm", GENRM_JSON.format(7), None),
+    ("nemotron_genrm_boxed", BOXED.format("4, 2", 1), [1.0]),
+    ("nemotron_genrm_boxed", BOXED.format("4, 2", "1, 2"), None),
+    ("nemotron_genrm_grade", BOXED.format(4, 1), [4.0]),
+    ("nemotron_genrm_grade", BOXED.format("4, 2", 1), None),
+    ("rm_r1", "<eval>[[A]]</eval>\n<answer>[[B]]</answer>", [0.0]),
+    ("rm_r1", "<eval>[[A]]</eval>", None),
+    ("rm_r1_reasoning", "<answer> [[A]] </answer>", [1.0]),
+    ("prometheus", "Feedback: as [RESULT] asks. [RESULT] 4", [4.0]),
+    ("prometheus", "Feedback: fine. [RESULT] (4)", [4.0]),
+    ("prometheus", "Feedback: fine. 4", None),
+    ("ratings", "Clear, in 3 steps.\n\n9", [9.0]),
+    ("ratings", "Clear.\n\nRating: **10**.", [10.0]),
+    ("ratings", "9 for its steps, less for its style", None),
+    ("critique_then_grade", f"Not [[1]] but good.{CLOSING}4", [4.0]),
+    ("critique_then_grade", f"[[1]] is too low.{CLOSING}", None),
+    ("rubric_together", '{"reasoning": "…", "verdict": {"1": "yes", "2": "no"}}', [1.0, 0.0]),
+    ("rubric_together", '{"reasoning": "…", "verdict": {"1": "yes"}}', None),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), REPLIES)
 def test_a_reply_in_the_form_of_its_page_is_read(
     name: str, text: str, expected: list[float] | None
 ) -> None:
@@ -183,9 +183,7 @@ def test_a_reply_in_the_form_of_its_page_is_read(
 
 
 def test_every_page_with_a_reply_has_one_that_is_read() -> None:
-    marks = getattr(test_a_reply_in_the_form_of_its_page_is_read, "pytestmark")  # noqa: B009
-    read = {name for name, _, expected in marks[0].args[1] if expected}
-    assert read == set(GENERATING)
+    assert {name for name, _, expected in REPLIES if expected} == set(GENERATING)
 
 
 def test_a_page_of_no_name_is_refused() -> None:

@@ -104,7 +104,7 @@ YES = page(pattern=r"\*\*Result:\*\*\s*(\S+)", choices={"Yes": 1, "No": 0})
         (YES, "**Result:** Not", NONE),
         (GRADE, "Grade: \udc804", NONE),
         (GRADE, "Grade: \x004", [4.0]),
-        (GRADE, "Grade: ٤", NONE),
+        (LAST_WORD, "Grade: ٤", NONE),
     ],
 )
 def test_a_verdict_in_a_text(asked: Page, text: str, expected: object) -> None:
@@ -185,11 +185,16 @@ CRITERIA = page("rubric", "together", choices={"yes": 1, "no": 0})
         (ONE, '{"verdict": null}', 1, NONE),
         (ONE, '{"verdict": NaN}', 1, NONE),
         (ONE, '{"verdict": Infinity}', 1, NONE),
+        (ONE, '{"verdict": 4, "x": NaN}', 1, NONE),
         (ONE, '{"verdict": [4]}', 1, NONE),
         (ONE, '{"verdict": {"value": 4}}', 1, NONE),
         (ONE, '{"grade": 4}', 1, NONE),
         (ONE, '{"verdict": 4, "verdict": 5}', 1, NONE),
         (ONE, '{"verdict": 4, "x": {"a": 1, "a": 2}}', 1, NONE),
+        (ONE, '{"verdict": 4, "x": ' + "[" * 50 + "]" * 50 + "}", 1, [4.0]),
+        (ONE, '{"verdict": 4, "x": ' + "[" * 100 + "]" * 100 + "}", 1, NONE),
+        (ONE, '{"verdict": 4, "x": "' + "[" * 100 + '"}', 1, [4.0]),
+        (ONE, '{"verdict": 4, "x": "' + "a" * (1 << 20) + '"}', 1, NONE),
         (ONE, '{"verdict": 4', 1, NONE),
         (ONE, '{"verdict": 4,}', 1, NONE),
         (ONE, "{'verdict': 4}", 1, NONE),
@@ -201,6 +206,8 @@ CRITERIA = page("rubric", "together", choices={"yes": 1, "no": 0})
         (ONE, '```JSON {"verdict": 4}```', 1, [4.0]),
         (ONE, '```json\n{"verdict": 4} {"verdict": 5}\n```', 1, NONE),
         (ONE, '{"verdict": 2}\n```json\n[4]\n```', 1, NONE),
+        (ONE, '{"verdict": 2}\n```JSON\n[4]\n```', 1, NONE),
+        (ONE, '```json\n{"verdict": 4}\n```\nand not {"verdict": 2}', 1, [4.0]),
         (ONE, '```\n{"verdict": 4}\n```', 1, [4.0]),
         (ONE, 'First {"verdict": 2}, then {"verdict": 4}.', 1, [4.0]),
         (ONE, r'For \frac{1}{2} and {x, y}: {"verdict": 4} \text{ok}', 1, [4.0]),
@@ -249,6 +256,13 @@ CRITERIA = page("rubric", "together", choices={"yes": 1, "no": 0})
             NONE,
         ),
         (CRITERIA, '{"verdict": [{"criterion": 1, "verdict": "no"}, {"criterion": 2}]}', 2, NONE),
+        (
+            CRITERIA,
+            '{"verdict": [{"criterion": 1, "verdict": "no"}, {"criterion": 1, "verdict": "yes"},'
+            ' {"criterion": 2, "verdict": "no"}]}',
+            2,
+            NONE,
+        ),
     ],
 )
 def test_verdicts_in_an_object(asked: Page, text: str, count: int, expected: object) -> None:
@@ -323,6 +337,8 @@ def test_a_pattern_that_cannot_be_used_is_refused(pattern: str) -> None:
         (r"(x)|y", "xy", ""),
         (r"(é)", "café", "café"),
         (r"z", "a", None),
+        (r"z", "\0a\1b\2", None),
+        (r"(A)", "A \0B\1C\2", "A"),
     ],
 )
 def test_words_and_numbers_are_found_whole(pattern: str, text: str, found: str | None) -> None:
