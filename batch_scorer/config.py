@@ -429,7 +429,7 @@ class Config(BaseModel):
     """Score again, in place, the rows that earlier runs have marked for one of these reasons:
     `--retry-marked out_of_memory,worker_crash` on the command line, `retry_marked: [out_of_memory,
     worker_crash]` in YAML. Only what may pass on another try: out_of_memory, non_finite_score,
-    engine_error, worker_crash. All other rows keep their scores (docs/survival.md)."""
+    engine_error, worker_crash, no_verdict, verdict_out_of_range, cut_off. All other rows keep their scores (docs/survival.md)."""
 
     hang_s: float = _setting(600.0, "runtime", gt=0)
     """Seconds after which a forward pass counts as hung; its worker is killed and the shard
