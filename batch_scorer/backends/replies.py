@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from batch_scorer.judges.page import Page
+from batch_scorer.judges.page import Generation, Page
 from batch_scorer.models.files import read_json
 from batch_scorer.records import Reply
 
@@ -137,6 +137,11 @@ class Writer:
         before = self.page.generation.closing or self.page.begins
         return self.page.verdict.by == "json" and "{" not in before
 
+    def with_generation(self, generation: Generation) -> "Writer":
+        """The same judge, let write in another way."""
+        page = self.page.model_copy(update={"generation": generation})
+        return Writer(page, self._tokenizer, self.end_ids)
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
@@ -214,7 +219,7 @@ class Writing:
 
     def fail(self, detail: str) -> None:
         """The engine gave up the part."""
-        self._end(Reply("", "error", detail=detail))
+        self._end(Reply("", "error", generated_tokens=self._generated_tokens, detail=detail))
 
     # Parts
 

@@ -21,7 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from batch_scorer.backends import vllm_engine
-from batch_scorer.backends.base import EngineSettings, MakeBackend, unscorable
+from batch_scorer.backends.base import EngineDied, EngineSettings, MakeBackend, unscorable
 from batch_scorer.backends.replies import Writer, Writing, end_ids, seed_of
 from batch_scorer.backends.vllm_engine import (
     Engine,
@@ -31,7 +31,7 @@ from batch_scorer.backends.vllm_engine import (
     longest_sequence,
 )
 from batch_scorer.errors import ConfigError, ModelError
-from batch_scorer.judges.page import Page, reply_schema
+from batch_scorer.judges.page import Generation, Page, reply_schema
 from batch_scorer.models.adapter import Adapter, ModelFiles
 from batch_scorer.models.registry import EMBEDDING
 from batch_scorer.models.tokenizer import load_tokenizer
@@ -112,10 +112,13 @@ class VLLMGenerationBackend:
             "end_ids": ends,
             "sampling": page.generation.model_dump(mode="json"),
         }
-        if self._engine.looks_ahead:
-            name = self.provenance["model_class"]
+        try:
+            self._check_engine()
+        except (ModelError, EngineDied) as error:
             self.close()
-            raise ModelError(f"{name} attends to later tokens in vLLM: it cannot write")
+            if isinstance(error, EngineDied):  # at the first tokens: vLLM cannot run this model
+                raise ModelError(f"{settings.model_dir}: {error}") from error
+            raise
         logger.info("judging with %s", self.provenance)
 
     def score(self, rows: TokenizedRows) -> Scores:
@@ -142,6 +145,21 @@ class VLLMGenerationBackend:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _check_engine(self) -> None:
+        """Raise ModelError where vLLM cannot write with this model."""
+        name = self.provenance["model_class"]
+        if self._engine.looks_ahead:
+            raise ModelError(f"{name} attends to later tokens in vLLM: it cannot write")
+        ids = (np.arange(8, dtype=np.int64) * 7 + 1) % self._vocabulary_size
+        short = Generation(max_tokens=1, temperature=self._page.generation.temperature)
+        writer = self._writer.with_generation(short)
+        question = Question(ids.astype(">i4").tobytes(), seed=0, verdicts=1)
+        for _, reply in self._engine.run([question], Effort(), writer):
+            if reply.ended == "error":
+                dtype = self.provenance["dtype"]
+                raise ModelError(f"{name} cannot write in {dtype}: {reply.detail}")
+        self._engine.clear_cache()
+
     def _write(self, questions: list[Question], effort: Effort) -> dict[Question, Reply]:
         """The replies to these questions.
 
@@ -151,13 +169,13 @@ class VLLMGenerationBackend:
         """
         written: dict[Question, Reply] = {}
         suspects: list[Question] = []
-        for question, reply in self._engine.run(questions, effort):
+        for question, reply in self._engine.run(questions, effort, self._writer):
             written[question] = reply
             if reply.detail == _BROKEN:
                 suspects.append(question)
         for question in suspects:
             self._engine.clear_cache()
-            written.update(self._engine.run([question], effort))
+            written.update(self._engine.run([question], effort, self._writer))
         if suspects:
             self._engine.clear_cache()
         return written
@@ -178,9 +196,9 @@ class _GenerationEngine(Engine):
         max_tokens: int,
     ) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine import EngineCoreRequest
 
-        self._writer = writer
         generation = writer.page.generation
         self._is_greedy = not generation.temperature
         self._sampling = partial(
@@ -192,7 +210,7 @@ class _GenerationEngine(Engine):
         )
         try:
             self._sampling()
-        except ValueError as error:
+        except VLLMValidationError as error:
             raise ConfigError(f"generation: vLLM refuses it: {error}") from error
         guided = writer.may_guide and importlib.util.find_spec(_GUIDE) is not None
         runner: dict[str, Any] = {
@@ -231,7 +249,7 @@ class _GenerationEngine(Engine):
         )
 
     def run(
-        self, questions: Sequence[Question], effort: Effort
+        self, questions: Sequence[Question], effort: Effort, writer: Writer
     ) -> Iterator[tuple[Question, Reply]]:
         """Questions and their replies as they are done. The work is added to `effort`: of prompts,
         what was computed and what was found in the cache; what parts of a reply compute again of
@@ -247,7 +265,7 @@ class _GenerationEngine(Engine):
                 free = vllm_engine.MAX_SEQUENCES - len(running)
                 for question in itertools.islice(waiting, free):
                     schema = self._schema(question.verdicts) if self.guided else None
-                    writing = self._writer.begin(question.ids, schema)
+                    writing = writer.begin(question.ids, schema)
                     running[self._ask(question, writing)] = question, writing
                 if not running:
                     return
@@ -315,15 +333,17 @@ class _GenerationEngine(Engine):
         effort.add(found)
 
     def _takes(self, schema: str) -> bool:
+        from vllm.exceptions import VLLMValidationError
+
         try:
             self._guide(schema)
-        except ValueError as error:
+        except VLLMValidationError as error:
             logger.warning("replies are not held to their schema, which vLLM refuses: %s", error)
             return False
         return True
 
     def _make_guide(self, schema: str) -> Any:
-        """vLLM's parameters for a schema, checked once. Raises ValueError for one that it refuses.
+        """vLLM's parameters for a schema, checked once. Raises vLLM's error where it refuses it.
 
         `SamplingParams.verify` does the same, but imports every package that could do it.
         """
