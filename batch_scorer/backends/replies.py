@@ -143,7 +143,13 @@ class Writer:
         return Writer(page, self._tokenizer, self.end_ids)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        """The ids of a text that goes on behind another one: without the blank that some
+        tokenizers put before a text."""
+        first, both, alone = (
+            self._tokenizer.encode(each, add_special_tokens=False)
+            for each in ("\n", f"\n{text}", text)
+        )
+        ids: list[int] = both[len(first) :] if both[: len(first)] == first else alone
         return ids
 
     def begin(self, prompt_ids: Sequence[int], schema: str | None) -> "Writing":

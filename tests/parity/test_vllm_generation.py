@@ -62,13 +62,15 @@ def page(
     verdict: dict[str, Any] = {"by": "pattern", "pattern": "(A|B)", "choices": {"A": 1, "B": 0}}
     if json:
         verdict = {"by": "json", "low": 1, "high": 5}
-    return Page(
-        about="which one",
-        mode=mode,  # type: ignore[arg-type]
-        messages=[{"role": "user", "content": "{{ response }}"}],  # type: ignore[list-item]
-        begins=begins,
-        verdict=verdict,  # type: ignore[arg-type]
-        generation=generation,  # type: ignore[arg-type]
+    return Page.model_validate(
+        {
+            "about": "which one",
+            "mode": mode,
+            "messages": [{"role": "user", "content": "{{ response }}"}],
+            "begins": begins,
+            "verdict": verdict,
+            "generation": generation,
+        }
     )
 
 
@@ -353,13 +355,14 @@ def test_the_parts_of_a_reply(tmp_path: Path, start: Start) -> None:
 
 
 def test_a_reply_is_held_to_the_schema_of_its_verdicts(tmp_path: Path, start: Start) -> None:
-    """The judge would write quotation marks only."""
-    id_of = scripted(tmp_path, otherwise='"')
-    backend = start(tmp_path, page(json=True, mode="listwise", max_tokens=60))
+    """But not its think block. Without a schema the judge would write quotation marks only."""
+    id_of = scripted(tmp_path, ["a", OPEN, "b", CLOSE], otherwise='"')
+    backend = start(tmp_path, page(json=True, mode="listwise", thinking_tokens=8, max_tokens=60))
     assert backend.provenance["guided"] == "xgrammar"
-    prompt = [id_of("a"), id_of("b")]
-    found = replies(backend.score(asked([prompt] * 3, verdicts=[2, 3, 2])))
+    thinks, answers = [id_of("5"), id_of("a")], [id_of("5"), id_of("c")]
+    found = replies(backend.score(asked([answers, answers, thinks], verdicts=[2, 3, 2])))
     assert [reply.ended for reply in found] == ["stop"] * 3
+    assert [reply.reasoning for reply in found] == ["", "", "b"]
     counts = []
     for reply in found:
         written = json.loads(reply.text)
@@ -408,12 +411,12 @@ def chats(directory: Path) -> Sequences:
 @pytest.mark.slow
 def test_a_real_model_writes_what_plain_hugging_face_writes(smollm: Path, start: Start) -> None:
     prompts = chats(smollm)
-    found = replies(start(smollm, page(max_tokens=40), max_tokens=500).score(asked(prompts)))
+    found = replies(start(smollm, page(max_tokens=30), max_tokens=500).score(asked(prompts)))
     tokenizer = load_tokenizer(smollm)
     model: Any = AutoModelForCausalLM.from_pretrained(smollm, dtype="float32")
     compared = 0
     for prompt, reply in zip(prompts, found, strict=True):
-        ids, is_all = plain_reply(model, prompt, 40, [2], noise=NOISE)
+        ids, is_all = plain_reply(model, prompt, 30, [2], noise=NOISE)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert reply.text == text if is_all else reply.text.startswith(text)
         compared += len(ids)

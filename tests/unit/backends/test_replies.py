@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from batch_scorer.backends.replies import (
@@ -51,13 +51,15 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def page(*, begins: str = "", by: str = "pattern", **generation: Any) -> Page:
     reads = {"pattern": "(A|B)", "choices": {"A": 1, "B": 0}} if by == "pattern" else {}
-    return Page(
-        about="which one",
-        mode="pointwise",
-        messages=[{"role": "user", "content": "{{ response }}"}],  # type: ignore[list-item]
-        begins=begins,
-        verdict={"by": by, "choices": {"A": 1, "B": 0}, **reads},  # type: ignore[arg-type]
-        generation=generation,  # type: ignore[arg-type]
+    return Page.model_validate(
+        {
+            "about": "which one",
+            "mode": "pointwise",
+            "messages": [{"role": "user", "content": "{{ response }}"}],
+            "begins": begins,
+            "verdict": {"by": by, "choices": {"A": 1, "B": 0}, **reads},
+            "generation": generation,
+        }
     )
 
 
@@ -145,6 +147,19 @@ def test_a_text_is_decoded_where_it_stands(tokenizer: Any) -> None:
     decoder = Decoder(make(tokenizer_object=words), ())
     assert decoder.text([0, 1, 2]) == "It is A"
     assert decoder.text([1, 2], after=[0]) == " is A"
+
+
+def test_a_closing_is_encoded_where_it_stands(tokenizer: Any) -> None:
+    """Sentencepiece's tokenizers put a blank before a text; behind the critique there is none."""
+    letters = Tokenizer(models.BPE({"▁": 0, "\n": 1, "S": 2, "o": 3, ":": 4}, []))
+    letters.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    make: Any = PreTrainedTokenizerFast
+    blank = make(tokenizer_object=letters)
+    assert ids_of(blank, "So:") == [0, 2, 3, 4]
+    assert writer(blank, page()).encode("So:") == [2, 3, 4]
+    assert writer(blank, page()).encode("\nSo:") == [1, 2, 3, 4]
+    for text in (" So: ", "\n\nSo:", "So", ""):
+        assert writer(tokenizer, page()).encode(text) == ids_of(tokenizer, text)
 
 
 def test_the_ends_are_those_of_all_files(tokenizer: Any, tmp_path: Path) -> None:
