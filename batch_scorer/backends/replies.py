@@ -21,6 +21,9 @@ from batch_scorer.records import Reply
 OPEN, CLOSE = "<think>", "</think>"
 """The marks of a think block, as the chat templates of most reasoning models spell them."""
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What bytes are decoded to that are no whole character."""
+
 _BLOCK = re.compile(rf"\s*{OPEN}(.*?)({CLOSE}|\Z)", re.DOTALL)
 _BEFORE_TOKENS = 4
 """Tokens before a text that are decoded with it: tokenizers drop the blank of a first token."""
@@ -100,6 +103,36 @@ class Decoder:
         return text
 
 
+class Watch:
+    """Looks for texts in tokens as they come."""
+
+    def __init__(self, decoder: Decoder, texts: Collection[str]) -> None:
+        self._decoder = decoder
+        self._texts = texts
+        # A text is in as many of the last tokens as it has bytes, or in fewer.
+        self._tokens = max((len(text.encode()) for text in texts), default=0) + _BEFORE_TOKENS
+        self._completes: dict[int, bool] = {}
+
+    def sees(self, ids: Sequence[int]) -> bool:
+        """Whether one of the texts may have come with the last of these tokens.
+
+        Decoding takes 0.1 ms, so it is left out for tokens without the last character of a text.
+        """
+        if not self._texts or not self._may_complete(ids[-1]):
+            return False
+        tail = self._decoder.text(ids[-self._tokens :])
+        return any(text in tail for text in self._texts)
+
+    def _may_complete(self, token_id: int) -> bool:
+        known = self._completes.get(token_id)
+        if known is None:
+            piece = self._decoder.text([token_id], after=[token_id])
+            # A part of a character may complete it.
+            known = REPLACEMENT in piece or any(text[-1] in piece for text in self._texts)
+            self._completes[token_id] = known
+        return known
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """What an engine is asked for: at most `max_tokens` behind `prompt_ids`. `number` tells the
@@ -124,8 +157,8 @@ class Writer:
         generation = page.generation
         self.decoder = Decoder(tokenizer, (OPEN, CLOSE, *generation.stop))
         self._tokenizer = tokenizer
-        # A mark is in as many of the last tokens as it has bytes, or in fewer.
-        self._stop_tokens = max((len(s.encode()) for s in generation.stop), default=0)
+        self.stops = Watch(self.decoder, generation.stop)
+        self.closes = Watch(self.decoder, (CLOSE,))
         self.room_tokens = generation.thinking_tokens + generation.max_tokens
         if generation.closing:
             closing = len(self.encode(generation.closing)) + _REWRITTEN_TOKENS
@@ -171,13 +204,6 @@ class Writer:
         places = [text.find(stop, start) for stop in self.page.generation.stop]
         return min((place for place in places if place >= 0), default=None)
 
-    def may_have_stopped(self, ids: Sequence[int]) -> bool:
-        """Whether a stop text may have come with the last of these tokens."""
-        if not self._stop_tokens:
-            return False
-        tail = ids[-(self._stop_tokens + _BEFORE_TOKENS) :]
-        return self.stop_in(self.decoder.text(tail), 0) is not None
-
 
 class Writing:
     """One reply while it is written. `part` is what is to be asked for, None once `reply` is there;
@@ -213,7 +239,7 @@ class Writing:
             if self.part.number == _THINKING:
                 over = self._thinking_is_over()
             else:
-                over = self._writer.may_have_stopped(self._ids) and self._has_stopped()
+                over = self._writer.stops.sees(self._ids) and self._has_stopped()
             if over:
                 self._go_on("stop")
                 return True
@@ -307,8 +333,7 @@ class Writing:
     def _thinking_is_over(self) -> bool:
         """Whether the block is closed, or what is written is none."""
         if self._is_open:
-            tail = self._ids[-(len(CLOSE) + _BEFORE_TOKENS) :]
-            return CLOSE in self._text(tail, after=[])
+            return self._writer.closes.sees(self._ids)
         written = self._text(self._ids, after=self._prompt).lstrip()
         self._is_open = written.startswith(OPEN)
         if self._is_open:

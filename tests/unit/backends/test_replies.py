@@ -201,7 +201,14 @@ def test_what_the_page_begins_is_part_of_the_text(tokenizer: Any) -> None:
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(tokenizer: Any, text: str) -> None:
     reply, _ = write(tokenizer, page(stop=["\n\nEND", "never"]), text)
     assert (reply.text, reply.ended) == ("It is A.", "stop")
-    assert reply.generated_tokens <= len(ids_of(tokenizer, text))
+    assert reply.generated_tokens == len(ids_of(tokenizer, "It is A.\n\nEND"))
+
+
+def test_a_stop_text_may_be_a_character_of_several_tokens(tokenizer: Any) -> None:
+    assert len(ids_of(tokenizer, "。")) == 3
+    reply, _ = write(tokenizer, page(stop=["。"], max_tokens=20), "It is A。 More")
+    assert (reply.text, reply.ended) == ("It is A", "stop")
+    assert reply.generated_tokens == len(ids_of(tokenizer, "It is A。"))
 
 
 def test_a_stop_text_may_be_a_special_token(tokenizer: Any) -> None:
