@@ -5,8 +5,8 @@ It gets messages, not token ids: the server applies the chat template of its mod
 Legend: Q questions, C choices of the page's verdict.
 
 Every question is asked until it has an answer that can be read, at most `attempts` times, always
-with the same body and seed. An answer is taken from the connection that its question went out on,
-and only when all of it is there. So none is lost, doubled or given to another question.
+with the same body and seed. It has a connection of its own, and an answer is taken when all of it
+is there. So none is lost, doubled or given to another question.
 """
 
 import asyncio
@@ -288,7 +288,9 @@ class Endpoint:
     def _session(self) -> aiohttp.ClientSession:
         """Keeps no cookies and reads neither proxies nor passwords from the environment."""
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._settings.concurrency),
+            # A connection for each request: what a broken proxy sends late would else be taken for
+            # the answer to the next one. Without a limit, which those who ask keep themselves.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=self._settings.timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
         )

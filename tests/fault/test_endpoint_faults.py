@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ MOST = 3
 CONCURRENCY = 32
 TIMEOUT_S = 5.0
 KEY = "canary-key-of-a-judge/+&"
-PAGE = {
+PAGE: dict[str, Any] = {
     "about": "For tests.",
     "mode": "pairwise",
     "messages": [{"role": "user", "content": "?"}],
@@ -50,7 +51,7 @@ def endpoint(proxy: FaultProxy, attempts: int) -> Endpoint:
     settings = EndpointSettings(
         proxy.base_url, "judge", concurrency=CONCURRENCY, timeout_s=TIMEOUT_S, attempts=attempts
     )
-    return Endpoint(settings, Page(**PAGE))  # type: ignore[arg-type]  # pydantic reads it
+    return Endpoint(settings, Page.model_validate(PAGE))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -83,6 +84,17 @@ def test_a_question_that_always_fails_is_an_error_and_the_others_are_answered(fa
     assert proxy.injected == Counter({fault: 2})
     assert [reply.ended for reply in replies] == ["stop"] * 2 + ["error"] + ["stop"] * 3
     assert (replies[2].text, replies[2].tries) == ("", 2) and replies[2].detail
+
+
+@pytest.mark.parametrize("again_after_s", [0.0, 0.02])
+def test_an_answer_that_comes_twice_answers_no_other_question(again_after_s: float) -> None:
+    asked = questions(60)
+    with chat_server(again_after_s=again_after_s) as server:
+        settings = EndpointSettings(server.base_url, "judge", concurrency=4)
+        replies, _ = Endpoint(settings, Page.model_validate(PAGE)).ask(asked)
+    assert [reply.text for reply in replies] == [
+        reply_text(question.messages, question.seed) for question in asked
+    ]
 
 
 ASKER = """

@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,8 +116,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def chat_server(answer: Answer = always_right, **headers: str) -> Iterator[ChatServer]:
-    """A server on a free port; `headers` are those of every answer, with _ for -."""
+def chat_server(
+    answer: Answer = always_right, *, again_after_s: float | None = None, **headers: str
+) -> Iterator[ChatServer]:
+    """A server on a free port; `headers` are those of every answer, with _ for -. With
+    `again_after_s` each answer is sent once more, so much later."""
     state = ChatServer()
 
     class Handler(_Handler):
@@ -128,6 +132,9 @@ def chat_server(answer: Answer = always_right, **headers: str) -> Iterator[ChatS
                 state.bodies.append(body)
                 status, found = answer(body) if self.path == _PATH else (404, {})
             self.answer(status, json.dumps(found).encode(), **headers)
+            if again_after_s is not None:
+                time.sleep(again_after_s)
+                self.answer(status, json.dumps(found).encode(), **headers)
 
     with _serving(Handler) as state.port:
         yield state

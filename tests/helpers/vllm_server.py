@@ -76,7 +76,7 @@ def tiny_chat_model(directory: Path) -> None:
         bos_token_id=1,
         eos_token_id=3,
     )
-    model: Any = transformers.LlamaForCausalLM(config)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         model.lm_head.weight.mul_(10)  # so that tokens differ in how probable they are
     model.save_pretrained(directory)

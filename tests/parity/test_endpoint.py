@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -22,25 +22,29 @@ from tests.helpers.vllm_server import MAX_TOKENS, VllmServer, vllm_server
 pytestmark = pytest.mark.slow  # the server takes a minute to start
 
 COUNT = 12
+SYSTEM = "You judge answers. " * 50
+"""Longer than a block of vLLM's prefix cache, 128 tokens on a CPU."""
 PATTERN: dict[str, Any] = {"by": "pattern", "pattern": "([AB])", "choices": {"A": 1, "B": 0}}
 JSON: dict[str, Any] = {"by": "json", "low": 1, "high": 5}
 
 
 def page(verdict: dict[str, Any] = PATTERN, begins: str = "", **generation: Any) -> Page:
-    return Page(
-        about="For tests.",
-        mode="pointwise",
-        messages=[{"role": "user", "content": "?"}],  # type: ignore[list-item]  # pydantic reads it
-        begins=begins,
-        verdict=verdict,  # type: ignore[arg-type]
-        generation={"max_tokens": 24, "temperature": 1.0, **generation},  # type: ignore[arg-type]
+    return Page.model_validate(
+        {
+            "about": "For tests.",
+            "mode": "pointwise",
+            "messages": [{"role": "user", "content": "?"}],
+            "begins": begins,
+            "verdict": verdict,
+            "generation": {"max_tokens": 24, "temperature": 1.0, **generation},
+        }
     )
 
 
 QUESTIONS = [
     ServedQuestion(
         [
-            {"role": "system", "content": "You judge."},
+            {"role": "system", "content": SYSTEM},
             {"role": "user", "content": f"Here is {question_text(number)}."},
         ],
         seed=100 + number,
@@ -101,7 +105,7 @@ def test_a_reply_is_its_seeds_own(server: VllmServer) -> None:
 
 def test_a_reply_ends_before_a_stop_text(server: VllmServer) -> None:
     free, _ = Endpoint(settings(server), page()).ask(QUESTIONS)
-    (stop, *_) = (reply.text[len(reply.text) // 2] for reply in free if reply.text.isascii())
+    stop = next(letter for letter in free[0].text[3:] if letter.isascii() and letter.isalpha())
     replies, _ = Endpoint(settings(server), page(stop=[stop])).ask(QUESTIONS)
     assert texts(replies) == [right(by_hand(server, each, stop=[stop])) for each in QUESTIONS]
     assert any(reply.ended == "stop" for reply in replies)
@@ -140,7 +144,7 @@ def test_a_begun_reply_goes_on(server: VllmServer) -> None:
 
 
 def test_probabilities_are_those_of_plain_hugging_face(server: VllmServer) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(server.model_dir)
+    tokenizer: Any = AutoTokenizer.from_pretrained(server.model_dir)
     model = AutoModelForCausalLM.from_pretrained(server.model_dir, dtype=torch.float32)
     expected = []
     for question in QUESTIONS:
@@ -153,8 +157,8 @@ def test_probabilities_are_those_of_plain_hugging_face(server: VllmServer) -> No
     # Among the words of the vocabulary, those that are likely in some of the questions.
     spelled = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     likely = np.argsort(-np.mean(expected, axis=0))
-    names = [spelled[token] for token in likely if spelled[token].strip().isalpha()][:4]
-    choices = dict.fromkeys((name.strip() for name in names), 1.0)
+    words = [spelled[token].strip() for token in likely if token < len(spelled)]
+    choices = dict.fromkeys([word for word in words if word.isalpha()][:4], 1.0)
     made = page({"by": "probability", "choices": choices})
 
     found, usage = Endpoint(settings(server), made).probabilities(QUESTIONS)

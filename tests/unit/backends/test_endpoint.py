@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,9 @@ KEY = "canary-key-of-a-judge"
 
 
 def page(by: str = "pattern", **changes: Any) -> Page:
-    return Page(
-        about="For tests.",
-        mode="pairwise",
-        messages=[{"role": "user", "content": "?"}],  # type: ignore[list-item]  # pydantic reads it
-        verdict=RULES[by],  # type: ignore[arg-type]
-        **changes,
-    )
+    messages = [{"role": "user", "content": "?"}]
+    made = {"about": "For tests.", "mode": "pairwise", "messages": messages, "verdict": RULES[by]}
+    return Page.model_validate({**made, **changes})
 
 
 def settings(server: ChatServer, **changes: Any) -> EndpointSettings:
@@ -268,6 +265,7 @@ def test_as_many_requests_are_in_flight_as_allowed(concurrency: int) -> None:
     def answer(body: Body) -> tuple[int, Body]:
         if body["messages"][0]["content"].startswith("question"):
             gate.wait()
+            time.sleep(0.2)  # in which one too many would come
         return always_right(body)
 
     with chat_server(answer) as server:
@@ -397,7 +395,7 @@ def test_what_is_no_key_is_refused_and_not_shown(
     file.write_text(value)
     monkeypatch.setenv("JUDGE", value)
     for place in ({"api_key_env": "JUDGE"}, {"api_key_file": file}):
-        made = EndpointSettings("http://localhost/v1", "judge", **place)  # type: ignore[arg-type]
+        made = EndpointSettings("http://localhost/v1", "judge", **place)
         with pytest.raises(ConfigError) as caught:
             Endpoint(made, page())
         assert KEY not in repr(caught.value)
@@ -405,9 +403,24 @@ def test_what_is_no_key_is_refused_and_not_shown(
 
 def test_a_key_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     for place in ({"api_key_env": "NO_SUCH_JUDGE"}, {"api_key_file": tmp_path / "key"}):
-        made = EndpointSettings("http://localhost/v1", "judge", **place)  # type: ignore[arg-type]
+        made = EndpointSettings("http://localhost/v1", "judge", **place)
         with pytest.raises(ConfigError):
             Endpoint(made, page())
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_a_server_says_of_a_refused_key_is_not_told(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tell a part of it."""
+    monkeypatch.setenv("JUDGE", KEY)
+
+    def answer(body: Body) -> tuple[int, Body]:
+        return status, {"error": {"message": f"Incorrect API key: {KEY[:9]}…{KEY[-3:]}"}}
+
+    with chat_server(answer) as server, pytest.raises(ConfigError) as caught:
+        Endpoint(settings(server, api_key_env="JUDGE"), page()).ask(questions(1))
+    assert KEY[:9] not in str(caught.value)
 
 
 def test_the_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
