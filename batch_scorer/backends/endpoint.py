@@ -31,7 +31,7 @@ from batch_scorer.backends.pacing import Pace, asked_wait_s, wait_s
 from batch_scorer.credentials import wrong_url
 from batch_scorer.errors import ConfigError
 from batch_scorer.judges.page import Page, reply_schema
-from batch_scorer.logs import mask
+from batch_scorer.logs import log, mask
 from batch_scorer.records.judging import Ended, Reply
 
 TOP_TOKENS = 20
@@ -41,8 +41,9 @@ setting of its own give."""
 _MOST_BYTES = 1 << 26
 """Of an answer; beyond it the server is broken."""
 _CHUNK_BYTES = 1 << 16
+_CONNECT_TIMEOUT_S = 30.0
 _MOST_QUOTED = 200
-"""Characters of a server's own message that are told."""
+"""Characters of a message that is not ours."""
 _BYTES_PER_TOKEN = 4
 """Of a prompt, as its tokens are estimated for `tokens_per_minute` until the server has counted."""
 
@@ -291,7 +292,9 @@ class Endpoint:
             # A connection for each request: what a broken proxy sends late would else be taken for
             # the answer to the next one. Without a limit, which those who ask keep themselves.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=self._settings.timeout_s),
+            timeout=aiohttp.ClientTimeout(
+                self._settings.timeout_s, sock_connect=_CONNECT_TIMEOUT_S
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
@@ -306,6 +309,10 @@ class Endpoint:
             got = (await self._ask(session, self._body(trial, form), usage)).got
         if isinstance(got, _Fault):
             return self._refuse(got.detail) if _is_refused(got) else got
+        if self._page.verdict.by == "json" and not form.with_schema:
+            log.warning(
+                "%s takes no JSON schema: replies are not held to one", self._settings.base_url
+            )
         if self._page.verdict.by == "probability" and not got.top_tokens:
             self._refuse("it gives no log probabilities; judge by `pattern` or `json`")
         if not self._page.begins:
@@ -395,10 +402,10 @@ class Endpoint:
                         return _Fault(f"an answer of more than {_MOST_BYTES} bytes")
                 status = response.status
                 asked_s = asked_wait_s(response.headers, datetime.now(UTC))
-        except TimeoutError:
-            return _Fault(f"no answer within {self._settings.timeout_s:g} s")
+        except TimeoutError as error:
+            return _Fault(f"{type(error).__name__}: no answer in time")
         except (aiohttp.ClientError, OSError) as error:
-            return _Fault(self._hide(f"{type(error).__name__}: {error}"))
+            return _Fault(self._quoted(f"{type(error).__name__}: {error}"))
         if status != 200:
             return self._refusal(status, bytes(body), asked_s)
         try:
@@ -421,14 +428,15 @@ class Endpoint:
         elif 300 <= status < 400:
             detail += ": redirects are not followed; set base_url to the last address"
         elif message := _message(body):
-            detail += f": {self._hide(message)[:_MOST_QUOTED]}"
+            detail += f": {self._quoted(message)}"
         if status in _AGAIN or status >= 500:
             return _Fault(detail, asked_wait_s=asked_s)
         about = _About.QUESTION if status in _OF_A_QUESTION else _About.SETTINGS
         return _Fault(detail, about)
 
-    def _hide(self, text: str) -> str:
-        return mask(text if self._key is None else self._key.hidden_in(text))
+    def _quoted(self, text: str) -> str:
+        """A part of foreign text, without the key and other secrets."""
+        return mask(text if self._key is None else self._key.hidden_in(text))[:_MOST_QUOTED]
 
     def _count(self, answer: "_Answer", usage: Usage) -> None:
         usage.prompt_tokens += answer.prompt_tokens
@@ -451,13 +459,14 @@ class Endpoint:
         else:
             reasoning, text = split_thinking(self._page.begins + (choice.message.content or ""))
         ended = _ENDED.get(choice.finish_reason, "error")
+        detail = f"finish_reason {self._quoted(choice.finish_reason or 'missing')}"
         return Reply(
             text=text,
             ended=ended,
             reasoning="\n".join(filter(None, (apart, reasoning))),
             generated_tokens=got.generated_tokens,
             tries=tries,
-            detail=f"finish_reason {choice.finish_reason}" if ended == "error" else "",
+            detail=detail if ended == "error" else "",
         )
 
 
@@ -476,16 +485,17 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 def choice_probabilities(
-    top_tokens: Sequence["_Token"], choices: Sequence[str]
+    top_tokens: Sequence[tuple[str, float]], choices: Sequence[str]
 ) -> tuple[npt.NDArray[np.float32], float]:
-    """float32[C] and a number, one question's part of `Probabilities`."""
-    probabilities = [math.exp(min(token.logprob, 0.0)) for token in top_tokens]
+    """`values` and `unseen` of `Probabilities` for one question, float32[C] and a number, from the
+    most probable tokens, at least one, and their log probabilities."""
+    probabilities = [math.exp(min(logprob, 0.0)) for _, logprob in top_tokens]
     values = np.full(len(choices), np.nan, np.float32)
     for place, choice in enumerate(choices):
         found = [
             probability
-            for token, probability in zip(top_tokens, probabilities, strict=True)
-            if token.token.strip() == choice.strip()
+            for (token, _), probability in zip(top_tokens, probabilities, strict=True)
+            if token.strip() == choice.strip()
         ]
         if found:
             values[place] = sum(found)
@@ -585,11 +595,12 @@ class _Answer(BaseModel):
         return (details.cached_tokens or 0) if details else 0
 
     @property
-    def top_tokens(self) -> list[_Token]:
-        """The most probable first tokens; none where the server does not tell."""
+    def top_tokens(self) -> list[tuple[str, float]]:
+        """The most probable first tokens with their log probabilities; none where the server does
+        not tell."""
         logprobs = self.choices[0].logprobs
         positions = (logprobs.content if logprobs else None) or []
-        return positions[0].top_logprobs if positions else []
+        return [(top.token, top.logprob) for top in positions[0].top_logprobs] if positions else []
 
 
 class _Key:

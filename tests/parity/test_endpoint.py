@@ -154,11 +154,12 @@ def test_probabilities_are_those_of_plain_hugging_face(server: VllmServer) -> No
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1]
         expected.append(logits.softmax(-1).numpy())
-    # Among the words of the vocabulary, those that are likely in some of the questions.
+    # Three of the likely words of the vocabulary, and the least likely one.
     spelled = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     likely = np.argsort(-np.mean(expected, axis=0))
     words = [spelled[token].strip() for token in likely if token < len(spelled)]
-    choices = dict.fromkeys([word for word in words if word.isalpha()][:4], 1.0)
+    words = [word for word in words if word.isalpha()]
+    choices = dict.fromkeys([*words[:3], words[-1]], 1.0)
     made = page({"by": "probability", "choices": choices})
 
     found, usage = Endpoint(settings(server), made).probabilities(QUESTIONS)

@@ -21,6 +21,7 @@ from batch_scorer.backends.endpoint import (
     EndpointSettings,
     ServedQuestion,
     Usage,
+    choice_probabilities,
     split_thinking,
 )
 from batch_scorer.errors import ConfigError
@@ -346,6 +347,22 @@ def test_a_choice_that_is_not_among_the_most_probable_is_not_known() -> None:
     np.testing.assert_allclose(found.values, [[0.9, np.nan]], rtol=1e-6)
     # What the others have not taken is less than the least of them.
     np.testing.assert_allclose(found.unseen, [0.02], rtol=1e-4)
+
+
+@given(st.lists(st.floats(1e-6, 1.0), min_size=21, max_size=60), st.data())
+def test_what_is_not_known_of_a_choice_is_bounded(
+    weights: list[float], data: st.DataObject
+) -> None:
+    """For any distribution of which the most probable tokens are told."""
+    truth = {f"t{place}": weight / sum(weights) for place, weight in enumerate(weights)}
+    told = sorted(truth, key=truth.__getitem__, reverse=True)[:TOP_TOKENS]
+    choices = data.draw(st.lists(st.sampled_from(sorted(truth)), min_size=2, unique=True))
+    values, unseen = choice_probabilities([(each, math.log(truth[each])) for each in told], choices)
+    for choice, value in zip(choices, values.tolist(), strict=True):
+        if choice in told:
+            assert value == pytest.approx(truth[choice], rel=1e-5)
+        else:
+            assert math.isnan(value) and truth[choice] <= unseen + 1e-9
 
 
 def test_a_server_without_log_probabilities_is_refused() -> None:
