@@ -62,11 +62,11 @@ _OF_TASKS = {
 
 _PLACES = (
     *("model", "base_model", "reference_model", "also", "inputs", "output", "chat_template"),
-    *("judge", "ray_address"),
+    *("judge", "ray_address", "endpoint"),
 )
 """The settings that may be URLs."""
 
-_ON_DISK = tuple(name for name in _PLACES if name != "ray_address")
+_ON_DISK = tuple(name for name in _PLACES if name not in ("ray_address", "endpoint"))
 """The settings that may be paths."""
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 
@@ -107,6 +107,8 @@ class EngineFacts:
                      the model's family decides which engines can run it, and a score costs
                      floating-point operations. Otherwise there is one score a sequence.
     writes           whether it can let a judge write its verdict.
+    is_served        whether the model is another program's, which is sent messages; then there is
+                     no model folder here.
     package          what must be installed beside the requirements of this package.
     shares_prefixes  whether it computes once a prefix that several sequences of a shard have, in
                      packed batches. `shares_in_steps`: also where all tokens of a sequence are
@@ -116,6 +118,7 @@ class EngineFacts:
     options: frozenset[str] = frozenset()
     runs_model: bool = True
     writes: bool = False
+    is_served: bool = False
     package: str | None = None
     shares_prefixes: bool = False
     shares_in_steps: bool = False
@@ -134,6 +137,17 @@ ENGINES = {
         package="vllm",
         writes=True,
         shares_prefixes=True,  # but requests for all tokens do not read its cache
+    ),
+    "endpoint": EngineFacts(
+        options=frozenset(
+            {
+                *("endpoint", "api_key_env", "api_key_file", "requests_in_flight"),
+                *("requests_per_minute", "tokens_per_minute", "request_timeout_s", "token_prices"),
+            }
+        ),
+        runs_model=False,
+        writes=True,
+        is_served=True,
     ),
     "fake": EngineFacts(runs_model=False),
 }
@@ -155,6 +169,9 @@ RetriedReason: TypeAlias = Annotated[
     WithJsonSchema({"enum": _RETRIED, "type": "string"}),
 ]
 """A reason for which rows may be scored again."""
+
+
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _recordable(digits: str) -> int:
@@ -300,8 +317,9 @@ class Config(BaseModel):
     `truncate_middle`: both ends stay. `num_truncated_tokens` counts the tokens cut from each
     sequence."""
 
-    backend: Literal["auto", "hf", "vllm", "fake"] = _setting("hf", "scores")
-    """The engine. `hf`: Hugging Face model, packed without padding. `vllm`: vLLM's pooling runner.
+    backend: Literal["auto", "hf", "vllm", "endpoint", "fake"] = _setting("hf", "scores")
+    """The engine. `hf`: Hugging Face model, packed without padding. `vllm`: vLLM's pooling runner;
+    a judge that writes needs it. `endpoint`: a judge that is served elsewhere (docs/endpoints.md).
     `auto`: the one that supports the model; if both do and the job is long enough to repay a trial,
     the one that is faster on some of the job's own rows. `fake`: no model, scores are a hash of the
     tokens; for dry runs."""
@@ -361,6 +379,35 @@ class Config(BaseModel):
 
     trust_remote_code: bool = _setting(False, "scores")
     """Run Python code that comes with the model. Recorded with the run."""
+
+    # A judge that is served elsewhere.
+
+    endpoint: str | None = _setting(None, "runtime", min_length=1)
+    """What stands before `/chat/completions` of an OpenAI-compatible server, as a rule ending in
+    `/v1`. `model` is then the name that the server knows the judge by, which enters the
+    fingerprint."""
+
+    api_key_env: str | None = _setting(None, "runtime", min_length=1)
+    """The environment variable that holds the server's key, on every machine that asks. The key
+    itself is no setting."""
+
+    api_key_file: Path | None = _setting(None, "runtime")
+    """The file that holds it instead."""
+
+    requests_in_flight: int = _setting(32, "runtime", gt=0)
+    """Most requests of a worker that have no answer yet."""
+
+    requests_per_minute: float | None = _setting(None, "runtime", gt=0, allow_inf_nan=False)
+    """Most requests of a worker in a minute. Default: as many as the server takes."""
+
+    tokens_per_minute: float | None = _setting(None, "runtime", gt=0, allow_inf_nan=False)
+    """Most tokens of prompts and replies of a worker in a minute."""
+
+    request_timeout_s: float = _setting(600.0, "runtime", gt=0, allow_inf_nan=False)
+    """Seconds that a request may take, to the end of its answer."""
+
+    token_prices: dict[Literal["prompt", "generated"], NonNegative] = _setting({}, "runtime")
+    """Prices of a million tokens, for the summary: `--token-prices prompt=0.5,generated=1.5`."""
 
     # What the output looks like.
 
@@ -542,9 +589,16 @@ class Config(BaseModel):
             raise ValueError("judge: a judge needs a page by which it is asked")
         if self.task == "judge" and self.over_length.cuts:
             raise ValueError("over_length: a question that is cut asks something else; use mark")
-        is_fake = self.backend != "auto" and not ENGINES[self.backend].runs_model
-        if self.task != "score" and is_fake:
-            raise ValueError(f"backend: {self.backend} makes scores; leave task out")
+        if self.task != "score" and self.backend == "fake":
+            raise ValueError("backend: fake makes scores; leave task out")
+        if self.backend != "endpoint":
+            return self
+        if self.task != "judge":
+            raise ValueError("backend: endpoint asks a judge; set task: judge")
+        if self.endpoint is None:
+            raise ValueError("endpoint: the address of the server that the judge is behind")
+        if self.token_prices and len(self.token_prices) < 2:
+            raise ValueError("token_prices: both of prompt and generated")
         return self
 
     @model_validator(mode="after")

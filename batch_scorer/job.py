@@ -115,6 +115,8 @@ class Job:
 
         Raises ModelError.
         """
+        if self.model.is_served:
+            return self
         code = self.config.trust_remote_code
 
         def here(path: Path, weights: bool) -> Path:

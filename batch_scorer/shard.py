@@ -62,7 +62,8 @@ def read_shard(shard: Shard, config: Config, model: ModelFacts) -> Read:
 
 
 def _read(shard: Shard, config: Config, model: ModelFacts) -> Read:
-    renderer_of(config, model)  # loads the tokenizer
+    if not model.is_served:
+        renderer_of(config, model)  # loads the tokenizer
     started = time.perf_counter()
     parsed = _parse(shard, config.store_options)
     is_read = time.perf_counter()

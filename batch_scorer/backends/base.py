@@ -6,7 +6,7 @@ A backend is built once per worker, scores one shard at a time, and never sees t
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from batch_scorer.models.adapter import (
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.files import reading
 from batch_scorer.records import Embedding, RowError, Scores, TokenizedRows
+
+if TYPE_CHECKING:
+    from batch_scorer.backends.endpoint_client import EndpointSettings
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 """How far another sequence of the batch may move a hidden state, relative to its size: rounding
@@ -69,6 +72,7 @@ class EngineSettings:
     judge              the page that a judge is asked by; None: the model is none. `verdict_ids` are
                        the tokens of its choices, where it is read by their probability, and
                        `tokenizer_dir` is what its replies are decoded with.
+    endpoint           where a judge is served that is not here; None: the model is here.
     prefix_caching     False only to measure what vLLM's prefix cache brings.
     """
 
@@ -95,6 +99,7 @@ class EngineSettings:
     judge: Page | None = None
     verdict_ids: tuple[int, ...] = ()
     tokenizer_dir: Path | None = None
+    endpoint: "EndpointSettings | None" = None
     prefix_caching: bool = True
 
     @property

@@ -1,5 +1,5 @@
-"""An engine by its name, which is also the name of its file; where a judge writes, of the file
-`<name>_generation`."""
+"""An engine by its name, which is also the name of its file; where it lets a judge write, of the
+file `<name>_generation`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TypeAlias
 
 from batch_scorer.backends.base import Backend, EngineSettings, ImplicitReward, MakeBackend
-from batch_scorer.config import ENGINES
+from batch_scorer.backends.endpoint_client import EndpointSettings
+from batch_scorer.config import ENGINES, Config
 from batch_scorer.job import Job
 from batch_scorer.models.files import reading
 from batch_scorer.models.registry import adapter_named
@@ -43,6 +44,7 @@ def settings_of(job: Job) -> EngineSettings:
         judge=job.model.judge,
         verdict_ids=job.model.verdict_ids,
         tokenizer_dir=job.model.tokenizer_path,
+        endpoint=_endpoint_of(job.config) if job.engine.is_served else None,
     )
     if adapter is None or not adapter.log_probs:
         return settings
@@ -57,8 +59,24 @@ def settings_of(job: Job) -> EngineSettings:
 
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
-    judge = job.model.judge
-    writes = "_generation" if judge is not None and judge.generates else ""
-    make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}{writes}").BACKEND
+    judge, name = job.model.judge, job.backend
+    if judge is not None and judge.generates and job.engine.runs_model:
+        name += "_generation"
+    make: MakeBackend = import_module(f"batch_scorer.backends.{name}").BACKEND
     with reading(job.model_dir):
         return make(settings_of(job))
+
+
+def _endpoint_of(config: Config) -> EndpointSettings:
+    """Where a served judge is, and how hard it may be asked. Raises ConfigError."""
+    assert config.endpoint is not None
+    return EndpointSettings(
+        base_url=config.endpoint,
+        model=config.model,
+        api_key_env=config.api_key_env,
+        api_key_file=config.api_key_file,
+        concurrency=config.requests_in_flight,
+        requests_per_minute=config.requests_per_minute,
+        tokens_per_minute=config.tokens_per_minute,
+        timeout_s=config.request_timeout_s,
+    )

@@ -42,6 +42,7 @@ _MAPPINGS = {
     "columns": ("--column", "FIELD=COLUMN"),
     "output_weights": ("--output-weights", "NAME=WEIGHT,…"),
     "store_options": ("--store-option", "KEY=VALUE"),
+    "token_prices": ("--token-prices", "KIND=PRICE,…"),
     "template_arguments": ("--template-argument", "NAME=VALUE"),
 }
 """Flag and metavar of settings that are given as entries; those whose metavar ends in `,…` take

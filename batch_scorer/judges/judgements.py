@@ -144,6 +144,8 @@ def judged_rows(
     assert questions is not None
     lengths = rows.lengths.astype(np.int32)
     lengths[list(rows.too_long)] = list(rows.too_long.values())
+    if scores.prompt_tokens is not None:
+        lengths = scores.prompt_tokens
     folded = fold(_verdicts(scores, page), questions, rows.row_offsets, page)
     longest = np.zeros(len(folded.scores), np.int32)
     shown_tokens = np.repeat(lengths, np.diff(questions.shown_offsets))
@@ -248,6 +250,7 @@ def stored_verdicts(column: pa.Array, rows: TokenizedRows, page: Page) -> Scores
     values = np.full((count, 1), np.nan, np.float32)
     steps: list[list[float]] = [[] for _ in range(count)]
     replies: list[Reply | None] = [None] * count
+    prompt_tokens = np.zeros(count, np.int32)
     for cell, (start, stop) in zip(
         column.to_pylist(), pairwise(rows.row_offsets.tolist()), strict=True
     ):
@@ -257,10 +260,16 @@ def stored_verdicts(column: pa.Array, rows: TokenizedRows, page: Page) -> Scores
             if stored["worths"] is None:
                 continue
             values[question] = np.float32(np.mean(stored["worths"]))
+            prompt_tokens[question] = stored["prompt_tokens"]
             steps[question] = stored["worths"] if page.generates else stored["probabilities"]
             if page.generates:
                 replies[question] = _stored_reply(stored)
-    return Scores(values, replies=replies if page.generates else None, **_ragged(steps))
+    return Scores(
+        values,
+        replies=replies if page.generates else None,
+        prompt_tokens=prompt_tokens,
+        **_ragged(steps),
+    )
 
 
 def _stored_reply(stored: dict[str, Any]) -> Reply:

@@ -26,12 +26,14 @@ from batch_scorer.models.lora import ADAPTER_CONFIG, lora_files, lost_head, merg
 from batch_scorer.models.quantised import Quantisation, describe, read_quantised
 from batch_scorer.models.registry import (
     EMBEDDING,
+    JUDGE,
     REMOTE_CODE,
     choose_adapter,
     mismatch_of,
     read_vocabulary,
 )
 from batch_scorer.models.sizes import check_sizes
+from batch_scorer.records.digest import digest_of
 
 _CODE = "*.py"
 _VOCABULARY = "tokenizer.json"
@@ -73,6 +75,7 @@ class ModelFacts:
     `base_digest` the base's alone. `reference` is the second model of an implicit reward; limits,
     `vocab_size` and `cost` are then those of both together. `judge` is the page that a judge is
     asked by, and `verdict_ids` the token of each of its choices, where it is read by probability.
+    `is_served`: it is behind a server, and of all this only the name is known (`served_model`).
     """
 
     path: Path
@@ -99,11 +102,40 @@ class ModelFacts:
     reference: "ModelFacts | None" = None
     judge: Page | None = None
     verdict_ids: tuple[int, ...] = ()
+    is_served: bool = False
 
     @property
     def columns_beside(self) -> tuple[str, ...]:
         """The columns of a row that a judge's questions show beside the conversation."""
         return self.judge.read_columns if self.judge else ()
+
+
+def served_model(name: str, page: Page) -> ModelFacts:
+    """A judge that a server knows by this name: its digest is of the name."""
+    return ModelFacts(
+        path=Path(),
+        tokenizer_path=Path(),
+        lora_dir=None,
+        changes=(),
+        doubts=(),
+        unpackable=None,
+        architecture="served",
+        adapter=JUDGE,
+        attributes=(),
+        has_score=True,
+        prompt=Prompt(),
+        has_steps=False,
+        reads_any_token=False,
+        hidden_size=None,
+        positions=_UNLIMITED_TOKENS,
+        max_tokens=_UNLIMITED_TOKENS,
+        vocab_size=_UNLIMITED_TOKENS,
+        cost=None,
+        quantisation=None,
+        digest=digest_of({"served": name}),
+        judge=page,
+        is_served=True,
+    )
 
 
 def find_model(

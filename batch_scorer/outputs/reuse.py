@@ -231,6 +231,11 @@ def _joined(num_sequences: int, parts: Sequence[_Part]) -> Scores:
         for here, there, scores in parts:
             for place, at in zip(here.tolist(), there.tolist(), strict=True):
                 joined.replies[place] = scores.replies and scores.replies[at]
+    if all(scores.prompt_tokens is not None for _, _, scores in parts):
+        joined.prompt_tokens = np.zeros(num_sequences, np.int32)
+        for here, there, scores in parts:
+            assert scores.prompt_tokens is not None
+            joined.prompt_tokens[here] = scores.prompt_tokens[there]
     if parts[0][2].step_values is None:
         return joined
     # The steps of all parts end to end, behind an empty list for the sequences that have none.

@@ -49,12 +49,14 @@ class Reply:
 
     `text` is the answer alone, `reasoning` what stood in a think block before it, "" where there
     was none; where the block was not closed `text` is "". `begins` and `closing` of the page are
-    part of the text. `tries` counts how often it was asked; `detail` is what failed, for `error`.
+    part of the text. `prompt_tokens` are those that a server has counted. `tries` counts how often
+    it was asked; `detail` is what failed, for `error`.
     """
 
     text: str
     ended: Ended
     reasoning: str = ""
+    prompt_tokens: int = 0
     generated_tokens: int = 0
     tries: int = 1
     detail: str = ""

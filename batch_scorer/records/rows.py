@@ -320,7 +320,8 @@ class Scores:
     attributes, or the dimensions of an embedding. A process reward model adds `step_values`,
     float32[K], those of sequence s at `[step_offsets[s]:step_offsets[s + 1]]`. Where every token
     has a score (`Outputs.tokens`), every token is a step. Of a judge that writes, `replies` are
-    what it wrote, None where it was not asked.
+    what it wrote, None where it was not asked, and `prompt_tokens`, int32[S], a server's count of
+    each question's tokens, where only the server knows it.
     """
 
     values: npt.NDArray[np.float32]
@@ -329,6 +330,7 @@ class Scores:
     step_offsets: npt.NDArray[np.int64] | None = None
     effort: Effort = field(default_factory=Effort)
     replies: list[Reply | None] | None = None
+    prompt_tokens: npt.NDArray[np.int32] | None = None
 
     @property
     def is_there(self) -> npt.NDArray[np.bool_]:

@@ -30,6 +30,7 @@ from batch_scorer.models.directory import (
     find_base,
     find_model,
     inspect_model,
+    served_model,
     with_reference,
     without_reference,
 )
@@ -78,6 +79,8 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     page = None if config.judge is None else load_page(config.judge)
     if page is not None:
         check_templates(page)
+        if config.backend == "endpoint":
+            return served_model(config.model, page)
         entries = verdict_entries([*page.verdict.choices])
 
     def inspected(name: str, revision: str | None, base_model: str | None) -> ModelFacts:
@@ -257,6 +260,8 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
     Templates get the setting's date for today's, or else `date`, or else that of this day. Raises
     ModelError for a tokenizer that fails or does not fit the model.
     """
+    if model.is_served:
+        return _derive_served(config, model)
     device = config.device or (Device.CUDA if has_gpus(config) else Device.CPU)
     has_bfloat16 = device is Device.CUDA or cpu_has_bfloat16()
     dtype = config.dtype or ("bfloat16" if has_bfloat16 else "float32")
@@ -302,6 +307,28 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
         judge_digest=model.judge.digest if model.judge else None,
     )
     return Job(config, model, engines, embedding, device, dtype, probe, fingerprint)
+
+
+def _derive_served(config: Config, model: ModelFacts) -> Job:
+    """The job of a judge that is served elsewhere: nothing is computed or rendered here."""
+    assert model.judge is not None
+    fingerprint = score_fingerprint(
+        config,
+        model_digest=model.digest,
+        base_digest=None,
+        reference_digest=None,
+        adapter=model.adapter,
+        backend=config.backend,
+        attention="served",
+        embedding=None,
+        dtype="served",
+        max_tokens=model.max_tokens,
+        text={},
+        probe_digest=None,
+        judge_digest=model.judge.digest,
+    )
+    engines = tuple(supported_engines(config, model))
+    return Job(config, model, engines, None, Device.CPU, "served", None, fingerprint)
 
 
 def _unread_ids(probe: Probe, vocab_size: int) -> list[int]:
@@ -360,6 +387,8 @@ def require_answers(job: Job, plan: Plan) -> None:
 
 def require_template(job: Job, plan: Plan) -> None:
     """Raise ModelError where rows have to be rendered and the model has no chat template."""
+    if job.model.is_served:
+        return
     needs_none = {Format.TEXT, Format.TOKEN_IDS}
     if job.probe is None and any(f.layout.format not in needs_none for f in plan.files):
         renderer_of(job.config, job.model).probe()  # raises, and names what is missing

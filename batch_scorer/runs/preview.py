@@ -70,6 +70,8 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
     except NotHereError as error:
         return Outlook(make_plan(config), unknown=str(error))
     plan = plan_for(config, model)
+    if model.is_served:
+        return Outlook(plan, unknown="a served judge's tokens are counted by its server")
     try:
         estimated = estimate(config, model, plan.shards)
     except ModelError as error:

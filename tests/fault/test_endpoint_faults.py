@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batch_scorer.backends.endpoint import Endpoint, EndpointSettings, ServedQuestion
+from batch_scorer.backends.endpoint_client import Endpoint, EndpointSettings, ServedQuestion
 from batch_scorer.judges.page import Page
 from batch_scorer.records.judging import Reply
 from tests.helpers.chat_server import (
@@ -100,7 +100,7 @@ def test_an_answer_that_comes_twice_answers_no_other_question(again_after_s: flo
 ASKER = """
 import json, logging, pickle, sys, traceback
 from pathlib import Path
-from batch_scorer.backends.endpoint import Endpoint, EndpointSettings, ServedQuestion
+from batch_scorer.backends.endpoint_client import Endpoint, EndpointSettings, ServedQuestion
 from batch_scorer.judges.page import Page
 
 logging.basicConfig(level=logging.DEBUG, filename="log")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batch_scorer.backends.endpoint import Endpoint, EndpointSettings, ServedQuestion
+from batch_scorer.backends.endpoint_client import Endpoint, EndpointSettings, ServedQuestion
 from batch_scorer.errors import ConfigError
 from batch_scorer.judges.page import Page, reply_schema
 from batch_scorer.records.judging import Reply

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_scorer.backends.endpoint import (
+from batch_scorer.backends.endpoint_client import (
     TOP_TOKENS,
     Endpoint,
     EndpointSettings,
