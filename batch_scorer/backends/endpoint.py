@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from batch_scorer.backends.base import EngineSettings, MakeBackend
+from batch_scorer.backends.base import EngineDied, EngineSettings, MakeBackend
 from batch_scorer.backends.endpoint_client import Endpoint, ServedQuestion, Usage
-from batch_scorer.errors import RowReason
+from batch_scorer.errors import ConfigError, RowReason
 from batch_scorer.records import Effort, Reply, RowError, Scores, TokenizedRows
 
 
@@ -19,18 +19,30 @@ class EndpointBackend:
     """A judge behind an OpenAI-compatible server; see `Backend` for what it does. Where the page
     lets it write, `Scores.values` is float32[S, 0] and what it wrote is in `Scores.replies`.
 
-    Raises ConfigError where the key cannot be had, or the page needs what no server offers.
+    Raises ConfigError where the key cannot be had, or the server refuses the settings or what the
+    page needs.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
         assert settings.judge is not None and settings.endpoint is not None
         self._page = settings.judge
         self._client = Endpoint(settings.endpoint, settings.judge)
+        self._client.try_out()
         self.num_outputs = 0 if self._page.generates else len(self._page.verdict.choices)
         self.provenance: dict[str, Any] = self._client.provenance
 
     def score(self, rows: TokenizedRows) -> Scores:
-        """The replies to all questions in `rows`, or the probabilities of their choices."""
+        """The replies to all questions in `rows`, or the probabilities of their choices.
+
+        Raises EngineDied where the server refuses the settings that it has taken before: the next
+        engine's trial then says why.
+        """
+        try:
+            return self._score(rows)
+        except ConfigError as error:
+            raise EngineDied(str(error)) from error
+
+    def _score(self, rows: TokenizedRows) -> Scores:
         asked = np.flatnonzero(rows.lengths)
         questions = [_question(rows, sequence) for sequence in asked.tolist()]
         values = np.full((rows.num_sequences, self.num_outputs), np.nan, np.float32)

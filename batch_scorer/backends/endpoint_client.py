@@ -216,6 +216,11 @@ class Endpoint:
             "aiohttp": aiohttp.__version__,
         }
 
+    def try_out(self) -> None:
+        """Make the trial now, so that wrong settings show before the first question. Raises
+        ConfigError as `ask` does."""
+        asyncio.run(self._ask_all([], Usage()))
+
     def ask(self, questions: Sequence[ServedQuestion]) -> tuple[list[Reply], Usage]:
         """The replies, in the questions' order. A server that stays broken gives `error` replies.
 

@@ -176,3 +176,21 @@ def test_probabilities_of_the_most_probable_tokens(inputs: Path) -> None:
             )
         else:  # together they have less than half of the probability
             assert row["score_error"] == RowReason.NO_VERDICT
+
+
+def test_a_wrong_key_ends_the_job_before_a_row_is_asked(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "canary-of-a-key")
+    with chat_server(lambda body: (401, {"error": {"message": "canary-of-a-key?"}})) as server:
+        (inputs.parent / "page.yaml").write_text(PAGE)
+        ended = run_cli(
+            "score", "--task", "judge", "--judge", inputs.parent / "page.yaml", "--backend",
+            "endpoint", "--model", "judge-1", "--endpoint", server.base_url, "--api-key-env",
+            "JUDGE_KEY", inputs, "--output", inputs.parent / "out", "--no-ray",
+        )  # fmt: skip
+        assert server.authorizations == {"Bearer canary-of-a-key": 1}
+    assert ended.exit_code == 2
+    assert "canary-of-a-key" not in ended.out + ended.err
+    stored = [file for file in (inputs.parent / "out").rglob("*") if file.is_file()]
+    assert stored and all(b"canary-of-a-key" not in file.read_bytes() for file in stored)

@@ -64,7 +64,9 @@ def test_two_hundred_faults_lose_double_and_swap_no_reply(seed: int) -> None:
     assert proxy.injected.keys() == set(Fault) and proxy.injected.total() == FAULTS
     for number, (question, reply) in enumerate(zip(asked, replies, strict=True)):
         right = reply_text(question.messages, question.seed)
-        assert reply == Reply(right, "stop", generated_tokens=5, tries=reply.tries)
+        assert reply == Reply(
+            right, "stop", prompt_tokens=10, generated_tokens=5, tries=reply.tries
+        )
         assert reply.tries >= 1 + len(plan.get(number, []))
     # What was asked again was the same question, with the same seed.
     seen = {json.dumps(body, sort_keys=True) for body in server.bodies}

@@ -96,7 +96,8 @@ def test_replies_come_in_the_order_of_the_questions() -> None:
         asked = questions(40)
         replies, usage = Endpoint(settings(server), page()).ask(asked)
     assert replies == [
-        Reply(reply_text(each.messages, each.seed), "stop", generated_tokens=5) for each in asked
+        Reply(reply_text(each.messages, each.seed), "stop", prompt_tokens=10, generated_tokens=5)
+        for each in asked
     ]
     assert usage == Usage(410, 164, 205, requests=41)  # a trial, and each question once
 
