@@ -106,6 +106,7 @@ class Job:
             "trial_tokens_per_s": self.trial,
             "trust_remote_code": self.config.trust_remote_code,
             "device": self.device,
+            **({"judge": self.model.judge.model_dump(mode="json")} if self.model.judge else {}),
             "rendered_probe": list(self.probe.texts) if self.probe else None,
             "template": asdict(facts) if facts else None,
         }
