@@ -110,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+        self.wfile.flush()
 
     def read(self) -> bytes:
         return self.rfile.read(int(self.headers["Content-Length"]))

@@ -1,5 +1,6 @@
 """What is sent to a served judge, and what becomes of its answers, by a server on this machine."""
 
+import asyncio
 import copy
 import json
 import math
@@ -275,6 +276,39 @@ def test_as_many_requests_are_in_flight_as_allowed(concurrency: int) -> None:
         replies, _ = Endpoint(settings(server, concurrency=concurrency), page()).ask(asked)
     assert {reply.ended for reply in replies} == {"stop"}
     assert server.most_at_once == concurrency
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds for which the endpoint would have slept: it does not."""
+    seconds: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(delay: float) -> None:
+        seconds.append(delay)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    return seconds
+
+
+@pytest.mark.parametrize(
+    "limit", [{"requests_per_minute": 60 / 1e6}, {"tokens_per_minute": 15 * 60 / 1e6}]
+)
+def test_requests_are_as_far_apart_as_the_limits_say(
+    limit: dict[str, float], slept: list[float]
+) -> None:
+    """A million seconds, beside which those that the test takes are none. An answer has 15 tokens,
+    whatever was thought before it came."""
+    with chat_server() as server:
+        Endpoint(settings(server, concurrency=1, **limit), page()).ask(questions(3))
+    assert [round(seconds / 1e6) for seconds in slept] == [0, 1, 2, 3]
+
+
+def test_a_server_in_trouble_gets_the_time_that_it_asks_for(slept: list[float]) -> None:
+    with chat_server(refusing(503, unless="nothing of it"), Retry_After="50") as server:
+        Endpoint(settings(server, attempts=3), page()).ask(questions(1))
+    assert len([seconds for seconds in slept if 50 <= seconds <= 55]) == 2
 
 
 def test_the_cost_is_that_of_all_answers() -> None:
