@@ -41,7 +41,7 @@ _LARGEST = 2**63 - 1
 
 _PATHS = (
     "model", "revision", "base_model", "inputs", "exclude", "output", "also", "reference_model",
-    "chat_template", "ray_address",
+    "chat_template", "ray_address", "judge",
 )  # fmt: skip
 """Settings that name something: a file, a model, a pattern, a cluster."""
 
@@ -51,9 +51,18 @@ _PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
 """A prefix is a folder's name too."""
 
 
+_OF_TASKS = {
+    **dict.fromkeys(("embedding_pooling", "normalize"), "embed"),
+    **dict.fromkeys(("judge", "keep_judgement"), "judge"),
+    **dict.fromkeys(
+        ("adapter", "step_aggregation", "token_scores", "output_names", "output_weights"), "score"
+    ),
+}
+"""The settings that one task alone takes."""
+
 _PLACES = (
     *("model", "base_model", "reference_model", "also", "inputs", "output", "chat_template"),
-    "ray_address",
+    *("judge", "ray_address"),
 )
 """The settings that may be URLs."""
 
@@ -194,9 +203,14 @@ class Config(BaseModel):
 
     # What is scored, and how.
 
-    task: Literal["score", "embed"] = _setting("score", "scores")
+    task: Literal["score", "embed", "judge"] = _setting("score", "scores")
     """`score`: rewards. `embed`: the model's hidden states as embeddings, for clustering and for
-    finding near-duplicates in the same shards; needs no score head."""
+    finding near-duplicates in the same shards; needs no score head. `judge`: verdicts of a language
+    model that is asked about the answers (docs/judges.md)."""
+
+    judge: str | None = _setting(None, "runtime", min_length=1)
+    """The page by which a judge is asked: the name of one that comes with this package, or the path
+    of a YAML file (docs/judges.md). What it says enters the fingerprint, not its path."""
 
     adapter: str | None = _setting(None, "scores")
     """The reward model's family (docs/models.md). Default: detected from the model's architecture
@@ -357,6 +371,9 @@ class Config(BaseModel):
     drop_columns: tuple[str, ...] = _setting((), "layout")
     """Input columns that are not written."""
 
+    keep_judgement: bool = _setting(False, "layout")
+    """Also write what a judge wrote, in `judgements`."""
+
     limit: int | None = _setting(None, "layout", gt=0)
     """Score only so many rows, the first ones of every file in proportion to its size; with
     `where`, the first ones that match. The others are counted as not asked for."""
@@ -514,17 +531,16 @@ class Config(BaseModel):
             raise ValueError(f"{' and '.join(sorted(options))}: no backend takes them together")
         if self.compile and self.attention not in (None, "packed"):
             raise ValueError("compile: only packed batches are compiled; leave attention out")
-        if self.task == "score":
-            for name in ("embedding_pooling", "normalize"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: only for embeddings; set task: embed")
-        else:
-            of_a_head = ("adapter", "step_aggregation", "token_scores", "output_names")
-            for name in (*of_a_head, "output_weights"):
-                if getattr(self, name):
-                    raise ValueError(f"{name}: only for scores; an embedding has no head")
-            if self.backend != "auto" and not ENGINES[self.backend].runs_model:
-                raise ValueError(f"backend: {self.backend} makes scores, not embeddings")
+        for name, task in _OF_TASKS.items():
+            if task != self.task and getattr(self, name) not in (None, False, (), {}):
+                raise ValueError(f"{name}: only where task is {task}")
+        if self.task == "judge" and self.judge is None:
+            raise ValueError("judge: a judge needs a page by which it is asked")
+        if self.task == "judge" and self.over_length.cuts:
+            raise ValueError("over_length: a question that is cut asks something else; use mark")
+        is_fake = self.backend != "auto" and not ENGINES[self.backend].runs_model
+        if self.task != "score" and is_fake:
+            raise ValueError(f"backend: {self.backend} makes scores; leave task out")
         return self
 
     @model_validator(mode="after")

@@ -50,6 +50,7 @@ def score_fingerprint(
     max_tokens: int,
     text: Mapping[str, Any],
     probe_digest: str | None,
+    judge_digest: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of `config` with everything derived filled in.
 
@@ -74,6 +75,8 @@ def score_fingerprint(
     }
     if base_digest is not None:
         parts["base"] = base_digest
+    if judge_digest is not None:
+        parts["judge"] = judge_digest
     return Fingerprint(parts)
 
 

@@ -6,11 +6,20 @@ from typing import Any
 
 from batch_scorer.config import ENGINES, Config, Device, EngineFacts
 from batch_scorer.fingerprint import Fingerprint
+from batch_scorer.judges.page import Page, judge_columns
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.hub import commit_of, on_this_node
 from batch_scorer.records import SCALAR, Embedding, Outputs
 from batch_scorer.render import Probe, TemplateFacts, max_tokens_of
 from batch_scorer.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """How replies become scores: by which page, and whether they are written, too."""
+
+    page: Page
+    keeps_replies: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,11 @@ class Job:
     @property
     def outputs(self) -> Outputs:
         return outputs_of(self.config, self.model)
+
+    @property
+    def judging(self) -> Judging | None:
+        page = self.model.judge
+        return None if page is None else Judging(page, self.config.keep_judgement)
 
     @property
     def template_facts(self) -> TemplateFacts | None:
@@ -142,6 +156,8 @@ def outputs_of(config: Config, model: ModelFacts) -> Outputs:
     """What the job adds to a sequence."""
     if config.task == "embed":
         return Outputs(embedding_size=model.hidden_size)
+    if model.judge is not None:
+        return Outputs(judge=judge_columns(model.judge))
     if config.backend != "auto" and not ENGINES[config.backend].runs_model:
         return SCALAR
     return Outputs(

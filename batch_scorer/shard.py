@@ -24,7 +24,9 @@ from batch_scorer.backends.base import Backend
 from batch_scorer.config import Config
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.inputs.files import columns_of_shard, read_apart
-from batch_scorer.job import Job
+from batch_scorer.job import Job, Judging
+from batch_scorer.judges.judgements import judged, judged_rows, unread, with_retried
+from batch_scorer.judges.page import Page
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.reuse import find_known, read_earlier, score_unknown
 from batch_scorer.records import (
@@ -36,6 +38,7 @@ from batch_scorer.records import (
     TokenizedRows,
 )
 from batch_scorer.render import renderer_of
+from batch_scorer.render.rows import tokenized
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -59,11 +62,11 @@ def read_shard(shard: Shard, config: Config, model: ModelFacts) -> Read:
 
 
 def _read(shard: Shard, config: Config, model: ModelFacts) -> Read:
-    renderer = renderer_of(config, model)
+    renderer_of(config, model)  # loads the tokenizer
     started = time.perf_counter()
     parsed = _parse(shard, config.store_options)
     is_read = time.perf_counter()
-    rows = renderer.tokenize(parsed)
+    rows = tokenized(parsed, config, model)
     return Read(rows, is_read - started, time.perf_counter() - is_read)
 
 
@@ -80,26 +83,26 @@ def _parse(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
     return parsed
 
 
-def tokenized(parsed: ParsedRows, config: Config, model: ModelFacts) -> TokenizedRows:
-    """Rows as token ids. Raises ShardError for an over-long row under the `error` policy."""
-    return renderer_of(config, model).tokenize(parsed)
-
-
 def read_known(job: Job, shard: Shard, rows: TokenizedRows) -> TokenizedRows:
     """The rows of the shard, with the scores that equal sequences got before (`reuse`)."""
     found = (read_earlier(job, root, key, shard.layout) for root, key in shard.earlier)
     return replace(rows, known=find_known(rows, (part for part in found if part is not None)))
 
 
-def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
-    """Score all sequences of the shard whose score is not known yet.
+def score_shard(
+    rows: TokenizedRows, backend: Backend, judging: Judging | None = None
+) -> ScoredRows:
+    """Score all sequences of the shard whose score is not known yet; with a judge, its questions
+    become the scores of the responses that they are about.
 
     Raises ShardError if the backend loses any.
     """
-    ask = partial(_ask, backend)
+    ask = partial(_ask, backend) if judging is None else partial(_judge, backend, judging.page)
     started = time.perf_counter()
     scores = ask(rows) if rows.known is None else score_unknown(rows, ask)
     score_s = time.perf_counter() - started
+    if judging is not None and rows.questions is not None:
+        return _scored_responses(rows, scores, judging, backend, score_s)
     lengths = rows.lengths.astype(np.int32)
     lengths[list(rows.too_long)] = list(rows.too_long.values())
     return ScoredRows(
@@ -115,6 +118,52 @@ def score_shard(rows: TokenizedRows, backend: Backend) -> ScoredRows:
         was_known=None if rows.known is None else rows.known.is_there & (rows.lengths > 0),
         notes=rows.notes,
         special_tokens=rows.special_tokens,
+    )
+
+
+def _judge(backend: Backend, page: Page, rows: TokenizedRows) -> Scores:
+    """Verdicts on the questions; a judge that samples is asked again where it gave none."""
+    counts = None if rows.verdicts is None else rows.verdicts.tolist()
+    scores = judged(_ask(backend, rows), page, counts)
+    retries = page.generation.retries if page.generates and page.generation.temperature else 0
+    for tried in range(1, retries + 1):
+        lost = unread(scores)
+        if not len(lost):
+            break
+        again = rows.take(lost)
+        assert again.seeds is not None and again.verdicts is not None
+        again.seeds = again.seeds + tried
+        fresh = judged(_ask(backend, again), page, again.verdicts.tolist())
+        scores = with_retried(scores, lost, fresh, tried + 1)
+    return scores
+
+
+def _scored_responses(
+    rows: TokenizedRows, scores: Scores, judging: Judging, backend: Backend, score_s: float
+) -> ScoredRows:
+    scores.errors = {**scores.errors, **rows.sequence_errors}
+    made = judged_rows(rows, scores, judging.page, keeps_replies=judging.keeps_replies)
+    assert rows.questions is not None
+    was_known = None
+    if rows.known is not None:
+        # A response whose questions were all known: none of them was asked.
+        asked = np.zeros(len(made.lengths), np.int64)
+        shown_known = np.repeat(rows.known.is_there, np.diff(rows.questions.shown_offsets))
+        np.add.at(asked, rows.questions.shown, ~shown_known)
+        was_known = (asked == 0) & (made.lengths > 0)
+    return ScoredRows(
+        scores=made.scores,
+        lengths=made.lengths,
+        truncated_tokens=np.zeros(len(made.lengths), np.int32),
+        row_offsets=rows.questions.response_offsets,
+        row_errors=rows.row_errors,
+        rows_digest=_rows_digest(rows),
+        engine=json.loads(json.dumps(backend.provenance)),
+        score_s=score_s,
+        was_known=was_known,
+        notes=rows.notes,
+        special_tokens=rows.special_tokens,
+        added=made.columns,
     )
 
 

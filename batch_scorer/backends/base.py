@@ -13,7 +13,13 @@ import numpy.typing as npt
 
 from batch_scorer.errors import ModelError, RowReason
 from batch_scorer.judges.page import Page
-from batch_scorer.models.adapter import Adapter, ModelFiles, StepAggregation, output_entries
+from batch_scorer.models.adapter import (
+    Adapter,
+    ModelFiles,
+    StepAggregation,
+    output_entries,
+    verdict_entries,
+)
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.files import reading
 from batch_scorer.records import Embedding, RowError, Scores, TokenizedRows
@@ -60,8 +66,9 @@ class EngineSettings:
     token_budget       most tokens of a forward pass; None: what suits the device.
     compile            whether torch compiles the body's layers; None: the engine's default.
     trust_remote_code  whether Python code that comes with the model is run.
-    judge              the page that a judge is asked by; None: the model is none. `tokenizer_dir`:
-                       what its replies are decoded with.
+    judge              the page that a judge is asked by; None: the model is none. `verdict_ids` are
+                       the tokens of its choices, where it is read by their probability, and
+                       `tokenizer_dir` is what its replies are decoded with.
     prefix_caching     False only to measure what vLLM's prefix cache brings.
     """
 
@@ -86,6 +93,7 @@ class EngineSettings:
     compile: bool | None = None
     trust_remote_code: bool = False
     judge: Page | None = None
+    verdict_ids: tuple[int, ...] = ()
     tokenizer_dir: Path | None = None
     prefix_caching: bool = True
 
@@ -98,6 +106,8 @@ class EngineSettings:
     def read_files(self) -> ModelFiles:
         """What the directories hold. Raises ModelError."""
         entries = output_entries(self.output_names, self.output_weights)
+        if self.judge is not None:
+            entries = verdict_entries([*self.judge.verdict.choices], self.verdict_ids or None)
         with reading(self.model_dir):
             return read_model_files(self.model_dir, lora_dir=self.lora_dir, entries=entries)
 

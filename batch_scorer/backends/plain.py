@@ -12,7 +12,7 @@ import torch
 from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.hf_loader import Loader, has_own_forward
-from batch_scorer.backends.plain_answers import plain_answers
+from batch_scorer.backends.plain_answers import plain_answers, plain_verdicts
 from batch_scorer.backends.streaming import can_stream, streamed_scores
 from batch_scorer.models.registry import choose_adapter
 from batch_scorer.records import Scores, TokenizedRows
@@ -53,16 +53,18 @@ def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
     """Scores with eager attention, no packing, no padding, every sequence on its own.
 
     A stock sequence classifier is scored by transformers' own forward, head and pooling
-    included, and log probabilities come from transformers' own language model. It has no scores of
-    other tokens; where these are asked for, and in other families, scores come from the plain body
-    and the head that `models/families` describes. The settings are the engine's; `attention`,
-    `token_budget` and `compile` are ignored.
+    included, and what is read off a vocabulary comes from transformers' own language model. It has
+    no scores of other tokens; where these are asked for, and in other families, scores come from
+    the plain body and the head that `models/families` describes. The settings are the engine's;
+    `attention`, `token_budget` and `compile` are ignored.
     """
     settings = replace(settings, device=settings.own_device)
     files = settings.read_files()
     adapter = settings.adapter or choose_adapter(files)
     if adapter.log_probs:
         return plain_answers(replace(settings, adapter=adapter), rows)
+    if adapter.verdicts:
+        return plain_verdicts(replace(settings, adapter=adapter), rows)
     if has_own_forward(files, adapter, settings):
         loader = Loader(files, adapter, settings.trust_remote_code, embeds=False, own_head=True)
         return _own_forward(loader, rows, settings.dtype, settings.device)

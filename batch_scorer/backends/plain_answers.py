@@ -1,5 +1,6 @@
-"""Log probabilities of answers by transformers' own language models, one sequence at a time: the
-reference for implicit rewards. Written apart from what it checks."""
+"""Log probabilities of answers, and of a judge's choices, by transformers' own language models, one
+sequence at a time: the reference for implicit rewards and judges. Written apart from what it
+checks."""
 
 import copy
 import gc
@@ -57,6 +58,25 @@ def _log_probs(settings: EngineSettings, rows: TokenizedRows) -> npt.NDArray[np.
     if settings.device == "cuda":
         torch.cuda.empty_cache()
     return sums
+
+
+@torch.inference_mode()
+def plain_verdicts(settings: EngineSettings, rows: TokenizedRows) -> Scores:
+    """float32[S, choices], how probable each of a judge's choices is as the next token."""
+    model = _language_model(settings)
+    choices = list(settings.verdict_ids)
+    values = np.full((rows.num_sequences, len(choices)), np.nan, np.float32)
+    for sequence, (start, stop) in enumerate(pairwise(rows.sequence_offsets.tolist())):
+        if stop == start:
+            continue
+        ids = torch.from_numpy(rows.token_ids[start:stop]).long().to(settings.device)
+        logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, -1].double()
+        values[sequence] = torch.softmax(logits, dim=-1)[choices].float().cpu().numpy()
+    del model
+    gc.collect()
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
+    return Scores(values)
 
 
 def _language_model(settings: EngineSettings) -> Any:

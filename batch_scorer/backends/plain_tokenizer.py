@@ -92,7 +92,7 @@ class PlainTokenizer:
             return self._ended(content, plain, [])
         conversation = cast(Conversation, content)
         if self._prompt.pair and not self._tokenizer.chat_template:
-            *before, answer = map(_joined, conversation)
+            *before, answer = map(joined, conversation)
             question = self._prompt.question_prefix + "\n\n".join(before)
             pair = self._tokenizer(question, answer)["input_ids"]
             return PlainIds(pair, ("pair",))
@@ -110,6 +110,9 @@ class PlainTokenizer:
         if self._prompt.reasoning == "keep" and (kept := self._kept(prepared, arguments)):
             plain = self._tokenizer(kept, add_special_tokens=False)["input_ids"]
             return self._ended(kept, plain, [*used, "reasoning"])
+        if self._prompt.begins:
+            plain = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self._ended(text, plain, [*used, "begins"])
         return self._ended(text, self._call(prepared, arguments, tokenize=True)["input_ids"], used)
 
     def answer_problem(
@@ -141,7 +144,7 @@ class PlainTokenizer:
                 asked = self._call(before, asking, tokenize=True)["input_ids"]
             except Exception:  # a template may refuse a conversation without its end
                 asked = []
-            answer = _joined(talk[-1]).strip()
+            answer = joined(talk[-1]).strip()
         bos = [[token for token in part[:1] if token == self.bos_id] for part in (ids, asked)]
         alike = zip(ids[len(bos[0]) :], asked[len(bos[1]) :], strict=False)
         border = len(bos[0]) + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], alike))
@@ -194,8 +197,8 @@ class PlainTokenizer:
         assert self._prompt.beside is not None
         if not isinstance(beside, str):
             drops, keeps = (self._prompt.reasoning == each for each in ("drop", "keep"))
-            other = _without_reasoning(beside) if drops else beside
-            beside = _whole(other) if keeps else _joined(other)
+            other = without_reasoning(beside) if drops else beside
+            beside = whole(other) if keeps else joined(other)
         return {**arguments, self._prompt.beside.field: beside}
 
     # transformers' call
@@ -218,7 +221,8 @@ class PlainTokenizer:
         )
 
     def _text(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str:
-        return cast(str, self._call(conversation, arguments, tokenize=False))
+        text = cast(str, self._call(conversation, arguments, tokenize=False))
+        return text + self._prompt.begins
 
     # What the settings do, and their names
 
@@ -236,12 +240,12 @@ class PlainTokenizer:
             messages = [{**m, "role": role_alias(m["role"])} for m in messages]
         if RowNote.PARTS_JOINED in notes:
             used.append(RowNote.PARTS_JOINED.value)
-            messages = [{**m, "content": _joined(m)} if _has_parts(m) else m for m in messages]
+            messages = [{**m, "content": joined(m)} if _has_parts(m) else m for m in messages]
         if prompt.system is not None and role_alias(messages[0]["role"]) != "system":
             used.append("system_prompt")
             messages.insert(0, {"role": "system", "content": prompt.system})
         if prompt.reasoning == "drop":
-            without = [_without_reasoning(message) for message in messages]
+            without = [without_reasoning(message) for message in messages]
             used += ["reasoning"] * (without != messages)
             messages = without
         if prompt.steps is not None:
@@ -302,13 +306,11 @@ class PlainTokenizer:
             marked = _wrapped(marked)
         if _HERE in self._text([*before, marked], arguments):
             return None  # the template writes it itself
-        stand_in = {**_without_reasoning(answer), "content": _HERE}
+        stand_in = {**without_reasoning(answer), "content": _HERE}
         if self._needs_parts:
             stand_in = _wrapped(stand_in)
         start, found, end = self._text([*before, stand_in], arguments).partition(_HERE)
-        return (
-            re.sub(r"<think>\s*</think>\s*$", "", start) + _whole(answer) + end if found else None
-        )
+        return re.sub(r"<think>\s*</think>\s*$", "", start) + whole(answer) + end if found else None
 
     # Special tokens that a message spells, kept as text
 
@@ -385,7 +387,7 @@ class PlainTokenizer:
         return self._with_ends(ids, used)
 
 
-def _joined(message: Message) -> str:
+def joined(message: Message) -> str:
     """The content as one text, its parts' texts joined by line feeds."""
     content = message.get("content")
     if isinstance(content, list):
@@ -409,7 +411,7 @@ def _wrapped(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
-def _without_reasoning(message: Message) -> Message:
+def without_reasoning(message: Message) -> Message:
     kept = {name: value for name, value in message.items() if name not in _REASONING_FIELDS}
     content = kept.get("content")
     if isinstance(content, str):
@@ -429,23 +431,23 @@ def _thought(answer: Message) -> str:
     for name in _REASONING_FIELDS:
         if str(answer.get(name) or "").strip():
             return str(answer[name])
-    found = _THOUGHT.match(_joined(answer))
+    found = _THOUGHT.match(joined(answer))
     return found[1] if found else ""
 
 
 def _marked(answer: Message) -> Message:
     """The answer with a mark in place of its reasoning."""
     fields = {key: _HERE for key in _REASONING_FIELDS if str(answer.get(key) or "").strip()}
-    text = _joined(answer)
+    text = joined(answer)
     found = _THOUGHT.match(text)
     if found is None:
         return {**answer, **fields}
     return {**answer, **fields, "content": f"<think>\n{_HERE}\n</think>\n\n{text[found.end() :]}"}
 
 
-def _whole(answer: Message) -> str:
+def whole(answer: Message) -> str:
     """The answer's text behind its reasoning."""
-    text, thought = _joined(answer), _thought(answer).strip("\n")
+    text, thought = joined(answer), _thought(answer).strip("\n")
     if not thought or _THOUGHT.match(text):
         return text
     return "<think>\n" + thought + "\n</think>\n\n" + text
@@ -457,7 +459,7 @@ def _in_steps(
     """The answer's steps with the tag after each, or as turns that the tag answers."""
     *before, answer = conversation
     if given is None:
-        text = _joined(answer)
+        text = joined(answer)
         is_tagged = rule.layout == "tagged" and rule.tag in text
         given = tuple(part for part in text.split(rule.tag if is_tagged else rule.separator))
         given = tuple(part.strip() for part in given if part.strip())
@@ -465,7 +467,7 @@ def _in_steps(
     if rule.layout == "tagged":
         return [*before, {**answer, "content": rule.joint.join(s + rule.tag for s in steps)}]
     if before and before[-1]["role"] == "user":
-        steps[0] = _joined(before.pop()) + " " + steps[0]
+        steps[0] = joined(before.pop()) + " " + steps[0]
     turns: Conversation = []
     for step in steps:
         turns.append({"role": "user", "content": step})

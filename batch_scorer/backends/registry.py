@@ -39,6 +39,9 @@ def settings_of(job: Job) -> EngineSettings:
         token_budget=job.config.token_budget,
         compile=job.config.compile,
         trust_remote_code=job.config.trust_remote_code,
+        judge=job.model.judge,
+        verdict_ids=job.model.verdict_ids,
+        tokenizer_dir=job.model.tokenizer_path,
     )
     if adapter is None or not adapter.log_probs:
         return settings

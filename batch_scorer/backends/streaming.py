@@ -216,7 +216,9 @@ def can_stream(settings: EngineSettings) -> bool:
     transformers' own."""
     files = settings.read_files()
     adapter = settings.adapter or choose_adapter(files)
-    if adapter.log_probs or (adapter.build_head is None and settings.embedding is None):
+    if adapter.log_probs or adapter.verdicts:
+        return False
+    if adapter.build_head is None and settings.embedding is None:
         return False
     whole = has_own_forward(files, adapter, settings)
     return LazyModel(files, adapter, settings, whole=whole).layers() is not None

@@ -127,7 +127,8 @@ def describe(layout: Layout, schema: pa.Schema | None = None) -> str:
 def columns_needed(layout: Layout) -> list[str]:
     """The columns that `parse` reads, each once."""
     beside = () if layout.repeated is None else (layout.repeated,)
-    return list(dict.fromkeys((*layout.columns.values(), *beside, *layout.watched)))
+    columns = (*layout.columns.values(), *beside, *layout.watched, *layout.fields)
+    return list(dict.fromkeys(columns))
 
 
 # Columns to fields.

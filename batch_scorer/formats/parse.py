@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.formats import hh
 from batch_scorer.formats.context import Context, contexts, texts_beside
+from batch_scorer.formats.detect import columns_needed
 from batch_scorer.formats.encoded import decoded
 from batch_scorer.formats.kinds import KINDS, Part, is_assistant, mask_field
 from batch_scorer.formats.messages import asked, bad, judged, message_of, messages_of
@@ -53,7 +54,7 @@ def parse(columns: Columns, layout: Layout) -> ParsedRows:
     Raises ShardError if a column is missing.
     """
     kind = KINDS[layout.format]
-    for name in (*layout.columns.values(), *layout.watched, *filter(None, [layout.repeated])):
+    for name in columns_needed(layout):
         if name not in columns:
             raise ShardError(ShardReason.WRONG_SCHEMA, f"no column {name!r}")
     num_rows = len(columns[layout.columns[kind.responses[0]]])
@@ -82,6 +83,7 @@ def parse(columns: Columns, layout: Layout) -> ParsedRows:
         rows.append(found)
     sequences, row_offsets = shape_of(layout.format).cut(rows)
     parsed = ParsedRows(sequences, row_offsets, dict(sorted(row_errors.items())), beside=beside)
+    parsed.fields = {name: list(columns[name]) for name in layout.fields}
     for row, prompt in enumerate(prompts):
         if prompt and not isinstance(prompt, RowError) and not _is_conversation(prompt):
             parsed.prompt_lengths[row] = len(prompt)

@@ -86,7 +86,7 @@ class RowShape:
         names += ["score_error", *(f"num_tokens{suffix}" for suffix in self.suffixes)]
         if over_length.cuts:
             names += [f"num_truncated_tokens{suffix}" for suffix in self.suffixes]
-        names += ["score_notes", "num_special_tokens"]
+        names += ["score_notes", "num_special_tokens", *outputs.judge]
         return [prefix + name for name in names]
 
     def counts(self, table: pa.Table, layout: Layout, row_offsets: IntArray) -> IntArray:

@@ -41,12 +41,14 @@ from batch_scorer.inputs.sources import FileKind, kind_of, list_inputs
 from batch_scorer.inputs.where import IntArray, where_of
 from batch_scorer.records import (
     SCALAR,
+    Format,
     Layout,
     Outputs,
     Receipt,
     Shard,
     Source,
     Status,
+    TextStyle,
     layout_to_json,
 )
 from batch_scorer.records.digest import digest_of
@@ -157,9 +159,11 @@ def make_plan(
     choose: Choice | None = None,
     *,
     beside: str | None = None,
+    fields: tuple[str, ...] = (),
 ) -> Plan:
     """List and inspect the inputs and cut them into shards, in the order of their keys. `beside` is
-    the field that the model reads beside the conversation (`Prompt.column_beside`).
+    the field that the model reads beside the conversation (`Prompt.column_beside`), `fields` are
+    the columns that a judge's questions show.
 
     Raises InputError if there is nothing to score at all, and ConfigError for a `where` that is no
     expression or a column to keep or drop that no file has. A file that cannot be used is a failed
@@ -179,7 +183,7 @@ def make_plan(
     aside: dict[str, Source] = {}
     if choose is not None:
         aside = {s.key: s for s, changed in listed if choose(s, changed) is False}
-    layout_of = partial(_layout, config=config, outputs=outputs, beside=beside)
+    layout_of = partial(_layout, config=config, outputs=outputs, beside=beside, fields=fields)
     look = partial(_look_apart, config=config, layout_of=layout_of)
     for found in _looked_at(sources, look, shared):
         if isinstance(found, InputFile):
@@ -465,7 +469,12 @@ def _first_rows(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Tabl
 
 
 def _layout(
-    schema: pa.Schema, sample: pa.Table, config: Config, outputs: Outputs, beside: str | None
+    schema: pa.Schema,
+    sample: pa.Table,
+    config: Config,
+    outputs: Outputs,
+    beside: str | None,
+    fields: tuple[str, ...],
 ) -> Layout:
     judged = formats.columns_judged(schema, config.columns)
     columns, _ = formats.columns_of(sample, judged, config.read_bounds)
@@ -479,6 +488,10 @@ def _layout(
         beside=beside,
         bounds=config.read_bounds,
     )
+    if outputs.judge:
+        _require_judgeable(layout, schema, fields)
+        watched = tuple(name for name in layout.watched if name not in fields)
+        layout = replace(layout, fields=fields, watched=watched)
     added = shape_of(layout.format).added_columns(config.column_prefix, config.over_length, outputs)
     written = kept_columns(schema.names, config.keep_columns, config.drop_columns)
     taken = sorted(set(added) & set(written))
@@ -489,6 +502,22 @@ def _layout(
             "e.g. --column-prefix rm_",
         )
     return layout
+
+
+def _require_judgeable(layout: Layout, schema: pa.Schema, fields: tuple[str, ...]) -> None:
+    """Raise ShardError where the rows are no conversations, or lack a column that a judge's
+    questions show."""
+    is_one = layout.format in (Format.TEXT, Format.TOKEN_IDS, Format.STEPS)
+    if is_one or layout.text_style is TextStyle.RENDERED:
+        raise ShardError(
+            ShardReason.WRONG_SCHEMA,
+            f"a judge reads conversations, and the rows are {formats.describe(layout, schema)}",
+        )
+    if missing := sorted(set(fields) - set(schema.names)):
+        raise ShardError(
+            ShardReason.WRONG_SCHEMA,
+            f"no column {', '.join(missing)}, which the judge's page shows",
+        )
 
 
 def _refuse_collisions(names: Iterable[tuple[str, Source]]) -> None:

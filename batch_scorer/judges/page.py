@@ -224,6 +224,17 @@ class Page(_Part):
         return digest_of(self.model_dump(mode="json", exclude={"name", "about", "source"}))
 
 
+JUDGEMENTS = "judgements"
+"""The column that has what became of each question of a row."""
+CONSISTENCY = "consistency"
+"""The column that says whether the orders of a row's comparisons agree."""
+
+
+def judge_columns(page: Page) -> tuple[str, ...]:
+    """The columns that a judge adds beside the scores."""
+    return (JUDGEMENTS, CONSISTENCY) if page.mode == "pairwise" else (JUDGEMENTS,)
+
+
 RESERVED = frozenset(
     {
         *("prompt", "turns", "response", "responses", "response_a", "response_b"),

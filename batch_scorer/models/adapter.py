@@ -166,6 +166,17 @@ OUTPUT_WEIGHTS = "_output_weights"
 """The entry of a `ModelFiles.config` that holds the setting `output_weights`."""
 
 
+VERDICTS = "_verdicts"
+"""The entry of a `ModelFiles.config` that holds a judge's choices, each with its token id."""
+
+
+def verdict_entries(
+    choices: Sequence[str], token_ids: Sequence[int | None] | None = None
+) -> dict[str, Any]:
+    """A judge's choices, with their token ids where these are known, as an entry of a config."""
+    return {VERDICTS: dict(zip(choices, token_ids or [None] * len(choices), strict=True))}
+
+
 def output_entries(names: Sequence[str], weights: Mapping[str, float]) -> dict[str, Any]:
     """What the settings `output_names` and `output_weights` say, as entries of a config."""
     entries: dict[str, Any] = {OUTPUT_WEIGHTS: dict(weights)} if weights else {}
@@ -345,6 +356,7 @@ class Prompt:
     date          what a template gets for today, None: the day on which it is loaded.
     reasoning, special_text   as the settings.
     answer       where the judged answer begins is found, too (`TokenizedRows.answer_starts`).
+    begins       what a judge's reply begins with, behind the rendered text.
     beside        what of the row is read beside the conversation.
     """
 
@@ -363,6 +375,7 @@ class Prompt:
     reasoning: Literal["template", "keep", "drop"] = "template"
     special_text: Literal["parse", "literal", "mark"] = "parse"
     answer: bool = False
+    begins: str = ""
     beside: Beside | None = None
 
     @property
@@ -374,10 +387,12 @@ class Prompt:
         return None if self.beside.field in json.loads(self.arguments) else self.beside.field
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; a template as its sha256. `beside` is left out where there is nothing."""
+        """All of it; a template as its sha256. `beside` and `begins` are left out where there is
+        nothing."""
         parts = asdict(self)
-        if self.beside is None:
-            del parts["beside"]
+        for name in ("beside", "begins"):
+            if not parts[name]:
+                del parts[name]
         return {
             **parts,
             "template": self.template and hashlib.sha256(self.template.encode()).hexdigest(),
@@ -433,6 +448,8 @@ class Adapter:
     log_probs      whether the head gives log probabilities of next tokens, of which those of the
                    judged answer are added up: it takes [K, H] and int64[K], the next tokens, and
                    gives float32[K]. `pooling` is not used.
+    verdicts       whether the head gives the probabilities of the tokens that a judge may answer
+                   with (`VERDICTS`), from the whole vocabulary's logits.
     max_tokens     the longest sequence that its models were made for, where the config's limit is
                    none.
     averages       whether the pooled hidden states of a sequence are averaged before the head.
@@ -468,6 +485,7 @@ class Adapter:
     build_head: "Callable[[Mapping[str, Tensor], ModelConfig], nn.Module] | None" = None
     pooling: Pooling = LastToken()
     log_probs: bool = False
+    verdicts: bool = False
     max_tokens: int | None = None
     averages: Callable[[ModelConfig], bool] = field(default=lambda config: False)
     prompt: Prompt = Prompt()
@@ -536,7 +554,7 @@ class Adapter:
             self.build_head is not None
             and isinstance(self.pooling, LastToken)
             and self.pooling.must_be is None
-            and not (self.head_rows or self.log_probs)
+            and not (self.head_rows or self.log_probs or self.verdicts)
             and self.step_aggregation is None
         )
 

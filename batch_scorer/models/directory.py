@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles, Prompt
@@ -31,6 +31,9 @@ from batch_scorer.models.registry import (
     read_vocabulary,
 )
 from batch_scorer.models.sizes import check_sizes
+
+if TYPE_CHECKING:
+    from batch_scorer.judges.page import Page
 
 _CODE = "*.py"
 _VOCABULARY = "tokenizer.json"
@@ -70,7 +73,8 @@ class ModelFacts:
     they are stored. `digest` covers config, weights and tokenizer files: with any byte changed
     there it is another model. With a LoRA adapter it covers the adapter's files and the base's, and
     `base_digest` the base's alone. `reference` is the second model of an implicit reward; limits,
-    `vocab_size` and `cost` are then those of both together.
+    `vocab_size` and `cost` are then those of both together. `judge` is the page that a judge is
+    asked by, and `verdict_ids` the token of each of its choices, where it is read by probability.
     """
 
     path: Path
@@ -95,6 +99,13 @@ class ModelFacts:
     digest: str
     base_digest: str | None = None
     reference: "ModelFacts | None" = None
+    judge: "Page | None" = None
+    verdict_ids: tuple[int, ...] = ()
+
+    @property
+    def columns_beside(self) -> tuple[str, ...]:
+        """The columns of a row that a judge's questions show beside the conversation."""
+        return self.judge.read_columns if self.judge else ()
 
 
 def find_model(

@@ -114,10 +114,10 @@ def foreign_layers(config: PretrainedConfig) -> list[str]:
 def check_head(files: ModelFiles, adapter: Adapter) -> None:
     """Raise ModelError for a head that cannot be built, or that gives one score to every text.
 
-    Reads the head, but not that of `log_probs`: it is a whole vocabulary's, and never beside the
-    safetensors, whose shapes and values are looked at elsewhere.
+    Reads the head, but not that of `log_probs` or `verdicts`: it is a whole vocabulary's, and never
+    beside the safetensors, whose shapes and values are looked at elsewhere.
     """
-    if adapter.log_probs:
+    if adapter.log_probs or adapter.verdicts:
         return
     if adapter.build_head is None:
         tensors = dict(checkpoint_tensors(files, lambda name: name.startswith(ENCODER_HEADS)))

@@ -33,6 +33,9 @@ STOCK = "sequence_classifier"
 NAMED = "named_outputs"
 """The family of heads whose outputs the user names."""
 
+JUDGE = "judge"
+"""The family of language models that are asked by a page."""
+
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
 """What transformers calls an output without a name."""
 ENCODER_HEADS = ("classifier.", "classification_head.", "score.")

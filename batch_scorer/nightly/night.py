@@ -20,9 +20,9 @@ from batch_scorer import formats, logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
 from batch_scorer.formats.kinds import BESIDE_NAMES
-from batch_scorer.inputs.plan import Plan, make_plan
+from batch_scorer.inputs.plan import Plan
 from batch_scorer.inputs.selection import kept_columns
-from batch_scorer.job import Job, outputs_of
+from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.nightly.generations import (
     LATEST_KEY,
@@ -52,7 +52,14 @@ from batch_scorer.outputs.manifest import current_manifest
 from batch_scorer.outputs.reuse import Earlier
 from batch_scorer.pipeline.session import RaySession
 from batch_scorer.records import Source, Status
-from batch_scorer.runs.derive import as_begun, date_of, look_at_model, open_output, settle
+from batch_scorer.runs.derive import (
+    as_begun,
+    date_of,
+    look_at_model,
+    open_output,
+    plan_for,
+    settle,
+)
 from batch_scorer.runs.run import Listener, Summary, score_plan
 from batch_scorer.storage import ObjectMissing, Store
 
@@ -205,8 +212,7 @@ def plan_night(series: Sequence[Series], night: Night) -> Plan:
     others score, too."""
     first, *others = series
     config = first.config
-    outputs, beside = outputs_of(config, first.model), first.model.prompt.column_beside
-    plan = make_plan(config, outputs, night.holds, beside=beside)
+    plan = plan_for(config, first.model, night.holds)
     for file in plan.files if others else ():
         kept = kept_columns(file.schema.names, config.keep_columns, config.drop_columns)
         for name in formats.columns_needed(file.layout):
@@ -289,8 +295,7 @@ class _NightlyRun:
             return None if source.key in gone else self._origins.get(source.key) in selected
 
         config = self._placed(series, above)
-        outputs, beside = outputs_of(config, series.model), series.model.prompt.column_beside
-        return make_plan(config, outputs, choice, beside=beside)
+        return plan_for(config, series.model, choice)
 
     def _placed(self, series: Series, above: Step | None) -> Config:
         """The series' settings, with inputs and output as far as they are known before its

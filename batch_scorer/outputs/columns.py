@@ -63,6 +63,7 @@ def score_columns(
     arrays += [
         pa.array([scored.notes.get(row) for row in rows], pa.list_(pa.string())),
         pa.array([scored.special_tokens.get(row) for row in rows], pa.int32()),
+        *(scored.added[name] for name in outputs.judge),
     ]
     names = shape.added_columns(prefix, over_length, outputs)
     return dict(zip(names, arrays, strict=True))
@@ -180,6 +181,10 @@ def _update(digest: Any, column: pa.Array) -> None:
     elif pa.types.is_fixed_size_list(column.type):
         digest.update(f"vector {column.type.list_size}".encode())
         _update(digest, column.flatten())
+    elif pa.types.is_struct(column.type):
+        for name, part in zip(column.type.names, column.flatten(), strict=True):
+            digest.update(f"field {name}".encode())
+            _update(digest, part)
     elif pa.types.is_string(column.type):
         digest.update(b"string")
         digest.update("\n".join(pc.fill_null(column, "").to_pylist()).encode())

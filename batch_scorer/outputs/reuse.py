@@ -24,6 +24,8 @@ from batch_scorer.config import Config
 from batch_scorer.errors import ShardError, StorageError
 from batch_scorer.inputs.files import open_parquet, read_apart
 from batch_scorer.job import Job
+from batch_scorer.judges.judgements import stored_verdicts
+from batch_scorer.judges.page import JUDGEMENTS
 from batch_scorer.outputs.columns import sequence_scores
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.records import (
@@ -37,7 +39,7 @@ from batch_scorer.records import (
     gather,
     layout_to_json,
 )
-from batch_scorer.render import renderer_of
+from batch_scorer.render.rows import tokenized
 from batch_scorer.storage import ObjectInfo, Store, in_threads, open_store
 
 log = logging.getLogger("batch_scorer")
@@ -153,7 +155,10 @@ def _earlier(
     values, errors = formats.columns_of(table, needed, layout.bounds)
     parsed = formats.parse(values, layout)
     parsed.row_errors.update(errors)
-    rows = renderer_of(job.config, job.model).tokenize(parsed)
+    rows = tokenized(parsed, job.config, job.model)
+    if job.model.judge is not None:
+        column = table[commit.column_prefix + JUDGEMENTS].combine_chunks()
+        return rows, stored_verdicts(column, rows, job.model.judge)
     return rows, sequence_scores(table, layout, commit.column_prefix, job.outputs, rows.row_offsets)
 
 
@@ -221,6 +226,11 @@ def _joined(num_sequences: int, parts: Sequence[_Part]) -> Scores:
     joined = Scores(np.full((num_sequences, width), np.nan, np.float32))
     for here, there, scores in parts:
         joined.values[here] = scores.values[there]
+    if any(scores.replies is not None for _, _, scores in parts):
+        joined.replies = [None] * num_sequences
+        for here, there, scores in parts:
+            for place, at in zip(here.tolist(), there.tolist(), strict=True):
+                joined.replies[place] = scores.replies and scores.replies[at]
     if parts[0][2].step_values is None:
         return joined
     # The steps of all parts end to end, behind an empty list for the sequences that have none.

@@ -35,7 +35,7 @@ def read_raw_rows(store: Store, shard: Shard, rows: Sequence[int]) -> dict[int, 
     A line that is not a JSON object is left out. Raises what the store and the file format raise.
     """
     wanted = sorted(set(rows))
-    columns = set(shard.layout.columns.values())
+    columns = _columns(shard)
     if shard.row_groups is not None:
         found = _from_batches(store, shard, wanted)
     elif shard.lines is not None:
@@ -49,12 +49,16 @@ def read_raw_rows(store: Store, shard: Shard, rows: Sequence[int]) -> dict[int, 
     }
 
 
+def _columns(shard: Shard) -> set[str]:
+    return {*shard.layout.columns.values(), *shard.layout.fields}
+
+
 def _from_batches(store: Store, shard: Shard, rows: list[int]) -> Iterator[tuple[int, RawRow]]:
     position = -shard.skip_rows
     for batch in _batches(store, shard):
         for row in rows:
             if 0 <= row - position < batch.num_rows:
-                yield row, _row_of(batch, row - position, shard.layout.columns.values())
+                yield row, _row_of(batch, row - position, _columns(shard))
         position += batch.num_rows
         if position > rows[-1]:
             return
@@ -69,7 +73,7 @@ def _batches(store: Store, shard: Shard) -> Iterator[pa.RecordBatch]:
     file.seek(0)
     if magic.startswith(_PARQUET):
         parquet = pq.ParquetFile(file)
-        columns = set(shard.layout.columns.values())
+        columns = _columns(shard)
         names = [name for name in parquet.schema_arrow.names if name in columns]
         groups = range(*shard.row_groups)
         yield from parquet.iter_batches(_BATCH_ROWS, groups, names, use_threads=False)

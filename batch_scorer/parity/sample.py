@@ -15,16 +15,19 @@ from batch_scorer.config import Config
 from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
 from batch_scorer.inputs.files import read_apart, row_numbers
 from batch_scorer.job import Job
+from batch_scorer.judges.questions import ask
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.files import read_json
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.parity.cover import Candidate, choose, traits_of
+from batch_scorer.parity.raw_questions import raw_questions
 from batch_scorer.parity.raw_rows import read_raw_rows
 from batch_scorer.parity.raw_sequences import RawSequence, raw_sequences
 from batch_scorer.parity.rendering import ComparedRow, compare_rows
 from batch_scorer.records import ParsedRows, RowError, Shard, TokenizedRows
 from batch_scorer.render import renderer_of
-from batch_scorer.shard import parse_shard, tokenized
+from batch_scorer.render.rows import tokenized
+from batch_scorer.shard import parse_shard
 from batch_scorer.storage import open_store
 
 if TYPE_CHECKING:
@@ -188,8 +191,10 @@ def _window(job: Job, part: Shard, parsed: ParsedRows) -> _Window:
     """These rows, which the product has parsed, tokenised by it, and read by the gate itself."""
     options = job.config.store_options
     rows = tokenized(parsed, job.config, job.model)
+    if job.model.judge is not None:
+        parsed, _ = ask(parsed, job.model.judge, job.config.reasoning)
     numbers = row_numbers(part, options)
-    return _Window(part, numbers, parsed, rows, _raw(part, options, numbers, _scorable(rows)))
+    return _Window(part, numbers, parsed, rows, _raw(part, job, numbers, _scorable(rows)))
 
 
 def parts_of(shard: Shard) -> list[Shard]:
@@ -212,13 +217,13 @@ def parts_of(shard: Shard) -> list[Shard]:
 
 
 def _raw(
-    shard: Shard, store_options: Mapping[str, str], numbers: Sequence[int], rows: Sequence[int]
+    shard: Shard, job: Job, numbers: Sequence[int], rows: Sequence[int]
 ) -> dict[int, Sequence[RawSequence | None]]:
     """These rows, read by the gate itself. Raises ParityError for one that it cannot read."""
     if not rows:
         return {}
     places = {row: numbers[row] - shard.first_row for row in rows}
-    store = open_store(shard.source.root, store_options)
+    store = open_store(shard.source.root, job.config.store_options)
     found = read_raw_rows(store, shard, list(places.values()))
     sequences: dict[int, Sequence[RawSequence | None]] = {}
     for row, place in places.items():
@@ -226,7 +231,11 @@ def _raw(
         if place not in found:
             raise ParityError(f"{name}: it is scored, but the file has no such row")
         try:
-            sequences[row] = raw_sequences(found[place], shard.layout)
+            if (page := job.model.judge) is None:
+                sequences[row] = raw_sequences(found[place], shard.layout)
+            else:
+                reasoning = job.config.reasoning
+                sequences[row] = raw_questions(found[place], shard.layout, page, reasoning)
         except (LookupError, TypeError, ValueError, SyntaxError) as error:
             raise ParityError(
                 f"{name}: it is scored, but is not what it is read as: {error}"

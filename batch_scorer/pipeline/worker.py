@@ -166,9 +166,10 @@ class Scorer:
             try:
                 with self._at_work():
                     if tried.is_probe:
-                        score_shard(rows.part(tried.start, tried.stop), self._backend)
+                        part = rows.part(tried.start, tried.stop)
+                        score_shard(part, self._backend, self._job.judging)
                     else:
-                        return score_shard(without(rows, marks), self._backend)
+                        return score_shard(without(rows, marks), self._backend, self._job.judging)
                 search.passed(tried)
             except (ShardError, EngineDied):
                 raise

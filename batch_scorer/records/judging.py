@@ -5,10 +5,13 @@ questions together.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from batch_scorer.records.rows import RowError
 
 IntArray = npt.NDArray[np.int64]
 
@@ -18,14 +21,16 @@ class Questions:
     """Q questions about S responses, the questions of all rows end to end.
 
     `response_offsets` is int64[R+1]: row r has the responses [response_offsets[r],
-    response_offsets[r + 1]). `shown` is int64[K], places among the S responses: question q shows
-    those at [shown_offsets[q], shown_offsets[q + 1]), in this order. `criteria` is int64[Q], which
-    criterion of its row a question is about, or -1. `votes` is int64[Q], from 0 for each question
-    that is asked. `verdicts` is int64[Q], how many verdicts its reply holds. `weights` are the
-    weights of a row's criteria, by row.
+    response_offsets[r + 1]); `response_errors` names those that no question is about, with the
+    reason. `shown` is int64[K], places among the S responses: question q shows those at
+    [shown_offsets[q], shown_offsets[q + 1]), in this order. `criteria` is int64[Q], which criterion
+    of its row a question is about, or -1. `votes` is int64[Q], from 0 for each question that is
+    asked. `verdicts` is int64[Q], how many verdicts its reply holds. `weights` are the weights of a
+    row's criteria, by row.
     """
 
     response_offsets: IntArray
+    response_errors: "dict[int, RowError]"
     shown: IntArray
     shown_offsets: IntArray
     criteria: IntArray

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from batch_scorer.errors import RowNote, RowReason
 from batch_scorer.records.judging import Questions, Reply
@@ -90,6 +91,7 @@ class Layout:
     that is no part of a sequence: a response that does not hold it is marked. `encoded` are columns
     whose text is JSON, or Python's spelling, of messages. `watched` are columns that would belong
     to the conversation and are not read: a row where one of them holds anything is marked.
+    `fields` are the columns that a judge's questions show beside the conversation.
     `bounds` are those of the settings; they are no part of what makes layouts differ.
     """
 
@@ -100,6 +102,7 @@ class Layout:
     repeated: str | None = None
     encoded: tuple[str, ...] = ()
     watched: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     bounds: ReadBounds = field(default=DEFAULT_BOUNDS, compare=False)
 
 
@@ -127,7 +130,7 @@ class ParsedRows:
     list, by sequence; that message then has no content. `prompt_lengths` are the characters or
     token ids that a row's sequences begin with because its prompt is text or ids apart, by row.
     `beside` is what a model judges the answers of a row by (a reference, a principle), by row, as a
-    message.
+    message. `fields` are the values of the columns that a judge's questions show, R each.
     """
 
     sequences: list[SequenceInput | RowError]
@@ -137,6 +140,7 @@ class ParsedRows:
     steps: dict[int, tuple[str, ...]] = field(default_factory=dict)
     prompt_lengths: dict[int, int] = field(default_factory=dict)
     beside: dict[int, Message] = field(default_factory=dict)
+    fields: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -347,7 +351,7 @@ class Outputs:
     `attributes` are the names of a reward's parts, in order; `steps`: each step has a score;
     `tokens`: each token has one, which no model has beside `steps`. `embedding_size` is not None
     where there is no score but an embedding, `only_attributes` true where nothing makes a score of
-    the attributes.
+    the attributes. `judge` are the columns that a judge adds.
     """
 
     attributes: tuple[str, ...] = ()
@@ -355,6 +359,7 @@ class Outputs:
     embedding_size: int | None = None
     tokens: bool = False
     only_attributes: bool = False
+    judge: tuple[str, ...] = ()
 
     @property
     def has_score(self) -> bool:
@@ -379,7 +384,7 @@ class ScoredRows:
     `row_errors` as in `ParsedRows`, `notes` and `special_tokens` as in `TokenizedRows`.
     `rows_digest` is over what was scored, `engine` describes what scored it, `score_s` is the time
     inside the backend. `was_known` is bool[S], the sequences whose scores are those of equal
-    sequences scored before; None: of none.
+    sequences scored before; None: of none. `added` are columns of a judge, R values each.
     """
 
     scores: Scores
@@ -393,6 +398,7 @@ class ScoredRows:
     was_known: npt.NDArray[np.bool_] | None = None
     notes: dict[int, tuple[RowNote, ...]] = field(default_factory=dict)
     special_tokens: dict[int, int] = field(default_factory=dict)
+    added: dict[str, pa.Array] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

@@ -136,6 +136,7 @@ def layout_from_json(stored: Mapping[str, Any]) -> Layout:
         repeated=stored["repeated"],
         encoded=tuple(stored["encoded"]),
         watched=tuple(stored["watched"]),
+        fields=tuple(stored.get("fields", ())),
     )
 
 
@@ -148,4 +149,5 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
         "repeated": layout.repeated,
         "encoded": list(layout.encoded),
         "watched": list(layout.watched),
+        **({"fields": list(layout.fields)} if layout.fields else {}),
     }

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.config import Config, OverLength
-from batch_scorer.errors import ModelError, RowNote, RowReason, ShardError, ShardReason
+from batch_scorer.errors import ConfigError, ModelError, RowNote, RowReason, ShardError, ShardReason
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.tokenizer import load_tokenizer
@@ -148,6 +148,30 @@ class Renderer:
             facts,
         )
 
+    def choice_ids(self, choices: Sequence[str]) -> tuple[int, ...]:
+        """The token of each of a judge's choices in the place where its reply begins.
+
+        Raises ConfigError for one that is more than a token there, or the same token as another.
+        """
+        talk = Talk([{"role": "user", "content": "?"}])
+        self._writer.write([talk])
+        if isinstance(talk.text, RowError):
+            raise ModelError(f"{self._model_dir}: the chat template fails: {talk.text.detail}")
+        asked = talk.text + self._prompt.begins
+        before, *after = self._encoder.encode([asked, *(asked + choice for choice in choices)])
+        ids: dict[str, int] = {}
+        for choice, whole in zip(choices, after, strict=True):
+            own = whole[len(before) :].tolist()
+            if len(own) != 1 or not np.array_equal(whole[: len(before)], before):
+                raise ConfigError(
+                    f"judge: {choice!r} is not one token where the reply of {self._model_dir} "
+                    "begins: a probability can be read of one token only; choose another spelling"
+                )
+            if own[0] in ids.values():
+                raise ConfigError(f"judge: {choice!r} is the same token as another choice")
+            ids[choice] = own[0]
+        return tuple(ids.values())
+
     def tokenize(self, parsed: ParsedRows) -> TokenizedRows:
         """Token ids of all sequences, in order.
 
@@ -206,6 +230,8 @@ class Renderer:
             self._encode_answers(parsed, sequences, talks, made)
             return sequences, notes
         for place, talk in talks.items():
+            if self._prompt.begins and isinstance(talk.text, str):
+                talk.text += self._prompt.begins
             is_pair = self._pairs and talk.text == ""
             sequences[place] = self._encode_pair(talk) if is_pair else talk.text
         self._encode(sequences, talks)

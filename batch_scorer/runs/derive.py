@@ -21,9 +21,10 @@ from batch_scorer.errors import (
 )
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.formats.kinds import BESIDE_NAMES
-from batch_scorer.inputs.plan import Plan
-from batch_scorer.job import Job, attention_of, unpackable_part
-from batch_scorer.models.adapter import Prompt, output_entries
+from batch_scorer.inputs.plan import Choice, Plan, make_plan
+from batch_scorer.job import Job, attention_of, outputs_of, unpackable_part
+from batch_scorer.judges.page import Page, load_page
+from batch_scorer.models.adapter import Prompt, output_entries, verdict_entries
 from batch_scorer.models.directory import (
     ModelFacts,
     find_base,
@@ -35,7 +36,7 @@ from batch_scorer.models.directory import (
 from batch_scorer.models.embedding import embedding_of
 from batch_scorer.models.files import reading
 from batch_scorer.models.hub import repository_of
-from batch_scorer.models.registry import NAMED
+from batch_scorer.models.registry import JUDGE, NAMED
 from batch_scorer.outputs.claim import claimed, claimed_fingerprint
 from batch_scorer.pipeline.session import RaySession, has_gpus, num_workers, on_worker
 from batch_scorer.records import Format, TextStyle, TokenizedRows
@@ -73,6 +74,9 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     ConfigError for a setting that this model has no use for.
     """
     entries = output_entries(config.output_names, config.output_weights)
+    page = None if config.judge is None else load_page(config.judge)
+    if page is not None:
+        entries = verdict_entries([*page.verdict.choices])
 
     def inspected(name: str, revision: str | None, base_model: str | None) -> ModelFacts:
         with reading(name):
@@ -82,7 +86,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
             facts = inspect_model(
                 path,
                 repository_of(name),
-                config.adapter or (NAMED if entries else None),
+                config.adapter or (JUDGE if page else NAMED if entries else None),
                 base=find_base(path, base_model, fetch=with_weights),
                 entries=entries,
                 embeds=config.task == "embed",
@@ -104,7 +108,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
             log.warning("%s: %s", name, doubt)
     if config.attention is None and (part := unpackable_part(model)):
         log.info("%s: %s; on hf it runs padded (attention: eager)", part.path, part.unpackable)
-    if not (model.has_score or config.task == "embed"):
+    if not (model.has_score or config.task != "score"):
         log.warning(
             "%s: no score, only rewards (%s); --output-weights makes a score of them",
             *(config.model, ", ".join(model.attributes)),
@@ -135,9 +139,11 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
             model.positions,
         )
     prompt = _with_settings(model.prompt, config)
+    if page is not None:
+        prompt = _asking(prompt, page, config)
     for field in BESIDE_NAMES.keys() & config.columns.keys() - {prompt.column_beside}:
         raise ConfigError(f"columns: {model.adapter} models read no {field} of a row; leave it out")
-    model = replace(model, prompt=prompt)
+    model = replace(model, prompt=prompt, judge=page)
     try_out(config, model)
     return model
 
@@ -172,6 +178,30 @@ def _with_settings(prompt: Prompt, config: Config) -> Prompt:
         eos=prompt.eos if config.eos == "auto" else config.eos,
         reasoning=config.reasoning,
         special_text=config.special_text,
+    )
+
+
+def _asking(prompt: Prompt, page: Page, config: Config) -> Prompt:
+    """How a judge's questions become text: ending where the judge's reply begins, and, unless a
+    setting says otherwise, without special tokens that an answer spells."""
+    arguments = {"add_generation_prompt": True, **json.loads(prompt.arguments)}
+    is_set = "special_text" in config.model_fields_set
+    return replace(
+        prompt,
+        arguments=json.dumps(arguments, sort_keys=True),
+        begins=page.begins,
+        special_text=config.special_text if is_set else "literal",
+    )
+
+
+def plan_for(config: Config, model: ModelFacts, choose: Choice | None = None) -> Plan:
+    """The plan of the inputs for this model. Raises as `make_plan` does."""
+    return make_plan(
+        config,
+        outputs_of(config, model),
+        choose,
+        beside=model.prompt.column_beside,
+        fields=model.columns_beside,
     )
 
 
@@ -244,6 +274,9 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
             f"{model.vocab_size}: they do not belong together"
         )
     probe = renderer.probe() if renderer.renders else None
+    if model.judge is not None and not model.judge.generates:
+        choices = [*model.judge.verdict.choices]
+        model = replace(model, verdict_ids=renderer.choice_ids(choices))
     if probe and model.reference and (lacking := _unread_ids(probe, model.vocab_size)):
         raise ModelError(
             f"{model.path}: its chat template writes token id {lacking[0]}, which only one of the "
@@ -264,6 +297,7 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
         max_tokens=max_tokens_of(config, model),
         text=prompt.to_json(),
         probe_digest=probe.digest if probe else None,
+        judge_digest=model.judge.digest if model.judge else None,
     )
     return Job(config, model, engines, embedding, device, dtype, probe, fingerprint)
 

@@ -6,11 +6,17 @@ from functools import partial
 from batch_scorer.config import Config
 from batch_scorer.errors import InputError, ModelError
 from batch_scorer.inputs.plan import Plan, make_plan
-from batch_scorer.job import Job, outputs_of
+from batch_scorer.job import Job
 from batch_scorer.models.hub import NotHereError
 from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
 from batch_scorer.pipeline.session import on_worker, ray_session
-from batch_scorer.runs.derive import derive, look_at_model, require_answers, require_template
+from batch_scorer.runs.derive import (
+    derive,
+    look_at_model,
+    plan_for,
+    require_answers,
+    require_template,
+)
 from batch_scorer.runs.estimate import Estimate, estimate
 
 
@@ -31,7 +37,7 @@ def check(config: Config) -> Checked:
     differ: see `Checked.report`.
     """
     model = look_at_model(config)
-    plan = make_plan(config, outputs_of(config, model), beside=model.prompt.column_beside)
+    plan = plan_for(config, model)
     with ray_session(config):
         job = derive(config, model)
         require_template(job, plan)
@@ -63,7 +69,7 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
         model = look_at_model(config, with_weights=False)
     except NotHereError as error:
         return Outlook(make_plan(config), unknown=str(error))
-    plan = make_plan(config, outputs_of(config, model), beside=model.prompt.column_beside)
+    plan = plan_for(config, model)
     try:
         estimated = estimate(config, model, plan.shards)
     except ModelError as error:

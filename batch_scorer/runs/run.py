@@ -11,8 +11,8 @@ from batch_scorer import logs
 from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
-from batch_scorer.inputs.plan import Plan, make_plan
-from batch_scorer.job import Job, outputs_of
+from batch_scorer.inputs.plan import Plan
+from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.claim import claim_output, refuse_nights
 from batch_scorer.outputs.lease import Lease, SeenLease, see_lease
@@ -36,6 +36,7 @@ from batch_scorer.runs.derive import (
     as_begun,
     look_at_model,
     open_output,
+    plan_for,
     require_answers,
     require_template,
     settle,
@@ -92,7 +93,7 @@ def score(config: Config, *listeners: Listener, make: BackendFactory | None = No
         raise ConfigError("also: `score` takes one model; `nightly` scores with several")
     model = look_at_model(config)
     seen = _lease_before(config)
-    plan = make_plan(config, outputs_of(config, model), beside=model.prompt.column_beside)
+    plan = plan_for(config, model)
     refuse_nights(open_output(config))
     with RaySession(config) as session:
         return score_plan(config, model, plan, session, listeners, seen=seen, make=make)

@@ -65,6 +65,31 @@ def linear_head(name: str) -> Callable[[Mapping[str, Tensor], ModelConfig], nn.M
     return build
 
 
+class Logits(nn.Module):
+    """A language model's logits: [K, H] → [K, its vocabulary].
+
+    `softcap` and `scale` are what the model does to them; 0 and 1 do nothing.
+    """
+
+    def __init__(self, layer: nn.Linear, softcap: float, scale: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.softcap = softcap
+        self.scale = scale
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.layer(hidden) * self.scale
+        return (logits / self.softcap).tanh() * self.softcap if self.softcap else logits
+
+
+def vocabulary_head(tensors: Mapping[str, Tensor], config: ModelConfig) -> Logits:
+    """The whole `lm_head`."""
+    layer = linear(tensors["lm_head.weight"], tensors.get("lm_head.bias"))
+    # Cohere multiplies its logits by an entry, Granite divides them by another one.
+    scale = float(config.get("logit_scale") or 1) / float(config.get("logits_scaling") or 1)
+    return Logits(layer, float(config.get("final_logit_softcapping") or 0), scale)
+
+
 class Activated(nn.Module):
     """A logit after an activation, a module of torch.nn by name, and the logit itself: [S, 1] →
     [S, 2]."""

@@ -12,41 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from batch_scorer.models.adapter import Adapter, ModelConfig, Prompt
-from batch_scorer.models.families.heads import linear
+from batch_scorer.models.families.heads import vocabulary_head
 
 _LOGITS_AT_ONCE = 1 << 25
 """128 MiB in float32: those of all tokens of a batch would be tens of gigabytes."""
 
 
 class NextToken(nn.Module):
-    """Log probabilities of given next tokens: [K, H] and int64[K] → float32[K].
+    """Log probabilities of given next tokens: [K, H] and int64[K] → float32[K]."""
 
-    `softcap` and `scale` are what the model does to its logits; 0 and 1 do nothing.
-    """
-
-    def __init__(self, logits: nn.Linear, softcap: float, scale: float) -> None:
+    def __init__(self, logits: nn.Module, vocabulary_size: int) -> None:
         super().__init__()
         self.logits = logits
-        self.softcap = softcap
-        self.scale = scale
+        self.vocabulary_size = vocabulary_size
 
     def forward(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
-        rows = max(1, _LOGITS_AT_ONCE // self.logits.out_features)
+        rows = max(1, _LOGITS_AT_ONCE // self.vocabulary_size)
         parts = zip(torch.split(hidden, rows), torch.split(next_ids, rows), strict=True)
         return torch.cat([self._log_probs(*part) for part in parts])
 
     def _log_probs(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
-        logits: Tensor = self.logits(hidden.float()) * self.scale
-        if self.softcap:
-            logits = (logits / self.softcap).tanh() * self.softcap
+        logits: Tensor = self.logits(hidden.float())
         return logits.gather(1, next_ids[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
 def _next_token(tensors: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
-    head = linear(tensors["lm_head.weight"], tensors.get("lm_head.bias"))
-    # Cohere multiplies its logits by an entry, Granite divides them by another one.
-    scale = float(config.get("logit_scale") or 1) / float(config.get("logits_scaling") or 1)
-    return NextToken(head, float(config.get("final_logit_softcapping") or 0), scale)
+    return NextToken(vocabulary_head(tensors, config), len(tensors["lm_head.weight"]))
 
 
 ADAPTERS = (
