@@ -5,7 +5,7 @@ A page is a YAML file. Those of `judges/pages` are known by their names, others 
 """
 
 import json
-import re
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batch_scorer.errors import ConfigError
+from batch_scorer.judges.pattern import pattern_problem
 from batch_scorer.records.digest import digest_of
 from batch_scorer.render.bounded import syntax_problem
 from batch_scorer.yaml_file import read_yaml
@@ -30,7 +31,9 @@ class _Part(BaseModel):
 class PageMessage(_Part):
     """One message of the question, its content a Jinja template."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "response_1", "response_2"]
+    """`response_1` and `response_2` are roles of the chat templates of Nemotron's judges."""
+
     content: str = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -52,7 +55,8 @@ class VerdictRule(_Part):
     regular expression finds it in the reply. `json`: the reply is a JSON object."""
 
     choices: dict[str, float] = Field(default={})
-    """What the judge may write → its worth: `{Yes: 1, No: 0}`."""
+    """What the judge may write → its worth: `{"Yes": 1, "No": 0}`, in quotes, for YAML reads Yes
+    as true and 1 as a number."""
 
     low: float | None = None
     """The lowest grade that the judge may give as a number."""
@@ -65,14 +69,19 @@ class VerdictRule(_Part):
     written something else, and there is no verdict."""
 
     pattern: str | None = None
-    """Of `pattern`: the regular expression. Its last match counts, and of that its first group."""
+    """Of `pattern`: the regular expression, in RE2's syntax. Its last match counts, and of that its
+    first group. For several verdicts the group holds a list: commas, blanks, line feeds or `>`
+    stand between them."""
 
     key: str = "verdict"
     """Of `json`: the object's key that holds the verdict, or the list or object of verdicts."""
 
     ranks: bool = False
     """The verdicts are places, 1 for the best answer; their worth is 1 for the first place and 0
-    for the last. For listwise questions."""
+    for the last. For listwise questions, without choices and range. `3, 1, 2` are the places of the
+    answers in the order that they were shown, found by a pattern or held by a JSON list: the second
+    answer is the best. `3 > 1 > 2`, which only a pattern can find, are the answers' numbers from
+    the best one to the worst: the third answer is the best."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -85,22 +94,18 @@ class VerdictRule(_Part):
             raise ValueError(
                 "by probability needs two choices or more, and neither range nor ranks"
             )
+        worth = [*self.choices.values(), self.low, self.high]
+        if not all(value is None or math.isfinite(value) for value in worth):
+            raise ValueError("what verdicts are worth has to be finite")
         if not (self.choices or has_range or self.ranks):
             raise ValueError("needs choices, or low and high, or ranks")
+        if self.ranks and (self.choices or has_range):
+            raise ValueError("ranks have neither choices nor a range")
         if (self.by == "pattern") != (self.pattern is not None):
             raise ValueError("pattern belongs to `by: pattern`")
         if self.pattern is not None and (problem := pattern_problem(self.pattern)):
             raise ValueError(f"pattern: {problem}")
         return self
-
-
-def pattern_problem(pattern: str) -> str | None:
-    """Why this is no pattern with a group."""
-    try:
-        groups = re.compile(pattern).groups
-    except (re.error, RecursionError, OverflowError) as error:
-        return str(error)
-    return None if groups else "needs a group, which holds the verdict"
 
 
 class Generation(_Part):
@@ -114,7 +119,7 @@ class Generation(_Part):
 
     closing: str = ""
     """Put behind the critique, after which the judge writes its verdict in `verdict_tokens`: so a
-    long critique leaves room for it."""
+    long critique leaves room for it. What stands before it is not searched for a verdict."""
 
     verdict_tokens: int = Field(default=16, gt=0)
     """Most tokens behind `closing`."""
@@ -184,7 +189,7 @@ class Page(_Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.messages[-1].role != "user":
+        if self.messages[-1].role in ("system", "assistant"):
             raise ValueError("the last message is the user's")
         by_probability = self.verdict.by == "probability"
         if by_probability and self.votes > 1:

@@ -1,7 +1,7 @@
 """A raw row as the questions that a judge has to see, by the gate's own short code.
 
 It says again what docs/judges.md says of a page, with jinja2 itself. Nothing of it is shared with
-`judges.questions`, which it checks.
+`render.questions`, which it checks.
 """
 
 import json

@@ -15,7 +15,7 @@ from batch_scorer.config import Config
 from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
 from batch_scorer.inputs.files import read_apart, row_numbers
 from batch_scorer.job import Job
-from batch_scorer.judges.questions import ask
+from batch_scorer.render.questions import ask
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.files import read_json
 from batch_scorer.models.registry import adapter_named

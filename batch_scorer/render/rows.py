@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from batch_scorer.config import Config
-from batch_scorer.judges.questions import ask, seeds_of
+from batch_scorer.render.questions import ask, seeds_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.records import ParsedRows, TokenizedRows
 from batch_scorer.render.renderer import renderer_of
