@@ -4,12 +4,12 @@ Read by probability (one verdict a question, nothing is written):
 one-token    vLLM's offline API in file order, which writes one token, held to the choices
 padded       transformers, padded batches of 16 in file order; the likelier choice
 trie         this project's hf backend: every common prefix once, no padding
-vllm-read    this project's vllm backend
+vllm-reads   this project's vllm backend
 
-Written (greedy, as many tokens for everybody):
+Written (greedy, at most 32 tokens):
 generate     vLLM's offline API in file order
 ray-data     Ray Data's LLM processor
-writes       this project's engine for judges that write
+vllm-writes  this project's engine for judges that write
 
 All get the same token ids, dtype and number of threads, and all prefix caches are on, empty when a
 turn begins. Every contestant lives in a process of its own kind and waits while another has its
@@ -27,25 +27,26 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from batch_scorer import formats
-from batch_scorer.backends.base import EngineSettings
+from batch_scorer.backends.base import EngineSettings, MakeBackend
 from batch_scorer.backends.device import cpu_has_bfloat16
 from batch_scorer.backends.packing import build_trie, pad
 from batch_scorer.config import OverLength
 from batch_scorer.judges.page import Generation, Mode, Page, PageMessage, VerdictRule
-from batch_scorer.judges.questions import ask, seeds_of
-from batch_scorer.models.adapter import Prompt
+from batch_scorer.models.adapter import Adapter, Prompt
 from batch_scorer.models.embedded import language_model_config, load_body, load_tokenizer
+from batch_scorer.models.registry import JUDGE, adapter_named
 from batch_scorer.records import TokenizedRows
 from batch_scorer.render import Renderer
+from batch_scorer.render.questions import ask, seeds_of
 from benchmarks.common import (
     WORKLOADS,
     Workload,
@@ -64,6 +65,7 @@ from benchmarks.engines import (
     start_ray,
     through_ray_data,
 )
+from tests.helpers.tiny_judge import tiny_judge_directory
 
 Said: TypeAlias = list[str]
 """What a contestant answers each question with."""
@@ -91,27 +93,27 @@ The answer:
 """
 
 
-def _page(
-    mode: Mode, question: str, rule: VerdictRule, generation: Generation = Generation()
-) -> Page:
+def _page(mode: Mode, question: str, rule: VerdictRule, max_tokens: int = 1) -> Page:
     message = PageMessage(role="user", content=_ANSWER + question)
     return Page(
         about="For the benchmark.",
         mode=mode,
         messages=(message,),
         verdict=rule,
-        generation=generation,
+        generation=Generation(max_tokens=max_tokens),
     )
 
 
-_YES_OR_NO = VerdictRule(by="probability", choices={"Yes": 1, "No": 0})
-HELPFUL = _page("pointwise", "Is this a helpful answer? Reply with Yes or No.", _YES_OR_NO)
-RUBRIC = _page("rubric", "{{ criterion }} Reply with Yes or No.", _YES_OR_NO)
+_YES_OR_NO = VerdictRule(by="probability", choices={"Y": 1, "N": 0})
+HELPFUL = _page(
+    "pointwise", "Is this answer helpful? Reply with Y for yes or N for no.", _YES_OR_NO
+)
+RUBRIC = _page("rubric", "{{ criterion }} Reply with Y for yes or N for no.", _YES_OR_NO)
 WRITTEN = _page(
     "pointwise",
     "How good is this answer, from 1 to 5? Give your reasons in a sentence, then the number.",
     VerdictRule(by="pattern", pattern=r"(\d)", low=1, high=5),
-    Generation(max_tokens=32),
+    max_tokens=32,
 )
 CRITERIA = (
     "Is the answer correct?",
@@ -135,16 +137,12 @@ class Questions:
 
 
 _FEW = replace(WORKLOADS["rollouts-4"], rows=4)
-READ = {
+ASKED = {
     "answers-64": Questions(
         "yes or no about 64 answers a prompt", HELPFUL, WORKLOADS["rollouts-64"]
     ),
-    "answers-4": Questions(
-        "yes or no about 4 answers a prompt", HELPFUL, WORKLOADS["rollouts-4"]
-    ),
+    "answers-4": Questions("yes or no about 4 answers a prompt", HELPFUL, WORKLOADS["rollouts-4"]),
     "rubric": Questions("8 criteria of 4 answers a prompt", RUBRIC, _FEW),
-}
-WRITE = {
     "written": Questions("a grade with its reasons, 4 answers a prompt", WRITTEN, _FEW),
 }
 
@@ -257,9 +255,9 @@ class PaddedChoices:
     """Plain transformers: batches of 16 in file order, and the likeliest choice of each."""
 
     def __init__(self, setting: JudgeSetting) -> None:
+        make: Any = AutoModelForCausalLM
         dtype = getattr(torch, setting.dtype)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(setting.model_dir, dtype=dtype)
-        self._model.eval()
+        self._model = make.from_pretrained(setting.model_dir, dtype=dtype).eval()
         self._setting = setting
 
     @torch.inference_mode()
@@ -325,7 +323,7 @@ Judge: TypeAlias = Contestant[JudgeSetting, Said]
 
 CONTESTS: dict[str, dict[str, Judge]] = {
     "read": {
-        "one-token": Contestant(Generate, "vllm"),
+        "one-token": Contestant(Generate, "vllm", in_tiny=True),
         "padded": Contestant(PaddedChoices, in_tiny=True),
         "trie": Contestant(trie, "trie", in_tiny=True),
         "vllm-reads": Contestant(vllm_reads, "vllm-reads"),
@@ -337,8 +335,6 @@ CONTESTS: dict[str, dict[str, Judge]] = {
     },
 }
 """By what is asked for: those who answer, the first one as what the others are compared to."""
-
-CONTEST_OF = {"answers-64": "read", "answers-4": "read", "rubric": "read", "written": "written"}
 
 
 def compare(
@@ -406,7 +402,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="prompts of each workload")
     parser.add_argument("--workload", nargs="+", choices=ASKED, default=list(ASKED))
-    parser.add_argument("--contestant", nargs="+", help="and those to which they are compared")
+    names = [name for contestants in CONTESTS.values() for name in contestants]
+    parser.add_argument(
+        "--contestant",
+        nargs="+",
+        choices=names,
+        default=names,
+        help="and the first of each contest",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     if asked.tiny:
@@ -421,23 +424,83 @@ def contest(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     else:
         model_dir = write_embedded_judge(folder / "model")
         dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
-    results: list[dict[str, Any]] = []
-    left_out: dict[str, dict[str, str]] = {}
-    no_rows: dict[str, str] = {}
     print(f"{dtype}, {asked.threads} threads")
+    results: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    no_rows: dict[str, str] = {}
     for title, contestants in CONTESTS.items():
-        chosen = {
-            name: contestant
-            for place, (name, contestant) in enumerate(contestants.items())
-            if (contestant.in_tiny or not asked.tiny)
-            and (place == 0 or asked.contestant is None or name in asked.contestant)
-        }
-        workloads: dict[str, tuple[TokenizedRows, JudgeSetting]] = {}
+        workloads = {}
         for name in asked.workload:
-            if CONTEST_OF[name] != title:
-                continue
-            try:
-                rows, choice_ids = questions(ASKED[name], asked.rows, asked.data, model_dir)
-            except FileNotFoundError as error:
-                no_rows[name] = str(error)
-                print(f"{name} ({ASKED[name].title}) is left out: {error}")
+            if ASKED[name].page.generates == (title == "written"):
+                try:
+                    found = questions(ASKED[name], asked.rows, asked.data, model_dir)
+                except FileNotFoundError as error:
+                    no_rows[name] = str(error)
+                    print(f"{name} ({ASKED[name].title}) is left out: {error}")
+                else:
+                    workloads[name] = found
+        if not workloads:
+            continue
+        first = next(iter(contestants))
+        running = {
+            name: contestant
+            for name, contestant in contestants.items()
+            if name == first or name in asked.contestant
+            if contestant.in_tiny or not asked.tiny
+        }
+        setting = JudgeSetting(
+            model_dir=model_dir,
+            dtype=dtype,
+            threads=asked.threads,
+            max_tokens=max(int(rows.lengths.max()) for rows, _ in workloads.values()),
+            page=ASKED[next(iter(workloads))].page,
+            choice_ids=next(iter(workloads.values()))[1],
+        )
+        field = Field(running, setting)
+        try:
+            for name, (rows, _) in workloads.items():
+                results.append(judged(field, name, rows, asked.rounds))
+        finally:
+            field.close()
+        left_out |= field.left_out
+        left_out |= {name: "not asked for" for name in contestants if name not in running}
+    return {
+        "data": "the repository's" if asked.data is None else "larger",
+        "dtype": dtype,
+        "threads": asked.threads,
+        "rounds": asked.rounds,
+        "environment": {
+            contestant.process: process_environment(contestant.process, asked.threads)
+            for contestants in CONTESTS.values()
+            for contestant in contestants.values()
+        },
+        "results": results,
+        "contestants_left_out": left_out,
+        "workloads_left_out": no_rows,
+    }
+
+
+def judged(
+    field: Field[JudgeSetting, Said], name: str, rows: TokenizedRows, rounds: int
+) -> dict[str, Any]:
+    """The figures of a workload."""
+    distinct = build_trie(rows).num_tokens
+    print(
+        f"{name}: {ASKED[name].title}; {rows.num_rows} rows, {rows.num_sequences} questions, "
+        f"{rows.num_tokens:,} tokens, {distinct / rows.num_tokens:.0%} of them left when common "
+        "prefixes count once"
+    )
+    figures = compare(field, rows, rounds)
+    print_comparison(figures)
+    return {
+        "workload": name,
+        "rows": rows.num_rows,
+        "questions": rows.num_sequences,
+        "tokens": rows.num_tokens,
+        "distinct_tokens": distinct,
+        "contestants": figures,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -24,8 +24,10 @@ class PlainJudge:
     """The model and its tokenizer, asked one question at a time."""
 
     def __init__(self, directory: Path) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
+        tokenizers: Any = AutoTokenizer
+        models: Any = AutoModelForCausalLM
+        self.tokenizer = tokenizers.from_pretrained(directory)
+        self.model = models.from_pretrained(directory, dtype="float32").eval()
         self.verdict_ids: list[int] = self.tokenizer.convert_tokens_to_ids(VERDICTS)
         self._page = load_page(str(PAGE))
 
