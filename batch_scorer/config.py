@@ -106,6 +106,7 @@ class EngineFacts:
     runs_model       whether the model gives the scores. Then plain Hugging Face gives the same,
                      the model's family decides which engines can run it, and a score costs
                      floating-point operations. Otherwise there is one score a sequence.
+    writes           whether it can let a judge write its verdict.
     package          what must be installed beside the requirements of this package.
     shares_prefixes  whether it computes once a prefix that several sequences of a shard have, in
                      packed batches. `shares_in_steps`: also where all tokens of a sequence are
@@ -114,6 +115,7 @@ class EngineFacts:
 
     options: frozenset[str] = frozenset()
     runs_model: bool = True
+    writes: bool = False
     package: str | None = None
     shares_prefixes: bool = False
     shares_in_steps: bool = False
@@ -130,6 +132,7 @@ ENGINES = {
             {"compile", "quantization", "tensor_parallel", "pipeline_parallel", "token_scores"}
         ),
         package="vllm",
+        writes=True,
         shares_prefixes=True,  # but requests for all tokens do not read its cache
     ),
     "fake": EngineFacts(runs_model=False),
@@ -429,7 +432,8 @@ class Config(BaseModel):
     """Score again, in place, the rows that earlier runs have marked for one of these reasons:
     `--retry-marked out_of_memory,worker_crash` on the command line, `retry_marked: [out_of_memory,
     worker_crash]` in YAML. Only what may pass on another try: out_of_memory, non_finite_score,
-    engine_error, worker_crash. All other rows keep their scores (docs/survival.md)."""
+    engine_error, worker_crash, no_verdict, verdict_out_of_range, cut_off. All other rows keep their
+    scores (docs/survival.md)."""
 
     hang_s: float = _setting(600.0, "runtime", gt=0)
     """Seconds after which a forward pass counts as hung; its worker is killed and the shard

@@ -1,4 +1,5 @@
-"""An engine by its name, which is also the name of its file."""
+"""An engine by its name, which is also the name of its file; where a judge writes, of the file
+`<name>_generation`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +57,8 @@ def settings_of(job: Job) -> EngineSettings:
 
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
-    make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}").BACKEND
+    judge = job.model.judge
+    writes = "_generation" if judge is not None and judge.generates else ""
+    make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}{writes}").BACKEND
     with reading(job.model_dir):
         return make(settings_of(job))

@@ -23,9 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from batch_scorer.backends.base import (
     PROBE_TOLERANCE,
@@ -33,19 +31,14 @@ from batch_scorer.backends.base import (
     EngineSettings,
     MakeBackend,
     mark_non_finite,
-    refuse_dtype,
     unscorable,
 )
-from batch_scorer.backends.device import keep_freed_memory
 from batch_scorer.backends.packing import Int64Array
 from batch_scorer.backends.readout import Readout
-from batch_scorer.backends.vllm_engine import Engine, require_vllm
-from batch_scorer.errors import ConfigError, ModelError
+from batch_scorer.backends.vllm_engine import PoolingEngine, engine_config, longest_sequence
+from batch_scorer.errors import ModelError
 from batch_scorer.models.adapter import Adapter
-from batch_scorer.models.fit import foreign_layers
-from batch_scorer.models.quantised import describe, vllm_config
 from batch_scorer.models.registry import choose_adapter
-from batch_scorer.models.weights import body_config
 from batch_scorer.records import Effort, PooledTokens, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
@@ -91,24 +84,18 @@ class VLLMBackend:
         files = settings.read_files()
         adapter = settings.adapter or choose_adapter(files)
         _refuse_unsupported(settings, adapter)
-        version = require_vllm(device)
-        if device == "cpu":
-            keep_freed_memory()
-        config = body_config(files, adapter, trust_remote_code=settings.trust_remote_code)
+        config = engine_config(settings, files, adapter)
         text_config = config.get_text_config()
-        refuse_dtype(adapter, text_config.model_type, settings.dtype)
-        if files.scales:
-            config.quantization_config = vllm_config(files)
         self._readout = Readout(settings, files, adapter, text_config)
         self.num_outputs = self._readout.num_outputs
         self._vocabulary_size: int = text_config.vocab_size
-        self._max_tokens = _longest(settings, text_config)
+        self._max_tokens = longest_sequence(settings, text_config)
         all_tokens = self._readout.reads_all_tokens
-        # Requests for all tokens do not read the cache, so it would only cost time. States of other
-        # layers than attention are not shared: no test here could show that they do not leak.
-        caches = settings.prefix_caching and not all_tokens and not foreign_layers(text_config)
-        self._engine = Engine(
+        # Requests for all tokens do not read the cache, so it would only cost time.
+        caches = settings.prefix_caching and not all_tokens
+        self._engine = PoolingEngine(
             replace(settings, prefix_caching=caches),
+            files,
             adapter,
             config,
             task="token_embed" if all_tokens else "embed",
@@ -118,15 +105,9 @@ class VLLMBackend:
         self._head_device = torch.device("cpu" if self._engine.has_workers else device)
         self._readout.to(self._head_device)
         self._effort = Effort()
-        stored = describe(files)
         self.provenance: dict[str, Any] = {
             "backend": "vllm",
-            "adapter": adapter.name,
-            "vllm": version,
-            "torch": str(torch.__version__),  # a plain string: it is unpickled without torch
-            "transformers": transformers.__version__,
             "head_dtype": "float32",
-            "stored_quantised": stored and stored.name,
             **self._engine.facts,
         }
         try:
@@ -260,23 +241,10 @@ def _are_finite(states: list[Tensor]) -> list[bool]:
     return [bool(state.isfinite().all()) for state in states]
 
 
-def _longest(settings: EngineSettings, config: PretrainedConfig) -> int:
-    """Tokens of the longest sequence that can come."""
-    limits = (settings.max_tokens, getattr(config, "max_position_embeddings", None))
-    known = [limit for limit in limits if limit]
-    if not known:
-        raise ConfigError(f"max_tokens: {settings.model_dir} names no limit of its own; set it")
-    return min(known)
-
-
 def _refuse_unsupported(settings: EngineSettings, adapter: Adapter) -> None:
     """Raise for what is known without vLLM."""
     has_no_body = adapter.build_head is None and settings.embedding is None
     if "vllm" not in adapter.engines or has_no_body:
         raise ModelError(
             f"{settings.model_dir}: {adapter.name} models do not run in vLLM; set backend to hf"
-        )
-    if settings.quantization is not None and settings.device == "cpu":
-        raise ConfigError(
-            f"quantization {settings.quantization} needs a GPU; leave it out on the CPU"
         )

@@ -1,6 +1,7 @@
-"""vLLM itself: started with a model's body, given prompts, cleared, and shut down.
+"""vLLM itself: started with a model, given prompts, cleared, and shut down.
 
-What a reward model does with the hidden states is in `vllm.py`.
+What a reward model does with the hidden states is in `vllm.py`, what a judge writes in
+`vllm_generation.py`.
 
 Legend: H hidden.
 """
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from batch_scorer.backends.base import EngineDied, EngineSettings
+from batch_scorer.backends.base import EngineDied, EngineSettings, refuse_dtype
+from batch_scorer.backends.device import keep_freed_memory
 from batch_scorer.backends.watchdog import sign_of_life
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError
-from batch_scorer.models.adapter import Adapter
+from batch_scorer.models.adapter import Adapter, ModelFiles
+from batch_scorer.models.fit import foreign_layers
+from batch_scorer.models.quantised import describe, vllm_config
+from batch_scorer.models.weights import body_config
 from batch_scorer.records import Effort
 
 logger = logging.getLogger(__name__)
@@ -45,6 +51,8 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # Of logits that are not numbers vLLM would take some token all the same.
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 """Set before vLLM is imported, where they are not set already."""
@@ -68,23 +76,26 @@ _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, AssertionError, No
 
 
 class Engine:
-    """vLLM with one body. `facts` are its settings, given and derived, for the provenance;
-    `has_workers`: the body runs in other processes.
+    """vLLM with one model. `facts` are its settings, given and derived, and the versions of what
+    runs it, for the provenance; `has_workers`: the model runs in other processes.
 
-    `task` is vLLM's: `embed` gives the hidden state of a prompt's last token, `token_embed` those
-    of all its tokens. vLLM reserves memory for prompts of up to `max_tokens`. Without the setting
-    `compile`, vLLM compiles and captures CUDA graphs on a GPU, and does not compile on a CPU,
-    where it takes about a minute of every start. Raises ModelError for a model that vLLM cannot
-    run.
+    `task` is vLLM's name for what it does, `runner` holds the arguments of vLLM that go with it;
+    with `whole` the language model's head is loaded too. vLLM reserves memory for sequences of up
+    to `max_tokens`. Without the setting `compile`, vLLM compiles and captures CUDA graphs on a
+    GPU, and does not compile on a CPU, where it takes about a minute of every start. Raises
+    ModelError for a model that vLLM cannot run.
     """
 
     def __init__(
         self,
         settings: EngineSettings,
+        files: ModelFiles,
         adapter: Adapter,
         config: PretrainedConfig,
         *,
         task: str,
+        runner: Mapping[str, Any],
+        whole: bool,
         max_tokens: int,
     ) -> None:
         model_dir, device = settings.model_dir, settings.device
@@ -94,13 +105,16 @@ class Engine:
         compiles = device == "cuda" if settings.compile is None else settings.compile
         stages = settings.pipeline_parallel
         self.has_workers = settings.tensor_parallel * stages > 1
+        # States of other layers than attention are not shared: no test here could show that they
+        # do not leak.
+        caches = settings.prefix_caching and not foreign_layers(text_config)
         arguments = {
             "dtype": settings.dtype,
             "max_model_len": max_tokens,
             "max_num_batched_tokens": budget,
             "max_num_seqs": min(MAX_SEQUENCES, budget),
             "block_size": BLOCK_SIZE[device],
-            "enable_prefix_caching": settings.prefix_caching,
+            "enable_prefix_caching": caches,
             "quantization": settings.quantization,
             "tensor_parallel_size": settings.tensor_parallel,
             "pipeline_parallel_size": stages,
@@ -112,7 +126,7 @@ class Engine:
         source = model_dir if settings.trust_remote_code else None
         with _body_directory(config, architecture, source) as body_dir:
             try:
-                self._engine = _start(settings, body_dir, adapter, task, arguments)
+                self._engine = _start(settings, body_dir, adapter, whole, {**arguments, **runner})
             except _REFUSALS as error:
                 why = str(error)
                 if device == "cpu":
@@ -121,19 +135,21 @@ class Engine:
         if stages > 1 and device == "cpu":
             self._engine.collective_rpc("try_a_pass")
         self._request_numbers = itertools.count()
-        self._new_request = _request_maker(task, self._engine.model_config)
-        self._all_tokens = task == "token_embed"
-        self.hidden_size = int(self._engine.model_config.get_hidden_size())
         self.looks_ahead = self._engine.model_config.attn_type not in _CAUSAL
+        stored = describe(files)
         self.facts: dict[str, Any] = {
+            "adapter": adapter.name,
+            "vllm": require_vllm(device),
+            "torch": str(torch.__version__),  # a plain string: it is unpickled without torch
+            "transformers": transformers.__version__,
+            "stored_quantised": stored and stored.name,
             "model_class": architecture,
             "task": task,
-            "activation": None,
             "dtype": settings.dtype,
             "quantization": settings.quantization,
             "enforce_eager": not compiles,
             "trust_remote_code": settings.trust_remote_code,
-            "prefix_caching": settings.prefix_caching,
+            "prefix_caching": caches,
             "max_tokens": max_tokens,
             "token_budget": budget,
             "tensor_parallel": settings.tensor_parallel,
@@ -141,6 +157,64 @@ class Engine:
             "executor": arguments["distributed_executor_backend"],
             **_settled(self._engine),
         }
+
+    def clear_cache(self) -> None:
+        """Replace all cached keys and values by zeros."""
+        self._engine.reset_prefix_cache()
+        self._engine.collective_rpc("clear_kv_cache")
+
+    def close(self) -> None:
+        """Free the device."""
+        self._engine.engine_core.shutdown()
+        del self._engine
+
+    def _step(self) -> list[Any]:
+        """What vLLM's next step gives for the requests that it has."""
+        outputs: list[Any] = self._engine.engine_core.get_output().outputs
+        sign_of_life()
+        return outputs
+
+
+class PoolingEngine(Engine):
+    """vLLM with a body, which gives hidden states.
+
+    `task` `embed` gives the hidden state of a prompt's last token, `token_embed` those of all its
+    tokens.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        files: ModelFiles,
+        adapter: Adapter,
+        config: PretrainedConfig,
+        *,
+        task: str,
+        max_tokens: int,
+    ) -> None:
+        from vllm.config import PoolerConfig
+
+        pooler = {"seq_pooling_type": "LAST", "tok_pooling_type": "ALL", "use_activation": False}
+        runner = {
+            "runner": "pooling",
+            "convert": "embed",
+            "pooler_config": PoolerConfig(task=task, **pooler),
+            "skip_tokenizer_init": True,
+        }
+        super().__init__(
+            settings,
+            files,
+            adapter,
+            config,
+            task=task,
+            runner=runner,
+            whole=False,
+            max_tokens=max_tokens,
+        )
+        self.facts["activation"] = None
+        self._new_request = _request_maker(task, self._engine.model_config)
+        self._all_tokens = task == "token_embed"
+        self.hidden_size = int(self._engine.model_config.get_hidden_size())
 
     def run(
         self, prompts: Sequence[bytes], effort: Effort
@@ -158,7 +232,7 @@ class Engine:
         core = self._engine.engine_core
         waiting = enumerate(prompts)
         submitted: dict[str, int] = {}
-        try:
+        with dying_of_any_error():
             while True:
                 for index, prompt in itertools.islice(waiting, 2 * MAX_SEQUENCES - len(submitted)):
                     name = str(next(self._request_numbers))
@@ -167,8 +241,7 @@ class Engine:
                     submitted[name] = index
                 if not submitted:
                     return
-                outputs = core.get_output().outputs
-                sign_of_life()
+                outputs = self._step()
                 effort.num_batches += 1
                 indices = [submitted.pop(output.request_id) for output in outputs]
                 lengths = [len(prompts[index]) // 4 for index in indices]
@@ -177,21 +250,9 @@ class Engine:
                     for output, length in zip(outputs, lengths, strict=True)
                 ]
                 cached = [output.prefill_stats.num_cached_tokens for output in outputs]
-                _count(effort, lengths, cached)
+                count_prompts(effort, lengths, cached)
                 if indices:
                     yield indices, states
-        except Exception as error:
-            raise EngineDied(f"vLLM stopped: {type(error).__name__}: {error}") from error
-
-    def clear_cache(self) -> None:
-        """Replace all cached keys and values by zeros."""
-        self._engine.reset_prefix_cache()
-        self._engine.collective_rpc("clear_kv_cache")
-
-    def close(self) -> None:
-        """Free the device."""
-        self._engine.engine_core.shutdown()
-        del self._engine
 
     def _states(self, output: Any, length: int) -> Tensor:
         states: Tensor | None = output.pooling_output
@@ -203,12 +264,49 @@ class Engine:
         return states
 
 
-def _count(effort: Effort, lengths: list[int], cached: list[int]) -> None:
+@contextmanager
+def dying_of_any_error() -> Iterator[None]:
+    """Raises EngineDied for any exception of vLLM."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineDied(f"vLLM stopped: {type(error).__name__}: {error}") from error
+
+
+def count_prompts(effort: Effort, lengths: list[int], cached: list[int]) -> None:
     """Add prompts of `lengths` tokens, `cached` of which were not computed."""
     length, shared = np.array(lengths, np.int64), np.array(cached, np.int64)
     effort.shared_tokens += int(shared.sum())
     effort.computed_tokens += int((length - shared).sum())
     effort.attended_pairs += int((length * (length + 1) - shared * (shared + 1)).sum()) // 2
+
+
+def engine_config(
+    settings: EngineSettings, files: ModelFiles, adapter: Adapter
+) -> PretrainedConfig:
+    """The config that vLLM is started with. Raises ModelError, ConfigError, and MissingExtraError
+    without a vLLM that fits."""
+    if settings.quantization is not None and settings.device == "cpu":
+        raise ConfigError(
+            f"quantization {settings.quantization} needs a GPU; leave it out on the CPU"
+        )
+    require_vllm(settings.device)
+    if settings.device == "cpu":
+        keep_freed_memory()
+    config = body_config(files, adapter, trust_remote_code=settings.trust_remote_code)
+    refuse_dtype(adapter, config.get_text_config().model_type, settings.dtype)
+    if files.scales:
+        config.quantization_config = vllm_config(files)
+    return config
+
+
+def longest_sequence(settings: EngineSettings, config: PretrainedConfig) -> int:
+    """Tokens of the longest sequence that can come. Raises ConfigError where nothing limits it."""
+    limits = (settings.max_tokens, getattr(config, "max_position_embeddings", None))
+    known = [limit for limit in limits if limit]
+    if not known:
+        raise ConfigError(f"max_tokens: {settings.model_dir} names no limit of its own; set it")
+    return min(known)
 
 
 def require_vllm(device: str) -> str:
@@ -283,32 +381,27 @@ def _start(
     settings: EngineSettings,
     body_dir: Path,
     adapter: Adapter,
-    task: str,
+    whole: bool,
     arguments: dict[str, Any],
 ) -> Any:
     """A running engine."""
     from vllm import EngineArgs, LLMEngine
-    from vllm.config import PoolerConfig
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from batch_scorer.backends.vllm_loader import LOAD_FORMAT, WORKER_EXTENSION
 
-    pooler = {"seq_pooling_type": "LAST", "tok_pooling_type": "ALL", "use_activation": False}
     set_num_threads = torch.set_num_threads
     try:
         engine_arguments = EngineArgs(
             model=str(body_dir),
-            runner="pooling",
-            convert="embed",
-            pooler_config=PoolerConfig(task=task, **pooler),
             load_format=LOAD_FORMAT,
             model_loader_extra_config={
                 "model_dir": str(settings.model_dir),
                 "lora_dir": settings.lora_dir and str(settings.lora_dir),
                 "adapter": adapter.name,
+                "whole": whole,
             },
             worker_extension_cls=WORKER_EXTENSION,
-            skip_tokenizer_init=True,
             disable_log_stats=True,
             seed=0,
             **arguments,

@@ -1,4 +1,4 @@
-"""What runs in vLLM's workers: the loader of a body's weights, and the clearing of the cache.
+"""What runs in vLLM's workers: the loader of a model's weights, and the clearing of the cache.
 
 Not part of `vllm.py`, which imports vLLM only once it is known to be installed, while vLLM's
 workers, in any process, import this file by name (`worker_extension_cls`).
@@ -21,7 +21,7 @@ from batch_scorer.models.fit import refuse_unused
 from batch_scorer.models.hub import on_this_node
 from batch_scorer.models.quantised import as_stored
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.models.weights import body_tensors
+from batch_scorer.models.weights import model_tensors
 
 LOAD_FORMAT = "batch_scorer"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
@@ -49,11 +49,11 @@ class WorkerExtension:
 
 
 @register_model_loader(LOAD_FORMAT)
-class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
-    """Loads what `models.weights.body_tensors` returns.
+class CheckpointLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
+    """Loads a body, or with `whole` the language model's head too, as `models.weights` reads them.
 
-    `model_loader_extra_config` names `model_dir` and `lora_dir` as `EngineSettings` does, and the
-    `adapter`.
+    `model_loader_extra_config` names `model_dir` and `lora_dir` as `EngineSettings` does, the
+    `adapter`, and `whole`.
     """
 
     def __init__(self, load_config: Any) -> None:
@@ -65,6 +65,7 @@ class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
         )
         self._files = as_stored(files)  # vLLM computes with quantised weights as they are stored
         self._adapter = adapter_named(asked["adapter"])
+        self._whole: bool = asked["whole"]
         super().__init__(replace(load_config, model_loader_extra_config={}))
 
     @torch.no_grad()
@@ -85,17 +86,20 @@ class BodyLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Names as in the checkpoint: `model.layers.0.…`, or `layers.0.…` of a bare body."""
-        parts = {name for name, _ in model.named_children()} - {_LANGUAGE_HEAD}
+        parts = {name for name, _ in model.named_children()}
+        if not self._whole:
+            parts -= {_LANGUAGE_HEAD}
         inner = getattr(model, "model", None)
         if isinstance(inner, nn.Module):
             parts |= {name for name, _ in inner.named_children()}
         unused: list[str] = []
-        for name, tensor in body_tensors(self._files, self._adapter):
+        for name, tensor in model_tensors(self._files, self._adapter, own_head=self._whole):
             if name.split(".", 1)[0] in parts:
                 yield name, tensor
             else:
                 unused.append(name)
-        if self._adapter.head:  # embeddings are read from a body, whatever it was trained with
+        # Embeddings are read from a body, whatever it was trained with.
+        if self._whole or self._adapter.head:
             refuse_unused(self._files, self._adapter, sorted(unused))
 
 

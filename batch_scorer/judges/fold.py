@@ -21,6 +21,8 @@ from batch_scorer.records import Questions, RowError
 
 FloatArray = npt.NDArray[np.float32]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 Verdicts = list[float] | RowError
 """The worths of the verdicts of one question, or why there are none."""
 _Worth = float | RowError
@@ -70,6 +72,9 @@ def fold(
         for response, worth in worths.items():
             if isinstance(worth, RowError):
                 errors[response] = worth
+            elif abs(worth) > _LARGEST:
+                detail = f"its criteria's weights make a score of {worth:g}"
+                errors[response] = RowError(RowReason.BAD_RUBRIC, detail)
             else:
                 scores[response] = worth
     return Folded(scores, errors, consistency)

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from batch_scorer.errors import ConfigError
 from batch_scorer.judges.pattern import pattern_problem
 from batch_scorer.records.digest import digest_of
-from batch_scorer.render.bounded import syntax_problem
 from batch_scorer.yaml_file import read_yaml
 
 Mode = Literal["pointwise", "pairwise", "listwise", "rubric"]
@@ -29,18 +28,12 @@ class _Part(BaseModel):
 
 
 class PageMessage(_Part):
-    """One message of the question, its content a Jinja template."""
+    """One message of the question, its content a Jinja template (`render.questions`)."""
 
     role: Literal["system", "user", "assistant", "response_1", "response_2"]
     """`response_1` and `response_2` are roles of the chat templates of Nemotron's judges."""
 
     content: str = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _is_template(self) -> Self:
-        if problem := syntax_problem(self.content):
-            raise ValueError(f"content is no Jinja template: {problem}")
-        return self
 
 
 class VerdictRule(_Part):

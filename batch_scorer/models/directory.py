@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batch_scorer.errors import ConfigError, ModelError
+from batch_scorer.judges.page import Page
 from batch_scorer.models.adapter import Adapter, ModelFiles, Prompt
 from batch_scorer.models.checkpoint import (
     has_weights,
@@ -31,9 +32,6 @@ from batch_scorer.models.registry import (
     read_vocabulary,
 )
 from batch_scorer.models.sizes import check_sizes
-
-if TYPE_CHECKING:
-    from batch_scorer.judges.page import Page
 
 _CODE = "*.py"
 _VOCABULARY = "tokenizer.json"
@@ -99,7 +97,7 @@ class ModelFacts:
     digest: str
     base_digest: str | None = None
     reference: "ModelFacts | None" = None
-    judge: "Page | None" = None
+    judge: Page | None = None
     verdict_ids: tuple[int, ...] = ()
 
     @property

@@ -15,7 +15,6 @@ from batch_scorer.config import Config
 from batch_scorer.errors import ModelError, ParityError, RowReason, ShardError
 from batch_scorer.inputs.files import read_apart, row_numbers
 from batch_scorer.job import Job
-from batch_scorer.render.questions import ask
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.files import read_json
 from batch_scorer.models.registry import adapter_named
@@ -26,6 +25,7 @@ from batch_scorer.parity.raw_sequences import RawSequence, raw_sequences
 from batch_scorer.parity.rendering import ComparedRow, compare_rows
 from batch_scorer.records import ParsedRows, RowError, Shard, TokenizedRows
 from batch_scorer.render import renderer_of
+from batch_scorer.render.questions import ask
 from batch_scorer.render.rows import tokenized
 from batch_scorer.shard import parse_shard
 from batch_scorer.storage import open_store

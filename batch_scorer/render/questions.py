@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from batch_scorer.errors import RowReason
+from batch_scorer.errors import ConfigError, RowReason
 from batch_scorer.formats.kinds import role_alias
 from batch_scorer.judges.page import Page
 from batch_scorer.records import (
@@ -27,7 +27,7 @@ from batch_scorer.records import (
     TokenizedRows,
 )
 from batch_scorer.render import messages
-from batch_scorer.render.bounded import compiled
+from batch_scorer.render.bounded import compiled, syntax_problem
 
 IntArray = npt.NDArray[np.int64]
 
@@ -150,6 +150,15 @@ def _repeated(asked: ParsedRows, questions: Questions, votes: int) -> tuple[Pars
             weights=questions.weights,
         ),
     )
+
+
+def check_templates(page: Page) -> None:
+    """Raise ConfigError for a message that is no template."""
+    for number, message in enumerate(page.messages, start=1):
+        if problem := syntax_problem(message.content):
+            raise ConfigError(
+                f"judge: {page.name}: message {number} is no Jinja template: {problem}"
+            )
 
 
 def seeds_of(rows: TokenizedRows, votes: IntArray, seed: int) -> IntArray:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from batch_scorer.config import Config
-from batch_scorer.render.questions import ask, seeds_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.records import ParsedRows, TokenizedRows
+from batch_scorer.render.questions import ask, seeds_of
 from batch_scorer.render.renderer import renderer_of
 
 

@@ -41,6 +41,7 @@ from batch_scorer.outputs.claim import claimed, claimed_fingerprint
 from batch_scorer.pipeline.session import RaySession, has_gpus, num_workers, on_worker
 from batch_scorer.records import Format, TextStyle, TokenizedRows
 from batch_scorer.render import Probe, max_tokens_of, renderer_of, try_out
+from batch_scorer.render.questions import check_templates
 from batch_scorer.runs.engine_choice import (
     is_raced,
     supported_engines,
@@ -76,6 +77,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     entries = output_entries(config.output_names, config.output_weights)
     page = None if config.judge is None else load_page(config.judge)
     if page is not None:
+        check_templates(page)
         entries = verdict_entries([*page.verdict.choices])
 
     def inspected(name: str, revision: str | None, base_model: str | None) -> ModelFacts:

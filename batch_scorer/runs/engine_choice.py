@@ -14,8 +14,9 @@ from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.device import cpu_has_amx, cpu_has_int8
 from batch_scorer.backends.registry import make_backend
 from batch_scorer.config import ENGINES, Config, Device
-from batch_scorer.errors import BatchScorerError, ModelError, ShardError
+from batch_scorer.errors import BatchScorerError, ConfigError, ModelError, ShardError
 from batch_scorer.job import Job, unpackable_part
+from batch_scorer.judges.page import Page
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.registry import adapter_named
@@ -39,6 +40,8 @@ def supported_engines(config: Config, model: ModelFacts, device: Device | None =
     all settings that are given.
     """
     adapter = adapter_named(model.adapter)
+    if model.judge is not None and model.judge.generates:
+        return [_writing_engine(config, model.judge)]
     if config.backend != "auto":
         if ENGINES[config.backend].runs_model and config.backend not in adapter.engines:
             raise ModelError(
@@ -67,6 +70,19 @@ def supported_engines(config: Config, model: ModelFacts, device: Device | None =
     if "hf" in engines:
         _refuse_unpackable(config, model)
     return engines
+
+
+def _writing_engine(config: Config, page: Page) -> str:
+    """The engine of a judge that writes. Raises ConfigError where the one asked for does not."""
+    writers = [name for name, facts in ENGINES.items() if facts.writes]
+    if config.backend == "auto":
+        return writers[0]
+    if config.backend not in writers:
+        raise ConfigError(
+            f"judge: {page.name} writes its verdict, which {config.backend} does not let it; set "
+            f"backend to {' or '.join(writers)}, or take a page that is read by probability"
+        )
+    return config.backend
 
 
 def _quantised_refusal(

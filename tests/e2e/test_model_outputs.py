@@ -245,7 +245,7 @@ def test_outputs_of_the_users_own_are_named_and_weighted(tmp_path: Path) -> None
         (("--output-names", "a,b,c", "--output-weights", "a=0"), "every weight is 0"),
         (("--output-names", "a,b,c", "--output-weights", "a"), "expected NAME=WEIGHT"),
         (("--output-names", "a,b,c", "--adapter", "armorm"), "armorm models have outputs of"),
-        (("--output-names", "a,b,c", "--task", "embed"), "output_names: only for scores"),
+        (("--output-names", "a,b,c", "--task", "embed"), "output_names: only where task is score"),
         (("--output-names", "a,b,c", "--backend", "fake"), "fake gives one score"),
         (("--output-names", "a,b,c", "--token-scores"), "a, b, c; set output_weights"),
     ],

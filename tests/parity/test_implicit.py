@@ -34,51 +34,14 @@ from batch_scorer.runs.derive import derive, look_at_model
 from tests.helpers.adapters import peft_adapter
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
-from tests.helpers.tiny import TEMPLATE, tiny_tokenizer
-from tests.parity.tiny_models import QUERY_KEY_GAIN, engine_settings, tokenized
+from tests.helpers.tiny import tiny_tokenizer
+from tests.parity.language_models import SHAPE, TRAPS, VOCABULARY, language_model
+from tests.parity.tiny_models import engine_settings, tokenized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VOCABULARY = 512
 BETA = 0.25
 TOLERANCE = 1e-5  # of the largest log probability in float32
-ASKING = TEMPLATE + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-}
-TRAPS: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0},
-}
-"""What each does to its logits, or where it keeps the last layer."""
-
-
-def language_model(directory: Path, kind: str = "llama", seed: int = 0) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    tiny_tokenizer(directory)
-    (directory / "chat_template.jinja").write_text(ASKING)
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **(SHAPE | TRAPS[kind]))
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
-                parameter.mul_(QUERY_KEY_GAIN.get(kind, 8.0))
-        model.get_output_embeddings().weight.mul_(20)  # tied ones, too
-    model.save_pretrained(directory)
-    return directory
-
-
 Models = Callable[[str], tuple[Path, Path]]
 
 
@@ -190,7 +153,7 @@ def test_what_a_model_does_to_its_logits_moves_the_scores(kind: str, models: Mod
         right = backend.score(rows).values[:, 1]
         assert backend._readout is not None and isinstance(backend._readout._head, torch.nn.Module)
         head: Any = backend._readout._head
-        head.softcap, head.scale = 0.0, 1.0
+        head.logits.softcap, head.logits.scale = 0.0, 1.0
         wrong = backend.score(rows).values[:, 1]
     assert np.abs(wrong - right).max() > 100 * TOLERANCE * np.abs(right).max()
 

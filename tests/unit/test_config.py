@@ -111,7 +111,7 @@ def test_token_scores_need_an_engine_and_a_head_that_have_them() -> None:
     assert load_config(**NEEDED, token_scores=True, backend="auto").token_scores
     with pytest.raises(ConfigError, match="token_scores: the fake backend does not take it"):
         load_config(**NEEDED, token_scores=True, backend="fake")
-    with pytest.raises(ConfigError, match="token_scores: only for scores"):
+    with pytest.raises(ConfigError, match="token_scores: only where task is score"):
         load_config(**NEEDED, token_scores=True, task="embed")
 
 
