@@ -247,12 +247,15 @@ def through_ray_data(
         processor = build_processor(config, preprocess=prepare, postprocess=finish)
         random = np.random.default_rng(0)
         warm_up = [
-            {"place": -1, "ids": random.integers(3, 500, 64).tolist()}
+            {"place": -1, "ids": random.choice(rows.token_ids, 64).tolist()}
             for _ in range(RAY_DATA_BATCH_ROWS)
         ]
         items = [{"place": i, "ids": ids} for i, ids in enumerate(id_lists(rows))]
         given = ray.data.from_items(warm_up, override_num_blocks=1)
-        done = processor(given.union(ray.data.from_items(items))).take_all()
+        try:
+            done = processor(given.union(ray.data.from_items(items))).take_all()
+        except ray.exceptions.RayTaskError as error:  # no other process can read one
+            raise RuntimeError(str(error)) from None
     started = max(row["at"] for row in done if row["place"] < 0)
     found = {row["place"]: row["found"] for row in done}
     in_order = [found[place] for place in range(rows.num_sequences)]
