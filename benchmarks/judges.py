@@ -208,8 +208,7 @@ class JudgeSetting(Setting):
 
 
 class Generate:
-    """vLLM's offline API in file order, with its own defaults, as its example has it
-    (examples/offline_inference/basic of vllm-project/vllm)."""
+    """vLLM's offline API in file order, with its own defaults, as its quick start has it."""
 
     def __init__(self, setting: JudgeSetting) -> None:
         from vllm import LLM, SamplingParams
