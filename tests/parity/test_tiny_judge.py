@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batch_scorer import Config, score
+from batch_scorer.config import Device
 from batch_scorer.judges.page import load_page
 from examples.tiny_judge import VERDICTS, Row, make_rows, question, token_ids
 from tests.helpers.places import Place
@@ -115,7 +116,7 @@ def test_a_job_gives_its_verdicts(judge: PlainJudge, rows: list[Row], tmp_path: 
             task="judge",
             judge=str(PAGE),
             backend="hf",
-            device="cpu",
+            device=Device.CPU,
             dtype="float32",
             use_ray=False,
         )
