@@ -22,12 +22,12 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -59,8 +59,11 @@ from benchmarks.common import (
 )
 from tests.helpers.tiny import tiny_reward_model
 
+P = ParamSpec("P")
 T = TypeVar("T")
-U = TypeVar("U")
+Found = TypeVar("Found")
+Found_co = TypeVar("Found_co", covariant=True)
+Asked = TypeVar("Asked", bound="Setting")
 
 REFERENCE = "padded"
 OPENMP = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "LD_PRELOAD")
@@ -78,11 +81,11 @@ class Setting:
     max_tokens: int
 
 
-class Scorer(Protocol):
+class Scorer(Protocol[Found_co]):
     """A contestant at work."""
 
-    def score(self, rows: TokenizedRows) -> tuple[float, Floats]:
-        """Seconds, and float32[S]."""
+    def score(self, rows: TokenizedRows) -> tuple[float, Found_co]:
+        """Seconds, and what it found about all sequences: here float32[S]."""
 
     def close(self) -> None: ...
 
@@ -154,84 +157,27 @@ class VLLMScorer:
         self._llm.llm_engine.engine_core.shutdown()
 
 
+RAY_DATA_BATCH_ROWS = 64
+
+
 class RayDataScorer:
     """Ray Data's LLM processor as in `build_classify_processor` of Ray's own benchmark
     (ray-project/ray, python/ray/llm/_internal/batch/benchmark/benchmark_processor.py), given
-    token ids and told to leave scores raw.
-
-    A processor starts its engine anew for every dataset. That is not counted: rows of random
-    tokens go first, and the others wait until these have come out at the other end.
-    """
-
-    BATCH_ROWS = 64
+    token ids and told to leave scores raw."""
 
     def __init__(self, setting: Setting) -> None:
-        import ray
-        from ray.data import DataContext
-
-        ray.init(
-            address="local",
-            num_cpus=setting.threads + 3,  # its source, preparing and gathering beside the engine
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-        DataContext.get_current().enable_progress_bars = False
+        start_ray(setting.threads)
         self._setting = setting
 
     def score(self, rows: TokenizedRows) -> tuple[float, Floats]:
-        import ray
-        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
-        config = vLLMEngineProcessorConfig(
-            model_source=str(self._setting.model_dir),
-            task_type="classify",
-            engine_kwargs={
-                "dtype": self._setting.dtype,
-                "max_num_batched_tokens": 4096,
-            },
-            batch_size=self.BATCH_ROWS,
-            concurrency=1,
-            chat_template_stage=False,
-            tokenize_stage=False,
-            detokenize_stage=False,
-            log_engine_metrics=False,  # they want Ray's own Prometheus client
-            placement_group_config={"bundles": [{"CPU": 1}]},  # without a GPU
-            runtime_env={"env_vars": vllm_environment(self._setting.threads)},
+        seconds, found = through_ray_data(
+            self._setting,
+            rows,
+            task="classify",
+            options={"pooling_params": {"use_activation": False}},
+            read=lambda row: float(row["embeddings"][0]),
         )
-        with tempfile.TemporaryDirectory() as folder:
-            warm = Path(folder) / "warm"
-
-            def prepare(row: dict[str, Any]) -> dict[str, Any]:
-                while row["place"] >= 0 and not warm.exists():
-                    time.sleep(0.01)
-                ids = row["ids"]
-                return {
-                    "place": row["place"],
-                    "tokenized_prompt": ids,
-                    "pooling_params": {"use_activation": False},
-                }
-
-            def finish(row: dict[str, Any]) -> dict[str, Any]:
-                if row["place"] < 0:
-                    warm.touch()
-                score = float(row["embeddings"][0])
-                return {"place": row["place"], "score": score, "at": time.time()}
-
-            processor = build_processor(config, preprocess=prepare, postprocess=finish)
-            random = np.random.default_rng(0)
-            warm_up = [
-                {"place": -1, "ids": random.integers(3, 500, 64).tolist()}
-                for _ in range(self.BATCH_ROWS)
-            ]
-            items = [{"place": i, "ids": ids} for i, ids in enumerate(id_lists(rows))]
-            given = ray.data.from_items(warm_up, override_num_blocks=1)
-            done = processor(given.union(ray.data.from_items(items))).take_all()
-        started = max(row["at"] for row in done if row["place"] < 0)
-        scores = np.full(rows.num_sequences, np.nan, np.float32)
-        for row in done:
-            if row["place"] >= 0:
-                scores[row["place"]] = row["score"]
-        return max(row["at"] for row in done) - started, scores
+        return seconds, np.array(found, np.float32)
 
     def close(self) -> None:
         import ray
@@ -239,30 +185,107 @@ class RayDataScorer:
         ray.shutdown()
 
 
+def start_ray(threads: int) -> None:
+    import ray
+    from ray.data import DataContext
+
+    ray.init(
+        address="local",
+        num_cpus=threads + 3,  # its source, preparing and gathering beside the engine
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    DataContext.get_current().enable_progress_bars = False
+
+
+def through_ray_data(
+    setting: Setting,
+    rows: TokenizedRows,
+    *,
+    task: str,
+    options: Mapping[str, Any],
+    read: Callable[[dict[str, Any]], Any],
+) -> tuple[float, list[Any]]:
+    """Seconds, and what `read` finds in the processor's row of each sequence. `options` are the
+    columns beside its token ids.
+
+    A processor starts its engine anew for every dataset. That is not counted: rows of random
+    tokens go first, and the others wait until these have come out at the other end.
+    """
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    config = vLLMEngineProcessorConfig(
+        model_source=str(setting.model_dir),
+        task_type=task,
+        engine_kwargs={
+            "dtype": setting.dtype,
+            "max_num_batched_tokens": 4096,
+        },
+        batch_size=RAY_DATA_BATCH_ROWS,
+        concurrency=1,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        log_engine_metrics=False,  # they want Ray's own Prometheus client
+        placement_group_config={"bundles": [{"CPU": 1}]},  # without a GPU
+        runtime_env={"env_vars": vllm_environment(setting.threads)},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        warm = Path(folder) / "warm"
+
+        def prepare(row: dict[str, Any]) -> dict[str, Any]:
+            while row["place"] >= 0 and not warm.exists():
+                time.sleep(0.01)
+            return {"place": row["place"], "tokenized_prompt": row["ids"], **options}
+
+        def finish(row: dict[str, Any]) -> dict[str, Any]:
+            if row["place"] < 0:
+                warm.touch()
+            return {"place": row["place"], "found": read(row), "at": time.time()}
+
+        processor = build_processor(config, preprocess=prepare, postprocess=finish)
+        random = np.random.default_rng(0)
+        warm_up = [
+            {"place": -1, "ids": random.choice(rows.token_ids, 64).tolist()}
+            for _ in range(RAY_DATA_BATCH_ROWS)
+        ]
+        items = [{"place": i, "ids": ids} for i, ids in enumerate(id_lists(rows))]
+        given = ray.data.from_items(warm_up, override_num_blocks=1)
+        try:
+            done = processor(given.union(ray.data.from_items(items))).take_all()
+        except ray.exceptions.RayTaskError as error:  # no other process can read one
+            raise RuntimeError(str(error)) from None
+    started = max(row["at"] for row in done if row["place"] < 0)
+    found = {row["place"]: row["found"] for row in done}
+    in_order = [found[place] for place in range(rows.num_sequences)]
+    return max(row["at"] for row in done) - started, in_order
+
+
 def id_lists(rows: TokenizedRows) -> list[list[int]]:
     return [ids.tolist() for ids in np.split(rows.token_ids, rows.sequence_offsets[1:-1])]
 
 
-def padded(setting: Setting) -> Scorer:
+def padded(setting: Setting) -> Scorer[Floats]:
     return PaddedScorer(setting, in_file_order)
 
 
-def padded_sorted(setting: Setting) -> Scorer:
+def padded_sorted(setting: Setting) -> Scorer[Floats]:
     return PaddedScorer(setting, by_length)
 
 
-def trie(setting: Setting, *, compile: bool = False) -> Scorer:
+def trie(setting: Setting, *, compile: bool = False) -> Scorer[Floats]:
     from batch_scorer.backends.hf import HFBackend
 
     settings = EngineSettings(setting.model_dir, dtype=setting.dtype, device="cpu", compile=compile)
     return BackendScorer(HFBackend(settings))
 
 
-def trie_compiled(setting: Setting) -> Scorer:
+def trie_compiled(setting: Setting) -> Scorer[Floats]:
     return trie(setting, compile=True)
 
 
-def vllm_best(setting: Setting) -> Scorer:
+def vllm_best(setting: Setting) -> Scorer[Floats]:
     from batch_scorer.backends.vllm import VLLMBackend
 
     settings = EngineSettings(
@@ -280,19 +303,19 @@ def vllm_best(setting: Setting) -> Scorer:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Contestant(Generic[Asked, Found]):
     """`process` names the process it lives in; `warm` is one whose every turn begins warm.
 
     This project's engines live apart: what they set for their process, the others go without.
     """
 
-    build: Callable[[Setting], Scorer]
+    build: Callable[[Asked], Scorer[Found]]
     process: str = "transformers"
     in_tiny: bool = False
     warm: bool = False
 
 
-CONTESTANTS = {
+CONTESTANTS: dict[str, Contestant[Setting, Floats]] = {
     REFERENCE: Contestant(padded, in_tiny=True),
     "sorted": Contestant(padded_sorted, in_tiny=True),
     "ray-data": Contestant(RayDataScorer, "ray", warm=True),
@@ -304,7 +327,7 @@ CONTESTANTS = {
 RANDOM_MODELS = ("qwen3", "gemma2")
 MODELS = ("embedded", *RANDOM_MODELS)
 
-_scorers: dict[str, Scorer] = {}
+_scorers: dict[str, Scorer[Any]] = {}
 """Those of this process, where it is a child."""
 
 
@@ -329,16 +352,16 @@ def vllm_environment(threads: int) -> dict[str, str]:
     }
 
 
-def build(name: str, setting: Setting) -> float:
+def build(name: str, make: Callable[[Asked], Scorer[Any]], setting: Asked) -> float:
     """Seconds until the contestant is up."""
     started = time.perf_counter()
     torch.set_num_threads(setting.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    _scorers[name] = CONTESTANTS[name].build(setting)
+    _scorers[name] = make(setting)
     return time.perf_counter() - started
 
 
-def score(name: str, rows: TokenizedRows) -> tuple[float, Floats]:
+def score(name: str, rows: TokenizedRows) -> tuple[float, Any]:
     return _scorers[name].score(rows)
 
 
@@ -347,26 +370,45 @@ def close_all() -> None:
         _scorers.popitem()[1].close()
 
 
-class Field:
+class Field(Generic[Asked, Found]):
     """The contestants with one model, each in its process; `left_out` says why one is not among
-    the `running`."""
+    the `running`. Without the first of them, to which the others are compared, there is none."""
 
-    def __init__(self, names: Iterable[str], setting: Setting) -> None:
+    def __init__(self, contestants: Mapping[str, Contestant[Asked, Found]], setting: Asked) -> None:
         self.running: list[str] = []
         self.left_out: dict[str, str] = {}
+        self._contestants = contestants
+        self._reference = next(iter(contestants))
         self._children: dict[str, Child] = {}
-        for name in names:
-            process = CONTESTANTS[name].process
+        for name, contestant in contestants.items():
+            process = contestant.process
             if process not in self._children:
                 self._children[process] = Child(process_environment(process, setting.threads))
             self.running.append(name)
-            seconds = self._call(build, name, setting)
+            seconds = self._call(name, build, name, contestant.build, setting)
             if seconds is not None:
                 print(f"  {name} is up after {seconds:.0f} s", flush=True)
 
-    def turn(self, name: str, rows: TokenizedRows) -> tuple[float, Floats] | None:
-        """Seconds and scores; None from one that fails and is out from now on."""
-        return self._call(score, name, rows)
+    def turn(self, name: str, rows: TokenizedRows) -> tuple[float, Found] | None:
+        """Seconds and what it found; None from one that fails and is out from now on."""
+        return self._call(name, score, name, rows)
+
+    def rounds(self, rows: TokenizedRows, count: int, amount: int, unit: str) -> "Rounds[Found]":
+        """Everybody's turns, after one that does not count for those that have to warm up. The
+        rates are those of an `amount` of a `unit`."""
+        for name in list(self.running):
+            if not self._contestants[name].warm:
+                self.turn(name, rows)
+        contest = Contest()
+        found: dict[str, Found] = {}
+        for number in range(count):
+            for name in list(self.running):
+                done = self.turn(name, rows)
+                if done is not None:
+                    contest.add(name, amount / done[0])
+                    found[name] = done[1]
+            print(f"  round {number + 1}: {contest.describe_round()} {unit}/s", flush=True)
+        return Rounds(contest, found)
 
     def close(self) -> None:
         for child in self._children.values():
@@ -374,11 +416,14 @@ class Field:
                 child.call(close_all)
             child.close()
 
-    def _call(self, function: Callable[[str, T], U], name: str, argument: T) -> U | None:
+    def _call(
+        self, name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T | None:
         try:
-            return self._children[CONTESTANTS[name].process].call(function, name, argument)
+            child = self._children[self._contestants[name].process]
+            return child.call(function, *args, **kwargs)
         except Exception as error:  # whatever somebody's library raises
-            if name == REFERENCE:
+            if name == self._reference:
                 raise
             self.left_out[name] = in_a_line(error)
             self.running.remove(name)
@@ -386,20 +431,20 @@ class Field:
             return None
 
 
-def compare(field: Field, rows: TokenizedRows, rounds: int) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Rounds(Generic[Found]):
+    """The rates of all rounds, and what each contestant found in the last one."""
+
+    contest: Contest
+    found: dict[str, Found]
+
+
+def compare(
+    field: Field[Setting, Floats], rows: TokenizedRows, rounds: int
+) -> dict[str, dict[str, Any]]:
     """By contestant: its figures."""
-    for name in list(field.running):
-        if not CONTESTANTS[name].warm:
-            field.turn(name, rows)
-    contest = Contest()
-    scores: dict[str, Floats] = {}
-    for number in range(rounds):
-        for name in list(field.running):
-            done = field.turn(name, rows)
-            if done is not None:
-                contest.add(name, rows.num_tokens / done[0])
-                scores[name] = done[1]
-        print(f"  round {number + 1}: {contest.describe_round()} tokens/s", flush=True)
+    done = field.rounds(rows, rounds, rows.num_tokens, "tokens")
+    contest, scores = done.contest, done.found
     return {
         name: {
             "tokens_per_s": round(contest.median(name)),
@@ -497,7 +542,7 @@ def contest(asked: argparse.Namespace, names: list[str], folder: Path) -> dict[s
             max_tokens=max(int(rows.lengths.max()) for rows in workloads.values()),
         )
         print(f"{model}, {dtype}, {asked.threads} threads")
-        field = Field(names, setting)
+        field = Field({name: CONTESTANTS[name] for name in names}, setting)
         try:
             for name, rows in workloads.items():
                 distinct = build_trie(rows).num_tokens
