@@ -74,7 +74,7 @@ WRONG_BY_ITSELF: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": "many"}, "max_tokens: Input should be a valid integer, "),
     ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer, "),
     ({"over_length": "cut"}, "over_length: Input should be 'mark', 'error', 'truncate_left', "),
-    ({"backend": "sglang"}, "backend: Input should be 'auto', 'hf', 'vllm' or 'fake'"),
+    ({"backend": "sglang"}, "backend: Input should be 'auto', 'hf', 'vllm', 'endpoint' or 'fake'"),
     ({"dtype": "int8"}, "dtype: Input should be 'bfloat16', 'float32' or 'float16' (got 'int8')"),
     ({"attention": "fast"}, "attention: Input should be 'packed', 'flash_attention_2', "),
     ({"step_aggregation": "sum"}, "step_aggregation: Input should be 'min', 'last', "),
