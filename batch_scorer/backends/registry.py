@@ -57,8 +57,7 @@ def settings_of(job: Job) -> EngineSettings:
 
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
-    judge = job.model.judge
-    writes = "_generation" if judge is not None and judge.generates else ""
-    make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}{writes}").BACKEND
+    suffix = "_generation" if job.writes else ""
+    make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}{suffix}").BACKEND
     with reading(job.model_dir):
         return make(settings_of(job))

@@ -32,7 +32,7 @@ from batch_scorer.nightly.record import (
 )
 from batch_scorer.nightly.status import NightlyStatus
 from batch_scorer.outputs.verify import Verdict
-from batch_scorer.parity import ParityReport
+from batch_scorer.parity import ScoresReport
 from batch_scorer.parity.gate import Compared
 from batch_scorer.records import PairCounts
 from batch_scorer.render import TemplateFacts
@@ -116,9 +116,10 @@ def check(text: str) -> CheckReport:
             "kept", "kept", "lost", (text,), "refused", text, "text", True, asks_for_date=True
         ),
         text={**Prompt().to_json(), "date": text},
-        parity=ParityReport(
-            "hf", "float32", "float32", 1e-6, 1e-3, 1e-6, 1e-3, 1, 1,
-            (Compared(text, 12, 1.25, 1.25, 1e-6),), (),
+        parity=ScoresReport(
+            backend="hf", dtype="float32", reference_dtype="float32", problems=(),
+            worst=1e-6, allowed_worst=1e-3, rms=1e-6, allowed_rms=1e-3, pairs=1, pairs_agree=1,
+            compared=(Compared(text, 12, 1.25, 1.25, 1e-6),),
         ),
     )  # fmt: skip
 

@@ -1,0 +1,150 @@
+"""What the engine of a judge writes, and what plain Hugging Face writes, token by token.
+
+Both write the most probable tokens behind the sampled questions, without sampling, schema, stop
+text or end: these are the page's, the tokens are the model's. They are compared up to the first
+place where the two best logits are so close that rounding may make them change places; behind it
+two sound engines may write different texts.
+
+Legend: S sampled questions, N tokens written behind each.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from batch_scorer.backends.base import WritingBackend
+from batch_scorer.backends.registry import settings_of
+from batch_scorer.job import Job
+from batch_scorer.judges.page import Generation
+from batch_scorer.parity.report import ParityReport, common_facts, finite_number
+from batch_scorer.parity.sample import Sample
+
+MOST_TOKENS, LEAST_TOKENS, ALL_TOKENS = 24, 8, 384
+"""Tokens that are written behind a question, and behind all of them about: plain Hugging Face runs
+the model once for each."""
+EXACT_NOISE = 1e-3
+"""How close the two best logits may be in float32, as a share of the logits' spread."""
+ROUNDING_FACTOR = 3.0
+"""The same in half precision: a factor on the most by which plain Hugging Face's own rounding
+moves one of the two towards the other."""
+LEAST_HALF_NOISE = 0.05
+"""What half precision may have, as a share of the spread, even where plain Hugging Face happens to
+be closer."""
+UNMEASURED_NOISE = 0.3
+"""The same where that rounding is not measured (the model fits the memory in half precision only,
+or the engine computes with quantised weights)."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenReference:
+    """What plain Hugging Face writes, [S][N]; `gaps` are how far the second best logit lies below
+    the best one, [S][N]. Where they are below `noise`, the engine may write another token."""
+
+    dtype: str
+    ids: list[list[int]]
+    gaps: list[list[float]]
+    noise: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.ids[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedReply:
+    """One question: the tokens of its prompt, how many written tokens were compared, and the place
+    of the first of these that differs, None where none does. Where the engine does not take the
+    question, none is compared."""
+
+    name: str
+    tokens: int
+    compared: int
+    differs_at: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepliesReport(ParityReport):
+    """`noise`: the two best logits were at least so far apart wherever tokens were compared."""
+
+    noise: float
+    tokens_compared: int
+    tokens_written: int
+    compared: tuple[ComparedReply, ...]
+
+
+def tokens_written(num_questions: int, generation: Generation) -> int:
+    """How many tokens are written behind each question: no more than the page leaves room for."""
+    share = min(MOST_TOKENS, max(LEAST_TOKENS, ALL_TOKENS // num_questions))
+    return min(share, generation.thinking_tokens + generation.max_tokens)
+
+
+def compute_written(job: Job, sample: Sample) -> WrittenReference:
+    """What plain Hugging Face writes, in float32 where that is possible, and its rounding in the
+    engine's dtype behind the same tokens."""
+    from batch_scorer.backends.plain import reference_road
+    from batch_scorer.backends.plain_answers import plain_gaps, plain_greedy
+
+    assert job.model.judge is not None
+    settings, rows = settings_of(job), sample.rows
+    dtype = reference_road(settings).dtype
+    count = tokens_written(rows.num_sequences, job.model.judge.generation)
+    greedy = plain_greedy(replace(settings, dtype=dtype), rows, count)
+    if job.computes_quantised or dtype != "float32":
+        noise = UNMEASURED_NOISE * greedy.spread
+    elif job.dtype == "float32":
+        noise = EXACT_NOISE * greedy.spread
+    else:
+        moved = np.abs(plain_gaps(settings, rows, greedy) - greedy.gaps).max()
+        noise = float(np.maximum(LEAST_HALF_NOISE * greedy.spread, ROUNDING_FACTOR * moved))
+    return WrittenReference(dtype, greedy.ids.tolist(), greedy.gaps.tolist(), noise)
+
+
+def compare_replies(
+    job: Job, sample: Sample, reference: WrittenReference, backend: WritingBackend
+) -> RepliesReport:
+    """Let the engine write, and compare its tokens with plain Hugging Face's."""
+    found = backend.greedy(sample.rows, reference.num_tokens)
+    compared = []
+    for name, tokens, wanted, gaps, written in zip(
+        sample.names, sample.rows.lengths, reference.ids, reference.gaps, found, strict=True
+    ):
+        clear = 0 if written is None else clear_tokens(gaps, reference.noise)
+        differs_at = first_difference(wanted[:clear], (written or [])[:clear])
+        compared.append(ComparedReply(name, int(tokens), clear, differs_at))
+    problems = []
+    if wrong := [reply for reply in compared if reply.differs_at is not None]:
+        problems.append(
+            f"{len(wrong)} of {len(compared)} questions are answered with other tokens than in "
+            f"plain Hugging Face; {wrong[0].name} from the {wrong[0].differs_at + 1}. on"
+        )
+    if not any(reply.compared for reply in compared):
+        problems.append(
+            "nothing that is written could be compared: the two best tokens are within rounding "
+            "from the first one on, or no question is taken"
+        )
+    return RepliesReport(
+        **common_facts(job, sample),
+        reference_dtype=reference.dtype,
+        noise=finite_number(reference.noise),
+        tokens_compared=sum(reply.compared for reply in compared),
+        tokens_written=reference.num_tokens * len(compared),
+        compared=tuple(compared),
+        problems=tuple(problems),
+    )
+
+
+def clear_tokens(gaps: list[float], noise: float) -> int:
+    """How many tokens stand before the first one that rounding may change."""
+    close = (place for place, gap in enumerate(gaps) if not gap >= noise)  # NaN is close, too
+    return next(close, len(gaps))
+
+
+def first_difference(wanted: list[int], found: list[int]) -> int | None:
+    """The first place in `wanted` where `found` has another token, or none."""
+    places = (i for i, token in enumerate(wanted) if i >= len(found) or found[i] != token)
+    return next(places, None)
