@@ -127,12 +127,7 @@ def _replies_compared(parity: RepliesReport) -> Iterator[Block]:
         "Compared",
         ("question", "tokens", "written tokens compared", "differs"),
         [
-            (
-                row.name,
-                f"{row.tokens:,}",
-                f"{row.compared}",
-                "-" if row.differs_at is None else f"from the {row.differs_at + 1}. on",
-            )
+            (row.name, f"{row.tokens:,}", f"{row.compared}", row.difference)
             for row in parity.compared
         ],
     )
