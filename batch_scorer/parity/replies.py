@@ -3,7 +3,8 @@
 Both write the most probable tokens behind the sampled questions, without sampling, schema, stop
 text or end: these are the page's, the tokens are the model's. They are compared up to the first
 place where the two best logits are so close that rounding may make them change places; behind it
-two sound engines may write different texts.
+two sound engines may write different texts. So the engine is given the reference's text up to
+there, and goes on from it to the next such place.
 
 Legend: S sampled questions, N tokens written behind each.
 """
@@ -19,6 +20,7 @@ from batch_scorer.job import Job
 from batch_scorer.judges.page import Generation
 from batch_scorer.parity.report import ParityReport, common_facts, finite_number
 from batch_scorer.parity.sample import Sample
+from batch_scorer.records import TokenizedRows
 
 MOST_TOKENS, LEAST_TOKENS, ALL_TOKENS = 24, 8, 384
 """Tokens that are written behind a question, and behind all of them about: plain Hugging Face runs
@@ -59,8 +61,8 @@ class WrittenReference:
 @dataclass(frozen=True, slots=True)
 class ComparedReply:
     """One question: the tokens of its prompt, how many written tokens were compared, and the place
-    of the first of these that differs, None where none does. Where the engine does not take the
-    question, none is compared."""
+    of the first of these that differs, None where none does. What the engine does not take is not
+    compared."""
 
     name: str
     tokens: int
@@ -75,7 +77,7 @@ class ComparedReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepliesReport(ParityReport):
-    """`noise`: the two best logits were at least so far apart wherever tokens were compared."""
+    """`noise`: the two best logits are at least so far apart wherever tokens were compared."""
 
     noise: float
     tokens_compared: int
@@ -114,14 +116,27 @@ def compare_replies(
     job: Job, sample: Sample, reference: WrittenReference, backend: WritingBackend
 ) -> RepliesReport:
     """Let the engine write, and compare its tokens with plain Hugging Face's."""
-    found = backend.greedy(sample.rows, reference.num_tokens)
-    compared = []
-    for name, tokens, wanted, gaps, written in zip(
-        sample.names, sample.rows.lengths, reference.ids, reference.gaps, found, strict=True
-    ):
-        clear = 0 if written is None else clear_tokens(gaps, reference.noise)
-        differs_at = first_difference(wanted[:clear], (written or [])[:clear])
-        compared.append(ComparedReply(name, int(tokens), clear, differs_at))
+    stretches = [
+        (question, start, stop)
+        for question, gaps in enumerate(reference.gaps)
+        for start, stop in clear_stretches(gaps, reference.noise)
+    ]
+    begun = [(question, reference.ids[question][:start]) for question, start, _ in stretches]
+    found = backend.greedy(_continued(sample.rows, begun), reference.num_tokens) if begun else []
+    counts, differing = [0] * len(sample.names), [list[int]() for _ in sample.names]
+    for (question, start, stop), written in zip(stretches, found, strict=True):
+        if written is None:
+            continue
+        counts[question] += stop - start
+        place = first_difference(reference.ids[question][start:stop], written)
+        if place is not None:
+            differing[question].append(start + place)
+    compared = [
+        ComparedReply(name, int(tokens), count, min(places, default=None))
+        for name, tokens, count, places in zip(
+            sample.names, sample.rows.lengths, counts, differing, strict=True
+        )
+    ]
     problems = []
     if wrong := [reply for reply in compared if reply.differs_at is not None]:
         problems.append(
@@ -131,7 +146,7 @@ def compare_replies(
     if not any(reply.compared for reply in compared):
         problems.append(
             "nothing that is written could be compared: the two best tokens are within rounding "
-            "from the first one on, or no question is taken"
+            "everywhere, or no question is taken"
         )
     return RepliesReport(
         **common_facts(job, sample),
@@ -144,10 +159,26 @@ def compare_replies(
     )
 
 
-def clear_tokens(gaps: list[float], noise: float) -> int:
-    """How many tokens stand before the first one that rounding may change."""
-    close = (place for place, gap in enumerate(gaps) if not gap >= noise)  # NaN is close, too
-    return next(close, len(gaps))
+def clear_stretches(gaps: list[float], noise: float) -> list[tuple[int, int]]:
+    """Where tokens stand that rounding cannot change, from the first to before the last place of
+    each stretch of them."""
+    is_clear = np.array([False, *(gap >= noise for gap in gaps), False])  # NaN is not
+    bounds: list[int] = np.flatnonzero(is_clear[1:] != is_clear[:-1]).tolist()
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def _continued(rows: TokenizedRows, begun: list[tuple[int, list[int]]]) -> TokenizedRows:
+    """Some of the sequences, each with more tokens behind it."""
+    prompts = np.split(rows.token_ids, rows.sequence_offsets[1:-1])
+    parts = [np.array([*prompts[sequence], *ids], np.int32) for sequence, ids in begun]
+    return TokenizedRows(
+        token_ids=np.concatenate(parts),
+        sequence_offsets=np.cumsum([0, *map(len, parts)]),
+        row_offsets=np.arange(len(parts) + 1),
+        truncated_tokens=np.zeros(len(parts), np.int32),
+        sequence_errors={},
+        row_errors={},
+    )
 
 
 def first_difference(wanted: list[int], found: list[int]) -> int | None:

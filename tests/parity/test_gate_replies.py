@@ -27,6 +27,7 @@ from batch_scorer.parity.gate import compute_reference
 from batch_scorer.parity.replies import (
     ComparedReply,
     WrittenReference,
+    clear_stretches,
     compare_replies,
     tokens_written,
 )
@@ -276,24 +277,40 @@ def test_questions_that_the_engine_does_not_take_are_not_compared(
     assert not compare_replies(job, sample, reference, none).agrees
 
 
-def test_tokens_behind_a_close_place_are_not_compared(
+def test_a_token_that_rounding_may_change_is_not_compared(
     asked: tuple[Job, Sample], reference: WrittenReference, engine: VLLMGenerationBackend
 ) -> None:
-    """Nor the one at that place; and where nothing is compared, nothing is proven."""
+    """Those before it and behind it are."""
     job, sample = asked
+    whole = compare_replies(job, sample, reference, engine)
     for gap in (0.9 * reference.noise, float("nan")):
         close = replace(reference, gaps=[[*gaps[:2], gap, *gaps[3:]] for gaps in reference.gaps])
+        report = compare_replies(job, sample, close, engine)
+        assert report.agrees and report.tokens_compared == whole.tokens_compared - 10
+    ids = [[*written[:2], written[2] ^ 1, *written[3:]] for written in reference.ids]
+    assert not compare_replies(job, sample, replace(reference, ids=ids), engine).agrees
+    report = compare_replies(job, sample, replace(close, ids=ids), engine)
+    places = {reply.differs_at for reply in report.compared} - {None}
+    assert places and places <= set(range(3, MAX_TOKENS))
+    nothing = compare_replies(job, sample, replace(reference, noise=float("inf")), engine)
+    assert nothing.tokens_compared == 0 and not nothing.agrees
 
-        def other(ids: Any, first: int) -> Any:
-            return [[*written[:first], *(t + 1 for t in written[first:])] for written in ids]
 
-        report = compare_replies(job, sample, close, Changed(engine, ids=lambda x: other(x, 2)))
-        assert report.agrees and max(reply.compared for reply in report.compared) == 2
-        report = compare_replies(job, sample, close, Changed(engine, ids=lambda x: other(x, 1)))
-        assert not report.agrees
-        assert {reply.differs_at for reply in report.compared} <= {1, None}
-    report = compare_replies(job, sample, replace(reference, noise=float("inf")), engine)
-    assert report.tokens_compared == 0 and not report.agrees
+@pytest.mark.parametrize(
+    ("gaps", "stretches"),
+    [
+        ([], []),
+        ([0.1], []),
+        ([1.0], [(0, 1)]),
+        ([1, 2, 3], [(0, 3)]),
+        ([0.9, 2, 3, float("nan"), 0, 1, 0.5], [(1, 3), (5, 6)]),
+        ([2, 0, 2], [(0, 1), (2, 3)]),
+    ],
+)
+def test_stretches_that_rounding_cannot_change(
+    gaps: list[float], stretches: list[tuple[int, int]]
+) -> None:
+    assert clear_stretches(gaps, 1.0) == stretches
 
 
 def test_half_precision_may_round_as_much_as_plain_hugging_face(
@@ -309,7 +326,7 @@ def test_half_precision_may_round_as_much_as_plain_hugging_face(
         report = compare_replies(job, sample, found, backend)
         assert report.agrees, report.problems
         assert report.tokens_compared > 10
-        other = Changed(backend, ids=exchanged)
+        other = Changed(backend, rows=shorter)
         assert not compare_replies(job, sample, found, other).agrees
 
 

@@ -132,8 +132,8 @@ def _replies_compared(parity: RepliesReport) -> Iterator[Block]:
         ],
     )
     yield Line(
-        f"{parity.tokens_compared} of {parity.tokens_written} written tokens compared: of each "
-        f"question those before the two best logits are closer than {parity.noise:.3g}"
+        f"{parity.tokens_compared} of {parity.tokens_written} written tokens compared: where the "
+        f"two best logits are at least {parity.noise:.3g} apart"
     )
 
 
