@@ -85,6 +85,11 @@ class Job:
         return None if page is None else Judging(page, self.config.keep_judgement)
 
     @property
+    def writes(self) -> bool:
+        """Whether the engine writes a judge's replies."""
+        return self.model.judge is not None and self.model.judge.generates
+
+    @property
     def template_facts(self) -> TemplateFacts | None:
         """What the chat template does to a conversation; None where there is none."""
         return self.probe.template if self.probe else None

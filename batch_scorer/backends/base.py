@@ -6,7 +6,7 @@ A backend is built once per worker, scores one shard at a time, and never sees t
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -146,6 +146,19 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the device."""
+
+
+@runtime_checkable
+class WritingBackend(Backend, Protocol):
+    """A backend that lets a judge write its verdicts, and whose model the gate can ask."""
+
+    def greedy(self, rows: TokenizedRows, max_tokens: int) -> list[list[int] | None]:
+        """The `max_tokens` most probable tokens behind each sequence, one after the other: without
+        sampling, schema, stop text or an end, whatever the page says.
+
+        `max_tokens` is no more than the page lets the judge write. None for a sequence that would
+        be marked, fewer tokens where the logits are no numbers. Raises EngineDied.
+        """
 
 
 MakeBackend: TypeAlias = Callable[[EngineSettings], Backend]

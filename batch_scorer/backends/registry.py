@@ -59,10 +59,8 @@ def settings_of(job: Job) -> EngineSettings:
 
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
-    judge, name = job.model.judge, job.backend
-    if judge is not None and judge.generates and job.engine.runs_model:
-        name += "_generation"
-    make: MakeBackend = import_module(f"batch_scorer.backends.{name}").BACKEND
+    suffix = "_generation" if job.writes else ""
+    make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}{suffix}").BACKEND
     with reading(job.model_dir):
         return make(settings_of(job))
 

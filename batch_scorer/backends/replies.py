@@ -175,6 +175,12 @@ class Writer:
         page = self.page.model_copy(update={"generation": generation})
         return Writer(page, self._tokenizer, self.end_ids)
 
+    def greedy(self, max_tokens: int) -> "Writer":
+        """The same judge, let write the most probable tokens and nothing else: none ends the
+        reply before it has `max_tokens`."""
+        page = self.page.model_copy(update={"generation": Generation(max_tokens=max_tokens)})
+        return Writer(page, self._tokenizer, ())
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text that goes on behind another one: without the blank that some
         tokenizers put before a text."""
@@ -207,7 +213,8 @@ class Writer:
 
 class Writing:
     """One reply while it is written. `part` is what is to be asked for, None once `reply` is there;
-    `continues`: it is not the first one.
+    `continues`: it is not the first one. `generated` are the tokens of all parts, those that end
+    them included.
 
     The engine's tokens go to `take` as they come. It says whether they end the part; the engine
     then stops there. Where the engine ends it by itself, that goes to `finish`, or to `fail`.
@@ -224,7 +231,7 @@ class Writing:
         self._answer = Thinking("", "", 0)
         self._critique = ""
         self._ids: list[int] = []  # of the part that is written
-        self._generated_tokens = 0
+        self.generated: list[int] = []
         self.continues = False
         page = writer.page
         thinks = page.generation.thinking_tokens and (self._is_open or CLOSE not in self._begun)
@@ -234,7 +241,7 @@ class Writing:
         """Whether the part is over with these tokens."""
         assert self.part is not None
         for token_id in ids:
-            self._generated_tokens += 1
+            self.generated.append(token_id)
             self._ids.append(token_id)
             if self.part.number == _THINKING:
                 over = self._thinking_is_over()
@@ -251,7 +258,7 @@ class Writing:
 
     def fail(self, detail: str) -> None:
         """The engine gave up the part."""
-        self._end(Reply("", "error", generated_tokens=self._generated_tokens, detail=detail))
+        self._end(Reply("", "error", generated_tokens=len(self.generated), detail=detail))
 
     # Parts
 
@@ -318,9 +325,7 @@ class Writing:
         self.part = self._verdict_part(ids, rest)
 
     def _end_with(self, text: str, ended: Literal["stop", "length"]) -> None:
-        self._end(
-            Reply(text, ended, self._answer.reasoning, generated_tokens=self._generated_tokens)
-        )
+        self._end(Reply(text, ended, self._answer.reasoning, generated_tokens=len(self.generated)))
 
     def _end(self, reply: Reply) -> None:
         self.reply, self.part = reply, None

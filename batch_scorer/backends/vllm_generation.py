@@ -35,7 +35,7 @@ from batch_scorer.judges.page import Generation, Page, reply_schema
 from batch_scorer.models.adapter import Adapter, ModelFiles
 from batch_scorer.models.registry import EMBEDDING
 from batch_scorer.models.tokenizer import load_tokenizer
-from batch_scorer.records import Effort, Reply, Scores, TokenizedRows
+from batch_scorer.records import Effort, Reply, RowError, Scores, TokenizedRows
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _BROKEN = "the model's logits are not all numbers"
 
 class Question(NamedTuple):
     """What a reply depends on: the prompt, its token ids as big-endian int32, the seed, and how
-    many verdicts the reply holds. They sort as the ids do."""
+    many verdicts the reply holds, 0 where it is held to no schema. They sort as the ids do."""
 
     prompt: bytes
     seed: int
@@ -123,11 +123,7 @@ class VLLMGenerationBackend:
 
     def score(self, rows: TokenizedRows) -> Scores:
         """The replies to all questions in `rows`, in their order; None for those with errors."""
-        errors = unscorable(
-            rows, max_tokens=self._max_tokens, vocabulary_size=self._vocabulary_size
-        )
-        refused = set(errors) | set(rows.sequence_errors)
-        sequences = [s for s in range(rows.num_sequences) if s not in refused]
+        sequences, errors = self._askable(rows)
         asked = questions_of(rows, sequences, self._page, guided=self._engine.guided)
         effort = Effort()
         written = self._write(sorted(set(asked)), effort)
@@ -137,6 +133,21 @@ class VLLMGenerationBackend:
         values = np.empty((rows.num_sequences, 0), dtype=np.float32)
         return Scores(values, errors, effort=effort, replies=replies)
 
+    def greedy(self, rows: TokenizedRows, max_tokens: int) -> list[list[int] | None]:
+        """See `WritingBackend`."""
+        writer = self._writer.greedy(max_tokens)
+        sequences, _ = self._askable(rows)
+        asked = questions_of(rows, sequences, writer.page, guided=False)
+        written = {
+            question: writing.generated
+            for question, writing in self._engine.run(sorted(set(asked)), Effort(), writer)
+        }
+        self._engine.clear_cache()  # a run's own prompts find it as they would without this
+        ids: list[list[int] | None] = [None] * rows.num_sequences
+        for sequence, question in zip(sequences, asked, strict=True):
+            ids[sequence] = written[question]
+        return ids
+
     def close(self) -> None:
         """Free the device."""
         self._engine.close()
@@ -144,6 +155,15 @@ class VLLMGenerationBackend:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _askable(self, rows: TokenizedRows) -> tuple[list[int], dict[int, RowError]]:
+        """The sequences that can be asked, and why others cannot, beside those that arrive with an
+        error."""
+        errors = unscorable(
+            rows, max_tokens=self._max_tokens, vocabulary_size=self._vocabulary_size
+        )
+        refused = set(errors) | set(rows.sequence_errors)
+        return [s for s in range(rows.num_sequences) if s not in refused], errors
 
     def _check_engine(self) -> None:
         """Raise ModelError where vLLM cannot write with this model."""
@@ -153,8 +173,9 @@ class VLLMGenerationBackend:
         ids = (np.arange(8, dtype=np.int64) * 7 + 1) % self._vocabulary_size
         short = Generation(max_tokens=1, temperature=self._page.generation.temperature)
         writer = self._writer.with_generation(short)
-        question = Question(ids.astype(">i4").tobytes(), seed=0, verdicts=1)
-        for _, reply in self._engine.run([question], Effort(), writer):
+        verdicts = int(self._engine.guided)
+        question = Question(ids.astype(">i4").tobytes(), seed=0, verdicts=verdicts)
+        for reply in self._engine.replies([question], Effort(), writer).values():
             if reply.ended == "error":
                 dtype = self.provenance["dtype"]
                 raise ModelError(f"{name} cannot write in {dtype}: {reply.detail}")
@@ -167,15 +188,11 @@ class VLLMGenerationBackend:
         same block later. So every question whose logits are no numbers is asked again, alone and
         on a clean cache, and only then its reply is an error.
         """
-        written: dict[Question, Reply] = {}
-        suspects: list[Question] = []
-        for question, reply in self._engine.run(questions, effort, self._writer):
-            written[question] = reply
-            if reply.detail == _BROKEN:
-                suspects.append(question)
+        written = self._engine.replies(questions, effort, self._writer)
+        suspects = [question for question, reply in written.items() if reply.detail == _BROKEN]
         for question in suspects:
             self._engine.clear_cache()
-            written.update(self._engine.run([question], effort, self._writer))
+            written.update(self._engine.replies([question], effort, self._writer))
         if suspects:
             self._engine.clear_cache()
         return written
@@ -195,21 +212,11 @@ class _GenerationEngine(Engine):
         *,
         max_tokens: int,
     ) -> None:
-        from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine import EngineCoreRequest
 
-        generation = writer.page.generation
-        self._is_greedy = not generation.temperature
-        self._sampling = partial(
-            SamplingParams,
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            stop_token_ids=sorted(writer.end_ids),
-            detokenize=False,
-        )
         try:
-            self._sampling()
+            _sampling(writer)
         except VLLMValidationError as error:
             raise ConfigError(f"generation: vLLM refuses it: {error}") from error
         guided = writer.may_guide and importlib.util.find_spec(_GUIDE) is not None
@@ -248,12 +255,22 @@ class _GenerationEngine(Engine):
             data_parallel_rank=None,
         )
 
+    def replies(
+        self, questions: Sequence[Question], effort: Effort, writer: Writer
+    ) -> dict[Question, Reply]:
+        """The replies to these questions, as `run` writes them."""
+        written = {}
+        for question, writing in self.run(questions, effort, writer):
+            assert writing.reply is not None
+            written[question] = writing.reply
+        return written
+
     def run(
         self, questions: Sequence[Question], effort: Effort, writer: Writer
-    ) -> Iterator[tuple[Question, Reply]]:
-        """Questions and their replies as they are done. The work is added to `effort`: of prompts,
-        what was computed and what was found in the cache; what parts of a reply compute again of
-        the parts before them; and all that was generated.
+    ) -> Iterator[tuple[Question, Writing]]:
+        """Questions, each with what was written once its reply is there, as they are done. The work
+        is added to `effort`: of prompts, what was computed and what was found in the cache; what
+        parts of a reply compute again of the parts before them; and all that was generated.
 
         vLLM has as many requests as fit into a step, so that the next part of a reply does not wait
         until its prompt has left the cache. Raises EngineDied for any exception of vLLM.
@@ -264,9 +281,9 @@ class _GenerationEngine(Engine):
             while True:
                 free = vllm_engine.MAX_SEQUENCES - len(running)
                 for question in itertools.islice(waiting, free):
-                    schema = self._schema(question.verdicts) if self.guided else None
+                    schema = self._schema(question.verdicts) if question.verdicts else None
                     writing = writer.begin(question.ids, schema)
-                    running[self._ask(question, writing)] = question, writing
+                    running[self._ask(question, writing, writer)] = question, writing
                 if not running:
                     return
                 outputs = self._step()
@@ -280,18 +297,20 @@ class _GenerationEngine(Engine):
                         continue
                     del running[output.request_id]
                     if writing.reply is None:
-                        running[self._ask(question, writing)] = question, writing
+                        running[self._ask(question, writing, writer)] = question, writing
                     else:
-                        yield question, writing.reply
+                        yield question, writing
 
-    def _ask(self, question: Question, writing: Writing) -> str:
+    def _ask(self, question: Question, writing: Writing, writer: Writer) -> str:
         """Send vLLM the next part of a reply; returns the request's name."""
         part = writing.part
         assert part is not None
         number = next(self._request_numbers)
-        sampling = self._sampling(
+        is_greedy = not writer.page.generation.temperature
+        sampling = _sampling(
+            writer,
             max_tokens=part.max_tokens,
-            seed=None if self._is_greedy else seed_of(question.seed, part.number),
+            seed=None if is_greedy else seed_of(question.seed, part.number),
             structured_outputs=None if part.schema is None else self._guide(part.schema),
         )
         request = self._new_request(
@@ -347,16 +366,31 @@ class _GenerationEngine(Engine):
 
         `SamplingParams.verify` does the same, but imports every package that could do it.
         """
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm.sampling_params import SamplingParams, StructuredOutputsParams
         from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
         guide = StructuredOutputsParams(json=schema)
         guide._backend = _GUIDE
-        validate_xgrammar_grammar(self._sampling(structured_outputs=guide))
+        validate_xgrammar_grammar(SamplingParams(structured_outputs=guide))
         return guide
 
 
 BACKEND: MakeBackend = VLLMGenerationBackend
+
+
+def _sampling(writer: Writer, **of_request: Any) -> Any:
+    """vLLM's parameters for what is written as the writer's page says. Raises vLLM's error where it
+    refuses them."""
+    from vllm import SamplingParams
+
+    generation = writer.page.generation
+    return SamplingParams(
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        stop_token_ids=sorted(writer.end_ids),
+        detokenize=False,
+        **of_request,
+    )
 
 
 def _limits(

@@ -8,10 +8,22 @@ rounding. How much rounding is usual is measured: plain Hugging Face runs in the
 
     sample = choose_sample(job, shards)           on the driver; raises for a wrong rendering
     reference = reference_of(job, sample)         on a worker, before its engine takes the memory
-    report = compare(sample, reference, scores)   pure
+    report = compare_engine(job, sample, reference, backend)
+
+Of a judge that writes, tokens are compared in place of scores (`replies`).
 """
 
-from batch_scorer.parity.gate import ParityReport, check_engine, proven_backend
+from batch_scorer.parity.gate import ScoresReport, check_engine, proven_backend
+from batch_scorer.parity.replies import RepliesReport
+from batch_scorer.parity.report import ParityReport
 from batch_scorer.parity.sample import Sample, choose_sample
 
-__all__ = ["ParityReport", "Sample", "check_engine", "choose_sample", "proven_backend"]
+__all__ = [
+    "ParityReport",
+    "RepliesReport",
+    "Sample",
+    "ScoresReport",
+    "check_engine",
+    "choose_sample",
+    "proven_backend",
+]

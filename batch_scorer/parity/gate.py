@@ -1,4 +1,5 @@
-"""The engine's and plain Hugging Face's scores of the sample, and the comparison.
+"""The engine's and plain Hugging Face's scores of the sample, and the comparison. What judges
+write is compared by `replies`.
 
 Legend: S sampled sequences, O outputs, E errors as a share of the scores' spread.
 """
@@ -6,17 +7,18 @@ Legend: S sampled sequences, O outputs, E errors as a share of the scores' sprea
 import json
 import logging
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_scorer.backends.base import Backend
+from batch_scorer.backends.base import Backend, WritingBackend
 from batch_scorer.backends.registry import BackendFactory, make_backend, settings_of
-from batch_scorer.errors import ParityError
 from batch_scorer.job import Job
 from batch_scorer.outputs.lease import RECORDS
+from batch_scorer.parity.replies import WrittenReference, compare_replies, compute_written
+from batch_scorer.parity.report import ParityReport, common_facts, finite_number
 from batch_scorer.parity.sample import Sample
 from batch_scorer.records import Outputs, Scores
 from batch_scorer.records.reading import read_record
@@ -99,17 +101,10 @@ class Compared:
     error: float
 
 
-@dataclass(frozen=True, slots=True)
-class ParityReport:
-    """The result of a comparison. `problems` is empty exactly if the engine agrees.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoresReport(ParityReport):
+    """The largest error and that of all sequences together (E), and the pairs that rank alike."""
 
-    `rows_compared`, `covered` and `explained` are of the rows whose token ids were compared, as in
-    `Sample`. `reference_streamed`: the reference read the model layer by layer.
-    """
-
-    backend: str
-    dtype: str
-    reference_dtype: str
     worst: float
     allowed_worst: float
     rms: float
@@ -117,47 +112,30 @@ class ParityReport:
     pairs: int
     pairs_agree: int
     compared: tuple[Compared, ...]
-    problems: tuple[str, ...]
-    rows_compared: int = 0
-    covered: dict[str, int] = field(default_factory=dict)
-    explained: dict[str, int] = field(default_factory=dict)
-    reference_streamed: bool = False
-
-    @property
-    def agrees(self) -> bool:
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        return {"agrees": self.agrees, **asdict(self)}
-
-    def require(self) -> None:
-        """Raise ParityError if the engine does not agree."""
-        if not self.agrees:
-            raise ParityError(
-                f"the {self.backend} backend does not give the model's scores: "
-                + "; ".join(self.problems)
-                + " (details: `batch-scorer check`; `--parity-check warn` continues anyway)"
-            )
 
 
 # The scores
 
 
-def reference_of(job: Job, sample: Sample) -> Reference:
-    """Plain Hugging Face's scores of the sample; computed once for an output and kept there."""
+def reference_of(job: Job, sample: Sample) -> Reference | WrittenReference:
+    """What plain Hugging Face gives for the sample; computed once for an output and kept there."""
     key = f"{RECORDS}/parity/{job.fingerprint.digest[:12]}-{sample.digest[:12]}.json"
     store = open_store(job.config.output, job.config.store_options, create=True)
     with suppress(ObjectMissing, ObjectDamaged):  # what is damaged is computed anew
+        if job.writes:
+            return read_record(store, key, WrittenReference)
         return read_record(store, key, _Kept).reference()
     reference = compute_reference(job, sample)
-    with suppress(ObjectChanged):  # another worker was first, with the same scores
+    with suppress(ObjectChanged):  # another worker was first, with the same one
         store.create(key, json.dumps(reference.to_json()).encode())
     return reference
 
 
-def compute_reference(job: Job, sample: Sample) -> Reference:
+def compute_reference(job: Job, sample: Sample) -> Reference | WrittenReference:
     """Plain Hugging Face in float32 where that is possible, and in the engine's dtype, for the
     rounding."""
+    if job.writes:
+        return compute_written(job, sample)
     from batch_scorer.backends.plain import reference_road
 
     road = reference_road(settings_of(job))
@@ -179,11 +157,11 @@ def compute_reference(job: Job, sample: Sample) -> Reference:
 
 
 def check_engine(job: Job, sample: Sample) -> ParityReport:
-    """Compare the engine's scores with plain Hugging Face on the sample; nothing is stored."""
+    """Compare the engine with plain Hugging Face on the sample; nothing is stored."""
     reference = compute_reference(job, sample)
     backend = make_backend(job)
     try:
-        return compare(sample, reference, backend.score(sample.rows), job)
+        return compare_engine(job, sample, reference, backend)
     finally:
         backend.close()
 
@@ -199,16 +177,26 @@ def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None 
         return make(job)
     reference = reference_of(job, sample)
     backend = make(job)
-    report = compare(sample, reference, backend.score(sample.rows), job)
+    report = compare_engine(job, sample, reference, backend)
     backend.provenance["parity"] = report.to_json()
     if job.config.parity_check == "stop":
         report.require()
     elif not report.agrees:
-        log.warning("scores differ from plain Hugging Face's: %s", "; ".join(report.problems))
+        log.warning("the engine is not proven: %s", "; ".join(report.problems))
     return backend
 
 
 # The comparison
+
+
+def compare_engine(
+    job: Job, sample: Sample, reference: Reference | WrittenReference, backend: Backend
+) -> ParityReport:
+    """Ask the engine about the sample, and compare what it gives with the reference."""
+    if isinstance(reference, WrittenReference):
+        assert isinstance(backend, WritingBackend)
+        return compare_replies(job, sample, reference, backend)
+    return compare(sample, reference, backend.score(sample.rows), job)
 
 
 def errors_of(exact: Scores | Reference, scores: Scores, outputs: Outputs) -> FloatArray:
@@ -254,7 +242,7 @@ def _scaled(exact: FloatArray, values: FloatArray) -> FloatArray:
     return scaled
 
 
-def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> ParityReport:
+def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> ScoresReport:
     """Compare the engine's scores of the sample with plain Hugging Face's."""
     is_embedding = job.embedding is not None
     errors = errors_of(reference, scores, job.outputs)
@@ -283,19 +271,18 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> P
         pairs, agree = _pairs_in_order(sample, reference, scores, allowed_worst)
     if np.isfinite(worst) and agree < pairs:
         problems.append(f"{pairs - agree} of {pairs} pairs are ranked the other way round")
-    return ParityReport(
-        backend=job.backend,
-        dtype=job.dtype,
+    return ScoresReport(
+        **common_facts(job, sample),
         reference_dtype=reference.dtype,
         reference_streamed=reference.streamed,
-        worst=_number(worst),
+        worst=finite_number(worst),
         allowed_worst=allowed_worst,
-        rms=_number(rms),
+        rms=finite_number(rms),
         allowed_rms=allowed_rms,
         pairs=pairs,
         pairs_agree=agree,
         compared=tuple(
-            Compared(name, int(tokens), _finite(exact), _finite(got), _number(float(error)))
+            Compared(name, int(tokens), _finite(exact), _finite(got), finite_number(float(error)))
             for name, tokens, exact, got, error in zip(
                 sample.names,
                 sample.rows.lengths,
@@ -306,9 +293,6 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> P
             )
         ),
         problems=tuple(problems),
-        rows_compared=sample.compared,
-        covered=sample.covered,
-        explained=sample.explained,
     )
 
 
@@ -330,11 +314,6 @@ def _pairs_in_order(
 
 def _rms(errors: FloatArray) -> float:
     return float(np.sqrt(np.mean(errors.astype(np.float64) ** 2)))
-
-
-def _number(value: float) -> float:
-    """Rounded, so that equal workers write one record; 1e9 means infinity in JSON."""
-    return float(f"{min(value, 1e9):.3g}")
 
 
 def _finite(value: float) -> float | None:

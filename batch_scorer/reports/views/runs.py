@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from batch_scorer.models.adapter import Prompt
-from batch_scorer.parity import ParityReport
+from batch_scorer.parity import ParityReport, RepliesReport, ScoresReport
 from batch_scorer.records import PairCounts
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
 from batch_scorer.reports.figures import duration, figure_rows, scaled
@@ -113,6 +113,31 @@ def check_view(report: CheckReport) -> Iterator[Block]:
         ],
         words=(0, 1),
     )
+    if isinstance(parity, RepliesReport):
+        yield from _replies_compared(parity)
+    elif isinstance(parity, ScoresReport):
+        yield from _scores_compared(parity)
+    if parity.agrees:
+        given = "tokens" if isinstance(parity, RepliesReport) else "scores"
+        yield Line("", f"The engine gives the model's own {given}.", Tone.GOOD)
+
+
+def _replies_compared(parity: RepliesReport) -> Iterator[Block]:
+    yield Table(
+        "Compared",
+        ("question", "tokens", "written tokens compared", "differs"),
+        [
+            (row.name, f"{row.tokens:,}", f"{row.compared}", row.difference)
+            for row in parity.compared
+        ],
+    )
+    yield Line(
+        f"{parity.tokens_compared} of {parity.tokens_written} written tokens compared: where the "
+        f"two best logits are at least {parity.noise:.3g} apart"
+    )
+
+
+def _scores_compared(parity: ScoresReport) -> Iterator[Block]:
     yield Table(
         "Compared",
         ("sequence", "tokens", "plain", parity.backend, "error, of the spread"),
@@ -132,8 +157,6 @@ def check_view(report: CheckReport) -> Iterator[Block]:
         f"rms {parity.rms:.3%} ({parity.allowed_rms:.3%} allowed); "
         f"{parity.pairs_agree} of {parity.pairs} clear pairs rank alike"
     )
-    if parity.agrees:
-        yield Line("", "The engine gives the model's own scores.", Tone.GOOD)
 
 
 def _text_rows(report: CheckReport) -> list[tuple[str, str]]:
@@ -268,11 +291,14 @@ def run_view(report: RunReport) -> Iterator[Block]:
     rows += [("the template", change) for change in report.template]
     if (parity := report.parity) is not None:
         verdict = "agrees" if parity["agrees"] else "DIFFERS"
-        text = (
-            f"{verdict} on {len(parity['compared'])} sequences (worst {parity['worst']:.2%} of the "
-            f"spread, {parity['allowed_worst']:.2%} allowed)"
-        )
-        rows.append(("against plain Hugging Face", text))
+        if "noise" in parity:
+            text = f"{len(parity['compared'])} questions ({parity['tokens_compared']} tokens)"
+        else:
+            text = (
+                f"{len(parity['compared'])} sequences (worst {parity['worst']:.2%} of the spread, "
+                f"{parity['allowed_worst']:.2%} allowed)"
+            )
+        rows.append(("against plain Hugging Face", f"{verdict} on {text}"))
     yield Table("Scored", (), rows)
     if pairs := report.pairs:
         yield Table(

@@ -32,8 +32,9 @@ from batch_scorer.nightly.record import (
 )
 from batch_scorer.nightly.status import NightlyStatus
 from batch_scorer.outputs.verify import Verdict
-from batch_scorer.parity import ParityReport
+from batch_scorer.parity import RepliesReport, ScoresReport
 from batch_scorer.parity.gate import Compared
+from batch_scorer.parity.replies import ComparedReply
 from batch_scorer.records import PairCounts
 from batch_scorer.render import TemplateFacts
 from batch_scorer.reports.blocks import Line, Table, Tone
@@ -116,9 +117,10 @@ def check(text: str) -> CheckReport:
             "kept", "kept", "lost", (text,), "refused", text, "text", True, asks_for_date=True
         ),
         text={**Prompt().to_json(), "date": text},
-        parity=ParityReport(
-            "hf", "float32", "float32", 1e-6, 1e-3, 1e-6, 1e-3, 1, 1,
-            (Compared(text, 12, 1.25, 1.25, 1e-6),), (),
+        parity=ScoresReport(
+            backend="hf", dtype="float32", reference_dtype="float32", problems=(),
+            worst=1e-6, allowed_worst=1e-3, rms=1e-6, allowed_rms=1e-3, pairs=1, pairs_agree=1,
+            compared=(Compared(text, 12, 1.25, 1.25, 1e-6),),
         ),
     )  # fmt: skip
 
@@ -300,6 +302,25 @@ def test_no_figure_is_cut_off_in_80_columns(kind: type, text: str) -> None:
             for place, cell in enumerate(row):
                 if place not in table.words and text not in cell:
                     assert all(word in shown for word in cell.split()), cell
+
+
+def test_what_a_judge_writes_is_shown_as_tokens() -> None:
+    parity = RepliesReport(
+        backend="vllm", dtype="bfloat16", reference_dtype="float32", problems=("differs",),
+        noise=0.125, tokens_compared=25, tokens_written=48,
+        compared=(ComparedReply("row 1", 310, 24, None), ComparedReply("row 2", 300, 1, 0)),
+    )  # fmt: skip
+    tables = [b for b in blocks_of(replace(check("x"), parity=parity)) if isinstance(b, Table)]
+    compared = next(table for table in tables if table.title == "Compared")
+    assert compared.rows == [
+        ("row 1", "310", "24", "-"),
+        ("row 2", "300", "1", "from token 1 on"),
+    ]
+    shown = printed(replace(check("x"), parity=parity))
+    assert "25 of 48 written tokens" in shown and "model's own" not in shown
+    assert "model's own tokens" in printed(replace(check("x"), parity=replace(parity, problems=())))
+    shown = printed(replace(run("x"), parity=parity.to_json()))
+    assert "DIFFERS on 2 questions (25 tokens)" in shown
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
