@@ -67,6 +67,10 @@ def _read(shard: Shard, config: Config, model: ModelFacts) -> Read:
     parsed = _parse(shard, config.store_options)
     is_read = time.perf_counter()
     rows = tokenized(parsed, config, model)
+    if model.judge is not None and rows.seeds is not None:
+        # The same seeds would write the same replies again. Questions that have a verdict keep it:
+        # they are found in the object that this shard replaces.
+        rows.seeds = rows.seeds + shard.retries * (1 + model.judge.generation.retries)
     return Read(rows, is_read - started, time.perf_counter() - is_read)
 
 
@@ -164,6 +168,7 @@ def _scored_responses(
         notes=rows.notes,
         special_tokens=rows.special_tokens,
         added=made.columns,
+        judged=made.counts,
     )
 
 

@@ -209,9 +209,11 @@ def score_unknown(rows: TokenizedRows, score: Callable[[TokenizedRows], Scores])
     if not len(sequences):
         return known
     fresh = score(rows.take(sequences))
-    found, scored = np.flatnonzero(known.is_there), np.flatnonzero(fresh.is_there)
-    parts = [(found, found, known), (sequences[scored], scored, fresh)]
-    joined = _joined(rows.num_sequences, [part for part in parts if len(part[0])])
+    found = np.flatnonzero(known.is_there)
+    parts = [(found, found, known)]
+    if known.step_values is None or fresh.step_values is not None:  # else it has no score at all
+        parts.append((sequences, np.arange(len(sequences)), fresh))
+    joined = _joined(rows.num_sequences, parts)
     errors = {int(sequences[place]): error for place, error in fresh.errors.items()}
     return replace(joined, errors=errors, effort=fresh.effort)
 

@@ -258,6 +258,30 @@ def test_a_part_of_the_rows_knows_the_scores_of_its_own() -> None:
             np.testing.assert_array_equal(scores.step_offsets, expected.step_offsets)
 
 
+class Failing(Stepping):
+    """Without a score for any sequence."""
+
+    def score(self, rows: TokenizedRows) -> Scores:
+        found = super().score(rows)
+        found.values[:] = np.nan
+        found.errors = dict.fromkeys(range(rows.num_sequences), NULL)
+        return found
+
+
+def test_what_became_of_a_sequence_that_gets_no_score_is_kept() -> None:
+    """A judge's reply without a verdict, say; also where nothing of a part is known."""
+    rows = tokenized([1, 2], [3], [4, 5, 6])
+    before = tokenized([3])
+    known = find_known(rows, [(before, Stepping().score(before))])
+    for asked in (replace(rows, known=known), replace(rows, known=known).part(2, 3)):
+        found = score_shard(asked, Failing()).scores
+        assert found.step_values is not None and found.step_offsets is not None
+        assert found.step_values.tolist() == asked.token_ids.tolist()
+        assert found.step_offsets.tolist() == asked.sequence_offsets.tolist()
+        assert found.errors.keys() == set(np.flatnonzero(np.isnan(found.values)).tolist())
+        assert found.errors
+
+
 # Which objects are looked into
 
 
