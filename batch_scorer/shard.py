@@ -129,7 +129,7 @@ def _judge(backend: Backend, page: Page, rows: TokenizedRows) -> Scores:
     """Verdicts on the questions; a judge that samples is asked again where it gave none."""
     counts = None if rows.verdicts is None else rows.verdicts.tolist()
     scores = judged(_ask(backend, rows), page, counts)
-    retries = page.generation.retries if page.generates and page.generation.temperature else 0
+    retries = page.generation.retries if page.samples else 0
     for tried in range(1, retries + 1):
         lost = unread(scores)
         if not len(lost):

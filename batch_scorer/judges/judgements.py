@@ -38,6 +38,9 @@ _OF_REPLIES: tuple[tuple[str, pa.DataType], ...] = (
 )
 _TEXTS: tuple[tuple[str, pa.DataType], ...] = (("reply", pa.string()), ("reasoning", pa.string()))
 
+UNREAD = frozenset({RowReason.NO_VERDICT, RowReason.VERDICT_OUT_OF_RANGE, RowReason.CUT_OFF})
+"""Why a reply holds no verdict that can be read. A judge that samples may write another one."""
+
 
 # From an engine to verdicts
 
@@ -88,8 +91,8 @@ def _by_probability(scores: Scores, page: Page) -> Scores:
 
 def unread(scores: Scores) -> IntArray:
     """int64[n]: the questions whose reply held no verdict that could be read."""
-    lost = {RowReason.NO_VERDICT, RowReason.VERDICT_OUT_OF_RANGE, RowReason.CUT_OFF}
-    return np.array(sorted(q for q, e in scores.errors.items() if e.reason in lost), np.int64)
+    lost = (q for q, error in scores.errors.items() if error.reason in UNREAD)
+    return np.array(sorted(lost), np.int64)
 
 
 def with_retried(scores: Scores, asked: IntArray, fresh: Scores, tries: int) -> Scores:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from batch_scorer import Config
 from batch_scorer.errors import RowReason
@@ -14,7 +15,7 @@ from batch_scorer.runs.run import score as run_score
 from cluster.local.seaweed import S3Server
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import Row, pair_rows, parquet, table_of
-from tests.helpers.language_models import random_language_model
+from tests.helpers.language_models import BROKEN, random_language_model
 from tests.helpers.places import Place, Stored, digests, of_input
 from tests.helpers.program import Program, wait_until
 from tests.parity.language_models import ASKING, language_model
@@ -46,6 +47,7 @@ verdict:
 generation: {max_tokens: 12, stop: ["a", "e", "o"]}
 """
 SAMPLING = GREEDY.replace("generation: {", "generation: {temperature: 1.0, retries: 1, ")
+WRITING = ("--no-ray", "--backend", "vllm", "--keep-judgement")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that writes, and now and then ends."""
     directory = tmp_path_factory.mktemp("writer") / "model"
-    random_language_model(directory)
+    language = random_language_model(directory)
+    with torch.no_grad():
+        language.get_input_embeddings().weight[BROKEN] = 0  # a model without faults is asked for
+    language.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(ASKING)
     return directory
 
@@ -238,25 +243,26 @@ def test_a_rewritten_file_takes_the_probabilities_of_equal_questions(
 # Written
 
 
+@pytest.mark.slow
 def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
     writer: Path, tmp_path: Path, disk: Place
 ) -> None:
     page = page_at(tmp_path, GREEDY)
-    whole = run_cli(*arguments(page, writer, disk, "whole", "--no-ray", "--keep-judgement"))
+    whole = run_cli(*arguments(page, writer, disk, "whole", *WRITING))
     assert whole.exit_code == 0, whole.err
     rows = rows_of((disk / "whole").shards())
     assert_counted(whole.json, rows)
     assert whole.json["judged"]["lost"] and whole.json["judged"]["verdicts"]
     config = Config(
         task="judge", judge=str(page), model=str(writer), inputs=((disk / "in").url,),
-        output=(disk / "cut").url, dtype="float32", device="cpu", parity_check="off",
-        shard_rows=5, use_ray=False, keep_judgement=True,
+        output=(disk / "cut").url, backend="vllm", dtype="float32", device="cpu",
+        parity_check="off", shard_rows=5, use_ray=False, keep_judgement=True,
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         run_score(config, StopAfter(1))
     before = (disk / "cut").shards()
     assert len(before) == 1
-    cut = arguments(page, writer, disk, "cut", "--no-ray", "--keep-judgement", "--shard-rows", 5)
+    cut = arguments(page, writer, disk, "cut", *WRITING, "--shard-rows", 5)
     resumed = run_cli(*cut)
     assert resumed.exit_code == 0, resumed.err
     after = (disk / "cut").shards()
@@ -265,12 +271,11 @@ def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
     assert resumed.json["judged"] == whole.json["judged"]
 
 
+@pytest.mark.slow
 def test_a_writing_judge_is_asked_again_about_what_it_lost_alone(
     writer: Path, tmp_path: Path, disk: Place
 ) -> None:
-    judging = arguments(
-        page_at(tmp_path, SAMPLING), writer, disk, "out", "--no-ray", "--keep-judgement"
-    )
+    judging = arguments(page_at(tmp_path, SAMPLING), writer, disk, "out", *WRITING)
     assert run_cli(*judging).exit_code == 0
     first = judgements(rows_of((disk / "out").shards()))
     is_lost = [each["worths"] is None for each in first]
