@@ -1,9 +1,12 @@
 """Judges through the whole program: what is written, counted, taken up again and asked again."""
 
 import signal
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -46,7 +49,9 @@ verdict:
   choices: {"!": 1, "?": 2, "<": 3, ">": 4, "&": 5, "|": 6, "[": 7, "]": 8, "\\\\": 9}
 generation: {max_tokens: 12, stop: ["a", "e", "o"]}
 """
-SAMPLING = GREEDY.replace("generation: {", "generation: {temperature: 1.0, retries: 1, ")
+SAMPLING = "votes: 2" + GREEDY.replace(
+    "generation: {", "generation: {temperature: 1.0, retries: 1, "
+)
 WRITING = ("--no-ray", "--backend", "vllm", "--keep-judgement")
 
 
@@ -84,6 +89,11 @@ def arguments(page: Path, model: Path, place: Place, output: str, *flags: object
 def rows_of(shards: dict[str, Stored], key: str = "a.parquet") -> list[Row]:
     rows: list[Row] = of_input(shards, key).to_pylist()
     return rows
+
+
+def chosen(shards: dict[str, Stored]) -> np.ndarray:
+    """The scores of the chosen answers, NaN where there is none."""
+    return np.array([row["score_chosen"] for row in rows_of(shards)], np.float64)
 
 
 def judgements(rows: list[Row]) -> list[Row]:
@@ -153,14 +163,21 @@ def test_a_killed_run_on_ray_and_s3_ends_in_the_bytes_of_the_plain_loop(
     program.wait_until_gone()
     before = (place / "out").shards()
     assert 2 <= len(before) < 12
-    resumed = program.run(*judging, "--workers", 2)
+    resumed = program.run(*judging)
     assert resumed.exit_code == 0, resumed.err
     after = (place / "out").shards()
     assert {key: after[key] for key in before} == before
 
-    plain = arguments(page, model, place, "plain", "--shard-rows", 2, "--max-tokens", 1000)
-    assert run_cli(*plain, "--no-ray").exit_code == 0
-    assert digests(after) == digests((place / "plain").shards())
+    def run(output: str, *flags: object) -> dict[str, Stored]:
+        others = arguments(page, model, place, output, "--max-tokens", 1000, *flags)
+        assert program.run(*others).exit_code == 0
+        return (place / output).shards()
+
+    plain = run("plain", "--no-ray", "--shard-rows", 2)
+    assert digests(after) == digests(plain)
+    # Two workers have fewer threads each, which may change the last bits.
+    for_two = run("for-two", "--workers", 2, "--shard-rows", 5)
+    np.testing.assert_allclose(chosen(for_two), chosen(plain), rtol=0, atol=NOISE)
 
     found = rows_of(after)
     assert resumed.json["marked"] == {
@@ -193,13 +210,10 @@ def test_neither_the_cut_nor_the_order_of_the_rows_changes_a_score(
     turned = run_cli(*arguments(page, model, disk, "turned", "--no-ray"))
     assert turned.exit_code == 0
 
-    def scores(output: str) -> np.ndarray:
-        found = [row["score_chosen"] for row in rows_of((disk / output).shards())]
-        return np.array(found, np.float64)
-
-    assert np.ptp(scores("whole")) > 100 * NOISE
-    np.testing.assert_allclose(scores("cut"), scores("whole"), rtol=0, atol=NOISE)
-    np.testing.assert_allclose(scores("turned")[::-1], scores("whole"), rtol=0, atol=NOISE)
+    wanted, *found = (chosen((disk / name).shards()) for name in ("whole", "cut", "turned"))
+    assert np.ptp(wanted) > 100 * NOISE
+    np.testing.assert_allclose(found[0], wanted, rtol=0, atol=NOISE)
+    np.testing.assert_allclose(found[1][::-1], wanted, rtol=0, atol=NOISE)
 
 
 def test_the_figures_of_a_judge_are_those_of_its_columns(
@@ -310,3 +324,110 @@ def test_a_writing_judge_is_asked_again_about_what_it_lost_alone(
             asked += after["prompt_tokens"] * after["tries"]
     metrics = ended.json["metrics"]
     assert metrics["computed_tokens"] + metrics["shared_tokens"] == asked
+
+
+# What is done with scores
+
+
+def benchmark_rows(name: str) -> list[Row]:
+    """A few rows of each, with the columns of the data set."""
+    texts = [
+        {
+            "prompt": row["chosen"][0]["content"],
+            "chosen": row["chosen"][1]["content"],
+            "rejected": row["rejected"][1]["content"],
+        }
+        for row in pair_rows(8)
+    ]
+    if name == "rewardbench":
+        return [
+            {**text, "subset": "hep-cpp" if n % 2 else "math-prm"} for n, text in enumerate(texts)
+        ]
+    if name == "judgebench":
+        sources = ("mmlu-pro-law", "livebench-reasoning", "livebench-math", "livecodebench")
+        return [
+            {
+                "source": sources[n % 4],
+                "question": text["prompt"],
+                "response_model": "gpt-4o",
+                "response_A": text["chosen"],
+                "response_B": text["rejected"],
+                "label": ("A>B", "B>A")[n % 3 == 0],
+            }
+            for n, text in enumerate(texts)
+        ]
+    rows = []
+    for n, text in enumerate(texts):
+        right = [
+            text["chosen"] + mark for mark in (("",) if name == "rewardbench-2" else ("", ".", "!"))
+        ]
+        wrong = [text["rejected"] + mark for mark in ("", ".", "!")]
+        domain = {"domain": ("chat", "math", "code", "safety-refuse")[n % 4]}
+        subset = {"id": str(n), "subset": ("Math", "Focus")[n % 2]}
+        added = subset if name == "rewardbench-2" else domain
+        rows.append({"prompt": text["prompt"], "chosen": right, "rejected": wrong, **added})
+    return rows
+
+
+@pytest.mark.parametrize("name", ["rewardbench", "rewardbench-2", "judgebench", "rm-bench"])
+def test_a_benchmark_is_evaluated_by_verdicts_in_both_orders_of_every_pair(
+    name: str, model: Path, tmp_path: Path
+) -> None:
+    place = Place(str(tmp_path))
+    (place / "in").write({"rows.parquet": parquet(pa.Table.from_pylist(benchmark_rows(name)))})
+    _, *flags = arguments(page_at(tmp_path, PAIRWISE), model, place, "out", "--no-ray")
+    one_go = run_cli("evaluate", *flags, "--benchmark", name)
+    assert one_go.exit_code == 0, one_go.err
+    assert one_go.json["rows"] == 8 and one_go.json["unscored"] == 0
+    assert run_cli("evaluate", (place / "out").url, "--json").json == one_go.json
+    rows = rows_of((place / "out").shards(), "rows.parquet")
+    for row in rows:
+        count = 2 if name in ("rewardbench", "judgebench") else len(row["chosen"] + row["rejected"])
+        orders = [tuple(each["shown"]) for each in row["judgements"]]
+        assert sorted(orders) == sorted(permutations(range(count), 2))
+    if name == "judgebench":
+        right = [(row["margin"] > 0) == (row["label"] == "A>B") for row in rows]
+        assert one_go.json["columns"]["Score"]["value"] == sum(right) / len(right)
+
+
+def test_rows_are_selected_by_a_judge_s_margin(model: Path, tmp_path: Path, disk: Place) -> None:
+    page = page_at(tmp_path, PAIRWISE)
+    assert run_cli(*arguments(page, model, disk, "out", "--no-ray")).exit_code == 0
+    rows = rows_of((disk / "out").shards())
+    wanted = [row for row in rows if row["margin"] > 0]
+    assert 0 < len(wanted) < len(rows)
+    made = run_cli(
+        "select", (disk / "out").url, "--above-margin", 0, "--output", (disk / "selected").url
+    )
+    assert made.exit_code == 0, made.err
+    found = [pq.read_table(path) for path in Path((disk / "selected").url).rglob("*.parquet")]
+    assert [row["chosen"] for row in pa.concat_tables(found).to_pylist()] == [
+        row["chosen"] for row in wanted
+    ]
+
+
+def test_a_night_asks_about_new_rows_alone(model: Path, tmp_path: Path, disk: Place) -> None:
+    _, *flags = arguments(page_at(tmp_path, PAIRWISE), model, disk, "night", "--no-ray")
+    first = run_cli("nightly", *flags)
+    assert first.exit_code == 0, first.err
+    (disk / "in").write({"a.parquet": parquet(table_of(pair_rows(17)))})
+    second = run_cli("nightly", *flags)
+    assert second.exit_code == 0, second.err
+    (ended,) = second.json["models"]
+    assert ended["metrics"]["reused_rows"] == 14
+    assert ended["judged"]["questions"] == 34
+    another = page_at(tmp_path, PAIRWISE.replace("Which?", "Who?"))
+    _, *flags = arguments(another, model, disk, "night", "--no-ray")
+    (ended,) = run_cli("nightly", *flags).json["models"]
+    assert ended["metrics"]["reused_rows"] == 0, "another page's verdicts"
+
+
+@pytest.mark.parametrize("text", [PAIRWISE, GREEDY])
+def test_a_judge_that_would_say_the_same_again_is_not_asked_again(
+    text: str, model: Path, tmp_path: Path, disk: Place
+) -> None:
+    judging = arguments(page_at(tmp_path, text), model, disk, "out", *WRITING[:-1])
+    refused = run_cli(*judging, "--retry-marked", "no_verdict")
+    assert refused.exit_code == 2
+    assert refused.error.startswith("retry_marked: no_verdict: ")
+    assert not Path(disk.url, "out").exists()

@@ -32,6 +32,7 @@ from batch_scorer.records import (
     Format,
     Layout,
     Outputs,
+    Questions,
     Receipt,
     RowError,
     ScoredRows,
@@ -165,6 +166,27 @@ def test_equal_token_ids_have_equal_scores() -> None:
     known = find_known(rows, there)
     assert known is not None
     np.testing.assert_array_equal(known.values[:, 0], [1.5, 2.5, 1.5, np.nan, np.nan])
+
+
+def test_a_vote_is_taken_for_no_other() -> None:
+    def votes(*sequences: list[int]) -> TokenizedRows:
+        count = len(sequences)
+        asked = Questions(
+            response_offsets=np.arange(count + 1),
+            response_errors={},
+            shown=np.arange(count),
+            shown_offsets=np.arange(count + 1),
+            criteria=np.full(count, -1),
+            votes=np.arange(count) % 2,
+            verdicts=np.ones(count, np.int64),
+            weights={},
+        )
+        return replace(tokenized(*sequences), questions=asked)
+
+    before = votes([1], [1], [2], [2])
+    known = find_known(votes([2], [2], [1], [1]), [(before, scores(1.0, 2.0, np.nan, 4.0))])
+    assert known is not None
+    np.testing.assert_array_equal(known.values[:, 0], [np.nan, 4.0, 1.0, 2.0])
 
 
 def test_nothing_known_is_nothing() -> None:
