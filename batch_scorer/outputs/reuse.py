@@ -1,8 +1,8 @@
 """Rows of a rewritten file take the scores that equal sequences got before.
 
 Equal sequences are those of equal token ids under one fingerprint: their scores would come out the
-same (for an implicit reward, their answers begin at the same token, too; of a judge's questions, they
-are the same vote). So before a scored object is replaced, or deleted because its file is cut
+same (for an implicit reward, their answers begin at the same token, too; of a judge's questions,
+they are the same vote). So before a scored object is replaced, or deleted because its file is cut
 differently now, it is copied aside; whoever reads the file's new rows reads those copies too, turns
 their rows into token ids in the same way, and asks a backend only for what it does not find there.
 
