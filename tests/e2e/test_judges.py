@@ -3,6 +3,7 @@
 import signal
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from batch_scorer import Config
+from batch_scorer.config import Device
 from batch_scorer.errors import RowReason
 from batch_scorer.records import Receipt
 from batch_scorer.runs.remaining import Work
@@ -65,9 +67,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that writes, and now and then ends."""
     directory = tmp_path_factory.mktemp("writer") / "model"
-    language = random_language_model(directory)
+    language: Any = random_language_model(directory)
     with torch.no_grad():
-        language.get_input_embeddings().weight[BROKEN] = 0  # a model without faults is asked for
+        language.model.embed_tokens.weight[BROKEN] = 0  # a model without faults is asked for
     language.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(ASKING)
     return directory
@@ -269,7 +271,7 @@ def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
     assert whole.json["judged"]["lost"] and whole.json["judged"]["verdicts"]
     config = Config(
         task="judge", judge=str(page), model=str(writer), inputs=((disk / "in").url,),
-        output=(disk / "cut").url, backend="vllm", dtype="float32", device="cpu",
+        output=(disk / "cut").url, backend="vllm", dtype="float32", device=Device.CPU,
         parity_check="off", shard_rows=5, use_ray=False, keep_judgement=True,
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
