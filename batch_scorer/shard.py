@@ -68,6 +68,10 @@ def _read(shard: Shard, config: Config, model: ModelFacts) -> Read:
     parsed = _parse(shard, config.store_options)
     is_read = time.perf_counter()
     rows = tokenized(parsed, config, model)
+    if model.judge is not None and rows.seeds is not None:
+        # The same seeds would write the same replies again. Questions that have a verdict keep it:
+        # they are found in the object that this shard replaces.
+        rows.seeds = rows.seeds + shard.retries * (1 + model.judge.generation.retries)
     return Read(rows, is_read - started, time.perf_counter() - is_read)
 
 
@@ -126,7 +130,7 @@ def _judge(backend: Backend, page: Page, rows: TokenizedRows) -> Scores:
     """Verdicts on the questions; a judge that samples is asked again where it gave none."""
     counts = None if rows.verdicts is None else rows.verdicts.tolist()
     scores = judged(_ask(backend, rows), page, counts)
-    retries = page.generation.retries if page.generates and page.generation.temperature else 0
+    retries = page.generation.retries if page.samples else 0
     for tried in range(1, retries + 1):
         lost = unread(scores)
         if not len(lost):
@@ -165,6 +169,7 @@ def _scored_responses(
         notes=rows.notes,
         special_tokens=rows.special_tokens,
         added=made.columns,
+        judged=made.counts,
     )
 
 

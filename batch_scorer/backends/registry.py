@@ -59,7 +59,7 @@ def settings_of(job: Job) -> EngineSettings:
 
 def make_backend(job: Job) -> Backend:
     """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
-    suffix = "_generation" if job.writes else ""
+    suffix = "_generation" if job.writes and job.engine.runs_model else ""
     make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}{suffix}").BACKEND
     with reading(job.model_dir):
         return make(settings_of(job))

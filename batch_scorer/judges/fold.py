@@ -30,12 +30,15 @@ _Worth = float | RowError
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """float32[S], the answers' scores, NaN for those in `errors`; and float32[R], the share of a
-    row's comparisons whose two orders prefer the same answer, NaN where there is none."""
+    """float32[S], the answers' scores, NaN for those in `errors`; float32[R], the share of a row's
+    comparisons whose two orders prefer the same answer, NaN where there is none; and how many
+    comparisons there are in all rows, and of how many the orders disagree."""
 
     scores: FloatArray
     errors: dict[int, RowError]
     consistency: FloatArray
+    comparisons: int
+    disagree: int
 
 
 def fold(
@@ -55,6 +58,7 @@ def fold(
         for start, stop in pairwise(questions.shown_offsets.tolist())
     ]
     criteria = questions.criteria.tolist()
+    agreed: list[bool] = []
     for row, (start, stop) in enumerate(pairwise(row_offsets.tolist())):
         asked: dict[tuple[tuple[int, ...], int], list[Verdicts]] = {}
         for question in range(start, stop):
@@ -64,7 +68,10 @@ def fold(
         worths: dict[int, _Worth]
         if page.mode == "pairwise":
             pairs = {key[0]: found for key, found in voted.items()}
-            worths, consistency[row] = _of_pairs(pairs, page)
+            worths, in_row = _of_pairs(pairs, page)
+            if in_row:
+                consistency[row] = fmean(in_row)
+            agreed += in_row
         elif page.mode == "rubric":
             worths = _of_rubric(voted, questions.weights.get(row, ()))
         else:
@@ -77,7 +84,7 @@ def fold(
                 errors[response] = RowError(RowReason.BAD_RUBRIC, detail)
             else:
                 scores[response] = worth
-    return Folded(scores, errors, consistency)
+    return Folded(scores, errors, consistency, len(agreed), agreed.count(False))
 
 
 def _voted(votes: list[Verdicts], page: Page) -> Verdicts:
@@ -106,8 +113,9 @@ def _of_answers(voted: Mapping[tuple[tuple[int, ...], int], Verdicts]) -> dict[i
 
 def _of_pairs(
     voted: Mapping[tuple[int, ...], Verdicts], page: Page
-) -> tuple[dict[int, _Worth], float]:
-    """Of comparisons: the mean of an answer's worth in all of them. And their consistency."""
+) -> tuple[dict[int, _Worth], list[bool]]:
+    """Of comparisons: the mean of an answer's worth in all of them. And for each that has a verdict
+    in both orders, whether these prefer the same answer."""
     found: dict[int, list[_Worth]] = {}
     agreed: list[bool] = []
     for first, second in (pair for pair in voted if pair[0] < pair[1]):
@@ -125,9 +133,7 @@ def _of_pairs(
             agreed.append(agrees)
         found.setdefault(first, []).append(worth)
         found.setdefault(second, []).append(worth if isinstance(worth, RowError) else 1 - worth)
-    return {response: _mean(worths) for response, worths in found.items()}, (
-        fmean(agreed) if agreed else float("nan")
-    )
+    return {response: _mean(worths) for response, worths in found.items()}, agreed
 
 
 def _of_orders(first: float, second: float, page: Page) -> tuple[_Worth, bool]:

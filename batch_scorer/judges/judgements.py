@@ -3,6 +3,7 @@
 Legend: R rows, S responses, Q questions.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from batch_scorer.errors import RowReason
-from batch_scorer.judges.fold import Verdicts, fold
+from batch_scorer.judges.fold import Folded, Verdicts, fold
 from batch_scorer.judges.page import CONSISTENCY, JUDGEMENTS, Page
 from batch_scorer.judges.verdicts import read_verdicts
-from batch_scorer.records import Reply, RowError, Scores, TokenizedRows
+from batch_scorer.records import Judged, Reply, RowError, Scores, TokenizedRows
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -36,6 +37,9 @@ _OF_REPLIES: tuple[tuple[str, pa.DataType], ...] = (
     ("tries", pa.int32()),
 )
 _TEXTS: tuple[tuple[str, pa.DataType], ...] = (("reply", pa.string()), ("reasoning", pa.string()))
+
+UNREAD = frozenset({RowReason.NO_VERDICT, RowReason.VERDICT_OUT_OF_RANGE, RowReason.CUT_OFF})
+"""Why a reply holds no verdict that can be read. A judge that samples may write another one."""
 
 
 # From an engine to verdicts
@@ -87,8 +91,8 @@ def _by_probability(scores: Scores, page: Page) -> Scores:
 
 def unread(scores: Scores) -> IntArray:
     """int64[n]: the questions whose reply held no verdict that could be read."""
-    lost = {RowReason.NO_VERDICT, RowReason.VERDICT_OUT_OF_RANGE, RowReason.CUT_OFF}
-    return np.array(sorted(q for q, e in scores.errors.items() if e.reason in lost), np.int64)
+    lost = (q for q, error in scores.errors.items() if error.reason in UNREAD)
+    return np.array(sorted(lost), np.int64)
 
 
 def with_retried(scores: Scores, asked: IntArray, fresh: Scores, tries: int) -> Scores:
@@ -129,11 +133,12 @@ def _ragged(lists: Sequence[Sequence[float]]) -> dict[str, Any]:
 @dataclass(frozen=True, slots=True)
 class JudgedRows:
     """Of S responses: their scores, float32[S, 1], and int32[S], the tokens of the longest question
-    that each was in. `columns` are the added ones, R values each."""
+    that each was in. `columns` are the added ones, R values each; `counts` is of the questions."""
 
     scores: Scores
     lengths: npt.NDArray[np.int32]
     columns: dict[str, pa.Array]
+    counts: Judged
 
 
 def judged_rows(
@@ -154,7 +159,26 @@ def judged_rows(
     if page.mode == "pairwise":
         columns[CONSISTENCY] = pa.array(folded.consistency, mask=np.isnan(folded.consistency))
     of_responses = Scores(folded.scores[:, None], folded.errors, effort=scores.effort)
-    return JudgedRows(of_responses, longest, columns)
+    counts = _counts(scores, page, lengths, folded)
+    return JudgedRows(of_responses, longest, columns, counts)
+
+
+def _counts(scores: Scores, page: Page, lengths: npt.NDArray[np.int32], folded: Folded) -> Judged:
+    values = scores.values[scores.is_there, 0]
+    decisive = values[values != 0.5] if page.mode == "pairwise" else values[:0]
+    replies = [reply for reply in scores.replies or () if reply is not None]
+    return Judged(
+        questions=len(scores.values),
+        verdicts=len(values),
+        lost=dict(sorted(Counter(e.reason.value for e in scores.errors.values()).items())),
+        prompt_tokens=int(lengths.sum()),
+        generated_tokens=sum(reply.generated_tokens for reply in replies),
+        tries=sum(reply.tries for reply in replies),
+        comparisons=folded.comparisons,
+        disagree=folded.disagree,
+        decisive=len(decisive),
+        first_preferred=int((decisive > 0.5).sum()),
+    )
 
 
 def _verdicts(scores: Scores, page: Page) -> list[Verdicts]:

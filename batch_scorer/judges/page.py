@@ -212,6 +212,11 @@ class Page(_Part):
         return self.verdict.by != "probability"
 
     @property
+    def samples(self) -> bool:
+        """Whether the judge's reply depends on a seed."""
+        return self.generates and self.generation.temperature > 0
+
+    @property
     def read_columns(self) -> tuple[str, ...]:
         """The columns of a row that the questions read beside the conversation."""
         return (*self.columns, *([self.rubric] if self.mode == "rubric" else ()))

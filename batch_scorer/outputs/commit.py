@@ -179,6 +179,7 @@ def _describe(
         where=shard.where,
         rows_not_asked=shard.rows_not_asked,
         retries=shard.retries,
+        judged=scored.judged,
     )
 
 

@@ -35,7 +35,7 @@ from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, PairCounts, Receipt, Status, Stored
+from batch_scorer.records import Commit, Judged, PairCounts, Receipt, Status, Stored
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed, read_record
 from batch_scorer.storage import (
@@ -256,7 +256,7 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
 
 def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     """Sums over shards. `rows` are those of the input files, and always `rows == rows_scored +
-    rows_marked + rows_not_asked + rows_failed + rows_left`."""
+    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only."""
     totals: dict[str, Any] = dict.fromkeys(
         ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
          "rows_not_asked", "rows_failed", "rows_left", "sequences", "tokens"),
@@ -265,6 +265,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     marked: dict[str, int] = {}
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
+    judged: Judged | None = None
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -293,6 +294,10 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
             notes[note] = notes.get(note, 0) + count
         for source, counts in commit.pairs.items():
             pairs[source] = pairs.get(source, PairCounts()) + counts
+        if commit.judged is not None:
+            judged = commit.judged if judged is None else judged + commit.judged
+    if judged is not None:
+        totals["judged"] = asdict(judged)
     return totals | {
         "marked": marked,
         "notes": notes,

@@ -1,10 +1,10 @@
 """Rows of a rewritten file take the scores that equal sequences got before.
 
 Equal sequences are those of equal token ids under one fingerprint: their scores would come out the
-same (for an implicit reward, their answers begin at the same token, too). So before a scored object
-is replaced, or deleted because its file is cut differently now, it is copied aside; whoever reads
-the file's new rows reads those copies too, turns their rows into token ids in the same way, and
-asks a backend only for what it does not find there.
+same (for an implicit reward, their answers begin at the same token, too; of a judge's questions,
+they are the same vote). So before a scored object is replaced, or deleted because its file is cut
+differently now, it is copied aside; whoever reads the file's new rows reads those copies too, turns
+their rows into token ids in the same way, and asks a backend only for what it does not find there.
 
 Legend: S sequences, O outputs, K steps.
 """
@@ -209,9 +209,11 @@ def score_unknown(rows: TokenizedRows, score: Callable[[TokenizedRows], Scores])
     if not len(sequences):
         return known
     fresh = score(rows.take(sequences))
-    found, scored = np.flatnonzero(known.is_there), np.flatnonzero(fresh.is_there)
-    parts = [(found, found, known), (sequences[scored], scored, fresh)]
-    joined = _joined(rows.num_sequences, [part for part in parts if len(part[0])])
+    found = np.flatnonzero(known.is_there)
+    parts = [(found, found, known)]
+    if known.step_values is None or fresh.step_values is not None:  # else it has no score at all
+        parts.append((sequences, np.arange(len(sequences)), fresh))
+    joined = _joined(rows.num_sequences, parts)
     errors = {int(sequences[place]): error for place, error in fresh.errors.items()}
     return replace(joined, errors=errors, effort=fresh.effort)
 
@@ -252,15 +254,16 @@ def _joined(num_sequences: int, parts: Sequence[_Part]) -> Scores:
 
 
 def _ids(rows: TokenizedRows) -> list[bytes]:
-    """The token ids of each sequence, as bytes; behind them where its answer begins, where that
-    counts: equal ids with another answer have another score."""
+    """The token ids of each sequence, as bytes; behind them what else counts: where its answer
+    begins, for equal ids with another answer have another score, or which vote a question is."""
     ids, size = rows.token_ids.tobytes(), rows.token_ids.itemsize
     bounds = (size * rows.sequence_offsets).tolist()
     found = [ids[start:stop] for start, stop in pairwise(bounds)]
-    if rows.answer_starts is None:
+    besides = rows.answer_starts if rows.questions is None else rows.questions.votes
+    if besides is None:
         return found
-    starts = rows.answer_starts.tolist()
-    return [part and part + start.to_bytes(4) for part, start in zip(found, starts, strict=True)]
+    pairs = zip(found, besides.tolist(), strict=True)
+    return [part and part + number.to_bytes(4) for part, number in pairs]
 
 
 def _footer(output: Store, info: ObjectInfo) -> Commit | None:

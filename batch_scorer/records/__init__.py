@@ -4,7 +4,7 @@ Legend: R rows of a shard, S sequences (a row has one or more), T tokens, H hidd
 O outputs of the model (1 for a scalar reward).
 """
 
-from batch_scorer.records.judging import Ended, Questions, Reply
+from batch_scorer.records.judging import Ended, Judged, Questions, Reply
 from batch_scorer.records.receipts import (
     Commit,
     PairCounts,
@@ -56,6 +56,7 @@ __all__ = [
     "Embedding",
     "Ended",
     "Format",
+    "Judged",
     "Layout",
     "LineRun",
     "Lines",

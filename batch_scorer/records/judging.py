@@ -4,7 +4,8 @@ Legend: R rows, S responses, Q questions (a row has any number of them), K respo
 questions together.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -37,6 +38,49 @@ class Questions:
     votes: IntArray
     verdicts: IntArray
     weights: dict[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What became of the questions of a shard, or of all shards of a run; adds up.
+
+    Of `questions`, `verdicts` have a verdict, and `lost` counts the others by reason.
+    `prompt_tokens` are those of the questions, each counted once, `generated_tokens` those of all
+    replies, and `tries` how often a judge that writes was asked for them. Of pairwise judges:
+    `comparisons` of two answers have a verdict in both orders, which in `disagree` of them do not
+    prefer the same answer; `decisive` verdicts are for one of two answers, in `first_preferred` of
+    them for the one that was shown first.
+    """
+
+    questions: int = 0
+    verdicts: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    tries: int = 0
+    comparisons: int = 0
+    disagree: int = 0
+    decisive: int = 0
+    first_preferred: int = 0
+
+    @property
+    def flip_rate(self) -> float | None:
+        """Share of the comparisons whose two orders disagree."""
+        return self.disagree / self.comparisons if self.comparisons else None
+
+    @property
+    def first_share(self) -> float | None:
+        """Share of the decisive verdicts that are for the answer that was shown first."""
+        return self.first_preferred / self.decisive if self.decisive else None
+
+    def __add__(self, other: "Judged") -> "Judged":
+        counts = {
+            each.name: getattr(self, each.name) + getattr(other, each.name)
+            for each in fields(self)
+            if each.name != "lost"
+        }
+        lost = Counter(self.lost) + Counter(other.lost)
+        return Judged(**counts, lost=dict(sorted(lost.items())))
 
 
 Ended = Literal["stop", "length", "error"]

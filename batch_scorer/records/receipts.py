@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 from pydantic import FiniteFloat
 
 from batch_scorer.errors import ShardReason
+from batch_scorer.records.judging import Judged
 from batch_scorer.records.reading import parsed
 from batch_scorer.records.rows import Effort
 from batch_scorer.records.shards import Shard, Source
@@ -66,7 +67,7 @@ class Commit:
     `scores_digest` over the score columns. `notes` counts rows by note (`errors.RowNote`), and as
     `special_tokens` those whose messages spell any. `pairs` and `spread` are by source
     (`outputs.by_source`). `num_rows`, `where` and `rows_not_asked` are the shard's: the object has
-    the rows that are asked for, and the others are counted.
+    the rows that are asked for, and the others are counted. `judged` is of judges only.
     """
 
     identity: str
@@ -91,6 +92,7 @@ class Commit:
     where: str | None = None
     rows_not_asked: int = 0
     retries: int = 0
+    judged: Judged | None = None
 
     def __post_init__(self) -> None:
         if not any(name.endswith("score_error") for name in self.added_columns):
@@ -105,7 +107,10 @@ class Commit:
         return next(name for name in self.added_columns if name.endswith("score_error"))
 
     def footer(self) -> dict[bytes, bytes]:
-        return {_FOOTER_KEY: json.dumps(asdict(self), sort_keys=True).encode()}
+        held = asdict(self)
+        if self.judged is None:
+            del held["judged"]  # a footer without a judge is the same as before there were judges
+        return {_FOOTER_KEY: json.dumps(held, sort_keys=True).encode()}
 
     @classmethod
     def from_footer(cls, metadata: dict[bytes, bytes] | None) -> Self | None:

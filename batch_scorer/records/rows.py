@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from batch_scorer.errors import RowNote, RowReason
-from batch_scorer.records.judging import Questions, Reply
+from batch_scorer.records.judging import Judged, Questions, Reply
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -386,7 +386,8 @@ class ScoredRows:
     `row_errors` as in `ParsedRows`, `notes` and `special_tokens` as in `TokenizedRows`.
     `rows_digest` is over what was scored, `engine` describes what scored it, `score_s` is the time
     inside the backend. `was_known` is bool[S], the sequences whose scores are those of equal
-    sequences scored before; None: of none. `added` are columns of a judge, R values each.
+    sequences scored before; None: of none. Of a judge, `added` are its columns, R values each, and
+    `judged` counts its questions.
     """
 
     scores: Scores
@@ -401,6 +402,7 @@ class ScoredRows:
     notes: dict[int, tuple[RowNote, ...]] = field(default_factory=dict)
     special_tokens: dict[int, int] = field(default_factory=dict)
     added: dict[str, pa.Array] = field(default_factory=dict)
+    judged: Judged | None = None
 
     @property
     def num_rows(self) -> int:

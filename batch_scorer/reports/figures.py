@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from batch_scorer.records import Judged
+
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -24,6 +26,25 @@ def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("device idle between shards", f"{idle:.1%}"))
         seconds = (figures[name] for name in ("read_s", "tokenize_s", "write_s"))
         rows.append(("reading, tokenising, writing", ", ".join(f"{s:.1f} s" for s in seconds)))
+    return rows
+
+
+def verdict_rows(judged: Judged | None) -> list[tuple[str, str]]:
+    """Name and value of each figure of a judge's questions; none without a judge."""
+    if judged is None:
+        return []
+    rows = [("verdicts", f"{judged.verdicts:,} of {judged.questions:,} questions")]
+    for reason, count in judged.lost.items():
+        rows.append((f"  none: {reason}", f"{count:,}"))
+    if (flip_rate := judged.flip_rate) is not None:
+        rows.append(("orders disagree", f"{flip_rate:.0%} of {judged.comparisons:,} comparisons"))
+    if (first := judged.first_share) is not None:
+        rows.append(
+            ("prefer the answer shown first", f"{first:.0%} of {judged.decisive:,} verdicts")
+        )
+    rows.append(("tokens of the questions", f"{judged.prompt_tokens:,}"))
+    if judged.tries:
+        rows.append(("written", f"{judged.generated_tokens:,} tokens in {judged.tries:,} replies"))
     return rows
 
 

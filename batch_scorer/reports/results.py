@@ -17,7 +17,7 @@ from batch_scorer.nightly.night import Ended
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
-from batch_scorer.records import PairCounts, Receipt, Status, layout_to_json
+from batch_scorer.records import Judged, PairCounts, Receipt, Status, layout_to_json
 from batch_scorer.render import TemplateFacts
 from batch_scorer.runs.estimate import Estimate
 from batch_scorer.runs.preview import Checked, Outlook
@@ -252,6 +252,12 @@ class RunReport:
         """By source."""
         counts = sorted(self.totals["pairs"].items())
         return {source: PairCounts(**numbers) for source, numbers in counts}
+
+    @property
+    def judged(self) -> Judged | None:
+        """What became of a judge's questions; None without a judge."""
+        counts = self.totals.get("judged")
+        return None if counts is None else Judged(**counts)
 
     @property
     def all_pairs(self) -> PairCounts:

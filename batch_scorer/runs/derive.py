@@ -23,6 +23,7 @@ from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.formats.kinds import BESIDE_NAMES
 from batch_scorer.inputs.plan import Choice, Plan, make_plan
 from batch_scorer.job import Job, attention_of, outputs_of, unpackable_part
+from batch_scorer.judges.judgements import UNREAD
 from batch_scorer.judges.page import Page, load_page
 from batch_scorer.models.adapter import Prompt, output_entries, verdict_entries
 from batch_scorer.models.directory import (
@@ -82,6 +83,11 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
         if config.backend == "endpoint":
             return served_model(config.model, page)
         entries = verdict_entries([*page.verdict.choices])
+        if not page.samples and (same := UNREAD.intersection(config.retry_marked)):
+            raise ConfigError(
+                f"retry_marked: {', '.join(sorted(same))}: {page.name} does not sample, so the "
+                "judge would say the same again; leave it out"
+            )
 
     def inspected(name: str, revision: str | None, base_model: str | None) -> ModelFacts:
         with reading(name):

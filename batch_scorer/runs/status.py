@@ -27,7 +27,7 @@ class OutputStatus:
     `holder` renewed its lease `renewed_s` seconds ago, by this machine's clock; a live run does so
     every ten seconds. `metrics` (`Metrics.to_json`) are those of the newest run that had anything
     to score, None before there is one; `left_s`, the seconds until it ends, is estimated from them
-    while it runs.
+    while it runs. `judged` counts a judge's questions (`records.Judged`), None without a judge.
     """
 
     output: str
@@ -48,6 +48,7 @@ class OutputStatus:
     metrics: dict[str, Any] | None
     left_s: float | None
     provenance: dict[str, Any]
+    judged: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +94,7 @@ def read_status(output: str | Path, store_options: Mapping[str, str] | None = No
         metrics=metrics,
         left_s=left_s,
         provenance=claim.provenance,
+        judged=totals.get("judged"),
     )
 
 

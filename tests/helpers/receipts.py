@@ -8,6 +8,7 @@ from batch_scorer.records import (
     Commit,
     Effort,
     Format,
+    Judged,
     Layout,
     PairCounts,
     Receipt,
@@ -41,6 +42,18 @@ COMMIT = Commit(
     layout={},
     added_columns=["score", "score_error"],
     spread={"web": Spread(10, 9, 0.5, 1.0, (-1.0, -0.9, 0.0, 0.5, 1.0, 1.9, 2.0))},
+)
+JUDGED = Judged(
+    questions=20,
+    verdicts=17,
+    lost={"cut_off": 1, "no_verdict": 2},
+    prompt_tokens=4_000,
+    generated_tokens=900,
+    tries=23,
+    comparisons=8,
+    disagree=2,
+    decisive=16,
+    first_preferred=10,
 )
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.parity import ParityReport, RepliesReport, ScoresReport
-from batch_scorer.records import PairCounts
+from batch_scorer.records import Judged, PairCounts
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
-from batch_scorer.reports.figures import duration, figure_rows, scaled
+from batch_scorer.reports.figures import duration, figure_rows, scaled, verdict_rows
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
 from batch_scorer.reports.results import (
     CheckReport,
@@ -284,6 +284,7 @@ def run_view(report: RunReport) -> Iterator[Block]:
     if totals["shards_left"]:
         rows.append(("  left for another run", f"{totals['rows_left']:,}"))
     rows += [(name, f"{totals[name]:,}") for name in ("shards", "sequences", "tokens")]
+    rows += verdict_rows(report.judged)
     if report.has_scored:
         start_up = f"{report.start_up_s:.1f} s of it start-up"
         rows.append(("time", f"{report.elapsed_s:.1f} s, {start_up}"))
@@ -364,7 +365,9 @@ def status_view(status: OutputStatus) -> Iterator[Block]:
         yield Line(f"{each['input']}: {each['reason']}: {each['detail']}", "failed", Tone.BAD)
     if (more := len(status.failed) - _FILES_SHOWN) > 0:
         yield Line(f"… and {more} more failed shards")
-    for name, value in figure_rows(status.metrics) if status.metrics else ():
+    judged = verdict_rows(None if status.judged is None else Judged(**status.judged))
+    figures = figure_rows(status.metrics) if status.metrics else []
+    for name, value in [*judged, *figures]:
         yield Line(f"  {name}: {value}")
 
 

@@ -56,6 +56,7 @@ def test_both_orders_of_a_pair(first: float, second: float) -> None:
     for inconsistent in ("mean", "tie", "null"):
         found = folded(asked, page("pairwise", inconsistent=inconsistent))
         assert found.consistency.tolist() == [float(agrees)]
+        assert (found.comparisons, found.disagree) == (1, int(not agrees))
         if agrees or inconsistent == "mean":
             assert found.scores.tolist() == pytest.approx([mean, 1 - mean])
         elif inconsistent == "tie":
@@ -76,6 +77,8 @@ def test_a_group_s_score_is_the_mean_of_its_comparisons(worths: list[float | Non
         ],
         page("pairwise"),
     )
+    both = [pair for pair in zip(worths[::2], worths[1::2], strict=True) if None not in pair]
+    assert found.comparisons == len(both)
     for response in range(3):
         own = [
             None if worth is None else worth if pair[0] == response else 1 - worth

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,10 @@ from batch_scorer.outputs.manifest import (
     total,
 )
 from batch_scorer.outputs.state import OutputState
-from batch_scorer.records import Commit, Format, Layout, Receipt, Shard, Status
+from batch_scorer.records import Commit, Format, Judged, Layout, Receipt, Shard, Status
 from batch_scorer.records.reading import parsed
 from batch_scorer.storage import Store, Version
-from tests.helpers.receipts import COMMIT, DONE, FAILED, SHARD, stored
+from tests.helpers.receipts import COMMIT, DONE, FAILED, JUDGED, SHARD, stored
 
 
 @pytest.fixture
@@ -67,6 +67,19 @@ def test_totals_account_for_every_row() -> None:
     assert totals["rows"] == totals["rows_scored"] + totals["rows_marked"] + totals["rows_failed"]
     assert (totals["rows"], totals["rows_scored"], totals["rows_failed"]) == (14, 9, 4)
     assert totals["pairs"] == {"web": {"pairs": 9, "chosen_higher": 6, "ties": 1}}
+
+
+def test_a_judge_s_questions_are_added_up_and_no_other_output_tells_of_any() -> None:
+    assert b"judged" not in COMMIT.footer()[b"batch_scorer"]
+    assert "judged" not in total([DONE, FAILED])
+    judged = replace(COMMIT, judged=JUDGED)
+    assert Commit.from_footer(judged.footer()) == judged
+    more = replace(judged, judged=Judged(questions=5, verdicts=4, lost={"no_verdict": 1}))
+    receipts = [replace(DONE, stored=stored(commit)) for commit in (judged, more)]
+    assert parsed(receipts[0].to_line(), Receipt) == receipts[0]
+    assert total([*receipts, FAILED])["judged"] == asdict(
+        replace(JUDGED, questions=25, verdicts=21, lost={"cut_off": 1, "no_verdict": 3})
+    )
 
 
 def test_rows_that_are_not_asked_for_are_rows_of_the_inputs(store: Store) -> None:

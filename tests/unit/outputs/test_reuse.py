@@ -32,6 +32,7 @@ from batch_scorer.records import (
     Format,
     Layout,
     Outputs,
+    Questions,
     Receipt,
     RowError,
     ScoredRows,
@@ -167,6 +168,27 @@ def test_equal_token_ids_have_equal_scores() -> None:
     np.testing.assert_array_equal(known.values[:, 0], [1.5, 2.5, 1.5, np.nan, np.nan])
 
 
+def test_a_vote_is_taken_for_no_other() -> None:
+    def votes(*sequences: list[int]) -> TokenizedRows:
+        count = len(sequences)
+        asked = Questions(
+            response_offsets=np.arange(count + 1),
+            response_errors={},
+            shown=np.arange(count),
+            shown_offsets=np.arange(count + 1),
+            criteria=np.full(count, -1),
+            votes=np.arange(count) % 2,
+            verdicts=np.ones(count, np.int64),
+            weights={},
+        )
+        return replace(tokenized(*sequences), questions=asked)
+
+    before = votes([1], [1], [2], [2])
+    known = find_known(votes([2], [2], [1], [1]), [(before, scores(1.0, 2.0, np.nan, 4.0))])
+    assert known is not None
+    np.testing.assert_array_equal(known.values[:, 0], [np.nan, 4.0, 1.0, 2.0])
+
+
 def test_nothing_known_is_nothing() -> None:
     rows = tokenized([1], [2])
     assert find_known(rows, []) is None
@@ -256,6 +278,30 @@ def test_a_part_of_the_rows_knows_the_scores_of_its_own() -> None:
         if first < stop:
             np.testing.assert_array_equal(scores.step_values, expected.step_values)
             np.testing.assert_array_equal(scores.step_offsets, expected.step_offsets)
+
+
+class Failing(Stepping):
+    """Without a score for any sequence."""
+
+    def score(self, rows: TokenizedRows) -> Scores:
+        found = super().score(rows)
+        found.values[:] = np.nan
+        found.errors = dict.fromkeys(range(rows.num_sequences), NULL)
+        return found
+
+
+def test_what_became_of_a_sequence_that_gets_no_score_is_kept() -> None:
+    """A judge's reply without a verdict, say; also where nothing of a part is known."""
+    rows = tokenized([1, 2], [3], [4, 5, 6])
+    before = tokenized([3])
+    known = find_known(rows, [(before, Stepping().score(before))])
+    for asked in (replace(rows, known=known), replace(rows, known=known).part(2, 3)):
+        found = score_shard(asked, Failing()).scores
+        assert found.step_values is not None and found.step_offsets is not None
+        assert found.step_values.tolist() == asked.token_ids.tolist()
+        assert found.step_offsets.tolist() == asked.sequence_offsets.tolist()
+        assert found.errors.keys() == set(np.flatnonzero(np.isnan(found.values)).tolist())
+        assert found.errors
 
 
 # Which objects are looked into

@@ -4,7 +4,7 @@ import ast
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from batch_scorer.runs.metrics import Metrics
 from batch_scorer.runs.status import OutputStatus
 from batch_scorer.selection.result import Selected
 from batch_scorer.storage import Check, Conformance
-from tests.helpers.receipts import ONE, OTHER, RUN
+from tests.helpers.receipts import JUDGED, ONE, OTHER, RUN
 
 MARKUP_LIKE = ("[/INST]", "[math]", "[bold]x[/bold]", "a[/]b", "[", "\\[red]", ":warning:")
 
@@ -145,6 +145,7 @@ def run(text: str) -> RunReport:
             text: {"pairs": 6, "chosen_higher": 3, "ties": 1},
             f"{text}2": {"pairs": 2, "chosen_higher": 1, "ties": 0},
         },
+        "judged": asdict(JUDGED),
     }  # fmt: skip
     metrics = Metrics.of([ONE, OTHER]).to_json(RUN)
     parity = check(text).parity.to_json()
@@ -166,6 +167,7 @@ def status(text: str) -> OutputStatus:
         rows_not_asked=6,
         marked={"too_long": 1}, failed=[{"input": text, "reason": "internal", "detail": text}],
         tokens=1500, metrics=Metrics.of([ONE]).to_json(RUN), left_s=754.0, provenance={},
+        judged=asdict(JUDGED),
     )  # fmt: skip
 
 
@@ -383,6 +385,14 @@ def test_rows_that_are_not_asked_for_are_shown_wherever_rows_are() -> None:
     assert "not asked for: 9 rows" in printed(ahead)
     everything = printed(replace(plan("a"), rows_not_asked=0))
     assert "1,234 rows, about" in everything
+
+
+@pytest.mark.parametrize("report", [run("a"), status("a")])
+def test_a_judge_s_figures_are_shown(report: Report) -> None:
+    shown = " ".join(printed(report).split())
+    for figure in ("17 of 20 questions", "25% of 8 comparisons", "62% of 16 verdicts"):
+        assert figure in shown
+    assert "900 tokens in 23 replies" in shown
 
 
 def test_a_status_shows_the_last_heartbeat_and_the_time_left() -> None:
