@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum, auto
 from pathlib import Path
@@ -74,8 +74,6 @@ class EndpointSettings:
                    prompts and replies; None: no limit.
     timeout_s      for one request, from its start to the end of its answer.
     attempts       how often a question is asked at most.
-    price_per_million_prompt_tokens, price_per_million_generated_tokens  for `Usage.cost`, in any
-                   currency; both or neither.
 
     Raises ConfigError for values that cannot be used.
     """
@@ -89,8 +87,6 @@ class EndpointSettings:
     tokens_per_minute: float | None = None
     timeout_s: float = 600.0
     attempts: int = 6
-    price_per_million_prompt_tokens: float | None = None
-    price_per_million_generated_tokens: float | None = None
 
     def __post_init__(self) -> None:
         if problem := wrong_url(self.base_url) or _url_problem(self.base_url):
@@ -106,11 +102,6 @@ class EndpointSettings:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name}: a number above 0")
-        prices = (self.price_per_million_prompt_tokens, self.price_per_million_generated_tokens)
-        if (prices[0] is None) != (prices[1] is None):
-            raise ConfigError("the prices of prompt tokens and of generated tokens go together")
-        if any(price is not None and not (0 <= price < math.inf) for price in prices):
-            raise ConfigError("a price is a number from 0")
 
     @property
     def url(self) -> str:
@@ -130,7 +121,7 @@ class ServedQuestion:
 
 @dataclass(slots=True)
 class Usage:
-    """What asking took; adds up. Tokens are counted by the server, for answers that arrived: what
+    """What asking took. Tokens are counted by the server, for answers that arrived: what
     it computed for a lost answer, nobody knows."""
 
     prompt_tokens: int = 0
@@ -142,15 +133,6 @@ class Usage:
     """Requests that asked a question again."""
     uncounted: int = 0
     """Answers for which the server gave no counts."""
-    cost: float | None = None
-    """By the prices of the settings, which know no discount; None without prices."""
-
-    def add(self, other: "Usage") -> None:
-        """Count the other's as well."""
-        for field_ in fields(self):
-            ours, theirs = getattr(self, field_.name), getattr(other, field_.name)
-            if theirs is not None:
-                setattr(self, field_.name, theirs if ours is None else ours + theirs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,15 +238,6 @@ class Endpoint:
     def _run(self, questions: Sequence[ServedQuestion]) -> tuple[list["_Outcome"], Usage]:
         usage = Usage()
         outcomes = asyncio.run(self._ask_all(questions, usage)) if questions else []
-        settings = self._settings
-        if (
-            settings.price_per_million_prompt_tokens is not None
-            and settings.price_per_million_generated_tokens is not None
-        ):
-            usage.cost = (
-                usage.prompt_tokens * settings.price_per_million_prompt_tokens
-                + usage.generated_tokens * settings.price_per_million_generated_tokens
-            ) / 1e6
         return outcomes, usage
 
     async def _ask_all(self, questions: Sequence[ServedQuestion], usage: Usage) -> list["_Outcome"]:

@@ -5,7 +5,7 @@ records, `--json` in both. docs/metrics.md explains them to users.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -25,7 +25,8 @@ class Run:
 
     `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` counts the
     devices of all its `workers`. `cost` is None where the model's config and weights do not
-    determine it, and where no model computes.
+    determine it, and where no model computes. `token_prices`, of a million tokens, are a served
+    judge's.
     """
 
     epoch: int
@@ -35,6 +36,7 @@ class Run:
     workers: int
     devices: int
     cost: ModelCost | None
+    token_prices: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -176,6 +178,16 @@ class Metrics:
             return None
         return self.span_s * max(0.0, ratio - 1)
 
+    def token_cost(self, run: Run) -> float | None:
+        """What a served judge's tokens cost by the prices of the settings; those that its server
+        had cached at the full price."""
+        if not run.token_prices:
+            return None
+        prompt = self.effort.computed_tokens + self.effort.shared_tokens
+        generated = self.effort.generated_tokens
+        prices = run.token_prices
+        return (prompt * prices["prompt"] + generated * prices["generated"]) / 1e6
+
     def to_json(self, run: Run) -> dict[str, Any]:
         """All figures, with units in their names; the same keys wherever they are shown."""
         return {
@@ -189,6 +201,7 @@ class Metrics:
             "reused_sequences": self.reused_sequences,
             "reused_tokens": self.reused_tokens,
             **asdict(self.effort),
+            "token_cost": self.token_cost(run),
             "model_flop": self.model_flop(run),
             "peak_flop_per_s": self.peak_flops,
             "span_s": self.span_s,

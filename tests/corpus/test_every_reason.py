@@ -38,6 +38,15 @@ ELSEWHERE: dict[RowReason | RowNote | ShardReason, str] = {
     RowReason.NOT_A_PAIR: "tests/parity/test_conditioned.py::test_what_is_no_pair_is_marked",
     RowReason.ANSWER_NOT_FOUND: "tests/unit/render/test_answer_starts.py::"
     "test_an_answer_that_cannot_be_found_is_marked",
+    RowReason.NO_VERDICT: "tests/parity/test_judges.py::"
+    "test_choices_that_are_improbable_are_no_verdict",
+    RowReason.VERDICT_OUT_OF_RANGE: "tests/unit/judges/test_verdicts.py::test_a_verdict_in_a_text",
+    RowReason.CUT_OFF: "tests/unit/judges/test_verdicts.py::"
+    "test_a_verdict_that_was_not_given_in_the_end_does_not_count",
+    RowReason.INCONSISTENT_VERDICTS: "tests/unit/judges/test_fold.py::test_both_orders_of_a_pair",
+    RowReason.BAD_RUBRIC: "tests/unit/judges/test_questions.py::test_what_is_no_rubric",
+    RowReason.MARKER_IN_TEXT: "tests/unit/judges/test_questions.py::"
+    "test_a_marker_in_a_text_marks_its_row",
     RowNote.ANSWER_REWRITTEN: "tests/unit/render/test_template.py::"
     "test_an_answer_that_the_template_cuts_is_noted",
     RowNote.SAME_TOKENS: "tests/unit/render/test_template.py::"

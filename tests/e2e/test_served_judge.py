@@ -147,7 +147,10 @@ def test_rows_that_the_server_refuses_are_marked_and_asked_again_alone(inputs: P
 
 def test_a_finished_output_asks_nothing(inputs: Path) -> None:
     with chat_server(graded) as server:
-        judge(server, inputs)
+        judge(server, inputs, "--token-prices", "prompt=2,generated=8")
+        status = run_cli("status", inputs.parent / "out", "--json").json
+        # The server counts ten tokens of every question and five of every reply.
+        assert status["metrics"]["token_cost"] == pytest.approx((ROWS - 1) * (10 * 2 + 5 * 8) / 1e6)
         asked = len(server.bodies)
         judge(server, inputs)
         assert len(server.bodies) == asked > ROWS - 2

@@ -311,20 +311,6 @@ def test_a_server_in_trouble_gets_the_time_that_it_asks_for(slept: list[float]) 
     assert len([seconds for seconds in slept if 50 <= seconds <= 55]) == 2
 
 
-def test_the_cost_is_that_of_all_answers() -> None:
-    with chat_server() as server:
-        prices = {
-            "price_per_million_prompt_tokens": 2.0,
-            "price_per_million_generated_tokens": 8.0,
-        }
-        endpoint = Endpoint(settings(server, **prices), page())
-        usage = Usage()
-        for first in (0, 10):
-            usage.add(endpoint.ask(questions(10, first))[1])
-    assert usage.requests == 21
-    assert usage.cost == pytest.approx(21 * (10 * 2 + 5 * 8) / 1e6)
-
-
 def test_answers_without_counts_are_counted() -> None:
     def answer(body: Body) -> tuple[int, Body]:
         return 200, {**completion(body), "usage": None}
@@ -332,7 +318,7 @@ def test_answers_without_counts_are_counted() -> None:
     with chat_server(answer) as server:
         replies, usage = Endpoint(settings(server), page()).ask(questions(2))
     assert [reply.ended for reply in replies] == ["stop", "stop"]
-    assert (usage.uncounted, usage.prompt_tokens, usage.cost) == (3, 0, None)
+    assert (usage.uncounted, usage.prompt_tokens) == (3, 0)
 
 
 def test_no_question_asks_for_nothing() -> None:
@@ -535,8 +521,6 @@ def test_an_endpoint_shows_no_key_and_does_not_travel(monkeypatch: pytest.Monkey
         {"timeout_s": math.inf},
         {"requests_per_minute": 0.0},
         {"tokens_per_minute": math.nan},
-        {"price_per_million_prompt_tokens": 1.0},
-        {"price_per_million_prompt_tokens": 1.0, "price_per_million_generated_tokens": -1.0},
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(changes: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def test_settings_stand_in_the_panel_of_their_role() -> None:
 
 def test_choices_and_defaults_are_shown() -> None:
     text = flowing(shown_by("score"))
-    assert "[one of auto, hf, vllm, fake; default: hf]" in text
+    assert "[one of auto, hf, vllm, endpoint, fake; default: hf]" in text
     assert "[one of bfloat16, float32, float16]" in text
     assert "numbers in every layer. [default: 1]" in text
     assert "None" not in text

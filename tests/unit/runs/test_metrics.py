@@ -41,6 +41,8 @@ def test_figures_are_sums_over_shards() -> None:
         "shared_tokens": 350,
         "attended_pairs": 40_000,
         "oom_splits": 0,
+        "generated_tokens": 0,
+        "token_cost": None,
         "model_flop": 900 * 2000.0 + 40_000 * 5.0,
         "peak_flop_per_s": 1e6,
         "span_s": 5.0,
@@ -72,6 +74,14 @@ def test_the_best_look_at_the_peak_counts_for_all_of_a_run() -> None:
     assert Metrics.of([disturbed, OTHER]).peak_flops == 1e6
 
 
+def test_a_served_judge_s_tokens_have_a_price() -> None:
+    run = replace(RUN, token_prices={"prompt": 2.0, "generated": 8.0})
+    metrics = Metrics.of([ONE, OTHER])
+    metrics.effort.generated_tokens = 70
+    assert metrics.token_cost(run) == ((900 + 350) * 2.0 + 70 * 8.0) / 1e6
+    assert metrics.token_cost(RUN) is None
+
+
 def test_nothing_is_divided_by_nothing() -> None:
     for metrics in (Metrics(), Metrics.of([FAILED])):
         figures = metrics.to_json(RUN)
@@ -81,6 +91,7 @@ def test_nothing_is_divided_by_nothing() -> None:
             "padding_share",
             "model_flop_utilisation",
             "idle_share",
+            "token_cost",
             "peak_flop_per_s",
         ]
         assert figure_rows(figures) == []
@@ -185,7 +196,7 @@ def test_waits_and_scores_of_a_worker_add_up_to_its_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(worker, "time", timer)
     monkeypatch.setattr(worker, "score_shard", score_shard)
     config = SimpleNamespace(hang_s=60.0)
-    job: Any = SimpleNamespace(engine=ENGINES["fake"], config=config)
+    job: Any = SimpleNamespace(engine=ENGINES["fake"], config=config, judging=None)
     scorer = worker.Scorer(job, None, lambda job: FakeBackend())
     nothing = np.zeros(2, np.int64)
     rows = TokenizedRows(
