@@ -171,7 +171,7 @@ def _set_out(job: Job, epoch: int, work: Work) -> Run:
         workers=workers,
         devices=workers * job.config.devices_per_worker,
         cost=job.model.cost if job.engine.runs_model else None,
-        token_prices={**job.config.token_prices},
+        token_prices={str(name): price for name, price in job.config.token_prices.items()},
     )
 
 
