@@ -224,7 +224,7 @@ def _judgements(
         values = pa.array(np.nan_to_num(scores.values[:, 0]))
         ones = pa.array(np.arange(len(values) + 1, dtype=np.int32))
         worths = pa.ListArray.from_arrays(ones, values, mask=_mask(~is_there))
-        finite = np.isfinite(scores.step_values).reshape(len(lengths), -1)
+        finite = np.isfinite(scores.step_values).reshape(-1, len(page.verdict.choices))
         has_steps: npt.NDArray[np.bool_] = np.asarray(finite.all(axis=1))
         probabilities = pa.ListArray.from_arrays(in_steps, steps, mask=_mask(~has_steps))
     reasons = [None] * len(lengths)
