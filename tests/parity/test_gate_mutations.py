@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_scorer import shard
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ParityError
 from batch_scorer.parity import choose_sample
 from batch_scorer.records import Message, ParsedRows, TokenizedRows
 from batch_scorer.render import Renderer, renderer_of
+from batch_scorer.render import rows as tokenized_rows
 from batch_scorer.runs import run
 from batch_scorer.runs.run import score
 from batch_scorer.shard import parse_shard
@@ -247,7 +247,7 @@ def test_another_date_than_the_recorded_one_stops_the_job(
         prompt = replace(model.prompt, date=datetime(2026, 3, 2))
         return renderer_of(config, replace(model, prompt=prompt))
 
-    monkeypatch.setattr(shard, "renderer_of", later)
+    monkeypatch.setattr(tokenized_rows, "renderer_of", later)
     assert_stopped(config, "the template's date is another than the recorded one")
 
 

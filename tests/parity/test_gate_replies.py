@@ -244,25 +244,6 @@ def test_an_engine_that_samples_is_refused(
     assert not compare_replies(*asked, reference, engine).agrees
 
 
-def test_other_weights_are_refused_or_warned_of(
-    asked: tuple[Job, Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    job, sample = asked
-    other = language_model(tmp_path / "other", seed=1)
-
-    def make(job: Job) -> WritingBackend:
-        return VLLMGenerationBackend(replace(settings_of(job), model_dir=other))
-
-    warned = replace(job, config=job.config.model_copy(update={"parity_check": "warn"}))
-    with closing(proven_backend(warned, sample, make)) as backend:
-        report = backend.provenance["parity"]
-        assert not report["agrees"] and report["tokens_compared"] > 0
-        assert sum(reply["differs_at"] is not None for reply in report["compared"]) > 5
-        assert isinstance(backend, WritingBackend)
-        with pytest.raises(ParityError):
-            proven_backend(job, sample, lambda _: Changed(backend))
-
-
 def test_questions_that_the_engine_does_not_take_are_not_compared(
     asked: tuple[Job, Sample], reference: WrittenReference, engine: VLLMGenerationBackend
 ) -> None:
@@ -294,6 +275,25 @@ def test_a_token_that_rounding_may_change_is_not_compared(
     assert places and places <= set(range(3, MAX_TOKENS))
     nothing = compare_replies(job, sample, replace(reference, noise=float("inf")), engine)
     assert nothing.tokens_compared == 0 and not nothing.agrees
+
+
+def test_other_weights_are_refused_or_warned_of(
+    asked: tuple[Job, Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, sample = asked
+    other = language_model(tmp_path / "other", seed=1)
+
+    def make(job: Job) -> WritingBackend:
+        return VLLMGenerationBackend(replace(settings_of(job), model_dir=other))
+
+    warned = replace(job, config=job.config.model_copy(update={"parity_check": "warn"}))
+    with closing(proven_backend(warned, sample, make)) as backend:
+        report = backend.provenance["parity"]
+        assert not report["agrees"] and report["tokens_compared"] > 0
+        assert sum(reply["differs_at"] is not None for reply in report["compared"]) > 5
+        assert isinstance(backend, WritingBackend)
+        with pytest.raises(ParityError):
+            proven_backend(job, sample, lambda _: Changed(backend))
 
 
 @pytest.mark.parametrize(
