@@ -828,7 +828,8 @@ def _missing(name: str) -> str:
 def _explain(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
+        # Of a list without its place: the value is shown, and flags have no places.
+        name = ".".join(part for part in problem["loc"] if isinstance(part, str))
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name, Config.model_fields, n=1)
             hint = f"; did you mean `{close[0]}`?" if close else ""

@@ -64,7 +64,7 @@ WRONG_BY_ITSELF: list[tuple[dict[str, Any], str]] = [
     ({"model": 5}, "model: Input should be a valid string (got 5)"),
     ({"inputs": []}, "inputs: Tuple should have at least 1 item after validation, not 0"),
     ({"inputs": 5}, "inputs: Input should be a valid tuple (got 5)"),
-    ({"inputs": ["a", 1]}, "inputs.1: Input should be a valid string (got 1)"),
+    ({"inputs": ["a", 1]}, "inputs: Input should be a valid string (got 1)"),
     ({"task": "rate"}, "task: Input should be 'score', 'embed' or 'judge' (got 'rate')"),
     ({"format": "pairs"}, "format: Input should be 'preference_pair', "),
     ({"columns": "chosen=a"}, "columns: Input should be a valid dictionary (got 'chosen=a')"),
