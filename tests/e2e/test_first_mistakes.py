@@ -174,9 +174,9 @@ def test_what_gemma_2_cannot_bear(
     [
         (("--quantization", "fp8"), "set backend: vllm"),
         (("--backend", "vllm", "--attention", "eager"), "set backend: hf"),
-        (("--normalize",), "set task: embed"),
+        (("--normalize",), "only where task is embed"),
         (("--step-aggregation", "mean"), "give no step scores"),
-        (("--task", "embed", "--adapter", "armorm"), "an embedding has no head"),
+        (("--task", "embed", "--adapter", "armorm"), "only where task is score"),
         (("--adapter", "armour"), "known are"),
     ],
 )

@@ -73,7 +73,7 @@ BUGS = (
         "    if lease is not None and lease.is_over and not is_in_manifest(store, key):\n",
         "    if lease is not None:\n",
         "sleepers",
-        40,
+        80,
     ),
     Bug(
         "rows scored are counted from the plan and not from the data",
@@ -100,6 +100,7 @@ BUGS = (
         "        raise ShardError(ShardReason.STORE_FAILED, str(error)) from error\n"
         "    return Receipt(\n",
         '        stands = Stands(Stored(encoded.commit, Version("none"), 0, "none"), str(error))\n'
+        "        hold = current_hold(store)\n"
         "    return Receipt(\n",
         "store faults",
         20,
@@ -129,12 +130,12 @@ BUGS = (
         10,
     ),
     Bug(
-        "pieces of a file that is cut in another way by now stay",
+        "a late piece of a file that is cut in another way by now stays",
         "runs/remaining.py",
-        "    for _ in in_threads(remove, work.outdated, _DELETERS):\n",
-        "    for _ in in_threads(remove, work.outdated[1:], _DELETERS):\n",
-        "kills",
-        20,
+        "commit.input in inputs and commit.epoch < epoch:",
+        "commit.input in inputs and commit.epoch > epoch:",
+        "sleepers",
+        80,
     ),
     Bug(
         "an output is called complete although shards have failed",
@@ -150,7 +151,7 @@ BUGS = (
         "            if commit.identity != identities[key]:\n",
         "            if not commit.fingerprint:\n",
         "histories",
-        5,
+        20,
     ),
     Bug(
         "a late first try takes the place of a retry",
