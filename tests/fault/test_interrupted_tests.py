@@ -56,7 +56,7 @@ class Started:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=ours | own, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_hear_ctrl_c,
             )  # fmt: skip
         self._is_ready = ready.exists
         self.started: dict[int, str] = {}
@@ -91,6 +91,11 @@ class Started:
         for pid, born in self.started.items():
             if birth(pid) == born:
                 os.kill(pid, signal.SIGKILL)
+
+
+def _hear_ctrl_c() -> None:
+    """Shells let what they start in the background ignore it, and so would what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stat(pid: int) -> list[str]:
