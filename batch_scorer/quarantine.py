@@ -358,6 +358,10 @@ def _answer_to(request: bytes, data_bytes: int) -> _Answer:
         memory_bytes, function, args, kwargs = pickle.loads(request)
         _bound_memory(data_bytes + memory_bytes)
         result = function(*args, **kwargs)
+    except ImportError as raised:
+        # What the loader says of a library for which there is no memory.
+        is_full = "failed to map segment" in str(raised)
+        error = MemoryError(str(raised)) if is_full else _portable(raised)
     except Exception as raised:
         error = _portable(raised)
     finally:

@@ -56,6 +56,12 @@ def fill(num_bytes: int) -> int:
     return int(np.ones(num_bytes, np.uint8).sum())
 
 
+def load_a_library() -> None:
+    import duckdb  # the template has not loaded it
+
+    assert duckdb
+
+
 def fill_arrow(num_bytes: int) -> int:
     return pa.allocate_buffer(num_bytes).size
 
@@ -152,6 +158,13 @@ def test_memory_is_bounded_whatever_was_read_before() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the bound on memory is the kernel's")
+@pytest.mark.skipif(sys.platform != "linux", reason="the bound on memory is the kernel's")
+def test_a_library_for_which_there_is_no_memory_is_one_too_much() -> None:
+    with pytest.raises(MemoryError):
+        apart(replace(BOUNDS, memory_bytes=4096), load_a_library)
+    apart(BOUNDS, load_a_library)
+
+
 def test_memory_of_arrow_counts_as_it_is_used() -> None:
     bounds = Bounds(GENEROUS_S, 100 << 20)
     assert apart(bounds, fill_arrow, 60 << 20) == 60 << 20

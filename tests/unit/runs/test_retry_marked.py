@@ -364,5 +364,5 @@ def test_the_setting_is_a_comma_list_and_a_list_in_yaml(place: Place, tiny_model
     file.write_text("model: m\ninputs: i\noutput: o\nretry_marked: [worker_crash, engine_error]\n")
     assert load_config(file).retry_marked == (RowReason.WORKER_CRASH, RowReason.ENGINE_ERROR)
     file.write_text("model: m\ninputs: i\noutput: o\nretry_marked: [null_value]\n")
-    with pytest.raises(ConfigError, match=r"\Aretry_marked.0: only what may pass .*'null_value'"):
+    with pytest.raises(ConfigError, match=r"\Aretry_marked: only what may pass .*'null_value'"):
         load_config(file)
