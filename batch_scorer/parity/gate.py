@@ -43,6 +43,10 @@ the limits where that loss is not measured (the model fits the memory in half pr
 quantised)."""
 
 
+_LEAST_PROBABLE = 1e-30
+"""Where a logarithm is taken of what may be 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """Plain Hugging Face's scores, float32[S, O], and their rounding, float32[S] (E).
@@ -204,15 +208,18 @@ def errors_of(exact: Scores | Reference, scores: Scores, outputs: Outputs) -> Fl
 
     Spread is the standard deviation over the sample, or a tenth of the scores' size where they
     hardly differ; for embeddings it is the vector's length. The scores of a sequence's tokens count
-    as one output, their errors' rms: the largest of thousands grows with their number. Infinite
-    where only one side has a number.
+    as one output, their errors' rms: the largest of thousands grows with their number. Of a judge's
+    choices the logarithms are compared, and their spread counts as 1 at least: rounding moves a
+    logit, and the same answers may be as probable in every row. Infinite where only one side has a
+    number.
     """
     with np.errstate(invalid="ignore"):
         if outputs.embedding_size is not None:
             lengths = np.linalg.norm(exact.values, axis=1)
             errors = np.linalg.norm(scores.values - exact.values, axis=1) / lengths
         else:
-            errors = _scaled(exact.values, scores.values).max(axis=1)
+            one, other = (_comparable(each.values, outputs) for each in (exact, scores))
+            errors = _scaled(one, other, _least_spread(outputs)).max(axis=1)
     if exact.step_values is not None and exact.step_offsets is not None:
         assert scores.step_values is not None and scores.step_offsets is not None
         if not np.array_equal(exact.step_offsets, scores.step_offsets):
@@ -233,11 +240,19 @@ def errors_of(exact: Scores | Reference, scores: Scores, outputs: Outputs) -> Fl
     return np.where(both_missing, 0.0, errors).astype(np.float32)
 
 
-def _scaled(exact: FloatArray, values: FloatArray) -> FloatArray:
+def _comparable(values: FloatArray, outputs: Outputs) -> FloatArray:
+    return np.log(np.maximum(values, _LEAST_PROBABLE)) if outputs.judge else values
+
+
+def _least_spread(outputs: Outputs) -> float:
+    return 1.0 if outputs.judge else 1e-6
+
+
+def _scaled(exact: FloatArray, values: FloatArray, least: float = 1e-6) -> FloatArray:
     numbers = np.ma.masked_invalid(exact)
     spread = numbers.std(axis=0).filled(0)
     size = np.sqrt((numbers**2).mean(axis=0).filled(0))
-    scale = np.maximum(np.maximum(spread, size / 10), 1e-6)
+    scale = np.maximum(np.maximum(spread, size / 10), least)
     scaled: FloatArray = np.abs(values - exact) / scale
     return scaled
 
@@ -268,7 +283,7 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> S
         )
     pairs = agree = 0
     if not is_embedding:
-        pairs, agree = _pairs_in_order(sample, reference, scores, allowed_worst)
+        pairs, agree = _pairs_in_order(sample, reference, scores, allowed_worst, job.outputs)
     if np.isfinite(worst) and agree < pairs:
         problems.append(f"{pairs - agree} of {pairs} pairs are ranked the other way round")
     return ScoresReport(
@@ -297,18 +312,17 @@ def compare(sample: Sample, reference: Reference, scores: Scores, job: Job) -> S
 
 
 def _pairs_in_order(
-    sample: Sample, reference: Reference, scores: Scores, allowed: float
+    sample: Sample, reference: Reference, scores: Scores, allowed: float, outputs: Outputs
 ) -> tuple[int, int]:
     """The number of pairs whose margin exceeds rounding, and how many have the same order."""
-    scale = max(float(np.nanstd(reference.values[:, 0])), 1e-6)
+    exact, found = (_comparable(each.values[:, 0], outputs) for each in (reference, scores))
+    scale = max(float(np.nanstd(exact)), _least_spread(outputs))
     compared = agree = 0
     for one, other in sample.pairs:
-        margin = reference.values[one, 0] - reference.values[other, 0]
+        margin = exact[one] - exact[other]
         if abs(margin) > 2 * allowed * scale:
             compared += 1
-            agree += bool(
-                np.sign(scores.values[one, 0] - scores.values[other, 0]) == np.sign(margin)
-            )
+            agree += bool(np.sign(found[one] - found[other]) == np.sign(margin))
     return compared, agree
 
 

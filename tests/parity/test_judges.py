@@ -22,6 +22,8 @@ from batch_scorer.config import load_config
 from batch_scorer.errors import ConfigError, RowReason
 from batch_scorer.judges.page import load_page
 from batch_scorer.models.registry import adapter_named
+from batch_scorer.parity.gate import HALF_ALLOWANCE, MOST_ALLOWED, errors_of
+from batch_scorer.records import Outputs, Scores
 from batch_scorer.runs.derive import derive, look_at_model, plan_for
 from batch_scorer.shard import read_shard, score_shard
 from tests.helpers.in_process import run_cli
@@ -112,6 +114,19 @@ def test_choices_are_as_probable_as_in_plain_hugging_face(
     np.testing.assert_allclose(scores.values, wanted, rtol=0, atol=TOLERANCE)
     plain = plain_scores(settings, rows).values
     np.testing.assert_allclose(plain, wanted, rtol=0, atol=TOLERANCE / 10)
+
+
+def test_the_gate_compares_logarithms_of_probabilities() -> None:
+    """Choices that are about as probable in every row, as a small model's are, differ by less than
+    bfloat16 rounds; twice as probable is another answer, however improbable it is."""
+    exact = Scores(np.array([[0.055, 1e-6], [0.056, 1.1e-6]], np.float32))
+
+    def errors(factor: float) -> np.ndarray:
+        return errors_of(exact, Scores(exact.values * np.float32(factor)), Outputs(judge=("x",)))
+
+    np.testing.assert_allclose(errors(1.03), np.log(1.03), rtol=1e-2)
+    np.testing.assert_allclose(errors(2.0), np.log(2.0), rtol=1e-2)
+    assert errors(1.03).max() < HALF_ALLOWANCE[0] < MOST_ALLOWED[0] < errors(2.0).min()
 
 
 def by_hand(model_dir: Path, table: list[dict[str, Any]], text: str) -> list[tuple[float, float]]:
