@@ -81,6 +81,7 @@ class Job:
 
     @property
     def judging(self) -> Judging | None:
+        """How a judge's replies become scores; None without a judge."""
         page = self.model.judge
         return None if page is None else Judging(page, self.config.keep_judgement)
 

@@ -27,7 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
 
+from batch_scorer.backends import replies
 from batch_scorer.backends.pacing import Pace, asked_wait_s, wait_s
+from batch_scorer.backends.replies import CLOSE, OPEN
 from batch_scorer.credentials import wrong_url
 from batch_scorer.errors import ConfigError
 from batch_scorer.judges.page import Page, reply_schema
@@ -57,7 +59,6 @@ _OF_THE_KEY = frozenset({401, 403})
 _TRIAL = "Write the word yes."
 _CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 """vLLM's parameters for a reply that goes on where the last message ends."""
-_THINK, _END_OF_THINK = "<think>", "</think>"
 _ENDED: dict[str | None, Ended] = {"stop": "stop", "length": "length"}
 
 
@@ -90,7 +91,7 @@ class EndpointSettings:
 
     def __post_init__(self) -> None:
         if problem := wrong_url(self.base_url) or _url_problem(self.base_url):
-            raise ConfigError(f"base_url: {problem}")
+            raise ConfigError(f"endpoint: {problem}")
         if not self.model:
             raise ConfigError("model: the name that the server knows the judge by is needed")
         if self.api_key_env is not None and self.api_key_file is not None:
@@ -406,9 +407,9 @@ class Endpoint:
         if status in _OF_THE_KEY:  # these messages may hold the key in a form of the server's own
             detail += ": the key is missing, wrong, or not good for this"
         elif status == 404:
-            detail += ": no such model, or nothing at this address; base_url ends in /v1 as a rule"
+            detail += ": no such model, or nothing at this address; endpoint ends in /v1 as a rule"
         elif 300 <= status < 400:
-            detail += ": redirects are not followed; set base_url to the last address"
+            detail += ": redirects are not followed; set endpoint to the last address"
         elif message := _message(body):
             detail += f": {self._quoted(message)}"
         if status in _AGAIN or status >= 500:
@@ -459,12 +460,12 @@ def split_thinking(text: str) -> tuple[str, str]:
     Where the chat template opened the block, the reply has its end alone. The answer is "" where
     the block is not closed.
     """
-    opened = text.lstrip().startswith(_THINK)
-    before, end, after = text.partition(_END_OF_THINK)
-    if not (opened or end):
-        return "", text
-    reasoning = before.lstrip().removeprefix(_THINK) if opened else before
-    return reasoning.strip(), after.lstrip()
+    is_opened_before = CLOSE in text and not text.lstrip().startswith(OPEN)
+    thinking = replies.split_thinking(OPEN if is_opened_before else "", text)
+    if thinking.start is None:
+        return thinking.reasoning.strip(), ""
+    answer = text[thinking.start :]
+    return thinking.reasoning.strip(), answer.lstrip() if thinking.start else answer
 
 
 def choice_probabilities(

@@ -4,14 +4,16 @@ file `<name>_generation`."""
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from batch_scorer.backends.base import Backend, EngineSettings, ImplicitReward, MakeBackend
-from batch_scorer.backends.endpoint_client import EndpointSettings
 from batch_scorer.config import ENGINES, Config
 from batch_scorer.job import Job
 from batch_scorer.models.files import reading
 from batch_scorer.models.registry import adapter_named
+
+if TYPE_CHECKING:
+    from batch_scorer.backends.endpoint_client import EndpointSettings
 
 BackendFactory: TypeAlias = Callable[[Job], Backend]
 """What builds the engine in each worker; tests and dry runs bring their own."""
@@ -44,7 +46,7 @@ def settings_of(job: Job) -> EngineSettings:
         judge=job.model.judge,
         verdict_ids=job.model.verdict_ids,
         tokenizer_dir=job.model.tokenizer_path,
-        endpoint=_endpoint_of(job.config) if job.engine.is_served else None,
+        endpoint=endpoint_of(job.config) if job.engine.is_served else None,
     )
     if adapter is None or not adapter.log_probs:
         return settings
@@ -65,8 +67,11 @@ def make_backend(job: Job) -> Backend:
         return make(settings_of(job))
 
 
-def _endpoint_of(config: Config) -> EndpointSettings:
+def endpoint_of(config: Config) -> "EndpointSettings":
     """Where a served judge is, and how hard it may be asked. Raises ConfigError."""
+    # It loads aiohttp, which takes a tenth of a second, and most runs ask no server.
+    from batch_scorer.backends.endpoint_client import EndpointSettings
+
     assert config.endpoint is not None
     return EndpointSettings(
         base_url=config.endpoint,

@@ -73,7 +73,8 @@ def _by_probability(scores: Scores, page: Page) -> Scores:
     worths = np.array([*page.verdict.choices.values()])
     mass = probabilities.sum(axis=1)
     errors = dict(scores.errors)
-    for question in np.flatnonzero(mass < page.verdict.least_mass).tolist():
+    # A mass of 0 is none, whatever the page asks for.
+    for question in np.flatnonzero((mass < page.verdict.least_mass) | (mass == 0)).tolist():
         detail = f"its choices have {mass[question]:.3g} of the probability together"
         errors.setdefault(question, RowError(RowReason.NO_VERDICT, detail))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -70,7 +70,7 @@ class _Row:
     @property
     def texts(self) -> Iterator[str]:
         """All that the row brings into a question."""
-        yield from self.prompts.values()
+        yield from dict.fromkeys(self.prompts.values())  # mostly one
         yield from self.answers.values()
         yield from self.columns.values()
         yield from (criterion.text for criterion in self.criteria)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from batch_scorer.backends.device import cpu_has_bfloat16
+from batch_scorer.backends.registry import endpoint_of
 from batch_scorer.config import ENGINES, NO_REFERENCE, Config, Device
 from batch_scorer.errors import (
     ConfigError,
@@ -81,6 +82,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     if page is not None:
         check_templates(page)
         if config.backend == "endpoint":
+            endpoint_of(config)  # raises before anything is begun
             return served_model(config.model, page)
         entries = verdict_entries([*page.verdict.choices])
         if not page.samples and (same := UNREAD.intersection(config.retry_marked)):

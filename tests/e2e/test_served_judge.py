@@ -197,3 +197,14 @@ def test_a_wrong_key_ends_the_job_before_a_row_is_asked(
     assert "canary-of-a-key" not in ended.out + ended.err
     stored = [file for file in (inputs.parent / "out").rglob("*") if file.is_file()]
     assert stored and all(b"canary-of-a-key" not in file.read_bytes() for file in stored)
+
+
+def test_a_wrong_address_is_told_before_anything_is_begun(inputs: Path) -> None:
+    (inputs.parent / "page.yaml").write_text(PAGE)
+    ended = run_cli(
+        "score", "--task", "judge", "--judge", inputs.parent / "page.yaml", "--backend", "endpoint",
+        "--model", "judge-1", "--endpoint", "localhost:8000", inputs, "--output",
+        inputs.parent / "out", "--no-ray",
+    )  # fmt: skip
+    assert ended.exit_code == 2 and "endpoint: " in ended.err
+    assert not (inputs.parent / "out").exists()

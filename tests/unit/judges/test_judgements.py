@@ -37,3 +37,15 @@ def test_rows_without_any_question_have_no_judgement(name: str) -> None:
     assert column.type.value_type == judgement_type(page, keeps_replies=False)
     assert made.counts == Judged()
     assert len(stored_verdicts(column, rows, page).values) == 0
+
+
+def test_choices_without_any_probability_are_no_verdict_even_where_any_mass_will_do() -> None:
+    """Probabilities too small for float32 are 0: their share of nothing is no number."""
+    page = load_page("pairwise")
+    rule = page.verdict.model_copy(update={"least_mass": 0.0})
+    answers = Scores(np.array([[0.0, 0.0], [0.0, 1e-30]], np.float32))
+    found = judged(answers, page.model_copy(update={"verdict": rule}), None)
+    assert {place: error.reason for place, error in found.errors.items()} == {
+        0: RowReason.NO_VERDICT
+    }
+    assert np.isnan(found.values[0, 0]) and found.values[1, 0] == 0.0
