@@ -392,6 +392,7 @@ def test_a_judge_s_figures_are_shown(report: Report) -> None:
     shown = " ".join(printed(report).split())
     for figure in ("17 of 20 questions", "25% of 8 comparisons", "62% of 16 verdicts"):
         assert figure in shown
+    assert "prefer the longer answer" in shown and "60% of 15 verdicts" in shown
     assert "900 tokens in 23 replies" in shown
 
 
