@@ -88,19 +88,22 @@ def calibration_of(
 
     `judge` is a judge's page as JSON, None for a reward model. A pairwise judge's score is the
     probability that an answer is the better one. A reward model's margin is taken for the log odds
-    of that, as Bradley and Terry have it. The grades of answers that were asked about one by one
-    say how good each is, and not how sure it is that one is better.
+    of that, as Bradley and Terry have it, and so are the log odds of a judge's Yes to one answer
+    less those to the other. Other grades of single answers say how good each is, and not how sure
+    it is that one is better.
     """
-    if judge is not None and judge["mode"] != "pairwise":
-        return None
     is_scored = ~np.isnan(right - wrong)
     right, wrong = right[is_scored], wrong[is_scored]
     if not len(right):
         return None
     if judge is None:
-        basis, found = "the sigmoid of the margin", np.exp(-np.logaddexp(0.0, wrong - right))
-    else:
+        basis, found = "the sigmoid of the margin", _sigmoid(right - wrong)
+    elif judge["mode"] == "pairwise":
         basis, found = "the judge's score", right
+    elif judge["mode"] == "pointwise" and _is_yes_or_no(judge["verdict"]):
+        basis, found = "the odds of Yes", _sigmoid(_log_odds(right) - _log_odds(wrong))
+    else:
+        return None
     sure = np.maximum(found, 1 - found)
     is_right = _wins(found, 1 - found)
     places = np.clip(np.searchsorted(_BINS, sure, side="right") - 1, 0, len(_BINS) - 2)
@@ -117,6 +120,22 @@ def calibration_of(
         expected_error=sum(b.pairs * abs(b.right.value - b.sure) for b in bins) / len(found),
         brier=float(((1 - found) ** 2).mean()),
     )
+
+
+def _is_yes_or_no(rule: Mapping[str, Any]) -> bool:
+    """Whether a verdict is the probability of one choice against another one."""
+    return rule["by"] == "probability" and sorted(rule["choices"].values()) == [0.0, 1.0]
+
+
+def _sigmoid(margins: FloatArray) -> FloatArray:
+    return np.exp(-np.logaddexp(0.0, -margins))
+
+
+def _log_odds(probabilities: FloatArray) -> FloatArray:
+    """Of float32 values, in which what is next to 0 or 1 may be rounded to it."""
+    least = float(np.finfo(np.float32).epsneg)
+    held = np.clip(probabilities, least, 1 - least)
+    return np.log(held / (1 - held))
 
 
 # Whose answers

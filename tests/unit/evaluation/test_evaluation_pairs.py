@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +11,10 @@ from hypothesis import strategies as st
 
 from batch_scorer.evaluation import pairs
 from batch_scorer.evaluation.result import Calibration, FloatArray, wilson
+from batch_scorer.judges.page import load_page
 from batch_scorer.outputs.by_source import MAX_SOURCES
 
-PAIRWISE = {"mode": "pairwise"}
+PAIRWISE = load_page("pairwise").model_dump(mode="json")
 
 
 Scored = tuple[float | None, float | None]
@@ -114,8 +114,20 @@ def test_a_reward_model_s_margin_is_the_log_odds() -> None:
     assert found.brier == pytest.approx(sum((1 - p) ** 2 for p in odds) / 3)
 
 
-@pytest.mark.parametrize("judge", [{"mode": "pointwise"}, {"mode": "listwise"}, {"mode": "rubric"}])
-def test_grades_of_single_answers_say_nothing_of_how_sure_they_are(judge: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["helpful", "safety"])
+def test_a_judge_s_yes_and_no_are_odds(name: str) -> None:
+    judge = load_page(name).model_dump(mode="json")
+    right, wrong = np.array([0.9, 0.2, 1.0, 1.0]), np.array([0.8, 0.5, 1.0, 0.0])
+    found = pairs.calibration_of(right, wrong, judge)
+    assert found is not None and found.basis == "the odds of Yes"
+    # Odds of 9 to 4, of 1 to 4, equal ones, and as sure as float32 can be.
+    probable = [9 / 13, 1 / 5, 1 / 2, 1.0]
+    assert found.brier == pytest.approx(sum((1 - p) ** 2 for p in probable) / 4)
+
+
+@pytest.mark.parametrize("name", ["grade", "ratings", "rubric", "rubric_together"])
+def test_other_grades_of_single_answers_say_nothing_of_how_sure_they_are(name: str) -> None:
+    judge = load_page(name).model_dump(mode="json")
     assert pairs.calibration_of(np.array([5.0]), np.array([1.0]), judge) is None
 
 
