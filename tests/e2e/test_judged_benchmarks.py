@@ -300,15 +300,18 @@ def test_judgebench_counts_a_pair_by_both_of_its_orders(judge: Judge, inconsiste
 # counted, not how well they judge.
 
 
-def served(rows: list[Row], name: str, page: str, folder: Path) -> tuple[list[Row], dict[str, Any]]:
-    """The same as `judge`, by a shipped page and a served judge that writes."""
+Say = Callable[[list[dict[str, str]]], str]
+"""What the server replies to messages."""
+
+
+def served(
+    rows: list[Row], name: str, page: str | Path, folder: Path, say: Say
+) -> tuple[list[Row], dict[str, Any], list[str]]:
+    """The same as `judge`, by a served judge that writes; and what it was asked."""
 
     def reply(body: Body) -> tuple[int, Body]:
         found = completion(body)
-        drawn = hash_of(body["messages"])
-        word = str(1 + drawn % 10) if page == "ratings" else "AB"[drawn % 2]
-        text = f"Well. {word}" if page == "ratings" else f"**Reasoning:** so.\n\n**Result:** {word}"
-        found["choices"][0]["message"]["content"] = text if drawn % 7 else "I cannot say"
+        found["choices"][0]["message"]["content"] = say(body["messages"])
         return 200, found
 
     place = Place(str(folder))
@@ -319,8 +322,19 @@ def served(rows: list[Row], name: str, page: str, folder: Path) -> tuple[list[Ro
             "--task", "judge", "--judge", page, "--model", "judge-1", "--backend", "endpoint",
             "--endpoint", server.base_url, "--no-ray", "--json",
         )  # fmt: skip
+        asked = [body["messages"][-1]["content"] for body in server.bodies]
     assert done.exit_code == 0, done.err
-    return of_input((place / "out").shards(), "rows.parquet").to_pylist(), done.json
+    return of_input((place / "out").shards(), "rows.parquet").to_pylist(), done.json, asked
+
+
+def a_rating(messages: list[dict[str, str]]) -> str:
+    drawn = hash_of(messages)
+    return f"Well. {1 + drawn % 10}" if drawn % 7 else "I cannot say"
+
+
+def a_or_b(messages: list[dict[str, str]]) -> str:
+    drawn = hash_of(messages)
+    return f"**Reasoning:** so.\n\n**Result:** {'AB'[drawn % 2]}" if drawn % 7 else "Neither."
 
 
 def hash_of(messages: list[dict[str, str]]) -> int:
@@ -334,7 +348,7 @@ def test_written_ratings_share_the_credit_and_a_row_without_one_is_wrong(tmp_pat
          "subset": ("Math", "Focus")[number % 2]}
         for number in range(60)
     ]  # fmt: skip
-    rows, found = served(rows, "rewardbench-2", "ratings", tmp_path)
+    rows, found, _ = served(rows, "rewardbench-2", "ratings", tmp_path, a_rating)
     credits: dict[str, list[float]] = {"Math": [], "Focus": []}
     unscored = 0
     for row in rows:
@@ -350,6 +364,37 @@ def test_written_ratings_share_the_credit_and_a_row_without_one_is_wrong(tmp_pat
         assert value(found, name) == pytest.approx(sum(each) / len(each))
 
 
+BY_SUBSET = """
+about: A rating, in other words where several answers are right.
+mode: pointwise
+columns: [subset]
+messages:
+  - role: user
+    content: |
+      {% if subset == "Ties" %}Short answers are fine.{% else %}Detail counts.{% endif %}
+      {{ prompt }}
+      {{ response }}
+verdict: {by: pattern, pattern: '(\\d+)\\z', low: 1, high: 10}
+"""
+
+
+def test_a_page_may_ask_about_ties_in_other_words(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"id": f"{form}{number}", "prompt": f"{form}{number}?", "chosen": ["1"],
+         "rejected": ["2"], "subset": "Math" if form == "math" else "Ties"}
+        for form in ("math", "ref:", "tied:") for number in range(3)
+    ]  # fmt: skip
+    page = tmp_path / "page.yaml"
+    page.write_text(BY_SUBSET)
+    _, found, asked = served(rows, "rewardbench-2", page, tmp_path, lambda _: "7")
+    questions = [text for text in asked if "?" in text]
+    assert len(questions) == 2 * len(rows)
+    for text in questions:
+        assert text.startswith("Detail counts." if "math" in text else "Short answers")
+    # All answers are equally good: half of each row of Math, and no gap in Ties.
+    assert (value(found, "Math"), value(found, "Ties")) == (0.5, 0.0)
+
+
 @pytest.mark.parametrize("name", ["judgebench", "rewardbench"])
 def test_written_orders_that_disagree_are_a_tie(name: str, tmp_path: Path) -> None:
     rows: list[Row] = []
@@ -363,7 +408,7 @@ def test_written_orders_that_disagree_are_a_tie(name: str, tmp_path: Path) -> No
             )  # fmt: skip
         else:
             rows.append({"prompt": "Which?", "chosen": a, "rejected": b, "subset": "hep-go"})
-    rows, found = served(rows, name, "sfr_pairwise", tmp_path)
+    rows, found, _ = served(rows, name, "sfr_pairwise", tmp_path, a_or_b)
     credits, ties = [], 0
     for row in rows:
         first, second = (each["worths"] for each in row["judgements"])
