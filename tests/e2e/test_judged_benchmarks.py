@@ -425,6 +425,10 @@ def test_written_orders_that_disagree_are_a_tie(name: str, tmp_path: Path) -> No
     assert ties and {0.0, 1.0} <= set(credits)
     column = {"judgebench": "Score", "rewardbench": "Reasoning"}[name]
     assert value(found, column) == pytest.approx(sum(credits) / len(credits))
+    for subset in found["subsets"]:
+        named = [row.get("source") or row["subset"] for row in rows]
+        here = [c for c, each in zip(credits, named, strict=True) if each == subset["name"]]
+        assert subset["accuracy"]["value"] == pytest.approx(sum(here) / len(here))
     assert sum(each["ties"] for each in found["subsets"]) == ties
     assert found["unscored"] == sum(row["score_chosen"] is None for row in rows) > 0
 
