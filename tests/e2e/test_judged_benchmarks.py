@@ -404,7 +404,7 @@ def test_written_orders_that_disagree_are_a_tie(name: str, tmp_path: Path) -> No
             source = ("mmlu-pro-law", "livebench-math", "livecodebench", "livebench-reasoning")
             rows.append(
                 {"source": source[number % 4], "question": "Which?", "response_A": a,
-                 "response_B": b, "label": ("A>B", "B>A")[number % 2]}
+                 "response_B": b, "label": ("A>B", "B>A")[number % 3 == 0]}
             )  # fmt: skip
         else:
             rows.append({"prompt": "Which?", "chosen": a, "rejected": b, "subset": "hep-go"})
