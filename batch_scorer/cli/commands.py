@@ -367,7 +367,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute RewardBench 1 or 2, RM-Bench or JudgeBench from scores.
+    """Compute RewardBench 1 or 2, RM-Bench or JudgeBench from scores, or what any pairs' are worth.
 
     `evaluate OUTPUT` takes a scored output; `evaluate INPUT... --model M --output OUT` scores the
     inputs first, as `score` does.

@@ -1,4 +1,4 @@
-"""Benchmarks computed from scores: RewardBench 1 and 2, RM-Bench, JudgeBench.
+"""Benchmarks computed from scores: RewardBench 1 and 2, RM-Bench, JudgeBench; and any pairs.
 
 One file per benchmark defines what it counts; `evaluate` finds the benchmark of a scored output and
 reads what it needs.
@@ -14,3 +14,4 @@ class Benchmark(StrEnum):
     REWARDBENCH_2 = "rewardbench-2"
     RM_BENCH = "rm-bench"
     JUDGEBENCH = "judgebench"
+    PAIRS = "pairs"

@@ -6,7 +6,7 @@ to the version that the manifest names.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -21,8 +21,16 @@ from batch_scorer.errors import (
     OutputError,
     ShardError,
 )
-from batch_scorer.evaluation import Benchmark, judgebench, rewardbench, rewardbench2, rm_bench
-from batch_scorer.evaluation.result import Evaluation, texts
+from batch_scorer.evaluation import (
+    Benchmark,
+    judgebench,
+    pairs,
+    rewardbench,
+    rewardbench2,
+    rm_bench,
+)
+from batch_scorer.evaluation.result import Evaluation, FloatArray, floats, texts
+from batch_scorer.formats.values import is_text
 from batch_scorer.inputs.files import open_parquet, read_apart
 from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.inputs.selection import kept_columns
@@ -39,6 +47,11 @@ _LINES_SHOWN = 20
 
 JUDGEBENCH_COLUMNS = {"chosen": "response_A", "rejected": "response_B"}
 """How JudgeBench's pairs are scored: A as chosen. The label decides which one is right."""
+
+
+WRITERS = {f"{side}_model": (f"{side}_model", f"{side}-model") for side in ("chosen", "rejected")}
+"""The columns that name the model that wrote an answer, as RewardBench and UltraFeedback's cleaned
+pairs spell them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,10 @@ class _Rules:
 
     `texts` are columns of the input (null where a file has none), `scores` added ones under the
     names that `evaluate` takes. `known` decides whether a value of the first of `texts` is one of
-    the benchmark's.
+    the benchmark's. `by_label` gives the scores of the right answers and of the wrong ones,
+    float64[P] each; None where rows are no pairs. `optional` are more columns of the input under
+    the names that they are read as, each with its spellings; null where a file has none, or no text
+    in it.
     """
 
     needs: str
@@ -70,6 +86,8 @@ class _Rules:
     score_type: pa.DataType
     evaluate: Callable[[pa.Table], Evaluation]
     known: Callable[[str], bool]
+    by_label: Callable[[pa.Table], tuple[FloatArray, FloatArray]] | None = None
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -128,19 +146,25 @@ def evaluate_output(
         found = find_benchmark(files, wanted)
         read = partial(_read, store, found, str(run.layout.get("column_prefix", "")))
         table = pa.concat_tables(pool.map(read, receipts, files))
-    rules = _RULES[found]
-    names = set(texts(table, rules.texts[0]).tolist())
-    if wanted is None and not any(map(rules.known, names)):
+    rules, judge = _RULES[found], run.provenance.get("judge")
+    if wanted is None and not any(map(rules.known, texts(table, rules.texts[0]).tolist())):
         raise OutputError(
             f"{output}: its rows look like {found}, but that benchmark knows no {rules.texts[0]} "
             f"of them; pass --benchmark {found} to evaluate them all the same"
         )
-    if not legacy_xstest_weights:
-        result = rules.evaluate(table)
-    elif found is Benchmark.REWARDBENCH:
-        result = rewardbench.evaluate(table, legacy_xstest_weights=True)
-    else:
+    if found is Benchmark.REWARDBENCH:
+        result = rewardbench.evaluate(
+            table, legacy_xstest_weights=legacy_xstest_weights, is_judged=judge is not None
+        )
+    elif legacy_xstest_weights:
         raise ConfigError(f"only RewardBench has legacy xstest weights, and this is {found}")
+    else:
+        result = rules.evaluate(table)
+    if rules.by_label is not None:
+        right, wrong = rules.by_label(table)
+        result = replace(result, calibration=pairs.calibration_of(right, wrong, judge))
+        if rules.optional:
+            result = replace(result, writers=pairs.writers_of(table, right, wrong))
     if gone:
         note = f"{gone} shards are not counted: the last run did not name their inputs"
         result = replace(result, notes=[*result.notes, note])
@@ -150,8 +174,9 @@ def evaluate_output(
 
 
 def find_benchmark(files: Sequence[File], wanted: Benchmark | None = None) -> Benchmark:
-    """The benchmark that all files belong to, `wanted` or any; raises OutputError for none."""
-    candidates = [wanted] if wanted else list(_RULES)
+    """The benchmark that all files belong to, `wanted` or one that is found; raises OutputError for
+    none."""
+    candidates = [wanted] if wanted else [one for one in _RULES if one is not Benchmark.PAIRS]
     if not files:
         raise OutputError("there are no rows to evaluate")
     for benchmark in candidates:
@@ -159,7 +184,7 @@ def find_benchmark(files: Sequence[File], wanted: Benchmark | None = None) -> Be
             return benchmark
     # Of files of several kinds, name one that fits nothing, if there is one.
     file = min(files, key=lambda file: any(_RULES[one].fits(file) for one in candidates))
-    needs = "".join(f"\n  {one}: {_RULES[one].needs}" for one in candidates)
+    needs = "".join(f"\n  {one}: {_RULES[one].needs}" for one in ([wanted] if wanted else _RULES))
     raise OutputError(
         f"not the rows of one benchmark: {file.name} holds {file.format} rows with columns "
         f"{', '.join(sorted(file.columns))}. These would do:{needs}"
@@ -206,6 +231,10 @@ def _is_judgebench(file: File) -> bool:
     )
 
 
+def _chosen_and_rejected(table: pa.Table) -> tuple[FloatArray, FloatArray]:
+    return floats(table, "score_chosen"), floats(table, "score_rejected")
+
+
 def _has(format: Format, *columns: str) -> Callable[[File], bool]:
     return lambda file: file.format is format and file.columns.issuperset(columns)
 
@@ -230,6 +259,7 @@ _RULES: Mapping[Benchmark, _Rules] = {
         score_type=pa.float32(),
         evaluate=judgebench.evaluate,
         known=lambda source: bool(judgebench.category_of(source)),
+        by_label=judgebench.right_and_wrong,
     ),
     Benchmark.REWARDBENCH: _Rules(
         needs="pairs with a column subset, or in files named as the prior sets "
@@ -240,6 +270,8 @@ _RULES: Mapping[Benchmark, _Rules] = {
         score_type=pa.float32(),
         evaluate=rewardbench.evaluate,
         known=lambda subset: subset in rewardbench.SUBSETS,
+        by_label=_chosen_and_rejected,
+        optional=WRITERS,
     ),
     Benchmark.REWARDBENCH_2: _Rules(
         needs="best-of-n rows with columns id and subset",
@@ -258,6 +290,17 @@ _RULES: Mapping[Benchmark, _Rules] = {
         score_type=_LIST,
         evaluate=rm_bench.evaluate,
         known=lambda domain: bool(rm_bench.domain_of(domain)),
+    ),
+    Benchmark.PAIRS: _Rules(
+        needs="any pairs, with --benchmark pairs; their chosen answer is the right one",
+        fits=_has(Format.PREFERENCE_PAIR),
+        texts=(),
+        scores=_same("score_chosen", "score_rejected"),
+        score_type=pa.float32(),
+        evaluate=pairs.evaluate,
+        known=lambda _: True,
+        by_label=_chosen_and_rejected,
+        optional={**WRITERS, "source": ("source",)},
     ),
 }
 
@@ -307,17 +350,30 @@ def _read(
     rules = _RULES[benchmark]
     prior = _prior_set(file) if benchmark is Benchmark.REWARDBENCH else None
     texts = [name for name in rules.texts if name in file.columns]
+    optional = {
+        name: column
+        for name, spellings in rules.optional.items()
+        for column in spellings
+        if column in file.columns
+    }
     scores = {name: f"{prefix}{column}" for name, column in rules.scores(file).items()}
     url = store.url(receipt.output_key)
     if missing := set(scores.values()) - file.columns:
         raise OutputError(f"{url} has no column {', '.join(sorted(missing))}")
-    table = _of_shard(store, receipt, _columns, [*texts, *scores.values()])
-    constants = dict.fromkeys(rules.texts) | ({"subset": prior} if prior else {})
+    table = _of_shard(store, receipt, _columns, [*texts, *scores.values(), *optional.values()])
+    constants = dict.fromkeys((*rules.texts, *rules.optional)) | (
+        {"subset": prior} if prior else {}
+    )
     columns = {
         name: pa.array([value] * table.num_rows, pa.string()) for name, value in constants.items()
     }
     try:
         columns |= {name: table[name].cast(pa.string()) for name in texts if not constants[name]}
+        columns |= {
+            name: table[column].cast(pa.string())
+            for name, column in optional.items()
+            if is_text(table[column].type)
+        }
         columns |= {name: table[column].cast(rules.score_type) for name, column in scores.items()}
     except pa.ArrowException as error:
         raise OutputError(f"{url}: a column has the wrong type: {error}") from error

@@ -1,7 +1,7 @@
 """JudgeBench: which of two responses is right, by a label.
 
-Source: ScalerLab/JudgeBench (README, run_judge.py). A reward model scores each response once, so
-the order of the two makes no difference.
+Source: ScalerLab/JudgeBench (README, run_judge.py, utils/metrics.py). A reward model scores each
+response once, so the order of the two makes no difference; a judge's scores are of both orders.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from batch_scorer.evaluation import Benchmark
 from batch_scorer.evaluation.result import (
     NULL,
     Evaluation,
+    FloatArray,
     floats,
     mean_of,
     notes_on,
@@ -38,6 +39,16 @@ def category_of(source: str) -> str:
     return next((c for c, prefix in CATEGORIES.items() if source.startswith(prefix)), "")
 
 
+def right_and_wrong(table: pa.Table) -> tuple[FloatArray, FloatArray]:
+    """float64[P] twice, the scores of the responses that the labels prefer, and of the others.
+    Raises InputError for a label that is none."""
+    labels = texts(table, "label")
+    if strange := sorted(set(labels.tolist()) - {A_WINS, B_WINS}):
+        raise InputError(f"label {strange[0]!r} is neither {A_WINS} nor {B_WINS}")
+    a, b = floats(table, "score_a"), floats(table, "score_b")
+    return np.where(labels == A_WINS, a, b), np.where(labels == A_WINS, b, a)
+
+
 def evaluate(table: pa.Table) -> Evaluation:
     """JudgeBench of P pairs, in any order.
 
@@ -46,12 +57,10 @@ def evaluate(table: pa.Table) -> Evaluation:
     that lacks a score. Score is the accuracy over the pairs of all categories.
     Raises InputError for another label.
     """
-    sources, labels = texts(table, "source"), texts(table, "label")
-    strange = sorted(set(labels.tolist()) - {A_WINS, B_WINS})
-    if strange:
-        raise InputError(f"label {strange[0]!r} is neither {A_WINS} nor {B_WINS}")
-    lead = floats(table, "score_a") - floats(table, "score_b")
-    credits = (np.where(labels == A_WINS, lead, -lead) > 0).astype(np.float64)
+    sources = texts(table, "source")
+    right, wrong = right_and_wrong(table)
+    lead = right - wrong
+    credits = (lead > 0).astype(np.float64)
     categories = np.array([category_of(source) for source in sources.tolist()])
     of_category = {c: mean_of(credits[categories == c]) for c in CATEGORIES}
     is_complete = all(of_category.values())

@@ -104,13 +104,53 @@ class Subset:
 
 
 @dataclass(frozen=True, slots=True)
+class Bin:
+    """Pairs whose preferred answer is the better one with a probability from `low` to before `high`
+    by the scores: `sure` is the mean of it, `right` the share where the label agrees."""
+
+    low: float
+    high: float
+    pairs: int
+    sure: float
+    right: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What scores say of how sure they are, against labels.
+
+    `basis` is what the probabilities are made of, `pairs` those with scores, `bins` those that hold
+    any. `expected_error` is the mean distance of `sure` and `right` over pairs (the expected
+    calibration error), `brier` the mean squared distance of the right answer's probability from 1.
+    """
+
+    basis: str
+    pairs: int
+    bins: list[Bin]
+    expected_error: float
+    brier: float
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A model that wrote answers: of `pairs` in which one of them meets another model's, the shares
+    that it wins by the labels and by the scores, where a tie is half."""
+
+    name: str
+    pairs: int
+    won_by_label: float
+    won_by_score: Estimate
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The result of a benchmark.
 
     `columns` are the leaderboard's, in its order; None for a column that cannot be computed because
     a part is missing. `subsets` are those found, `missing` the benchmark's own that were not.
-    `details` are the benchmark's further numbers, as JSON. `model`, `output` and `scored_with`
-    (the parts of the score fingerprint) show whose result this is.
+    `details` are the benchmark's further numbers, as JSON. `calibration` and `writers` are of
+    pairs, where scores and columns allow them. `model`, `output` and `scored_with` (the parts of
+    the score fingerprint) show whose result this is.
     """
 
     benchmark: Benchmark
@@ -119,6 +159,8 @@ class Evaluation:
     missing: list[str]
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    writers: list[Writer] = field(default_factory=list)
     model: str = ""
     output: str = ""
     scored_with: dict[str, Any] = field(default_factory=dict)

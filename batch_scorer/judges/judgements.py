@@ -17,7 +17,7 @@ from batch_scorer.errors import RowReason
 from batch_scorer.judges.fold import Folded, Verdicts, fold
 from batch_scorer.judges.page import CONSISTENCY, JUDGEMENTS, Page
 from batch_scorer.judges.verdicts import read_verdicts
-from batch_scorer.records import Judged, Reply, RowError, Scores, TokenizedRows
+from batch_scorer.records import Judged, Questions, Reply, RowError, Scores, TokenizedRows
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -160,25 +160,42 @@ def judged_rows(
     if page.mode == "pairwise":
         columns[CONSISTENCY] = pa.array(folded.consistency, mask=np.isnan(folded.consistency))
     of_responses = Scores(folded.scores[:, None], folded.errors, effort=scores.effort)
-    counts = _counts(scores, page, lengths, folded)
+    counts = _counts(questions, scores, page, lengths, folded)
     return JudgedRows(of_responses, longest, columns, counts)
 
 
-def _counts(scores: Scores, page: Page, lengths: npt.NDArray[np.int32], folded: Folded) -> Judged:
-    values = scores.values[scores.is_there, 0]
-    decisive = values[values != 0.5] if page.mode == "pairwise" else values[:0]
+def _counts(
+    questions: Questions,
+    scores: Scores,
+    page: Page,
+    lengths: npt.NDArray[np.int32],
+    folded: Folded,
+) -> Judged:
     replies = [reply for reply in scores.replies or () if reply is not None]
-    return Judged(
+    counts = Judged(
         questions=len(scores.values),
-        verdicts=len(values),
+        verdicts=int(scores.is_there.sum()),
         lost=dict(sorted(Counter(e.reason.value for e in scores.errors.values()).items())),
         prompt_tokens=int(lengths.sum()),
         generated_tokens=sum(reply.generated_tokens for reply in replies),
         tries=sum(reply.tries for reply in replies),
         comparisons=folded.comparisons,
         disagree=folded.disagree,
-        decisive=len(decisive),
-        first_preferred=int((decisive > 0.5).sum()),
+    )
+    return counts + _preferences(questions, scores) if page.mode == "pairwise" else counts
+
+
+def _preferences(questions: Questions, scores: Scores) -> Judged:
+    """Which of two answers the decisive verdicts of a pairwise judge are for."""
+    is_decisive = scores.is_there & (scores.values[:, 0] != 0.5)
+    is_first = scores.values[is_decisive, 0] > 0.5
+    characters = questions.characters[questions.shown].reshape(-1, 2)[is_decisive]
+    lead = characters[:, 0] - characters[:, 1]  # of the answer that was shown first
+    return Judged(
+        decisive=len(is_first),
+        first_preferred=int(is_first.sum()),
+        unequal=int((lead != 0).sum()),
+        longer_preferred=int((is_first & (lead > 0) | ~is_first & (lead < 0)).sum()),
     )
 
 

@@ -18,7 +18,7 @@ Sources = npt.NDArray[np.object_]
 ALL_SOURCES = "all"
 """The source of rows that have none."""
 LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_MAX_SOURCES = 100
+MAX_SOURCES = 100
 
 
 def pair_counts(
@@ -65,7 +65,7 @@ def row_sources(table: pa.Table) -> Sources:
     Without such a column, or with more than a hundred values in it, every row's source is "all".
     """
     found = _source_column(table)
-    if found is None or len(set(found)) > _MAX_SOURCES:
+    if found is None or len(set(found)) > MAX_SOURCES:
         return np.full(table.num_rows, ALL_SOURCES, dtype=object)
     return np.array([str(value) for value in found], dtype=object)
 

@@ -23,7 +23,8 @@ class Questions:
 
     `response_offsets` is int64[R+1]: row r has the responses [response_offsets[r],
     response_offsets[r + 1]); `response_errors` names those that no question is about, with the
-    reason. `shown` is int64[K], places among the S responses: question q shows those at
+    reason. `characters` is int64[S], of a response's text as questions show it, 0 where none does.
+    `shown` is int64[K], places among the S responses: question q shows those at
     [shown_offsets[q], shown_offsets[q + 1]), in this order. `criteria` is int64[Q], which criterion
     of its row a question is about, or -1. `votes` is int64[Q], from 0 for each question that is
     asked. `verdicts` is int64[Q], how many verdicts its reply holds. `weights` are the weights of a
@@ -32,6 +33,7 @@ class Questions:
 
     response_offsets: IntArray
     response_errors: "dict[int, RowError]"
+    characters: IntArray
     shown: IntArray
     shown_offsets: IntArray
     criteria: IntArray
@@ -49,7 +51,8 @@ class Judged:
     replies, and `tries` how often a judge that writes was asked for them. Of pairwise judges:
     `comparisons` of two answers have a verdict in both orders, which in `disagree` of them do not
     prefer the same answer; `decisive` verdicts are for one of two answers, in `first_preferred` of
-    them for the one that was shown first.
+    them for the one that was shown first. `unequal` of the decisive ones are about answers of
+    different length in characters, in `longer_preferred` of them for the longer one.
     """
 
     questions: int = 0
@@ -62,6 +65,8 @@ class Judged:
     disagree: int = 0
     decisive: int = 0
     first_preferred: int = 0
+    unequal: int = 0
+    longer_preferred: int = 0
 
     @property
     def flip_rate(self) -> float | None:
@@ -72,6 +77,12 @@ class Judged:
     def first_share(self) -> float | None:
         """Share of the decisive verdicts that are for the answer that was shown first."""
         return self.first_preferred / self.decisive if self.decisive else None
+
+    @property
+    def longer_share(self) -> float | None:
+        """Share of the decisive verdicts on answers of unequal length that are for the longer
+        one."""
+        return self.longer_preferred / self.unequal if self.unequal else None
 
     def __add__(self, other: "Judged") -> "Judged":
         counts = {

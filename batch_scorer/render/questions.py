@@ -87,6 +87,7 @@ def ask(parsed: ParsedRows, page: Page, reasoning: str) -> tuple[ParsedRows, Que
     offsets, shown, shown_offsets = [0], [], [0]
     criteria, verdicts = [], []
     errors: dict[int, RowError] = {}
+    characters = np.zeros(len(parsed.sequences), np.int64)
     row_errors = dict(parsed.row_errors)
     weights: dict[int, tuple[float, ...]] = {}
     bounds = parsed.row_offsets.tolist()
@@ -102,6 +103,8 @@ def ask(parsed: ParsedRows, page: Page, reasoning: str) -> tuple[ParsedRows, Que
                 row_errors[row] = found
             else:
                 errors |= {start + place: error for place, error in found.errors.items()}
+                for place, answer in found.answers.items():
+                    characters[start + place] = len(answer)
                 weights[row] = tuple(criterion.weight for criterion in found.criteria)
                 fence = _fence(found)
                 for asked in _asks(found, page):
@@ -115,6 +118,7 @@ def ask(parsed: ParsedRows, page: Page, reasoning: str) -> tuple[ParsedRows, Que
     questions = Questions(
         response_offsets=parsed.row_offsets,
         response_errors=errors,
+        characters=characters,
         shown=np.array(shown, np.int64),
         shown_offsets=np.array(shown_offsets, np.int64),
         criteria=np.array(criteria, np.int64),
@@ -142,6 +146,7 @@ def _repeated(asked: ParsedRows, questions: Questions, votes: int) -> tuple[Pars
         Questions(
             response_offsets=questions.response_offsets,
             response_errors=questions.response_errors,
+            characters=questions.characters,
             shown=questions.shown[starts + within],
             shown_offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
             criteria=questions.criteria[again],
@@ -195,8 +200,10 @@ def _row_of(
         if any(talk[:-1] != first[:-1] for talk in talks.values()):
             return RowError(RowReason.NOT_A_PAIR, "the answers do not follow the same turns")
     if page.mode == "pairwise" and len(talks) == 1:
-        detail = "there is no other answer to compare with"
-        errors |= dict.fromkeys(talks, RowError(RowReason.NOT_A_PAIR, detail))
+        # Where the other answers cannot be read, that is why this one has nothing to be compared
+        # with: the row's reason is then the same as without a judge.
+        alone = RowError(RowReason.NOT_A_PAIR, "there is no other answer to compare with")
+        errors |= dict.fromkeys(talks, next(iter(errors.values()), alone))
         talks = {}
     columns: dict[str, str] = {}
     for name in page.columns:

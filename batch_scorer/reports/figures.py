@@ -44,6 +44,8 @@ def verdict_rows(judged: Judged | None) -> list[tuple[str, str]]:
         rows.append(
             ("prefer the answer shown first", f"{first:.0%} of {judged.decisive:,} verdicts")
         )
+    if (longer := judged.longer_share) is not None:
+        rows.append(("prefer the longer answer", f"{longer:.0%} of {judged.unequal:,} verdicts"))
     rows.append(("tokens of the questions", f"{judged.prompt_tokens:,}"))
     if judged.tries:
         rows.append(("written", f"{judged.generated_tokens:,} tokens in {judged.tries:,} replies"))

@@ -135,7 +135,7 @@ class StopAfter:
 
 
 def some_rows() -> list[Row]:
-    """Pairs, of which one has no second answer to compare with, and one is too long."""
+    """Pairs, of which one has a null answer, and one is too long."""
     rows = pair_rows(20)
     rows[3] = {**rows[3], "rejected": None}
     turns = rows[8]["chosen"]
@@ -183,7 +183,7 @@ def test_a_killed_run_on_ray_and_s3_ends_in_the_bytes_of_the_plain_loop(
 
     found = rows_of(after)
     assert resumed.json["marked"] == {
-        RowReason.NOT_A_PAIR.value: 1, RowReason.TOO_LONG.value: 1
+        RowReason.NULL_VALUE.value: 1, RowReason.TOO_LONG.value: 1
     }  # fmt: skip
     assert_counted(resumed.json, found + rows_of(after, "b.parquet"))
     for row in found:
@@ -231,6 +231,15 @@ def test_the_figures_of_a_judge_are_those_of_its_columns(
     assert told["disagree"] == sum((first > 0.5) == (second > 0.5) for first, second in worths) > 0
     firsts = [worth > 0.5 for pair in worths for worth in pair]
     assert (told["decisive"], told["first_preferred"]) == (len(firsts), sum(firsts))
+    leads = [
+        (lead if judgement["shown"] == [0, 1] else -lead, judgement["worths"][0] > 0.5)
+        for row in rows
+        for lead in (len(row["chosen"][-1]["content"]) - len(row["rejected"][-1]["content"]),)
+        for judgement in row["judgements"]
+        if lead
+    ]
+    assert told["unequal"] == len(leads) > 0
+    assert told["longer_preferred"] == sum((lead > 0) == first for lead, first in leads)
     assert told["tries"] == told["generated_tokens"] == 0
     status = run_cli("status", disk.url + "/out", "--json").json
     assert status["judged"] == told == (disk / "out").read_json("_SUCCESS")["judged"]

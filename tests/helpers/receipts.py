@@ -54,6 +54,8 @@ JUDGED = Judged(
     disagree=2,
     decisive=16,
     first_preferred=10,
+    unequal=15,
+    longer_preferred=9,
 )
 
 

@@ -121,6 +121,15 @@ def test_the_benchmark_is_found_from_the_columns(files: list[File], expected: Be
     assert find_benchmark(files, expected) is expected
 
 
+def test_any_pairs_are_evaluated_where_they_are_named_so() -> None:
+    files = [file(PAIR, "id"), file(PAIR, "source", "label", fields=A_AND_B)]
+    assert find_benchmark(files, Benchmark.PAIRS) is Benchmark.PAIRS
+    with pytest.raises(OutputError, match="pairs: any pairs, with --benchmark pairs"):
+        find_benchmark(files)
+    with pytest.raises(OutputError, match=r"b\.parquet holds best_of_n rows"):
+        find_benchmark([*files, file(BEST, "id", name="b.parquet")], Benchmark.PAIRS)
+
+
 @pytest.mark.parametrize(
     ("files", "wanted", "message"),
     [

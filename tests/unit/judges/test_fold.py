@@ -34,6 +34,7 @@ def folded(
     questions = Questions(
         response_offsets=np.array([0, count]),
         response_errors={},
+        characters=np.ones(count, np.int64),
         shown=np.array([place for places, _, _ in asked for place in places], np.int64),
         shown_offsets=np.cumsum([0, *(len(places) for places, _, _ in asked)]),
         criteria=np.array([criterion for _, criterion, _ in asked], np.int64),

@@ -108,9 +108,34 @@ def test_what_cannot_be_read_costs_only_what_it_is_needed_for() -> None:
     _, questions = ask(rows, page("pointwise"), "template")
     assert questions.response_errors == {0: broken} and shown(questions) == [[1], [2], [3]]
     _, questions = ask(rows, page("pairwise"), "template")
-    assert questions.response_errors[0] == broken
-    assert questions.response_errors[1].reason is RowReason.NOT_A_PAIR
+    assert questions.response_errors == {0: broken, 1: broken}
     assert shown(questions) == [[2, 3], [3, 2]]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_pair_with_one_answer_has_the_reason_of_the_other_one(place: int) -> None:
+    """A regression: where the second answer was null, the row's reason was that of the first."""
+    null = RowError(RowReason.NULL_VALUE, "null")
+    answers: list[str | RowError] = ["a", null] if place else [null, "b"]
+    _, questions = ask(parsed(answers), page("pairwise"), "template")
+    assert questions.response_errors == {0: null, 1: null} and not len(questions.shown)
+
+
+def test_an_answer_alone_in_its_row_is_no_pair() -> None:
+    _, questions = ask(parsed(["a"]), page("pairwise"), "template")
+    assert questions.response_errors[0].reason is RowReason.NOT_A_PAIR
+
+
+@pytest.mark.parametrize("votes", [1, 2])
+def test_answers_are_as_long_as_their_text_in_the_question(votes: int) -> None:
+    more: dict[str, Any] = {}
+    if votes > 1:
+        verdict = {"by": "pattern", "pattern": "(A|B)", "choices": {"A": 1, "B": 0}}
+        more = {"votes": votes, "generation": {"temperature": 1.0}, "verdict": verdict}
+    broken = RowError(RowReason.EMPTY, "empty")
+    rows = parsed(["<think>hm</think>\u00fc", "four"], [broken, "b"])
+    _, questions = ask(rows, page("pairwise", **more), "drop")
+    assert questions.characters.tolist() == [1, 4, 0, 0]
 
 
 def test_a_row_error_stays_the_row_s() -> None:

@@ -174,6 +174,7 @@ def test_a_vote_is_taken_for_no_other() -> None:
         asked = Questions(
             response_offsets=np.arange(count + 1),
             response_errors={},
+            characters=np.ones(count, np.int64),
             shown=np.arange(count),
             shown_offsets=np.arange(count + 1),
             criteria=np.full(count, -1),

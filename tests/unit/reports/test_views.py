@@ -18,7 +18,14 @@ from batch_scorer.decontamination.result import Decontaminated, SourceCounts
 from batch_scorer.derived.output import Totals
 from batch_scorer.derived.state import DerivedStatus, DerivedVerdict
 from batch_scorer.evaluation import Benchmark
-from batch_scorer.evaluation.result import Estimate, Evaluation, Subset
+from batch_scorer.evaluation.result import (
+    Bin,
+    Calibration,
+    Estimate,
+    Evaluation,
+    Subset,
+    Writer,
+)
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.nightly.drift import Figures, Mover, Ranks
 from batch_scorer.nightly.foresee import Prospect
@@ -187,6 +194,8 @@ def evaluation(text: str) -> Evaluation:
         subsets=[Subset(text, text, estimate, 100, 1, 2, 100)],
         missing=[text],
         notes=[f"not of this benchmark: {text}"],
+        calibration=Calibration(text, 1_234, [Bin(0.95, 1.0, 1_234, 0.97, estimate)], 0.17, 0.125),
+        writers=[Writer(text, 1_234, 0.75, estimate)],
         model=f"/models/{text}",
     )
 
@@ -392,7 +401,20 @@ def test_a_judge_s_figures_are_shown(report: Report) -> None:
     shown = " ".join(printed(report).split())
     for figure in ("17 of 20 questions", "25% of 8 comparisons", "62% of 16 verdicts"):
         assert figure in shown
+    assert "prefer the longer answer" in shown and "60% of 15 verdicts" in shown
     assert "900 tokens in 23 replies" in shown
+
+
+def test_an_evaluation_shows_how_sure_the_scores_are_and_whose_answers_win() -> None:
+    shown = [line.split() for line in printed(evaluation("m")).splitlines()]
+    assert ["95", "to", "100", "1,234", "97.0", "80.0", "75.0\N{EN DASH}85.0"] in shown
+    assert ["m", "1,234", "75.0", "80.0", "75.0\N{EN DASH}85.0", "+5.0"] in shown
+    told = " ".join(word for line in shown for word in line)
+    assert "expected calibration error 17.0 %, Brier score 0.125: 1,234 pairs, by m" in told
+    many = replace(evaluation("m"), writers=[Writer("m", 1, 0.0, Estimate(0, 0, 1))] * 25)
+    assert "and 5 more in the JSON" in printed(many)
+    neither = printed(replace(evaluation("m"), calibration=None, writers=[]))
+    assert "How sure" not in neither and "Whose answers" not in neither
 
 
 def test_a_status_shows_the_last_heartbeat_and_the_time_left() -> None:
