@@ -142,7 +142,8 @@ ENGINES = {
         options=frozenset(
             {
                 *("endpoint", "api_key_env", "api_key_file", "requests_in_flight"),
-                *("requests_per_minute", "tokens_per_minute", "request_timeout_s", "token_prices"),
+                *("requests_per_minute", "tokens_per_minute", "token_prices"),
+                *("request_timeout_s", "request_attempts"),
             }
         ),
         runs_model=False,
@@ -395,16 +396,20 @@ class Config(BaseModel):
     """The file that holds it instead."""
 
     requests_in_flight: int = _setting(32, "runtime", gt=0)
-    """Most requests of a worker that have no answer yet."""
+    """Most requests that have no answer yet. One worker asks for the whole job."""
 
     requests_per_minute: float | None = _setting(None, "runtime", gt=0, allow_inf_nan=False)
-    """Most requests of a worker in a minute. Default: as many as the server takes."""
+    """Most requests in a minute. Default: as many as the server takes."""
 
     tokens_per_minute: float | None = _setting(None, "runtime", gt=0, allow_inf_nan=False)
-    """Most tokens of prompts and replies of a worker in a minute."""
+    """Most tokens of prompts and replies in a minute."""
 
     request_timeout_s: float = _setting(600.0, "runtime", gt=0, allow_inf_nan=False)
     """Seconds that a request may take, to the end of its answer."""
+
+    request_attempts: int = _setting(6, "runtime", gt=0)
+    """How often a request is sent that fails for a cause that may pass, before its row is marked.
+    `attempts` is about workers and shards."""
 
     token_prices: dict[Literal["prompt", "generated"], NonNegative] = _setting({}, "runtime")
     """Prices of a million tokens, for the summary: `--token-prices prompt=0.5,generated=1.5`."""
@@ -597,6 +602,11 @@ class Config(BaseModel):
             raise ValueError("backend: endpoint asks a judge; set task: judge")
         if self.endpoint is None:
             raise ValueError("endpoint: the address of the server that the judge is behind")
+        if self.workers not in (None, 1):
+            raise ValueError(
+                "workers: one worker asks the server, so that the limits are those of the job; "
+                "leave it out and set requests_in_flight"
+            )
         if self.token_prices and len(self.token_prices) < 2:
             raise ValueError("token_prices: both of prompt and generated")
         return self

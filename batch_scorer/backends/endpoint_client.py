@@ -6,7 +6,8 @@ Legend: Q questions, C choices of the page's verdict.
 
 Every question is asked until it has an answer that can be read, at most `attempts` times, always
 with the same body and seed. It has a connection of its own, and an answer is taken when all of it
-is there. So none is lost, doubled or given to another question.
+is there. So none is lost, doubled or given to another question. Where the page has a `closing`, the
+verdict behind it is asked for in a second request, which goes on with the reply.
 """
 
 import asyncio
@@ -29,10 +30,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from batch_scorer.backends import replies
 from batch_scorer.backends.pacing import Pace, asked_wait_s, wait_s
-from batch_scorer.backends.replies import CLOSE, OPEN
+from batch_scorer.backends.replies import CLOSE, OPEN, seed_of
 from batch_scorer.credentials import wrong_url
 from batch_scorer.errors import ConfigError
-from batch_scorer.judges.page import Page, reply_schema
+from batch_scorer.judges.page import Page, may_guide, reply_schema
 from batch_scorer.logs import log, mask
 from batch_scorer.records.judging import Ended, Reply
 
@@ -71,10 +72,10 @@ class EndpointSettings:
     api_key_env    the environment variable that holds the key; or
     api_key_file   the file that does. Neither: the server asks for none.
     concurrency    most requests in flight.
-    requests_per_minute, tokens_per_minute  limits, of this process alone, tokens being those of
-                   prompts and replies; None: no limit.
+    requests_per_minute, tokens_per_minute  limits of this process, tokens being those of prompts
+                   and replies; None: no limit.
     timeout_s      for one request, from its start to the end of its answer.
-    attempts       how often a question is asked at most.
+    attempts       how often a request is sent at most.
 
     Raises ConfigError for values that cannot be used.
     """
@@ -159,18 +160,14 @@ class Probabilities:
 class Endpoint:
     """Asks a served judge the questions of a page.
 
-    The key is read here. Raises ConfigError where it cannot be had, and for a page that needs what
-    no server offers. An object of this class cannot be pickled; settings and page can.
+    The key is read here. Raises ConfigError where it cannot be had. An object of this class cannot
+    be pickled; settings and page can.
     """
 
     def __init__(self, settings: EndpointSettings, page: Page) -> None:
-        if page.generation.closing:
-            raise ConfigError(
-                f"judge: the page {page.name!r} has a `closing`, which a served judge cannot be "
-                "held to; leave it out and raise max_tokens"
-            )
         self._settings = settings
         self._page = page
+        self._closing = page.generation.closing if page.generates else ""
         self._key = _read_key(settings)
         self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
         self._chance = random.Random()
@@ -182,12 +179,13 @@ class Endpoint:
     def provenance(self) -> dict[str, Any]:
         """Who gave the replies: JSON values, without the key.
 
-        `response_format` is `refused` where the server does not take the schema of the reply. What
-        the server says of itself is in `served_models` and `system_fingerprints`.
+        `response_format` is `refused` where the server does not take the schema of the reply, and
+        null where it was not sent one. What the server says of itself is in `served_models` and
+        `system_fingerprints`.
         """
         form = self._form
         taken = None
-        if form is not None and self._page.verdict.by == "json":
+        if form is not None and may_guide(self._page):
             taken = "json_schema" if form.with_schema else "refused"
         return {
             "engine": "endpoint",
@@ -249,8 +247,7 @@ class Endpoint:
         # else meanwhile: a server in trouble gets fewer requests.
         async def work(session: aiohttp.ClientSession, form: _Form) -> None:
             for place in places:
-                body = self._body(questions[place], form)
-                outcomes[place] = await self._ask(session, body, usage)
+                outcomes[place] = await self._ask_in_parts(session, questions[place], form, usage)
 
         failure: BaseException | None = None
         async with self._session() as session:
@@ -282,65 +279,92 @@ class Endpoint:
         )
 
     async def _find_form(self, session: aiohttp.ClientSession, usage: Usage) -> "_Form | _Fault":
-        """What the server takes, by trials with the settings of all questions and a short text; a
+        """What the server takes, by trials with the settings of all questions and short texts; a
         fault where it gives no answer. Raises ConfigError where it refuses them."""
         trial = ServedQuestion([{"role": "user", "content": _TRIAL}], seed=0)
-        form = _Form(with_schema=self._page.verdict.by == "json")
-        got = (await self._ask(session, self._body(trial, form), usage)).got
-        if _is_refused(got) and form.with_schema:
+        form = _Form(with_schema=may_guide(self._page))
+        outcome = await self._ask_in_parts(session, trial, form, usage)
+        if _is_refused(outcome.got) and form.with_schema:
             form = replace(form, with_schema=False)
-            got = (await self._ask(session, self._body(trial, form), usage)).got
+            outcome = await self._ask_in_parts(session, trial, form, usage)
+        got = outcome.got
         if isinstance(got, _Fault):
             return self._refuse(got.detail) if _is_refused(got) else got
-        if self._page.verdict.by == "json" and not form.with_schema:
+        if may_guide(self._page) and not form.with_schema:
             log.warning(
                 "%s takes no JSON schema: replies are not held to one", self._settings.base_url
             )
         if self._page.verdict.by == "probability" and not got.top_tokens:
             self._refuse("it gives no log probabilities; judge by `pattern` or `json`")
-        if not self._page.begins:
+        if not (self._page.begins or self._closing):
             return form
+        if self._closing and outcome.critique is None:
+            self._refuse("its trial has no answer behind which the page's `closing` could stand")
         # With the same messages, a server that continues the last one has fewer prompt tokens:
         # those that end it and begin another are missing.
-        body = self._body(trial, form)
+        critique = None if outcome.critique is None else self._written(outcome.critique).whole
+        body = self._body(trial, form, critique)
         closed = {name: value for name, value in body.items() if name not in _CONTINUE}
         other = (await self._ask(session, {**closed, "max_tokens": 1}, usage)).got
         if isinstance(other, _Fault):
             return self._refuse(other.detail) if _is_refused(other) else other
         if not 0 < got.prompt_tokens < other.prompt_tokens:
-            self._refuse("it does not go on with a reply that was begun; the page has `begins`")
+            part = "closing" if self._closing else "begins"
+            self._refuse(f"it does not go on with a reply that was begun; the page has `{part}`")
         return form
 
     def _refuse(self, detail: str) -> NoReturn:
         raise ConfigError(f"{self._settings.base_url}, model {self._settings.model}: {detail}")
 
-    def _body(self, question: ServedQuestion, form: "_Form") -> dict[str, Any]:
-        """What is sent for a question; of a page that reads probabilities, for one token."""
+    def _body(
+        self, question: ServedQuestion, form: "_Form", critique: str | None = None
+    ) -> dict[str, Any]:
+        """What is sent for a question, or for the verdict behind its critique, which begins as the
+        page says; of a page that reads probabilities, for one token."""
         page, generation = self._page, self._page.generation
         body: dict[str, Any] = {
             "model": self._settings.model,
             "messages": [dict(message) for message in question.messages],
-            "seed": question.seed,
+            "seed": question.seed if critique is None else seed_of(question.seed, 1) % 2**31,
         }
-        if page.begins:
-            body["messages"].append({"role": "assistant", "content": page.begins})
+        if begun := page.begins if critique is None else critique + self._closing:
+            body["messages"].append({"role": "assistant", "content": begun})
             body |= _CONTINUE
         if page.verdict.by == "probability":
             # Greedy: some servers put the sampled token among the most probable ones.
             greedy = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 1}
             return {**body, **greedy, "logprobs": True, "top_logprobs": TOP_TOKENS}
+        most_tokens = generation.max_tokens + generation.thinking_tokens
         body |= {
             "temperature": generation.temperature,
             "top_p": generation.top_p,
-            "max_tokens": generation.max_tokens + generation.thinking_tokens,
+            "max_tokens": most_tokens if critique is None else generation.verdict_tokens,
         }
         if generation.stop:
             body["stop"] = list(generation.stop)
-        if form.with_schema:
+        if form.with_schema and (critique is not None or not self._closing):
             schema = json.loads(reply_schema(page, question.verdicts))
             held_to = {"name": "reply", "strict": True, "schema": schema}
             body["response_format"] = {"type": "json_schema", "json_schema": held_to}
         return body
+
+    async def _ask_in_parts(
+        self,
+        session: aiohttp.ClientSession,
+        question: ServedQuestion,
+        form: "_Form",
+        usage: Usage,
+    ) -> "_Outcome":
+        """Ask a question, and, where the page has a `closing`, go on with its reply behind it."""
+        outcome = await self._ask(session, self._body(question, form), usage)
+        if not self._closing or isinstance(outcome.got, _Fault):
+            return outcome
+        written = self._written(outcome.got)
+        if written.answer is None or written.ended == "error":
+            return outcome
+        body = self._body(question, form, critique=written.whole)
+        verdict = await self._ask(session, body, usage)
+        return _Outcome(verdict.got, outcome.tries + verdict.tries - 1, critique=outcome.got)
 
     async def _ask(
         self, session: aiohttp.ClientSession, body: dict[str, Any], usage: Usage
@@ -432,38 +456,57 @@ class Endpoint:
             self._system_fingerprints.add(answer.system_fingerprint)
 
     def _reply(self, outcome: "_Outcome") -> Reply:
-        got, tries = outcome.got, outcome.tries
-        if isinstance(got, _Fault):
-            return Reply("", "error", tries=tries, detail=got.detail)
-        choice = got.choices[0]
-        apart = choice.message.reasoning or choice.message.reasoning_content or ""
-        if apart and choice.message.content is None:
-            reasoning, text = "", ""  # it was cut while it thought
-        else:
-            reasoning, text = split_thinking(self._page.begins + (choice.message.content or ""))
-        ended = _ENDED.get(choice.finish_reason, "error")
-        detail = f"finish_reason {self._quoted(choice.finish_reason or 'missing')}"
+        if isinstance(outcome.got, _Fault):
+            return Reply("", "error", tries=outcome.tries, detail=outcome.got.detail)
+        first, last = outcome.critique or outcome.got, outcome.got
+        written = self._written(first)
+        text, generated = written.answer or "", first.generated_tokens
+        if last is not first:
+            text += self._closing + (last.choices[0].message.content or "")
+            generated += last.generated_tokens
+        finish_reason = last.choices[0].finish_reason
+        ended = _ENDED.get(finish_reason, "error")
+        detail = f"finish_reason {self._quoted(finish_reason or 'missing')}"
         return Reply(
             text=text,
             ended=ended,
-            reasoning="\n".join(filter(None, (apart, reasoning))),
-            prompt_tokens=got.prompt_tokens,
-            generated_tokens=got.generated_tokens,
-            tries=tries,
+            reasoning=written.reasoning,
+            prompt_tokens=first.prompt_tokens,
+            generated_tokens=generated,
+            tries=outcome.tries,
             detail=detail if ended == "error" else "",
         )
 
+    def _written(self, answer: "_Answer") -> "_Written":
+        message = answer.choices[0].message
+        apart = message.reasoning or message.reasoning_content or ""
+        whole = self._page.begins + (message.content or "")
+        if apart and message.content is None:
+            reasoning, text = "", None  # it was cut while it thought
+        else:
+            reasoning, text = split_thinking(whole)
+        if apart:
+            whole = f"{OPEN}\n{apart}\n{CLOSE}\n\n{whole}"
+        elif reasoning and not whole.lstrip().startswith(OPEN):  # the template wrote it
+            whole = f"{OPEN}\n{whole}"
+        return _Written(
+            reasoning="\n".join(filter(None, (apart, reasoning))),
+            answer=text,
+            whole=whole,
+            ended=_ENDED.get(answer.choices[0].finish_reason, "error"),
+        )
 
-def split_thinking(text: str) -> tuple[str, str]:
+
+def split_thinking(text: str) -> tuple[str, str | None]:
     """What stands in the think block that a reply begins with, and the answer behind it.
 
-    Where the chat template opened the block, the reply has its end alone. The answer is "" where
+    Where the chat template opened the block, the reply has its end alone. The answer is None where
     the block is not closed.
     """
     is_opened_before = CLOSE in text and not text.lstrip().startswith(OPEN)
     thinking = replies.split_thinking(OPEN if is_opened_before else "", text)
     if thinking.start is None:
-        return thinking.reasoning.strip(), ""
+        return thinking.reasoning.strip(), None
     answer = text[thinking.start :]
     return thinking.reasoning.strip(), answer.lstrip() if thinking.start else answer
 
@@ -515,10 +558,23 @@ class _Form:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What came of a question, after how many requests."""
+    """What came of a question, after how many requests. `critique`: the answer that `got` goes on
+    with behind the page's `closing`."""
 
     got: "_Answer | _Fault"
     tries: int
+    critique: "_Answer | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A reply's parts; the answer is None where a think block is not closed. `whole` is all of
+    it, with what the page begins it with, and `ended` says how it did."""
+
+    reasoning: str
+    answer: str | None
+    whole: str
+    ended: Ended
 
 
 class _Message(BaseModel):

@@ -82,4 +82,5 @@ def endpoint_of(config: Config) -> "EndpointSettings":
         requests_per_minute=config.requests_per_minute,
         tokens_per_minute=config.tokens_per_minute,
         timeout_s=config.request_timeout_s,
+        attempts=config.request_attempts,
     )

@@ -164,12 +164,6 @@ class Writer:
             closing = len(self.encode(generation.closing)) + _REWRITTEN_TOKENS
             self.room_tokens += closing + generation.verdict_tokens
 
-    @property
-    def may_guide(self) -> bool:
-        """Whether what the page puts before the judge's JSON leaves the whole object to it."""
-        before = self.page.generation.closing or self.page.begins
-        return self.page.verdict.by == "json" and "{" not in before
-
     def with_generation(self, generation: Generation) -> "Writer":
         """The same judge, let write in another way."""
         page = self.page.model_copy(update={"generation": generation})

@@ -31,7 +31,7 @@ from batch_scorer.backends.vllm_engine import (
     longest_sequence,
 )
 from batch_scorer.errors import ConfigError, ModelError
-from batch_scorer.judges.page import Generation, Page, reply_schema
+from batch_scorer.judges.page import Generation, Page, may_guide, reply_schema
 from batch_scorer.models.adapter import Adapter, ModelFiles
 from batch_scorer.models.registry import EMBEDDING
 from batch_scorer.models.tokenizer import load_tokenizer
@@ -219,7 +219,7 @@ class _GenerationEngine(Engine):
             _sampling(writer)
         except VLLMValidationError as error:
             raise ConfigError(f"generation: vLLM refuses it: {error}") from error
-        guided = writer.may_guide and importlib.util.find_spec(_GUIDE) is not None
+        guided = may_guide(writer.page) and importlib.util.find_spec(_GUIDE) is not None
         runner: dict[str, Any] = {
             "runner": "generate",
             "scheduling_policy": "priority",

@@ -63,8 +63,9 @@ class CheckpointLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is unt
         files = read_model_files(
             self._model_dir, lora_dir=lora_dir and on_this_node(Path(lora_dir))
         )
-        self._files = as_stored(files)  # vLLM computes with quantised weights as they are stored
         self._adapter = adapter_named(asked["adapter"])
+        # vLLM computes with quantised weights as they are stored; in most formats not in the head.
+        self._files = as_stored(files, but=self._adapter.head)
         self._whole: bool = asked["whole"]
         super().__init__(replace(load_config, model_loader_extra_config={}))
 

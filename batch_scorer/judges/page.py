@@ -280,6 +280,12 @@ def load_page(name: str) -> Page:
         raise ConfigError(f"{path}: {place + ': ' if place else ''}{message}") from None
 
 
+def may_guide(page: Page) -> bool:
+    """Whether a reply can be held to a schema: it is JSON, and what the page puts before it leaves
+    the whole object to the judge."""
+    return page.verdict.by == "json" and "{" not in (page.generation.closing or page.begins)
+
+
 def reply_schema(page: Page, count: int) -> str:
     """The JSON schema of a reply that holds `count` verdicts, as text, for engines that hold a
     reply to one. Their support of ranges differs, so what is read is checked again."""

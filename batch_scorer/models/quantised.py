@@ -7,7 +7,7 @@ the tensors as they are stored. GPTQ's and AWQ's words are in `words.py`, bitsan
 `bitsandbytes.py`; other formats that pack several numbers into one are refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
@@ -155,16 +155,29 @@ def read_quantised(files: ModelFiles) -> ModelFiles:
     )
 
 
-def as_stored(files: ModelFiles) -> ModelFiles:
-    """The same files with quantised weights left as they are, and their companions beside them."""
-    unpacked = {name for name, scale in files.scales.items() if isinstance(scale, Packed)}
+def as_stored(files: ModelFiles, but: Collection[str] = ()) -> ModelFiles:
+    """The same files with quantised weights left as they are, and their companions beside them; all
+    `but` these weights, which are read as the numbers that they stand for."""
+    scales = {name: scale for name, scale in files.scales.items() if name in but}
+    layers = {name.rpartition(".")[0] for name in scales}
+    beside = {n: s for n, s in files.companions.items() if n.rpartition(".")[0] not in layers}
+    unpacked = {
+        name
+        for name, scale in files.scales.items()
+        if isinstance(scale, Packed) and name not in but
+    }
     stored = {name: source for name, source in files.sources.items() if name not in unpacked}
-    return replace(files, sources={**stored, **files.companions}, scales={})
+    return replace(files, sources={**stored, **beside}, scales=scales)
 
 
 def vllm_config(files: ModelFiles) -> dict[str, Any]:
-    """The entry about quantisation that vLLM gets: without a quantised cache."""
+    """The entry about quantisation that vLLM gets: without a quantised cache, and with a head of
+    floats, as it is given one."""
     stated = quantisation_of(files.config)
+    if stated.get("quant_method") in words.METHODS:
+        stated = {**stated, "lm_head": False}
+    elif "config_groups" in stated:
+        stated = {**stated, "ignore": [*(stated.get("ignore") or ()), "lm_head"]}
     return {**stated, **({"kv_cache_scheme": None} if "kv_cache_scheme" in stated else {})}
 
 

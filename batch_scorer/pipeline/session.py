@@ -124,8 +124,9 @@ def has_gpus(config: Config) -> bool:
 
 
 def num_workers(job: Job) -> int:
-    """How many models score at the same time: one per GPU, or one per machine on CPU."""
-    if not job.config.use_ray:
+    """How many models score at the same time: one per GPU, or one per machine on CPU. A served
+    judge is asked by one worker, so that the limits of its requests are those of the job."""
+    if not job.config.use_ray or job.engine.is_served:
         return 1
     if job.device is Device.CUDA:
         if not has_gpus(job.config) and job.config.workers is None:

@@ -41,7 +41,13 @@ def supported_engines(config: Config, model: ModelFacts, device: Device | None =
     """
     adapter = adapter_named(model.adapter)
     if model.judge is not None and model.judge.generates:
-        return [_writing_engine(config, model.judge)]
+        writer = _writing_engine(config, model.judge)
+        if why := _quantised_refusal(config, writer, model, adapter, device):
+            raise ModelError(
+                f"{model.path}: {why}; use the checkpoint that it was made from, or a server that "
+                "can (backend: endpoint)"
+            )
+        return [writer]
     if config.backend != "auto":
         if ENGINES[config.backend].runs_model and config.backend not in adapter.engines:
             raise ModelError(

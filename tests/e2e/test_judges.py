@@ -3,13 +3,11 @@
 import signal
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from batch_scorer import Config
 from batch_scorer.config import Device
@@ -20,10 +18,9 @@ from batch_scorer.runs.run import score as run_score
 from cluster.local.seaweed import S3Server
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import Row, pair_rows, parquet, table_of
-from tests.helpers.language_models import BROKEN, random_language_model
+from tests.helpers.language_models import random_language_model
 from tests.helpers.places import Place, Stored, digests, of_input
 from tests.helpers.program import Program, wait_until
-from tests.parity.language_models import ASKING, language_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("one_thread")]
 
@@ -59,20 +56,8 @@ WRITING = ("--no-ray", "--backend", "vllm", "--keep-judgement")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model whose probabilities are compared."""
-    return language_model(tmp_path_factory.mktemp("judge") / "model")
-
-
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that writes, and now and then ends."""
-    directory = tmp_path_factory.mktemp("writer") / "model"
-    language: Any = random_language_model(directory)
-    with torch.no_grad():
-        language.model.embed_tokens.weight[BROKEN] = 0  # a model without faults is asked for
-    language.save_pretrained(directory)
-    (directory / "chat_template.jinja").write_text(ASKING)
-    return directory
+    """A language model that writes, and now and then ends."""
+    return random_language_model(tmp_path_factory.mktemp("judge") / "model")
 
 
 def page_at(folder: Path, text: str) -> Path:
@@ -270,16 +255,16 @@ def test_a_rewritten_file_takes_the_probabilities_of_equal_questions(
 
 @pytest.mark.slow
 def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
-    program: Program, writer: Path, tmp_path: Path, disk: Place
+    program: Program, model: Path, tmp_path: Path, disk: Place
 ) -> None:
     page = page_at(tmp_path, GREEDY)
-    whole = run_cli(*arguments(page, writer, disk, "whole", *WRITING))
+    whole = run_cli(*arguments(page, model, disk, "whole", *WRITING))
     assert whole.exit_code == 0, whole.err
     rows = rows_of((disk / "whole").shards())
     assert_counted(whole.json, rows)
     assert whole.json["judged"]["lost"] and whole.json["judged"]["verdicts"]
     config = Config(
-        task="judge", judge=str(page), model=str(writer), inputs=((disk / "in").url,),
+        task="judge", judge=str(page), model=str(model), inputs=((disk / "in").url,),
         output=(disk / "cut").url, backend="vllm", dtype="float32", device=Device.CPU,
         parity_check="off", shard_rows=5, use_ray=False, keep_judgement=True,
     )  # fmt: skip
@@ -287,7 +272,7 @@ def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
         run_score(config, StopAfter(1))
     before = (disk / "cut").shards()
     assert len(before) == 1
-    cut = arguments(page, writer, disk, "cut", *WRITING, "--shard-rows", 5)
+    cut = arguments(page, model, disk, "cut", *WRITING, "--shard-rows", 5)
     resumed = run_cli(*cut)
     assert resumed.exit_code == 0, resumed.err
     after = (disk / "cut").shards()
@@ -297,7 +282,7 @@ def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
 
     # On Ray a worker is asked about several small shards at once.
     flags = ("--backend", "vllm", "--keep-judgement", "--workers", 1, "--shard-rows", 1)
-    on_ray = program.run(*arguments(page, writer, disk, "on-ray", *flags))
+    on_ray = program.run(*arguments(page, model, disk, "on-ray", *flags))
     assert on_ray.exit_code == 0, on_ray.err
     single = (disk / "on-ray").shards()
     assert len(single) == 14 and rows_of(single) == rows
@@ -306,9 +291,9 @@ def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
 
 @pytest.mark.slow
 def test_a_writing_judge_is_asked_again_about_what_it_lost_alone(
-    writer: Path, tmp_path: Path, disk: Place
+    model: Path, tmp_path: Path, disk: Place
 ) -> None:
-    judging = arguments(page_at(tmp_path, SAMPLING), writer, disk, "out", *WRITING)
+    judging = arguments(page_at(tmp_path, SAMPLING), model, disk, "out", *WRITING)
     assert run_cli(*judging).exit_code == 0
     first = judgements(rows_of((disk / "out").shards()))
     is_lost = [each["worths"] is None for each in first]

@@ -16,19 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.local.ports import own_ports
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.language_models import random_language_model
 from tests.watched import descendants
 
 MAX_TOKENS = 2048
 _KEY = "test-key-of-vllm"
 _PORTS = range(24_000, 24_200, 2)
 _START_TIMEOUT_S = 900
-_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -54,41 +48,13 @@ class VllmServer:
             return json.load(answer)
 
 
-def tiny_chat_model(directory: Path) -> None:
-    """A random Llama of two layers that writes, with a template that asks it to."""
-    import torch
-    import transformers
-
-    directory.mkdir()
-    tiny_tokenizer(directory)
-    (directory / "chat_template.jinja").write_text(_TEMPLATE)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=MAX_TOKENS,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=3,
-    )
-    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        model.lm_head.weight.mul_(10)  # so that tokens differ in how probable they are
-    model.save_pretrained(directory)
-
-
 @contextmanager
 def vllm_server() -> Iterator[VllmServer]:
     """Start a server, wait until it answers, and leave no process and no file behind."""
     with tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         model_dir = folder / "model"
-        tiny_chat_model(model_dir)
+        random_language_model(model_dir, max_position_embeddings=MAX_TOKENS)
         with own_ports(_PORTS) as (port,):
             server = VllmServer(f"http://127.0.0.1:{port}/v1", model_dir)
             process = _launch(server, folder, port)

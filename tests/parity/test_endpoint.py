@@ -13,10 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batch_scorer.backends.endpoint_client import Endpoint, EndpointSettings, ServedQuestion
+from batch_scorer.backends.replies import REPLACEMENT, seed_of
 from batch_scorer.errors import ConfigError
 from batch_scorer.judges.page import Page, reply_schema
 from batch_scorer.records.judging import Reply
 from tests.helpers.chat_server import Fault, dealt, faulty, question_text
+from tests.helpers.language_models import END, plain_reply
 from tests.helpers.vllm_server import MAX_TOKENS, VllmServer, vllm_server
 
 pytestmark = pytest.mark.slow  # the server takes a minute to start
@@ -26,6 +28,7 @@ SYSTEM = "You judge answers. " * 50
 """Longer than a block of vLLM's prefix cache, 128 tokens on a CPU."""
 PATTERN: dict[str, Any] = {"by": "pattern", "pattern": "([AB])", "choices": {"A": 1, "B": 0}}
 JSON: dict[str, Any] = {"by": "json", "low": 1, "high": 5}
+CLOSING = "\nSo: "
 
 
 def page(verdict: dict[str, Any] = PATTERN, begins: str = "", **generation: Any) -> Page:
@@ -113,14 +116,14 @@ def test_a_reply_ends_before_a_stop_text(server: VllmServer) -> None:
 
 
 def test_a_reply_is_held_to_its_schema(server: VllmServer) -> None:
-    made = page(JSON, max_tokens=1000)
+    made = page(JSON, max_tokens=1000, temperature=2.0)  # so that some texts end
     endpoint = Endpoint(settings(server), made)
     replies, _ = endpoint.ask(QUESTIONS)
     assert endpoint.provenance["response_format"] == "json_schema"
     schema = json.loads(reply_schema(made, 1))
     held_to = {"type": "json_schema", "json_schema": {"name": "any", "schema": schema}}
     expected = [
-        right(by_hand(server, each, max_tokens=1000, response_format=held_to))
+        right(by_hand(server, each, max_tokens=1000, temperature=2.0, response_format=held_to))
         for each in QUESTIONS[:3]
     ]
     assert texts(replies[:3]) == expected
@@ -141,6 +144,47 @@ def test_a_begun_reply_goes_on(server: VllmServer) -> None:
             continue_final_message=True,
         )
         assert (reply.text, reply.ended) == right(choice, "I think")
+
+
+def test_a_verdict_goes_on_behind_the_closing(server: VllmServer) -> None:
+    """As in two requests by hand, the second of which goes on with a message."""
+    replies, _ = Endpoint(settings(server), page(closing=CLOSING, verdict_tokens=6)).ask(QUESTIONS)
+    for question, reply in zip(QUESTIONS, replies, strict=True):
+        begun = by_hand(server, question)["message"]["content"] + CLOSING
+        choice = by_hand(
+            server,
+            question,
+            messages=[*question.messages, {"role": "assistant", "content": begun}],
+            add_generation_prompt=False,
+            continue_final_message=True,
+            max_tokens=6,
+            seed=seed_of(question.seed, 1) % 2**31,
+        )
+        assert (reply.text, reply.ended) == right(choice, begun)
+
+
+def test_a_verdict_is_what_plain_hugging_face_writes_behind_the_closing(
+    server: VllmServer,
+) -> None:
+    greedy = page(temperature=0.0, closing=CLOSING, verdict_tokens=12)
+    replies, _ = Endpoint(settings(server), greedy).ask(QUESTIONS)
+    tokenizer: Any = AutoTokenizer.from_pretrained(server.model_dir)
+    model = AutoModelForCausalLM.from_pretrained(server.model_dir, dtype=torch.float32)
+    compared = 0
+    for question, reply in zip(QUESTIONS, replies, strict=True):
+        critique, _, verdict = reply.text.rpartition(CLOSING)
+        messages = [*question.messages, {"role": "assistant", "content": critique + CLOSING}]
+        prompt = tokenizer.apply_chat_template(
+            messages, continue_final_message=True, return_dict=False
+        )
+        ids, is_all = plain_reply(model, prompt, 12, [END], noise=1e-3)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if is_all:
+            assert verdict == text
+        else:  # the last character may lack bytes
+            assert verdict.startswith(text.rstrip(REPLACEMENT))
+        compared += len(ids)
+    assert compared > 6 * COUNT
 
 
 def test_probabilities_are_those_of_plain_hugging_face(server: VllmServer) -> None:

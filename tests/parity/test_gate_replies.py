@@ -34,7 +34,7 @@ from batch_scorer.parity.replies import (
 from batch_scorer.runs.derive import derive, look_at_model, plan_for
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
-from tests.parity.language_models import language_model
+from tests.helpers.language_models import VOCABULARY, random_language_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,12 +70,12 @@ def job_of(folder: Path, model: Path, **settings: Any) -> tuple[Job, Sample]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its own settings would sample, punish repetitions and end early."""
-    directory = language_model(tmp_path_factory.mktemp("gate") / "model")
+    directory = random_language_model(tmp_path_factory.mktemp("gate") / "model")
     own = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=2.0,
         repetition_penalty=1.5,
-        eos_token_id=list(range(300, 400)),
+        eos_token_id=list(range(300, VOCABULARY)),
     )
     own.save_pretrained(directory)
     return directory
@@ -281,7 +281,7 @@ def test_other_weights_are_refused_or_warned_of(
     asked: tuple[Job, Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job, sample = asked
-    other = language_model(tmp_path / "other", seed=1)
+    other = random_language_model(tmp_path / "other", seed=1)
 
     def make(job: Job) -> WritingBackend:
         return VLLMGenerationBackend(replace(settings_of(job), model_dir=other))

@@ -34,8 +34,8 @@ from batch_scorer.runs.derive import derive, look_at_model
 from tests.helpers.adapters import peft_adapter
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
+from tests.helpers.language_models import SHAPE, TRAPS, VOCABULARY, random_language_model
 from tests.helpers.tiny import tiny_tokenizer
-from tests.parity.language_models import SHAPE, TRAPS, VOCABULARY, language_model
 from tests.parity.tiny_models import engine_settings, tokenized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +53,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     def built(kind: str) -> tuple[Path, Path]:
         policy, reference = root / kind / "policy", root / kind / "reference"
         if not policy.exists():
-            language_model(policy, kind, 1), language_model(reference, kind, 2)
+            random_language_model(policy, kind, seed=1)
+            random_language_model(reference, kind, seed=2)
         return policy, reference
 
     return built

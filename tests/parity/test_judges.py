@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.plain import plain_scores
@@ -28,7 +27,11 @@ from batch_scorer.runs.derive import derive, look_at_model, plan_for
 from batch_scorer.shard import read_shard, score_shard
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
-from tests.parity.language_models import TRAPS, language_model
+from tests.helpers.language_models import (
+    TRAPS,
+    next_token_probabilities,
+    random_language_model,
+)
 from tests.parity.tiny_models import engine_settings, random_sequences, tokenized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("judges")
 
     def built(kind: str) -> Path:
-        return root / kind if (root / kind).exists() else language_model(root / kind, kind)
+        return root / kind if (root / kind).exists() else random_language_model(root / kind, kind)
 
     return built
 
@@ -68,20 +71,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def page_at(folder: Path, text: str) -> Path:
     (folder / "page.yaml").write_text(text)
     return folder / "page.yaml"
-
-
-@torch.inference_mode()
-def next_tokens(model_dir: Path, sequences: list[list[int]]) -> np.ndarray:
-    """float64[S, V]: the probabilities of all next tokens, by transformers' own language model."""
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    return np.stack(
-        [
-            torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1].double(), -1).numpy()
-            for ids in sequences
-        ]
-    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +81,7 @@ def test_choices_are_as_probable_as_in_plain_hugging_face(
     kind: str, engine: str, models: Models, tmp_path: Path
 ) -> None:
     sequences = random_sequences(12)
-    wanted = next_tokens(models(kind), sequences)
+    wanted = next_token_probabilities(models(kind), sequences)
     choices = np.argsort(-wanted.std(axis=0))[:3]
     wanted = wanted[:, choices]
     assert wanted.std(axis=0).min() > 20 * TOLERANCE, "nothing to tell apart"
@@ -146,7 +135,7 @@ def by_hand(model_dir: Path, table: list[dict[str, Any]], text: str) -> list[tup
             asked = tokenizer.apply_chat_template(
                 [message], add_generation_prompt=True, return_dict=True
             )["input_ids"]
-            of_a, of_b, of_tie = next_tokens(model_dir, [asked])[0, ids]
+            of_a, of_b, of_tie = next_token_probabilities(model_dir, [asked])[0, ids]
             worths.append((of_a + of_tie / 2) / (of_a + of_b + of_tie))
         grade = (worths[0] + 1 - worths[1]) / 2
         found.append((grade, 1 - grade))

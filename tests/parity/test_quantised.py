@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from batch_scorer.backends.device import cpu_has_amx
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.plain import plain_scores
 from batch_scorer.backends.streaming import streamed_scores
 from batch_scorer.errors import ModelError
+from batch_scorer.judges.page import Generation, Page, VerdictRule
 from batch_scorer.models.directory import inspect_model, read_model_files
 from batch_scorer.models.fit import check_fit
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.models.weights import checkpoint_tensors
+from tests.helpers.language_models import (
+    next_token_probabilities,
+    plain_reply,
+    random_language_model,
+)
 from tests.parity.tiny_models import (
     TOLERANCE,
     build_model,
@@ -42,6 +50,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SEQUENCES = random_sequences(12)
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 IS_LINEAR = re.compile(r"_proj\.weight$")
+IS_LINEAR_OR_HEAD = re.compile(r"(_proj|^lm_head)\.weight$")
+PATTERN = VerdictRule(by="pattern", pattern="(A|B)", choices={"A": 1, "B": 0})
+JUDGE = Page.model_validate(
+    {
+        "about": "A test.",
+        "mode": "pointwise",
+        "messages": [{"role": "user", "content": "{{ response }}"}],
+        "verdict": {"by": "probability", "choices": {"A": 1, "B": 0, "C": 0.5}},
+    }
+)
+
+NOISE = 0.2
+"""How close two logits may be for 8 bits and bfloat16 to change their places, where logits have a
+standard deviation of 3.2. Seen: up to 0.06."""
 
 Quantise = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 """A weight → its tensors by what follows the weight's name, and the weight that they stand for."""
@@ -80,6 +102,12 @@ def fp8_of_rows(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 def int8_of_rows(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    numbers = (weight / scale).round().to(torch.int8)
+    return {"": numbers, "_scale": scale}, numbers.float() * scale
+
+
+def int8_up_to_63(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 63
     numbers = (weight / scale).round().to(torch.int8)
     return {"": numbers, "_scale": scale}, numbers.float() * scale
 
@@ -294,6 +322,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_language_model(tmp_path_factory.mktemp("quantised") / "judge")
+
+
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_weights_are_what_the_numbers_stand_for(name: str, llama: Path, tmp_path: Path) -> None:
     quantised, meant = write(llama, tmp_path, *FORMATS[name])
@@ -333,6 +366,28 @@ def test_engine_and_reference_score_with_them(name: str, llama: Path, tmp_path: 
     for scores in (plain_scores, streamed_scores):
         values = scores(settings, tokenized(SEQUENCES)).values
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_linear", [IS_LINEAR, IS_LINEAR_OR_HEAD], ids=["body", "head too"])
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_judge_gives_the_probabilities_of_the_float_weights(
+    name: str, is_linear: re.Pattern[str], judge: Path, tmp_path: Path
+) -> None:
+    """The language model's head may be quantised too, or left as it was."""
+    quantised, meant = write(judge, tmp_path, *FORMATS[name], is_linear=is_linear)
+    assert ("lm_head.weight" in read_model_files(quantised).scales) == (is_linear is not IS_LINEAR)
+    wanted, before = (next_token_probabilities(path, SEQUENCES) for path in (meant, judge))
+    moved = np.abs(wanted - before).max(axis=0)
+    choices = np.argsort(-moved)[:3]
+    assert moved[choices].min() > 10 * TOLERANCE, "quantising moved nothing"
+    settings = engine_settings(
+        quantised, adapter=adapter_named("judge"), judge=JUDGE, verdict_ids=tuple(choices.tolist())
+    )
+    with closing(HFBackend(settings)) as backend:
+        values = backend.score(tokenized(SEQUENCES)).values
+    np.testing.assert_allclose(values, wanted[:, choices], rtol=0, atol=TOLERANCE)
+    values = plain_scores(settings, tokenized(SEQUENCES)).values
+    np.testing.assert_allclose(values, wanted[:, choices], rtol=0, atol=TOLERANCE / 10)
 
 
 def test_experts_and_the_head_are_read_as_well(tmp_path: Path) -> None:
@@ -447,11 +502,6 @@ def test_vllm_computes_with_int8_as_it_is_stored(
     """
     from batch_scorer.backends.vllm import VLLMBackend
 
-    def int8_up_to_63(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        scale = weight.abs().amax(dim=1, keepdim=True) / 63
-        numbers = (weight / scale).round().to(torch.int8)
-        return {"": numbers, "_scale": scale}, numbers.float() * scale
-
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     config = INT8_OF_ROWS | {"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}
     quantised, meant = write(llama, tmp_path, int8_up_to_63, config)
@@ -475,6 +525,33 @@ def test_vllm_computes_with_int8_as_it_is_stored(
     # Where a number lies half-way between two of 8 bits, the last bit before decides.
     assert np.median(np.abs(scores - rounded)) < 1e-5 < 1e-3 < np.median(np.abs(rounded - exact))
     np.testing.assert_allclose(scores, rounded, rtol=0, atol=0.1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM's CPU build")
+@pytest.mark.parametrize("is_linear", [IS_LINEAR, IS_LINEAR_OR_HEAD], ids=["body", "head too"])
+def test_vllm_writes_with_int8_as_it_is_stored(
+    is_linear: re.Pattern[str], judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body in 8 bits, and the head as the floats that it stands for."""
+    from batch_scorer.backends.vllm_generation import VLLMGenerationBackend
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    quantised, meant = write(judge, tmp_path, int8_up_to_63, INT8_OF_ROWS, is_linear)
+    page = JUDGE.model_copy(update={"verdict": PATTERN, "generation": Generation(max_tokens=8)})
+    settings = engine_settings(
+        quantised, adapter=adapter_named("judge"), judge=page, tokenizer_dir=judge, max_tokens=160,
+        dtype="bfloat16" if cpu_has_amx() else "float32",
+    )  # fmt: skip
+    with closing(VLLMGenerationBackend(settings)) as backend:
+        assert backend.provenance["stored_quantised"] == "int8, compressed-tensors"
+        found = backend.greedy(tokenized(SEQUENCES), 8)
+    model: Any = AutoModelForCausalLM.from_pretrained(meant, attn_implementation="eager")
+    compared = 0
+    for prompt, written in zip(SEQUENCES, found, strict=True):
+        ids, _ = plain_reply(model, prompt, 8, [-1], noise=NOISE)
+        assert written is not None and written[: len(ids)] == ids
+        compared += len(ids)
+    assert compared > 24
 
 
 def _in_8_bits(inputs: Tensor) -> Tensor:

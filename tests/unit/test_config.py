@@ -50,6 +50,16 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
         ({"store_options": {"regoin": "x"}}, "store_options.regoin: .* did you mean `region`"),
         ({"backend": "fake", "compile": True}, "compile: the fake .* set backend: hf or vllm"),
         (
+            {
+                "backend": "endpoint",
+                "task": "judge",
+                "judge": "helpful",
+                "endpoint": "http://host/v1",
+                "workers": 2,
+            },
+            "workers: one worker asks the server, so that the limits are those of the job",
+        ),
+        (
             {"backend": "auto", "attention": "sdpa", "quantization": "fp8"},
             "attention and quantization: no backend takes them together",
         ),

@@ -202,9 +202,129 @@ def test_a_server_that_would_not_go_on_with_a_begun_reply_is_refused() -> None:
         ask(always_right, page(begins="I say "))
 
 
-def test_a_page_with_a_closing_is_refused() -> None:
-    with chat_server() as server, pytest.raises(ConfigError):
-        Endpoint(settings(server), page(generation={"closing": "So: "}))
+CLOSED = {"closing": " So: ", "verdict_tokens": 4, "temperature": 1.0, "stop": ["END"]}
+
+
+def critic(**critique: Any) -> Answer:
+    """Answers with this message, then the verdict A behind what the reply is begun with."""
+    first = saying(**critique)
+
+    def answer(body: Body) -> tuple[int, Body]:
+        if body["messages"][-1]["role"] == "user":
+            return first(body)
+        status, found = saying(content="A", finish_reason="length")(body)
+        return status, {**found, "usage": continuing(body)[1]["usage"]}
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("critique", "begun", "text", "reasoning"),
+    [
+        ({"content": "Fine."}, "Fine.", "Fine.", ""),
+        ({"content": "Fine", "finish_reason": "length"}, "Fine", "Fine", ""),
+        ({"content": ""}, "", "", ""),
+        ({"content": "<think>w</think>Fine."}, "<think>w</think>Fine.", "Fine.", "w"),
+        ({"content": "w</think>Fine."}, "<think>\nw</think>Fine.", "Fine.", "w"),
+        ({"content": "Fine.", "reasoning": "w"}, "<think>\nw\n</think>\n\nFine.", "Fine.", "w"),
+    ],
+)
+def test_a_verdict_goes_on_behind_the_closing(
+    critique: dict[str, Any], begun: str, text: str, reasoning: str
+) -> None:
+    """All of what the judge wrote stands before it, its thoughts too. The verdict has a seed of
+    its own, and the question is asked once, with the tokens of both parts."""
+    with chat_server(critic(**critique)) as server:
+        replies, usage = Endpoint(settings(server), page(generation=CLOSED)).ask(questions(1))
+    expected = Reply(
+        f"{text} So: A", "length", reasoning=reasoning, prompt_tokens=10, generated_tokens=10
+    )
+    assert replies == [expected]
+    assert (usage.requests, usage.retries, usage.generated_tokens) == (5, 0, 25)
+    asked, verdict = server.bodies[-2:]
+    assert verdict["messages"] == [
+        *asked["messages"],
+        {"role": "assistant", "content": f"{begun} So: "},
+    ]
+    assert (asked["max_tokens"], verdict["max_tokens"]) == (1024, 4)
+    assert verdict["continue_final_message"] and not verdict["add_generation_prompt"]
+    assert verdict["seed"] != asked["seed"] and 0 <= verdict["seed"] < 2**31
+    same = ("temperature", "top_p", "stop")
+    assert [verdict[name] for name in same] == [asked[name] for name in same]
+
+
+def test_a_reply_that_was_begun_goes_on_behind_the_closing() -> None:
+    def answer(body: Body) -> tuple[int, Body]:
+        text = body["messages"][-1]["content"]
+        status, found = saying(content="A" if text.endswith("So: ") else "fine.")(body)
+        return status, {**found, "usage": continuing(body)[1]["usage"]}
+
+    (reply,) = ask(answer, page(begins="It is ", generation=CLOSED))
+    assert reply.text == "It is fine. So: A"
+
+
+@pytest.mark.parametrize(
+    "critique",
+    [{"content": "<think>w"}, {"content": None, "reasoning": "w"}, {"finish_reason": "other"}],
+)
+def test_a_critique_that_is_none_gets_no_verdict(critique: dict[str, Any]) -> None:
+    """A think block that was not closed, or what the server ended. The trial has one."""
+
+    def answer(body: Body) -> tuple[int, Body]:
+        is_asked = body["messages"][0]["content"] == question_text(0)
+        return critic(**{"content": "Fine.", **(critique if is_asked else {})})(body)
+
+    with chat_server(answer) as server:
+        endpoint = Endpoint(settings(server), page(generation=CLOSED))
+        (none, other), usage = endpoint.ask(questions(2))
+    assert "A" not in none.text and other.text == "Fine. So: A"
+    assert usage.requests == 3 + 1 + 2
+
+
+def test_a_judge_that_does_not_come_to_an_end_of_its_thoughts_in_a_trial_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        ask(critic(content="<think>w"), page(generation=CLOSED))
+
+
+def test_a_schema_holds_the_verdict_behind_the_closing_alone() -> None:
+    with chat_server(critic(content="Fine.")) as server:
+        made = page("json", generation={"closing": " As JSON: "})
+        endpoint = Endpoint(settings(server), made)
+        endpoint.ask(questions(1))
+        assert endpoint.provenance["response_format"] == "json_schema"
+        asked, verdict = server.bodies[-2:]
+        assert "response_format" not in asked and "response_format" in verdict
+        begun = Endpoint(settings(server), page("json", generation={"closing": ' {"verdict":'}))
+        begun.ask(questions(1))
+        assert begun.provenance["response_format"] is None
+        assert "response_format" not in server.bodies[-1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        saying(content="Fine."),  # it begins another message
+        lambda body: (400, {}) if "continue_final_message" in body else always_right(body),
+    ],
+)
+def test_a_server_that_would_not_go_on_behind_a_closing_is_refused(answer: Answer) -> None:
+    with pytest.raises(ConfigError):
+        ask(answer, page(generation=CLOSED))
+
+
+def test_a_verdict_that_fails_costs_its_question_alone() -> None:
+    def answer(body: Body) -> tuple[int, Body]:
+        is_second = body["messages"][-1]["role"] == "assistant"
+        if is_second and body["messages"][0]["content"] == question_text(1):
+            return 503, {}
+        return critic(content="Fine.")(body)
+
+    replies = ask(answer, page(generation=CLOSED), count=3)
+    assert [(reply.ended, reply.tries) for reply in replies] == [
+        ("length", 1),
+        ("error", 2),
+        ("length", 1),
+    ]
 
 
 @pytest.mark.parametrize("status", [301, 307, 400, 401, 402, 403, 404, 405, 422])

@@ -22,7 +22,7 @@ from batch_scorer.backends.replies import (
     seed_of,
     split_thinking,
 )
-from batch_scorer.judges.page import Page
+from batch_scorer.judges.page import Page, may_guide
 from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.records import Reply
 from tests.helpers.tiny import tiny_tokenizer
@@ -352,14 +352,12 @@ def test_a_schema_holds_the_part_with_the_verdict(tokenizer: Any) -> None:
     assert schemas == [None, None, "{}"]
 
 
-def test_an_object_that_the_page_begins_is_not_held_to_the_schema_of_a_whole_one(
-    tokenizer: Any,
-) -> None:
-    assert writer(tokenizer, page(by="json")).may_guide
-    assert writer(tokenizer, page(by="json", begins="As JSON: ")).may_guide
-    assert not writer(tokenizer, page(by="json", begins='{"reasoning": "')).may_guide
-    assert not writer(tokenizer, page(by="json", closing='\n{"verdict":')).may_guide
-    assert not writer(tokenizer, page()).may_guide
+def test_an_object_that_the_page_begins_is_not_held_to_the_schema_of_a_whole_one() -> None:
+    assert may_guide(page(by="json"))
+    assert may_guide(page(by="json", begins="As JSON: "))
+    assert not may_guide(page(by="json", begins='{"reasoning": "'))
+    assert not may_guide(page(by="json", closing='\n{"verdict":'))
+    assert not may_guide(page())
 
 
 def test_a_request_that_fails_is_a_reply(tokenizer: Any) -> None:

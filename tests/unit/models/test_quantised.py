@@ -16,7 +16,9 @@ from batch_scorer.models.directory import inspect_model
 from batch_scorer.runs import engine_choice
 from batch_scorer.runs.derive import derive, look_at_model
 from batch_scorer.runs.engine_choice import supported_engines
+from tests.helpers.language_models import random_language_model
 from tests.helpers.tiny import tiny_reward_model
+from tests.parity.tiny_models import change_config, change_weights
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
@@ -311,6 +313,22 @@ def test_int8_that_vllm_has_no_product_for_runs_on_hf_only(
     asked = config_for(model, backend="vllm")
     with pytest.raises(ModelError, match="vllm cannot compute with these weights"):
         supported_engines(asked, inspect_model(model), Device.CUDA)
+
+
+def test_a_judge_that_writes_needs_an_engine_that_can_compute_with_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by reading: only scoring engines were refused, and a judge would have been let write
+    with products that overflow."""
+    monkeypatch.setattr(engine_choice, "cpu_has_int8", lambda: False)
+    model = random_language_model(tmp_path / "model", intermediate_size=128)
+    change_weights(model, lambda weights: weights | int8())
+    change_config(model, quantization_config=W8A8)
+    asked = config_for(model, task="judge", judge="critique_then_grade", backend="vllm")
+    facts = look_at_model(asked)
+    with pytest.raises(ModelError, match="without VNNI, as this is; use the checkpoint"):
+        supported_engines(asked, facts, Device.CPU)
+    assert supported_engines(asked, facts, Device.CUDA) == ["vllm"]
 
 
 def test_it_is_not_quantised_twice(quantised: Quantise) -> None:
