@@ -474,13 +474,14 @@ def submit(
     """Run a command on a Ray cluster: `submit -- score …`. Follows the job; Ctrl-C stops it.
 
     The settings are checked here first. The config file is read here and travels with the job, as
-    does this program.
+    do a judge's page and this program.
     """
     from batch_scorer.cli.submit import ADDRESS_VARIABLE, DEFAULT_ADDRESS, Submission, find_token
     from batch_scorer.cli.submit import submit as run
 
     words = [*command, *(["--config", str(config)] if config else [])]
-    submission = Submission(tuple(words), _checked_here(words), tag)
+    config_file, page = _checked_here(words)
+    submission = Submission(tuple(words), config_file, tag, page)
     code = run(
         submission,
         address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS,
@@ -493,8 +494,9 @@ def submit(
         fail(f"the job ended with exit code {code}; see its output above", code)
 
 
-def _checked_here(words: list[str]) -> Path | None:
-    """The config file that a command names; raises what the command would for wrong settings."""
+def _checked_here(words: list[str]) -> tuple[Path | None, Path | None]:
+    """The config file that a command names, and the file of its judge's page where that is one of
+    this machine. Raises what the command would for wrong settings or a wrong page."""
     group = typer.main.get_group(app)
     root = group.context_class(group, info_name=app.info.name)
     command = group.get_command(root, words[0])
@@ -510,8 +512,16 @@ def _checked_here(words: list[str]) -> Path | None:
             output=values.get("output") or values.get("url"),
             store_options=mapping("store_options", values.get("store_option")),
         )
-    file = None if settings is None else values["config_file"]
-    return Path(expanded(file)) if file else None
+    if settings is None:
+        return None, None
+    file, page = values["config_file"], None
+    if (judge := settings.judge) is not None:
+        from batch_scorer.judges.page import load_page, shipped_pages
+
+        if judge not in shipped_pages() and Path(judge).is_file():  # otherwise it may be there
+            page = Path(judge)
+            load_page(judge)
+    return Path(expanded(file)) if file else None, page
 
 
 @app.callback(invoke_without_command=True)

@@ -27,6 +27,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 CONFIG_NAME = "config.yaml"
 """The shipped config file's name, in the folder that the job runs in."""
+_PAGES = "judges"
+"""The folder in it with the shipped page."""
 
 _STOP_GRACE_S = 60
 """How long a stopped job may take to record what it has; Ray's default is three seconds."""
@@ -44,11 +46,13 @@ _LIKE_AN_ATTEMPT = re.compile(r"(.*-)?r\d+")
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A command without the program's name. `config`, if any, is the file that it names."""
+    """A command without the program's name. `config` and `page`, if any, are the files that its
+    settings and a judge's page are in."""
 
     words: tuple[str, ...]
     config: Path | None = None
     tag: str | None = None
+    page: Path | None = None
 
     def __post_init__(self) -> None:
         if self.tag is not None and (
@@ -61,13 +65,15 @@ class Submission:
 
     @property
     def shipped_words(self) -> list[str]:
-        """The command as the job runs it, with the config file under its name there."""
+        """The command as the job runs it, with these files under their names there."""
         words = list(self.words)
         for place, word in enumerate(words):
             if word == "--config":
                 words[place + 1] = CONFIG_NAME
             elif word.startswith("--config="):
                 words[place] = f"--config={CONFIG_NAME}"
+        if self.page is not None:  # the last flag of a name counts, and any before the config file
+            words += ["--judge", f"{_PAGES}/{self.page.name}"]
         return words
 
     @property
@@ -77,8 +83,9 @@ class Submission:
     @property
     def name(self) -> str:
         """The first attempt's submission id: a digest of what it does, and the tag."""
-        config = self.config.read_bytes() if self.config else b""
-        what = json.dumps([self.shipped_words, hashlib.sha256(config).hexdigest()])
+        files = [file.read_bytes() if file else b"" for file in (self.config, self.page)]
+        contents = [hashlib.sha256(content).hexdigest() for content in files if content]
+        what = json.dumps([self.shipped_words, *contents])
         digest = hashlib.sha256(what.encode()).hexdigest()[:12]
         return f"bs-{digest}-{self.tag}" if self.tag else f"bs-{digest}"
 
@@ -89,8 +96,8 @@ class Submission:
 
     @contextmanager
     def runtime_env(self) -> Iterator[dict[str, Any]]:
-        """What Ray ships: this package, and the config file. Everybody who may use the cluster
-        can read it, so it holds no secrets."""
+        """What Ray ships: this package, the config file and the judge's page. Everybody who may use
+        the cluster can read it, so it holds no secrets."""
         shipped: dict[str, Any] = {
             "py_modules": [str(Path(__file__).parents[1])],
             "excludes": ["__pycache__"],
@@ -99,6 +106,10 @@ class Submission:
         with tempfile.TemporaryDirectory() as folder:
             if self.config is not None:
                 (Path(folder) / CONFIG_NAME).write_bytes(self.config.read_bytes())
+                shipped["working_dir"] = folder
+            if self.page is not None:
+                (Path(folder) / _PAGES).mkdir()
+                (Path(folder) / _PAGES / self.page.name).write_bytes(self.page.read_bytes())
                 shipped["working_dir"] = folder
             yield shipped
 

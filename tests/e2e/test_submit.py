@@ -15,8 +15,9 @@ from batch_scorer.storage import ObjectMissing
 from cluster.local.local_cluster import Cluster
 from cluster.local.seaweed import SECRET_KEY, S3Server
 from tests.helpers.in_process import run_cli
-from tests.helpers.inputs import pairs, parquet
-from tests.helpers.places import Place
+from tests.helpers.inputs import pair_rows, pairs, parquet, table_of
+from tests.helpers.language_models import random_language_model
+from tests.helpers.places import Place, of_input
 from tests.helpers.program import Ended, Program, Running, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -136,6 +137,30 @@ def test_a_name_tells_the_command_the_file_and_the_tag(tmp_path: Path) -> None:
     copy.write_text("model: n\n")
     assert one.name != Submission(one.words, copy).name
     assert one.name != Submission(("score", "--workers", "2", "--config", str(file)), file).name
+
+
+def test_a_judge_s_page_travels_under_its_name_and_counts_for_the_job_s(tmp_path: Path) -> None:
+    page = tmp_path / "better.yaml"
+    page.write_text("about: one")
+    words = ("score", "--judge", str(page), "--task=judge")
+    one = Submission(words, page=page)
+    assert one.entrypoint.endswith("--task=judge --judge judges/better.yaml")
+    with one.runtime_env() as shipped:
+        assert (Path(shipped["working_dir"]) / "judges/better.yaml").read_text() == "about: one"
+    page.write_text("about: two")
+    assert one.name != Submission(words).name
+    other = Submission(words, page=page).name
+    page.write_text("about: one")
+    assert other != one.name == Submission(words, page=page).name
+
+
+def test_a_wrong_page_is_refused_here(tmp_path: Path) -> None:
+    page = tmp_path / "page.yaml"
+    page.write_text("about: it\nmode: pairwise\nmessages: [{role: user, content: a}]\nverdict: {}")
+    judging = ["--task", "judge", "--judge", page, "--model", "m", "in", "--output", "out"]
+    ended = run_cli("submit", "--address", NOWHERE, "--", "score", *judging)
+    assert ended.exit_code == 2
+    assert ended.error.startswith(f"{page}: verdict")
 
 
 # Who may submit.
@@ -315,3 +340,27 @@ def test_the_job_runs_the_package_that_was_shipped(
     )
     log = submitter.asked(f"/api/jobs/{name}/logs")["logs"]
     assert "/py_modules_files/_ray_pkg_" in log.splitlines()[-1]
+
+
+def test_a_judge_is_asked_on_the_cluster_by_the_page_of_this_machine(
+    submitter: Submitter, tmp_path: Path
+) -> None:
+    place = submitter.place / "judging"
+    (place / "in").write({"a.parquet": parquet(table_of(pair_rows(3)))})
+    page = tmp_path / "longer.yaml"
+    page.write_text(
+        "about: A test.\nmode: pointwise\n"
+        "messages: [{role: user, content: '{{ prompt }}|{{ response }}'}]\n"
+        "verdict: {by: probability, choices: {A: 1, B: 0}, least_mass: 0}\n"
+    )
+    model = random_language_model(tmp_path / "model")
+    output = place / "out"
+    ended = submitter.run(
+        "--", "score", "--task", "judge", "--judge", page, "--model", model, (place / "in").url,
+        "--output", output.url, *output.flags, "--device", "cpu", "--dtype", "float32",
+        "--parity-check", "off", "--no-ray",
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.err
+    rows = of_input(output.shards(), "a.parquet").to_pylist()
+    assert [len(row["judgements"]) for row in rows] == [2, 2, 2]
+    assert all(row["score_error"] is None for row in rows)
