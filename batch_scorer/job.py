@@ -91,6 +91,14 @@ class Job:
         return self.model.judge is not None and self.model.judge.generates
 
     @property
+    def asks_together(self) -> bool:
+        """Whether several shards are asked of the engine together: of a judge that writes or is
+        served, whose questions end one by one, so that the last ones of a shard would leave it
+        half idle. Other engines work batch by batch, and a batch never mixes shards, because a
+        score's last bits depend on its neighbours."""
+        return self.model.judge is not None and (self.writes or self.engine.is_served)
+
+    @property
     def template_facts(self) -> TemplateFacts | None:
         """What the chat template does to a conversation; None where there is none."""
         return self.probe.template if self.probe else None

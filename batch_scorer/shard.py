@@ -11,7 +11,7 @@ shard as a whole is a ShardError; what goes wrong with a row stays with the row.
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -102,10 +102,34 @@ def score_shard(
 
     Raises ShardError if the backend loses any.
     """
+    return score_shards([rows], backend, judging)[0]
+
+
+def score_shards(
+    shards: Sequence[TokenizedRows], backend: Backend, judging: Judging | None = None
+) -> list[ScoredRows]:
+    """`score_shard` for several shards, whose sequences the backend gets together: it has work
+    until the last of them ends. Time and effort are counted with the first shard.
+
+    Raises ShardError if the backend loses any.
+    """
     ask = partial(_ask, backend) if judging is None else partial(_judge, backend, judging.page)
     started = time.perf_counter()
-    scores = ask(rows) if rows.known is None else score_unknown(rows, ask)
+    found = score_unknown(shards, ask)
     score_s = time.perf_counter() - started
+    return [
+        _scored(rows, scores, backend, judging, 0.0 if number else score_s)
+        for number, (rows, scores) in enumerate(zip(shards, found, strict=True))
+    ]
+
+
+def _scored(
+    rows: TokenizedRows,
+    scores: Scores,
+    backend: Backend,
+    judging: Judging | None,
+    score_s: float,
+) -> ScoredRows:
     if judging is not None and rows.questions is not None:
         return _scored_responses(rows, scores, judging, backend, score_s)
     lengths = rows.lengths.astype(np.int32)

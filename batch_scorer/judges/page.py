@@ -126,6 +126,12 @@ class Generation(_Part):
     retries: int = Field(default=2, ge=0, le=20)
     """How often a judge that samples is asked again, with another seed, for lack of a verdict."""
 
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens that a reply may have."""
+        closing = self.verdict_tokens if self.closing else 0
+        return self.thinking_tokens + self.max_tokens + closing
+
 
 class Page(_Part):
     """All of a page. Field by field it enters the fingerprint (`digest`)."""

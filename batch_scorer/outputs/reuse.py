@@ -196,24 +196,48 @@ def find_known(
     )
 
 
-def score_unknown(rows: TokenizedRows, score: Callable[[TokenizedRows], Scores]) -> Scores:
-    """Scores of all sequences: those in `rows.known`, the others by `score`.
+def score_unknown(
+    shards: Sequence[TokenizedRows], score: Callable[[TokenizedRows], Scores]
+) -> list[Scores]:
+    """Scores of all sequences of each shard: those in `known`, and the others by `score`, which is
+    asked once.
 
     A sequence's score depends on nothing else, so some of a shard can be scored without the rest.
     """
-    known = rows.known
-    assert known is not None
-    asked = ~known.is_there
+    places = [_unknown(rows) for rows in shards]
+    asked = [
+        rows if rows.known is None else rows.take(sequences)
+        for rows, sequences in zip(shards, places, strict=True)
+        if rows.known is None or len(sequences)
+    ]
+    fresh: list[Scores] = []
+    if asked:
+        fresh = score(TokenizedRows.joined(asked)).split([part.num_sequences for part in asked])
+    found = iter(fresh)
+    return [
+        next(found)
+        if rows.known is None
+        else rows.known
+        if not len(sequences)
+        else _completed(rows.known, sequences, next(found))
+        for rows, sequences in zip(shards, places, strict=True)
+    ]
+
+
+def _unknown(rows: TokenizedRows) -> IntArray:
+    """The sequences that have to be asked for."""
+    asked = np.ones(rows.num_sequences, np.bool_) if rows.known is None else ~rows.known.is_there
     asked[list(rows.sequence_errors)] = False
-    sequences = np.flatnonzero(asked)
-    if not len(sequences):
-        return known
-    fresh = score(rows.take(sequences))
-    found = np.flatnonzero(known.is_there)
-    parts = [(found, found, known)]
+    return np.flatnonzero(asked)
+
+
+def _completed(known: Scores, sequences: IntArray, fresh: Scores) -> Scores:
+    """What is known, with the scores of these sequences as they were found."""
+    there = np.flatnonzero(known.is_there)
+    parts = [(there, there, known)]
     if known.step_values is None or fresh.step_values is not None:  # else it has no score at all
         parts.append((sequences, np.arange(len(sequences)), fresh))
-    joined = _joined(rows.num_sequences, parts)
+    joined = _joined(len(known.values), parts)
     errors = {int(sequences[place]): error for place, error in fresh.errors.items()}
     return replace(joined, errors=errors, effort=fresh.effort)
 

@@ -47,6 +47,10 @@ _NO_PROGRESS_HANGS = 20
 _BUNDLE_TOKENS = 20_000
 _BUNDLE_SHARDS = 32
 _BUNDLE_FROM = 256
+_BUNDLE_WRITTEN = 1 << 21
+"""Tokens that a judge may write about the shards of an item: minutes of work, which are lost if its
+worker is, and enough replies for an engine that writes hundreds at a time."""
+_ITEMS_PER_WORKER = 4
 
 
 # On Ray Data
@@ -82,8 +86,9 @@ def run_on_ray(
     context.max_consecutive_actor_init_deaths = job.config.attempts
     attempts = _here(Attempts).remote(job.config.attempts)
     stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
-    items = pa.table({"item": pa.array([pickle.dumps(item) for item in _items(todo)], _CELL)})
     workers, over_nodes = num_workers(job), is_over_nodes(job)
+    bundles = [pickle.dumps(bundle) for bundle in _items(job, todo, workers)]
+    items = pa.table({"item": pa.array(bundles, _CELL)})
     with DataContext.current(context):
         dataset = (
             ray.data.from_arrow(items)
@@ -134,21 +139,33 @@ def _here(actor: type) -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(actor)
 
 
-def _items(todo: list[Shard]) -> Iterator[list[Shard]]:
-    """Work items: one shard each, but tiny ones together where there are many shards.
+def _items(job: Job, todo: list[Shard], workers: int) -> Iterator[list[Shard]]:
+    """Work items: one shard each, but small ones together where there are many. Shards are
+    committed one by one whatever the item."""
+    if job.asks_together:
+        assert job.model.judge is not None
+        tokens_of_row = job.model.judge.generation.most_tokens
+        costs = [shard.num_rows * tokens_of_row for shard in todo]
+        # Every worker gets several items, so that they end at about the same time.
+        most_shards = min(_BUNDLE_SHARDS, len(todo) // (_ITEMS_PER_WORKER * workers))
+        return _bundled(todo, costs, _BUNDLE_WRITTEN, most_shards)
+    # Ray takes some 30 ms of the driver for each item.
+    most_shards = _BUNDLE_SHARDS if len(todo) >= _BUNDLE_FROM else 1
+    return _bundled(todo, [shard.estimated_tokens for shard in todo], _BUNDLE_TOKENS, most_shards)
 
-    Ray takes some 30 ms of the driver for each item. Shards are still scored and committed one
-    by one, so bundling changes no result.
-    """
+
+def _bundled(
+    todo: list[Shard], costs: list[int], most: int, most_shards: int
+) -> Iterator[list[Shard]]:
+    """As many shards in a row as cost no more than `most` together; at least one."""
     bundle: list[Shard] = []
-    tokens = 0
-    for shard in todo:
-        tokens += shard.estimated_tokens
-        is_full = tokens > _BUNDLE_TOKENS or len(bundle) == _BUNDLE_SHARDS
-        if bundle and (is_full or len(todo) < _BUNDLE_FROM):
+    total = 0
+    for shard, cost in zip(todo, costs, strict=True):
+        if bundle and (total + cost > most or len(bundle) >= most_shards):
             yield bundle
-            bundle, tokens = [], shard.estimated_tokens
+            bundle, total = [], 0
         bundle.append(shard)
+        total += cost
     yield bundle
 
 
@@ -255,14 +272,18 @@ class _ScoreStage:
             for item, start in zip(items, starts, strict=False):
                 self._scorer.probe(item, tried.start - start, tried.stop - start)
         scored = []
-        for item, start in zip(items, starts, strict=False):
-            item.spent.retries += num_failed
-            crashed: list[int] = []
-            if tried is None:
-                item.rows, item.error = None, _gives_up(num_failed)
-            else:
-                crashed = [r - start for r in tried.without if start <= r < start + item.num_rows]
-            scored.append(self._scorer.score(item, crashed))
+        if self._job.asks_together and len(items) > 1 and not num_failed:
+            scored = self._scorer.score_together(items)
+        else:
+            for item, start in zip(items, starts, strict=False):
+                item.spent.retries += num_failed
+                crashed: list[int] = []
+                if tried is None:
+                    item.rows, item.error = None, _gives_up(num_failed)
+                else:
+                    stop = start + item.num_rows
+                    crashed = [row - start for row in tried.without if start <= row < stop]
+                scored.append(self._scorer.score(item, crashed))
         self._attempts.forget.remote(key)
         return scored
 

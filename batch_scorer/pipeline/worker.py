@@ -26,7 +26,7 @@ from batch_scorer.records import (
     Status,
     TokenizedRows,
 )
-from batch_scorer.shard import read_known, read_shard, score_shard
+from batch_scorer.shard import read_known, read_shard, score_shard, score_shards
 
 log = logging.getLogger("batch_scorer")
 
@@ -120,25 +120,56 @@ class Scorer:
 
     def score(self, item: Item[TokenizedRows], crashed: Sequence[int] = ()) -> Item[ScoredRows]:
         """Score a shard; the rows that ended other processes are only marked."""
-        spent = replace(item.spent)
-        scored: Item[ScoredRows] = Item(item.shard, error=item.error, spent=spent)
+        scored: Item[ScoredRows] = Item(item.shard, error=item.error, spent=replace(item.spent))
         if item.rows is None:
             return scored
-        started, spent.started_at = time.perf_counter(), time.time()
+        started, scored.spent.started_at = time.perf_counter(), time.time()
         marks = {row: RowError(RowReason.WORKER_CRASH, _CRASHED) for row in crashed}
         with scored.caught():
             log.info("score")
             scored.rows = self._score_rows(without(item.rows, marks))
-        ended = time.perf_counter()
-        if scored.rows is not None:
-            spent.effort, spent.score_s = scored.rows.scores.effort, scored.rows.score_s
-            # Waits and scores of a worker add up to its time since its first shard.
-            since = started if self._ended is None else self._ended
-            spent.wait_s = ended - since - spent.score_s
-        self._ended = ended
-        self._peak.look()
-        spent.peak_flops = self._peak.flops
+        self._end([scored], started)
         return scored
+
+    def score_together(self, items: Sequence[Item[TokenizedRows]]) -> list[Item[ScoredRows]]:
+        """Score several shards, of which the engine is asked at once; one after the other where
+        that raises, so that only the shard at fault has an error."""
+        asked = [item for item in items if item.rows is not None]
+        started, started_at = time.perf_counter(), time.time()
+        try:
+            with self._at_work():
+                rows = [item.rows for item in asked if item.rows is not None]
+                found = iter(score_shards(rows, self._backend, self._job.judging))
+        except EngineDied:
+            raise
+        except Exception as error:
+            log.info("%d shards are scored one by one: %s", len(asked), in_short(error))
+            return [self.score(item) for item in items]
+        scored = [
+            Item(
+                item.shard,
+                None if item.rows is None else next(found),
+                item.error,
+                replace(item.spent, started_at=started_at),
+            )
+            for item in items
+        ]
+        self._end([item for item in scored if item.rows is not None], started)
+        return scored
+
+    def _end(self, scored: Sequence[Item[ScoredRows]], started: float) -> None:
+        """Note what these shards took, which were begun at `started`."""
+        # Waits and scores of a worker add up to its time since its first shard.
+        since = started if self._ended is None else self._ended
+        self._ended = time.perf_counter()
+        self._peak.look()
+        for item in scored:
+            spent = item.spent
+            spent.peak_flops = self._peak.flops
+            if item.rows is not None:
+                spent.effort, spent.score_s = item.rows.scores.effort, item.rows.score_s
+                spent.wait_s = self._ended - since - spent.score_s
+                since = self._ended
 
     def probe(self, item: Item[TokenizedRows], start: int, stop: int) -> None:
         """Score rows [start, stop), as far as the shard has them, to see whether the process

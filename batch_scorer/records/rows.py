@@ -4,9 +4,10 @@ Legend: R rows of a shard, S sequences (a row has one or more), T tokens, H hidd
 O outputs of the model (1 for a scalar reward).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -214,6 +215,37 @@ class TokenizedRows:
             verdicts=None if self.verdicts is None else self.verdicts[sequences],
         )
 
+    @staticmethod
+    def joined(parts: "Sequence[TokenizedRows]") -> "TokenizedRows":
+        """The sequences of all parts, in their order, each as a row of its own, with their errors.
+
+        The parts belong to one job: what one of them has beside its sequences, all have.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        starts = np.cumsum([0, *(part.num_sequences for part in parts)])
+        lengths = np.concatenate([part.lengths for part in parts])
+
+        def together(name: str) -> Any:
+            arrays = [getattr(part, name) for part in parts]
+            return None if arrays[0] is None else np.concatenate(arrays)
+
+        return TokenizedRows(
+            token_ids=together("token_ids"),
+            sequence_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            row_offsets=np.arange(len(lengths) + 1),
+            truncated_tokens=together("truncated_tokens"),
+            sequence_errors={
+                start + sequence: error
+                for start, part in zip(starts.tolist(), parts, strict=False)
+                for sequence, error in part.sequence_errors.items()
+            },
+            row_errors={},
+            answer_starts=together("answer_starts"),
+            seeds=together("seeds"),
+            verdicts=together("verdicts"),
+        )
+
     def part(self, first_row: int, stop_row: int) -> "TokenizedRows":
         """The rows from one to before another, without their errors, but with what is known of
         them: an engine is not asked for that, whichever part it gets."""
@@ -344,6 +376,23 @@ class Scores:
         places, offsets = gather(self.step_offsets, np.arange(first, stop))
         steps = self.step_values[places]
         return Scores(self.values[first:stop], step_values=steps, step_offsets=offsets)
+
+    def split(self, counts: Sequence[int]) -> "list[Scores]":
+        """Those of the first `counts[0]` sequences, of the next `counts[1]`, and so on, with all
+        that is theirs. The effort cannot be told apart: it stays with the first ones."""
+        if len(counts) == 1:
+            return [self]
+        bounds = np.cumsum([0, *counts]).tolist()
+        split = [self.part(first, stop) for first, stop in pairwise(bounds)]
+        split[0].effort = self.effort
+        for own, (first, stop) in zip(split, pairwise(bounds), strict=True):
+            own.replies = None if self.replies is None else self.replies[first:stop]
+            if self.prompt_tokens is not None:
+                own.prompt_tokens = self.prompt_tokens[first:stop]
+        for sequence, error in self.errors.items():
+            number = int(np.searchsorted(bounds, sequence, side="right")) - 1
+            split[number].errors[sequence - bounds[number]] = error
+        return split
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,7 +246,7 @@ def test_a_rewritten_file_takes_the_probabilities_of_equal_questions(
 
 @pytest.mark.slow
 def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
-    model: Path, tmp_path: Path, disk: Place
+    program: Program, model: Path, tmp_path: Path, disk: Place
 ) -> None:
     page = page_at(tmp_path, GREEDY)
     whole = run_cli(*arguments(page, model, disk, "whole", *WRITING))
@@ -270,6 +270,14 @@ def test_a_greedy_judge_writes_the_same_for_any_cut_and_after_an_interruption(
     assert len(after) == 3 and {key: after[key] for key in before} == before
     assert rows_of(after) == rows
     assert resumed.json["judged"] == whole.json["judged"]
+
+    # On Ray a worker is asked about several small shards at once.
+    flags = ("--backend", "vllm", "--keep-judgement", "--workers", 1, "--shard-rows", 1)
+    on_ray = program.run(*arguments(page, model, disk, "on-ray", *flags))
+    assert on_ray.exit_code == 0, on_ray.err
+    single = (disk / "on-ray").shards()
+    assert len(single) == 14 and rows_of(single) == rows
+    assert on_ray.json["judged"] == whole.json["judged"]
 
 
 @pytest.mark.slow

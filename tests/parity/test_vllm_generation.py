@@ -21,6 +21,7 @@ from batch_scorer.errors import ConfigError, ModelError, RowReason
 from batch_scorer.judges.page import Page
 from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.records import Reply, Scores, TokenizedRows
+from batch_scorer.shard import score_shard, score_shards
 from tests.helpers.adapters import peft_adapter
 from tests.helpers.language_models import (
     BROKEN,
@@ -181,6 +182,21 @@ def test_equal_questions_are_asked_once(llama: Path, start: Start) -> None:
     assert replies(thrice) == [replies(once)[i] for i in (0, 1, 0, 0)]
     assert thrice.effort.generated_tokens == once.effort.generated_tokens
     assert thrice.effort.computed_tokens == once.effort.computed_tokens == 3
+
+
+def test_questions_of_several_shards_keep_the_engine_full(
+    llama: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time: the last ones of a shard leave no place empty."""
+    backend = start(llama, GREEDY)
+    monkeypatch.setattr(vllm_engine, "MAX_SEQUENCES", 3)
+    shards = [asked(QUESTIONS[first : first + 2]) for first in range(0, 12, 2)]
+    alone = [score_shard(rows, backend) for rows in shards]
+    together = score_shards(shards, backend)
+    assert [one.scores.replies for one in together] == [one.scores.replies for one in alone]
+    steps = sum(one.scores.effort.num_batches for one in alone)
+    assert steps >= 6 * MAX_TOKENS
+    assert sum(one.scores.effort.num_batches for one in together) < 0.75 * steps
 
 
 def test_the_effort_is_counted(llama: Path, start: Start) -> None:
