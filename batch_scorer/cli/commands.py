@@ -32,6 +32,7 @@ from batch_scorer.cli.terminal import err, fail, for_progress, out, program_name
 from batch_scorer.config import (
     Config,
     PartialConfig,
+    completed,
     expanded,
     load_config,
     load_partial_config,
@@ -379,7 +380,7 @@ def evaluate(
     if config.model or config.output:
         with progress_listener(for_progress(as_json=as_json)) as progress:
             result = evaluate(
-                config.complete(),
+                completed(config),
                 benchmark=benchmark,
                 legacy_xstest_weights=legacy_xstest_weights,
                 listeners=[progress],

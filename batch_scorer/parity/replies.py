@@ -26,17 +26,19 @@ MOST_TOKENS, LEAST_TOKENS, ALL_TOKENS = 24, 8, 384
 """Tokens that are written behind a question, and behind all of them about: plain Hugging Face runs
 the model once for each."""
 EXACT_NOISE = 1e-3
-"""How close the two best logits may be in float32, as a share of the logits' spread."""
+"""How close the two best logits may be in float32, as a share of the logits' spread. Plain Hugging
+Face's own were at most 1e-5 off, and vLLM wrote no other token (`benchmarks/written_tokens.py`)."""
 ROUNDING_FACTOR = 2.0
 """The same in half precision: a factor on the most by which plain Hugging Face's own rounding
-changes the distance of the two. SmolLM2-135M in bfloat16, measured once by hand: 0.3 at most and
-0.08 in the mean of 64 places, and the tokens changed places where they were 0.06 apart."""
+changes the distance of the two. In bfloat16, as shares of the spread: in SmolLM2-135M by 0.12 at
+most and 0.02 in the mean of 288 places, and vLLM wrote another token at 7 of them, where the two
+were up to 0.04 apart; in a tiny random model 0.05, 0.01, 6 and 0.02 (the same benchmark)."""
 LEAST_HALF_NOISE = 0.1
 """What half precision may have, as a share of the spread, even where plain Hugging Face happens to
-be closer: of few places the most is chance. SmolLM2-135M in bfloat16, by hand: 0.09 at most."""
+be closer: of few places the most is chance. It lies between those of the two models above."""
 UNMEASURED_NOISE = 0.3
 """The same where that rounding is not measured (the model fits the memory in half precision only,
-or the engine computes with quantised weights)."""
+or the engine computes with quantised weights): more than twice the most above."""
 
 
 @dataclass(frozen=True, slots=True)

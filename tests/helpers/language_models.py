@@ -112,9 +112,9 @@ def embedded_language_model(directory: Path) -> Path:
 @torch.inference_mode()
 def next_token_probabilities(model_dir: Path, sequences: list[list[int]]) -> np.ndarray:
     """float64[S, V]: the probabilities of all next tokens, by transformers' own language model."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
     return np.stack(
         [
             torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1].double(), -1).numpy()

@@ -83,11 +83,12 @@ def tokenized(sequences: Sequences) -> TokenizedRows:
 
 
 def load_reference(model_dir: Path, dtype: str = "float32", **config: Any) -> PreTrainedModel:
-    """Plain transformers with eager attention; `config` overrides what the directory says."""
-    model = AutoModelForSequenceClassification.from_pretrained(
+    """Plain transformers with eager attention, in evaluation mode; `config` overrides what the
+    directory says."""
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
         model_dir, dtype=getattr(torch, dtype), attn_implementation="eager", **config
     )
-    return model.eval()
+    return model
 
 
 @torch.inference_mode()
@@ -101,8 +102,8 @@ def build_model(name: str, model_dir: Path, **shape: Any) -> None:
     """A random model with peaked attention and scores of standard deviation `SCORE_STD`."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **(MODEL_CONFIGS[name] | shape))
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    model.eval()
+    made: Any = AutoModelForSequenceClassification.from_config
+    model = made(config, attn_implementation="eager").eval()
     queries_and_keys = ("q_proj", "k_proj", "query", "key", "Wqkv", "c_attn")
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

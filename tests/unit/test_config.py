@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from batch_scorer.config import Config, load_config, load_partial_config
+from batch_scorer.config import Config, completed, load_config, load_partial_config
 from batch_scorer.errors import ConfigError
 from batch_scorer.storage import Store
 
@@ -104,11 +104,11 @@ def test_a_partial_config_names_what_is_needed_all_the_same(given: dict[str, Any
 
 
 def test_a_partial_config_is_completed_or_names_what_is_missing() -> None:
-    whole = load_partial_config(**NEEDED, columns={"chosen": "a"}).complete()
+    whole = completed(load_partial_config(**NEEDED, columns={"chosen": "a"}))
     assert type(whole) is Config
     assert whole == load_config(**NEEDED, columns={"chosen": "a"})
     with pytest.raises(ConfigError, match=r"\A`output` is needed\Z"):
-        load_partial_config(model="m", inputs="in").complete()
+        completed(load_partial_config(model="m", inputs="in"))
 
 
 def test_only_scores_settings_are_asked_for_the_fingerprint() -> None:

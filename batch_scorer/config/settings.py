@@ -7,34 +7,31 @@ layout    how shards and columns are cut; fixed for an output once it has been w
 runtime   only how fast and where; free to change when a run is resumed
 """
 
-import difflib
 import json
 import math
-import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
+from batch_scorer.config.engines import ENGINES
 from batch_scorer.credentials import wrong_options, wrong_url
-from batch_scorer.errors import ConfigError, RowReason
+from batch_scorer.errors import RowReason
 from batch_scorer.quarantine import Bounds
 from batch_scorer.records import Format, ReadBounds, TextStyle
 from batch_scorer.storage import is_speakable
-from batch_scorer.yaml_file import read_yaml
 
 _LARGEST = 2**63 - 1
 """Whole numbers beyond it stand in no record."""
@@ -60,15 +57,11 @@ _OF_TASKS = {
 }
 """The settings that one task alone takes."""
 
-_PLACES = (
+PLACES = (
     *("model", "base_model", "reference_model", "also", "inputs", "output", "chat_template"),
     *("judge", "ray_address", "endpoint"),
 )
 """The settings that may be URLs."""
-
-_ON_DISK = tuple(name for name in _PLACES if name not in ("ray_address", "endpoint"))
-"""The settings that may be paths."""
-_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 
 IMPLICIT_REWARD = "implicit_reward"
 """The family that scores with two models."""
@@ -96,63 +89,6 @@ class OverLength(StrEnum):
     def cuts(self) -> bool:
         """Whether a sequence that is too long is cut and scored."""
         return self in (self.TRUNCATE_LEFT, self.TRUNCATE_MIDDLE, self.TRUNCATE_RIGHT)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What the rest of the program has to know about an engine.
-
-    options          settings that it takes and not every engine does; the others are refused.
-    runs_model       whether the model gives the scores. Then plain Hugging Face gives the same,
-                     the model's family decides which engines can run it, and a score costs
-                     floating-point operations. Otherwise there is one score a sequence.
-    writes           whether it can let a judge write its verdict.
-    is_served        whether the model is another program's, which is sent messages; then there is
-                     no model folder here.
-    package          what must be installed beside the requirements of this package.
-    shares_prefixes  whether it computes once a prefix that several sequences of a shard have, in
-                     packed batches. `shares_in_steps`: also where all tokens of a sequence are
-                     read.
-    """
-
-    options: frozenset[str] = frozenset()
-    runs_model: bool = True
-    writes: bool = False
-    is_served: bool = False
-    package: str | None = None
-    shares_prefixes: bool = False
-    shares_in_steps: bool = False
-
-
-ENGINES = {
-    "hf": EngineFacts(
-        options=frozenset({"attention", "compile", "token_scores"}),
-        shares_prefixes=True,
-        shares_in_steps=True,
-    ),
-    "vllm": EngineFacts(
-        options=frozenset(
-            {"compile", "quantization", "tensor_parallel", "pipeline_parallel", "token_scores"}
-        ),
-        package="vllm",
-        writes=True,
-        shares_prefixes=True,  # but requests for all tokens do not read its cache
-    ),
-    "endpoint": EngineFacts(
-        options=frozenset(
-            {
-                *("endpoint", "api_key_env", "api_key_file", "requests_in_flight"),
-                *("requests_per_minute", "tokens_per_minute", "token_prices"),
-                *("request_timeout_s", "request_attempts"),
-            }
-        ),
-        runs_model=False,
-        writes=True,
-        is_served=True,
-    ),
-    "fake": EngineFacts(runs_model=False),
-}
-"""The engines by name, in the order in which `auto` prefers them; each is `backends/<name>.py`."""
 
 
 _RETRIED = [reason.value for reason in RowReason if reason.may_pass]
@@ -559,7 +495,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:
-        if lines := _credentials_in(self.model_dump(include={"store_options", *_PLACES})):
+        if lines := credentials_in(self.model_dump(include={"store_options", *PLACES})):
             raise ValueError("\n".join(lines))
         return self
 
@@ -693,9 +629,6 @@ class Config(BaseModel):
         return {name: value for name, value in values.items() if roles[name] == role}
 
 
-C = TypeVar("C", bound=Config)
-
-
 class PartialConfig(Config):
     """Settings of a command that needs no model, inputs or output: those not given are empty.
 
@@ -706,95 +639,8 @@ class PartialConfig(Config):
     inputs: tuple[str, ...] = _setting((), "runtime")
     output: str = _setting("", "runtime")
 
-    def complete(self) -> Config:
-        """The same with all that scoring needs; raises ConfigError naming what is missing."""
-        return _load(Config, self.model_dump(exclude_unset=True), ())
 
-
-def expanded(path: str | Path) -> str:
-    """A path or URL as it is used and recorded: `~` is the home folder, `${NAME}` a variable of the
-    environment, `$${` the two characters `${`.
-
-    Raises ConfigError for a variable that is not set.
-    """
-
-    def value(found: re.Match[str]) -> str:
-        if (name := found[1]) is None:
-            return "${"
-        if name not in os.environ:
-            raise ConfigError(
-                f"{path}: the environment has no variable {name!r}; write $${{ for the characters "
-                "themselves"
-            )
-        return os.environ[name]
-
-    text = _VARIABLE.sub(value, str(path))
-    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
-
-
-def load_config(path: str | Path | None = None, **settings: Any) -> Config:
-    """A config from a YAML file, with `settings` on top; `None` settings count as not given.
-
-    Paths may be `Path` or text, with `~` and `${NAME}` (`expanded`).
-    Raises ConfigError with one line per wrong field; an unknown key gets a suggestion.
-    """
-    return _load(Config, _settings(path, settings, elsewhere=False), ())
-
-
-def load_partial_config(
-    path: str | Path | None = None,
-    *,
-    needs: Collection[str] = (),
-    elsewhere: bool = False,
-    **settings: Any,
-) -> PartialConfig:
-    """The same, where only `needs` have to be given of model, inputs and output.
-
-    With `elsewhere` the settings are another machine's, whose home folder and variables are not
-    known here: paths are left as they are.
-    """
-    return _load(PartialConfig, _settings(path, settings, elsewhere=elsewhere), needs)
-
-
-_MOST_QUOTED = 200
-
-
-def _settings(
-    path: str | Path | None, settings: Mapping[str, Any], *, elsewhere: bool
-) -> dict[str, Any]:
-    values = {}
-    if path is not None:
-        values = read_yaml(Path(expanded(path)))
-        # Also what a flag replaces: the whole file may be sent to a cluster.
-        if lines := _credentials_in(values):
-            raise ConfigError("\n".join(f"{path}: {line}" for line in lines))
-    values.update({name: value for name, value in settings.items() if value is not None})
-    wrong = []
-    for name in () if elsewhere else values.keys() & set(_ON_DISK):
-        try:
-            values[name] = _expanded_all(values[name])
-        except ConfigError as error:
-            wrong.append(f"{name}: {error}")
-    if wrong:
-        raise ConfigError("\n".join(sorted(wrong)))
-    if isinstance(values.get("inputs"), str):
-        values["inputs"] = (values["inputs"],)
-    # YAML 1.1 reads a bare `off` as false.
-    if values.get("parity_check") is False:
-        values["parity_check"] = "off"
-    return values
-
-
-def _expanded_all(value: Any) -> Any:
-    """Every path in a setting `expanded`; what is none is left for the model to refuse."""
-    if isinstance(value, Mapping):
-        return {name: _expanded_all(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(map(_expanded_all, value))
-    return expanded(value) if isinstance(value, str | Path) else value
-
-
-def _credentials_in(settings: Mapping[str, Any]) -> list[str]:
+def credentials_in(settings: Mapping[str, Any]) -> list[str]:
     """A line for each credential among the settings, and for each unknown option of a store.
 
     They may be of any type, as a file has them.
@@ -802,7 +648,7 @@ def _credentials_in(settings: Mapping[str, Any]) -> list[str]:
     options = settings.get("store_options")
     named = {str(k): str(v) for k, v in options.items()} if isinstance(options, Mapping) else {}
     lines = [f"store_options.{line}" for line in wrong_options(named)]
-    for name in _PLACES:
+    for name in PLACES:
         lines += [f"{name}: {why}" for why in map(wrong_url, _texts(settings.get(name))) if why]
     return lines
 
@@ -813,43 +659,3 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [text for each in value for text in _texts(each)]
     return [value] if isinstance(value, str) else []
-
-
-def _load(kind: type[C], values: dict[str, Any], needs: Collection[str]) -> C:
-    lines = [_missing(name) for name in needs if not values.get(name)]
-    try:
-        config = kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(lines + _explain(error))) from None
-    if lines:
-        raise ConfigError("\n".join(lines))
-    return config
-
-
-def _quoted(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}…"
-
-
-def _missing(name: str) -> str:
-    return f"`{name}` is needed"
-
-
-def _explain(error: ValidationError) -> list[str]:
-    lines = []
-    for problem in error.errors():
-        # Of a list without its place: the value is shown, and flags have no places.
-        name = ".".join(part for part in problem["loc"] if isinstance(part, str))
-        if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name, Config.model_fields, n=1)
-            hint = f"; did you mean `{close[0]}`?" if close else ""
-            lines.append(f"unknown setting `{name}`{hint}")
-        elif problem["type"] == "missing":
-            lines.append(_missing(name))
-        else:
-            # What stands wrongly among a store's options may be a secret.
-            is_shown = name and not name.startswith("store_options")
-            given = f" (got {_quoted(problem['input'])})" if is_shown else ""
-            message = problem["msg"].removeprefix("Value error, ")  # pydantic's, before ours
-            lines.append(f"{name + ': ' if name else ''}{message}{given}")
-    return lines
