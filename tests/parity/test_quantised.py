@@ -26,6 +26,7 @@ from batch_scorer.errors import ModelError
 from batch_scorer.judges.page import Generation, Page, VerdictRule
 from batch_scorer.models.directory import inspect_model, read_model_files
 from batch_scorer.models.fit import check_fit
+from batch_scorer.models.quantised import as_stored, vllm_config
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.models.weights import checkpoint_tensors
 from tests.helpers.language_models import (
@@ -525,6 +526,33 @@ def test_vllm_computes_with_int8_as_it_is_stored(
     # Where a number lies half-way between two of 8 bits, the last bit before decides.
     assert np.median(np.abs(scores - rounded)) < 1e-5 < 1e-3 < np.median(np.abs(rounded - exact))
     np.testing.assert_allclose(scores, rounded, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("fp8 blocks", None),
+        ("float-quantized channel", ("ignore", ["lm_head", "score", "lm_head"])),
+        ("int-quantized channel", ("ignore", ["lm_head", "score", "lm_head"])),
+        ("gptq", ("lm_head", False)),
+        ("awq", ("lm_head", False)),
+    ],
+)
+def test_vllm_is_given_the_stored_body_and_a_head_of_floats(
+    name: str, entry: tuple[str, Any] | None, judge: Path, tmp_path: Path
+) -> None:
+    quantised, meant = write(judge, tmp_path, *FORMATS[name], is_linear=IS_LINEAR_OR_HEAD)
+    files, head = read_model_files(quantised), "lm_head.weight"
+    given = dict(checkpoint_tensors(as_stored(files, but={head}), lambda name: True))
+    stored = load_file(quantised / "model.safetensors")
+    expected = {n: tensor for n, tensor in stored.items() if not n.startswith("lm_head.")}
+    expected[head] = load_file(meant / "model.safetensors")[head]
+    assert given.keys() == expected.keys()
+    for tensor_name, tensor in expected.items():
+        assert given[tensor_name].dtype == tensor.dtype
+        torch.testing.assert_close(given[tensor_name].float(), tensor.float(), rtol=1e-6, atol=0)
+    if entry is not None:
+        assert vllm_config(files)[entry[0]] == entry[1]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM's CPU build")
