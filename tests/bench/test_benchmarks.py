@@ -15,7 +15,16 @@ BENCHMARKS = REPOSITORY / "benchmarks"
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "common")
 
 # Each starts Ray or an engine several times, which takes half a minute and more.
-LEFT_TO_SLOW = {"end_to_end", "engines", "judges", "numerics", "scaling", "shards", "workers"}
+LEFT_TO_SLOW = {
+    "end_to_end",
+    "engines",
+    "judges",
+    "numerics",
+    "scaling",
+    "shards",
+    "starts",
+    "workers",
+}
 
 pytestmark = pytest.mark.e2e
 
