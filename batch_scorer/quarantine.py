@@ -297,6 +297,9 @@ os.register_at_fork(after_in_child=_forget)
 def serve(control: int) -> None:
     """The template: fork a child for each connection that comes, until our parent is gone."""
     import_module(_READERS)
+    from batch_scorer.arrow import without_pandas
+
+    without_pandas()
     parent = socket.socket(fileno=control)
     while True:
         message, handles, _, _ = socket.recv_fds(parent, 9, 3)

@@ -10,6 +10,8 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -218,6 +220,19 @@ class Family:
             self._kinds[pid] = "read and write"
         else:
             self._kinds.setdefault(pid, "ray")
+
+
+@contextmanager
+def worktree_of(commit: str) -> Iterator[Path]:
+    """The repository as it was at a commit, in a folder of its own, for this Python to run."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        git = ("git", "-C", str(ROOT), "worktree")
+        subprocess.run([*git, "add", "--detach", "--quiet", str(tree), commit], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from batch_scorer.models import kept
 from cluster.local.azurite import AzureServer, azure_server
 from cluster.local.local_cluster import Cluster, local_cluster
 from cluster.local.seaweed import S3Server, s3_server
@@ -26,6 +27,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["BATCH_SCORER_TESTING"] = "1"
 # GiB of vLLM's cache on a CPU, which every engine takes and clears at its start.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that an earlier test looked at, perhaps with other code in place of ours."""
+    folder = tmp_path_factory.mktemp("kept")
+    monkeypatch.setattr(kept, "user_cache", lambda: folder)
 
 
 @pytest.fixture(scope="session")

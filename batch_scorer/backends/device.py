@@ -38,6 +38,15 @@ def cuda_is_available() -> bool:
     return torch.cuda.is_available()
 
 
+def device_name(device: str) -> str:
+    """The GPU's name, or which instructions torch uses of the CPU's."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
 def keep_freed_memory() -> None:
     """Have this process keep the memory of tensors for the next ones; without glibc, do nothing.
 

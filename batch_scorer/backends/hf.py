@@ -27,7 +27,7 @@ from batch_scorer.backends.base import (
     mark_non_finite,
     unscorable,
 )
-from batch_scorer.backends.device import keep_freed_memory
+from batch_scorer.backends.device import device_name, keep_freed_memory
 from batch_scorer.backends.hf_loader import (
     Loader,
     check_rotary_dtype,
@@ -136,7 +136,7 @@ class HFBackend:
             "model_class": type(self._model).__name__,
             "torch": str(torch.__version__),  # a plain string: it is unpickled without torch
             "transformers": transformers.__version__,
-            "device": _device_name(self._device),
+            "device": device_name(device),
             "dtype": dtype,
             "attention": self._model.config._attn_implementation,
             "token_budget": self._budget.limit,
@@ -395,9 +395,3 @@ def _too_large(rows: TokenizedRows, sequences: Int64Array) -> dict[int, RowError
         )
         for sequence in sequences.tolist()
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"

@@ -9,6 +9,7 @@ from typing import NoReturn
 import typer
 
 from batch_scorer import logs
+from batch_scorer.arrow import without_pandas
 from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.cli.commands import app
 from batch_scorer.cli.terminal import fail
@@ -22,6 +23,7 @@ def main() -> NoReturn:
     """Entry point: errors of ours become one clear message and an exit code."""
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    without_pandas()
     logs.set_up()
     signal.signal(signal.SIGTERM, _stop)
     try:

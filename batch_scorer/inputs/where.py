@@ -16,9 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.acero as acero
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from batch_scorer.errors import ConfigError, ShardError, ShardReason
@@ -111,6 +109,8 @@ class Where:
 
         Raises ShardError where a type or a value does not fit, e.g. a division by zero.
         """
+        import pyarrow.acero as acero  # loads pandas, where that is installed
+
         fields = [rows.schema.field(name) for name in self.columns]
         table = pa.table([rows[name] for name in self.columns], schema=pa.schema(fields))
         try:
@@ -133,6 +133,8 @@ class Where:
 
         Works on the footer alone; no store is asked.
         """
+        import pyarrow.dataset as ds  # loads pandas, where that is installed
+
         footer = io.BytesIO()
         metadata.write_metadata_file(footer)
         fragment = ds.ParquetFileFormat().make_fragment(pa.BufferReader(footer.getvalue()))

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -55,16 +54,16 @@ def _kept_or_read(file: Path) -> tuple[str, str | None]:
         record = _record_of(file)
     except RuntimeError:  # a user without a home
         return _read(file)
-    state = _state(before)
+    state = state_of(before)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(record.read_text())
         if found["state"] == state:
             return str(found["sha256"]), found["broken"]
     started = time.time()
     digest, broken = _read(file)
-    if state == _state(file.stat()) and _settled(before, started):
+    if state == state_of(file.stat()) and is_settled(before, started):
         kept = {"file": str(file), "state": state, "sha256": digest, "broken": broken}
-        _remember(record, kept)
+        remember(record, json.dumps(kept))
     return digest, broken
 
 
@@ -117,18 +116,21 @@ def _record_of(file: Path) -> Path:
     return user_cache() / "digests" / f"{name}.json"
 
 
-def _state(stat: os.stat_result) -> list[int]:
+def state_of(stat: os.stat_result) -> list[int]:
+    """What is another after any change of a file that has settled."""
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _settled(stat: os.stat_result, now: float) -> bool:
+def is_settled(stat: os.stat_result, now: float) -> bool:
+    """Whether a file's last change is so long ago that its times show the next one."""
     return now - max(stat.st_mtime, stat.st_ctime) > _SETTLED_S
 
 
-def _remember(record: Path, value: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # without a cache the digest only takes longer
+def remember(record: Path, text: str) -> None:
+    """Write a record of the user's cache, whole or not at all."""
+    with contextlib.suppress(OSError):  # without a cache everything only takes longer
         record.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=record.parent)
         with os.fdopen(descriptor, "w") as stream:
-            json.dump(value, stream)
+            stream.write(text)
         os.replace(name, record)

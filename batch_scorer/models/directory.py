@@ -19,6 +19,7 @@ from batch_scorer.models.checkpoint import (
 from batch_scorer.models.cost import HIDDEN_SIZES, ModelCost, model_cost
 from batch_scorer.models.cross_encoder import SETTINGS_FILES, read_cross_encoder
 from batch_scorer.models.digests import file_digest
+from batch_scorer.models.embedding import is_decoder
 from batch_scorer.models.files import check_folder, read_json
 from batch_scorer.models.hub import HubName, NotHereError
 from batch_scorer.models.hub import fetch as fetch_model
@@ -62,12 +63,14 @@ class ModelFacts:
     look at; `unpackable` is why packed attention cannot run the model, None where it can or where
     nobody looked.
     `path` has config and weights, `lora_dir` the LoRA adapter that is merged into them, and
-    `tokenizer_path` the tokenizer. `adapter` names the family (`models/families`), `attributes`
-    its outputs beside the score, and `has_score` whether there is one;
-    `prompt` is how it wants conversations rendered (kept here, because processes that read have no
-    torch, which the families need). `has_steps`: it is a process reward model. `reads_any_token`:
-    its head can give every token a score. `hidden_size` is
-    None where the config does not name it, `cost` where config and weights do not determine it.
+    `tokenizer_path` the tokenizer. `adapter` names the family (`models/families`), `engines` those
+    that can run it, and `converts` says whether its body's tensors are made into others;
+    `attributes` are its outputs beside the score, and `has_score` whether there is one; `prompt` is
+    how it wants conversations rendered (all kept here, because the families need torch, which not
+    every process has). `has_steps`: it is a process reward model. `reads_any_token`: its head can
+    give every token a score. `is_decoder`: transformers knows its type as one with a causal mask;
+    looked up for embeddings only. `hidden_size` is None where the config does not name it, `cost`
+    where config and weights do not determine it.
     `positions` are the tokens of the longest sequence that the model can read, `max_tokens` the
     same where the tokenizer's files set a lower limit. `quantisation` is that of the weights as
     they are stored. `digest` covers config, weights and tokenizer files: with any byte changed
@@ -86,6 +89,8 @@ class ModelFacts:
     unpackable: str | None
     architecture: str
     adapter: str
+    engines: tuple[str, ...]
+    converts: bool
     attributes: tuple[str, ...]
     has_score: bool
     prompt: Prompt
@@ -102,6 +107,7 @@ class ModelFacts:
     reference: "ModelFacts | None" = None
     judge: Page | None = None
     verdict_ids: tuple[int, ...] = ()
+    is_decoder: bool = False
     is_served: bool = False
 
     @property
@@ -121,6 +127,8 @@ def served_model(name: str, page: Page) -> ModelFacts:
         unpackable=None,
         architecture="served",
         adapter=JUDGE,
+        engines=(),
+        converts=False,
         attributes=(),
         has_score=True,
         prompt=Prompt(),
@@ -288,6 +296,8 @@ def inspect_model(
         unpackable=unpackable,
         architecture=files.architecture,
         adapter=chosen.name,
+        engines=chosen.engines,
+        converts=chosen.body.tensors is not None,
         attributes=chosen.attributes(files.config),
         has_score=chosen.has_score(files.config),
         prompt=replace(chosen.prompt, question_prefix=pairs.prompt) if pairs else chosen.prompt,
@@ -301,6 +311,7 @@ def inspect_model(
         quantisation=describe(files),
         digest=digest,
         base_digest=base_digest,
+        is_decoder=embeds and is_decoder(files.path),
     )
 
 

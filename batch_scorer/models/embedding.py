@@ -17,6 +17,8 @@ def embedding_of(
     model_dir: Path,
     pooling: Literal["last", "mean", "cls"] | None = None,
     normalize: bool | None = None,
+    *,
+    is_decoder: bool,
 ) -> Embedding:
     """How to read embeddings; what is None comes from `modules.json` and the pooling module's
     `config.json`.
@@ -30,7 +32,7 @@ def embedding_of(
         flags = _read(model_dir / types["Pooling"].get("path", "") / "config.json") or {}
         pooling = next((name for flag, name in _POOLING_FLAGS if flags.get(flag)), None)
     if pooling is None:
-        pooling = "last" if is_decoder(model_dir) else "mean"
+        pooling = "last" if is_decoder else "mean"
     if normalize is None:
         normalize = "Normalize" in types
     return Embedding(pooling, normalize)

@@ -15,7 +15,7 @@ from batch_scorer.errors import BatchScorerError, ModelError, cause_of
 _LONGEST_CAUSE = 400
 """Characters of others' messages, some of which print a whole config."""
 
-_READ = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt", ".py")
+READ = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt", ".py")
 """Ends of the names of files that this program or transformers opens."""
 _MIB = 1 << 20
 _MOST_BYTES = {
@@ -51,13 +51,13 @@ def _entries(path: Path) -> Iterator["os.DirEntry[str]"]:
         for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
             yield entry
             if entry.is_dir() and not entry.name.startswith("."):
-                yield from (e for e in os.scandir(entry) if e.name.endswith(_READ))
+                yield from (e for e in os.scandir(entry) if e.name.endswith(READ))
     except OSError as error:
         raise ModelError(f"{path}: not readable: {cause_of(error)}") from error
 
 
 def _problem(path: Path) -> str | None:
-    is_read = path.name.endswith(_READ)
+    is_read = path.name.endswith(READ)
     try:
         found = path.stat()
     except OSError as error:

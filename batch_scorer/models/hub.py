@@ -21,7 +21,7 @@ from urllib.parse import unquote
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.checkpoint import HEADS, WEIGHTS, weight_files
 from batch_scorer.models.lora import ADAPTER_WEIGHTS
-from batch_scorer.models.registry import head_files
+from batch_scorer.models.registry import HEAD_FILES
 from batch_scorer.storage.faults import first_line
 
 _URL = "hf://"
@@ -77,7 +77,7 @@ def fetch(name: HubName, *, weights: bool = True, code: bool = False, ask: bool 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bars()
-    of_weights = (WEIGHTS, *head_files(), *ADAPTER_WEIGHTS, *HEADS)
+    of_weights = (WEIGHTS, *HEAD_FILES, *ADAPTER_WEIGHTS, *HEADS)
     wanted = [*_TEXT, *(of_weights if weights else ()), *([_CODE] if code else ())]
     try:
         folder = snapshot_download(

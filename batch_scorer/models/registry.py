@@ -36,6 +36,10 @@ NAMED = "named_outputs"
 JUDGE = "judge"
 """The family of language models that are asked by a page."""
 
+HEAD_FILES = ("gating_layer.pt", "regression_layer.pt", "value_head.bin")
+"""The families' files beside the safetensors that may contain a head. To fetch them, no family has
+to be asked, which takes torch."""
+
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
 """What transformers calls an output without a name."""
 ENCODER_HEADS = ("classifier.", "classification_head.", "score.")
@@ -49,11 +53,6 @@ def adapters() -> tuple[Adapter, ...]:
     from batch_scorer.models.families import ADAPTERS
 
     return ADAPTERS
-
-
-def head_files() -> tuple[str, ...]:
-    """Files beside the safetensors that may contain a head."""
-    return tuple(sorted({file for adapter in adapters() for file in adapter.head_files}))
 
 
 def adapter_named(name: str) -> Adapter:

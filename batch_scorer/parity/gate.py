@@ -6,16 +6,22 @@ Legend: S sampled sequences, O outputs, E errors as a share of the scores' sprea
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.backends.base import Backend, WritingBackend
+from batch_scorer.backends.device import device_name
 from batch_scorer.backends.registry import BackendFactory, make_backend, settings_of
 from batch_scorer.job import Job
+from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.kept import kept
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.parity.replies import WrittenReference, compare_replies, compute_written
 from batch_scorer.parity.report import ParityReport, common_facts, finite_number
@@ -62,16 +68,10 @@ class Reference:
     step_values: FloatArray | None = None
     step_offsets: npt.NDArray[np.int64] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in asdict(self).items()
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A reference as the output keeps it."""
+    """A reference as it is kept."""
 
     dtype: str
     streamed: bool
@@ -79,6 +79,11 @@ class _Kept:
     rounding: list[float] | None
     step_values: list[float] | None
     step_offsets: list[int] | None
+
+    @classmethod
+    def of(cls, reference: Reference) -> Self:
+        fields = asdict(reference).items()
+        return cls(**{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields})
 
     def reference(self) -> Reference:
         def array(values: list[Any] | None, dtype: Any) -> Any:
@@ -92,6 +97,9 @@ class _Kept:
             step_values=array(self.step_values, np.float32),
             step_offsets=array(self.step_offsets, np.int64),
         )
+
+
+K = TypeVar("K", _Kept, WrittenReference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +130,42 @@ class ScoresReport(ParityReport):
 
 
 def reference_of(job: Job, sample: Sample) -> Reference | WrittenReference:
-    """What plain Hugging Face gives for the sample; computed once for an output and kept there."""
+    """What plain Hugging Face gives for the sample.
+
+    Computed once: the output keeps it for other workers and later runs, the user's cache for other
+    outputs of the same model, rows and libraries on the same kind of device.
+    """
+    if job.writes:
+        return _once(job, sample, WrittenReference, partial(compute_written, job, sample))
+    return _once(job, sample, _Kept, lambda: _Kept.of(compute_scores(job, sample))).reference()
+
+
+def _once(job: Job, sample: Sample, shape: type[K], find: Callable[[], K]) -> K:
     key = f"{RECORDS}/parity/{job.fingerprint.digest[:12]}-{sample.digest[:12]}.json"
     store = open_store(job.config.output, job.config.store_options, create=True)
     with suppress(ObjectMissing, ObjectDamaged):  # what is damaged is computed anew
-        if job.writes:
-            return read_record(store, key, WrittenReference)
-        return read_record(store, key, _Kept).reference()
-    reference = compute_reference(job, sample)
+        return read_record(store, key, shape)
+    asked = {
+        "fingerprint": job.fingerprint.digest,
+        "sample": sample.digest,
+        "device": device_name(settings_of(job).own_device),
+    }
+    # Another dtype stood in for float32 while memory was short.
+    found = kept(shape, _folders(job.model), asked, find, lambda found: found.dtype == "float32")
     with suppress(ObjectChanged):  # another worker was first, with the same one
-        store.create(key, json.dumps(reference.to_json()).encode())
-    return reference
+        store.create(key, json.dumps(asdict(found)).encode())
+    return found
 
 
-def compute_reference(job: Job, sample: Sample) -> Reference | WrittenReference:
+def _folders(model: ModelFacts) -> list[Path]:
+    """Where the model's files are, and those of the model that it is compared with."""
+    folders = [model.path, *([model.lora_dir] if model.lora_dir else [])]
+    return folders if model.reference is None else folders + _folders(model.reference)
+
+
+def compute_scores(job: Job, sample: Sample) -> Reference:
     """Plain Hugging Face in float32 where that is possible, and in the engine's dtype, for the
     rounding."""
-    if job.writes:
-        return compute_written(job, sample)
     from batch_scorer.backends.plain import reference_road
 
     road = reference_road(settings_of(job))
@@ -162,7 +188,7 @@ def compute_reference(job: Job, sample: Sample) -> Reference | WrittenReference:
 
 def check_engine(job: Job, sample: Sample) -> ParityReport:
     """Compare the engine with plain Hugging Face on the sample; nothing is stored."""
-    reference = compute_reference(job, sample)
+    reference = (compute_written if job.writes else compute_scores)(job, sample)
     backend = make_backend(job)
     try:
         return compare_engine(job, sample, reference, backend)

@@ -9,8 +9,7 @@ there, and goes on from it to the next such place.
 Legend: S sampled questions, N tokens written behind each.
 """
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,9 +49,6 @@ class WrittenReference:
     ids: list[list[int]]
     gaps: list[list[float]]
     noise: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def num_tokens(self) -> int:

@@ -9,15 +9,23 @@ renderer   all of it, for the rows of a shard
 """
 
 from batch_scorer.render.probe import PROBES, Probe, TemplateFacts
-from batch_scorer.render.renderer import OWN_TEMPLATE, Renderer, max_tokens_of, renderer_of, try_out
+from batch_scorer.render.renderer import (
+    OWN_TEMPLATE,
+    Renderer,
+    Rendering,
+    max_tokens_of,
+    renderer_of,
+    rendering_of,
+)
 
 __all__ = [
     "OWN_TEMPLATE",
     "PROBES",
     "Probe",
     "Renderer",
+    "Rendering",
     "TemplateFacts",
     "max_tokens_of",
     "renderer_of",
-    "try_out",
+    "rendering_of",
 ]

@@ -11,7 +11,9 @@ Legend: R rows, S sequences.
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +25,7 @@ from batch_scorer.config import Config, OverLength
 from batch_scorer.errors import ConfigError, ModelError, RowNote, RowReason, ShardError, ShardReason
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.kept import kept
 from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.quarantine import Died, apart
 from batch_scorer.records import Conversation, Message, ParsedRows, RowError, TokenizedRows
@@ -94,9 +97,9 @@ class Renderer:
         return int(self._tokenizer.vocab_size)
 
     @property
-    def renders(self) -> bool:
-        """Whether conversations can be turned into text here."""
-        return self._pairs or self._template.problem is None
+    def problem(self) -> str | None:
+        """Why conversations cannot be turned into text here; None: they can."""
+        return None if self._pairs else self._template.problem
 
     @property
     def asks_for_date(self) -> bool:
@@ -122,8 +125,8 @@ class Renderer:
         Raises ModelError if there is no template, if it fails, or if it writes nothing of a
         conversation.
         """
-        if not self.renders:
-            raise ModelError(self._template.problem)
+        if self.problem:
+            raise ModelError(self.problem)
         facts = None
         if not self._pairs:
             facts = look_at(self._template, self._writer.written, self._special.spellings)
@@ -463,14 +466,51 @@ def renderer_of(config: Config, model: ModelFacts) -> Renderer:
     )
 
 
-def try_out(config: Config, model: ModelFacts) -> None:
-    """Load the model's tokenizer, and render and tokenise with it, in a process apart.
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What a model's tokenizer and chat template do under a job's settings.
+
+    `vocab_size` as in `Renderer`. `problem` is why conversations cannot be rendered; without one
+    there is a `probe`. `asks_for_date`: the text depends on the `date`, which was today's for it.
+    `choice_ids` are the tokens of the choices of a judge that is read by probability.
+    """
+
+    vocab_size: int
+    problem: str | None
+    probe: Probe | None
+    asks_for_date: bool
+    date: datetime | None
+    choice_ids: tuple[int, ...]
+
+
+def rendering_of(config: Config, model: ModelFacts) -> Rendering:
+    """Load the model's tokenizer, and render and tokenise with it, in a process apart; or what that
+    gave before (`models.kept`). Without a date in the model's prompt, that of any day.
 
     Raises ModelError where that process dies or hangs, and as `renderer_of` and `Renderer.probe`
-    do.
+    do; ConfigError as `Renderer.choice_ids` does.
     """
+    if config.trust_remote_code:  # code of the model's own may come from anywhere
+        return _find_rendering(config, model)
+    date = model.prompt.date
+    return kept(
+        Rendering,
+        [model.path, model.tokenizer_path],
+        {
+            "prompt": replace(model.prompt, date=None).to_json(),
+            "max_tokens": max_tokens_of(config, model),
+            "over_length": config.over_length,
+            "vocab_size": model.vocab_size,
+            "choices": _choices(model),
+        },
+        partial(_find_rendering, config, model),
+        lambda found: not found.asks_for_date or date in (None, found.date),
+    )
+
+
+def _find_rendering(config: Config, model: ModelFacts) -> Rendering:
     try:
-        apart(config.reader_bounds(), _probe, config, model)
+        return apart(config.reader_bounds(), _rendering, config, model)
     except (Died, MemoryError) as error:
         why = str(error) or f"it takes more than {config.read_memory_gib:g} GiB (read_memory_gib)"
         raise ModelError(
@@ -478,11 +518,25 @@ def try_out(config: Config, model: ModelFacts) -> None:
         ) from None
 
 
-def _probe(config: Config, model: ModelFacts) -> None:
+def _rendering(config: Config, model: ModelFacts) -> Rendering:
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
     renderer = renderer_of(config, model)
-    if renderer.renders:
-        renderer.probe()
+    choices = _choices(model)
+    return Rendering(
+        vocab_size=renderer.vocab_size,
+        problem=renderer.problem,
+        probe=None if renderer.problem else renderer.probe(),
+        asks_for_date=renderer.asks_for_date,
+        date=model.prompt.date,
+        choice_ids=renderer.choice_ids(choices) if choices else (),
+    )
+
+
+def _choices(model: ModelFacts) -> list[str]:
+    """What a judge that is read by probability may answer; [] for other models."""
+    if model.judge is None or model.judge.generates:
+        return []
+    return [*model.judge.verdict.choices]
 
 
 def max_tokens_of(config: Config, model: ModelFacts) -> int:

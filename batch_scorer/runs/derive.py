@@ -39,11 +39,12 @@ from batch_scorer.models.directory import (
 from batch_scorer.models.embedding import embedding_of
 from batch_scorer.models.files import reading
 from batch_scorer.models.hub import repository_of
+from batch_scorer.models.kept import kept
 from batch_scorer.models.registry import JUDGE, NAMED
 from batch_scorer.outputs.claim import claimed, claimed_fingerprint
 from batch_scorer.pipeline.session import RaySession, has_gpus, num_workers, on_worker
 from batch_scorer.records import Format, TextStyle, TokenizedRows
-from batch_scorer.render import Probe, max_tokens_of, renderer_of, try_out
+from batch_scorer.render import Probe, max_tokens_of, rendering_of
 from batch_scorer.render.questions import check_templates
 from batch_scorer.runs.engine_choice import (
     is_raced,
@@ -96,16 +97,21 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
             path = find_model(
                 name, revision, with_code=config.trust_remote_code, fetch=with_weights
             )
-            facts = inspect_model(
-                path,
-                repository_of(name),
-                config.adapter or (JUDGE if page else NAMED if entries else None),
-                base=find_base(path, base_model, fetch=with_weights),
-                entries=entries,
-                embeds=config.task == "embed",
-                trust_remote_code=config.trust_remote_code,
-                with_fit=config.backend == "auto" or ENGINES[config.backend].runs_model,
-                with_digest=with_weights,
+            base = find_base(path, base_model, fetch=with_weights)
+            asked: dict[str, Any] = {
+                "name": repository_of(name),
+                "adapter": config.adapter or (JUDGE if page else NAMED if entries else None),
+                "entries": entries,
+                "embeds": config.task == "embed",
+                "trust_remote_code": config.trust_remote_code,
+                "with_fit": config.backend == "auto" or ENGINES[config.backend].runs_model,
+                "with_digest": with_weights,
+            }
+            facts = kept(
+                ModelFacts,
+                [path] if base is None else [path, base],
+                asked,
+                partial(inspect_model, path, base=base, **asked),
             )
         for change in facts.changes:
             log.info("%s: %s", name, change)
@@ -157,7 +163,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     for field in BESIDE_NAMES.keys() & config.columns.keys() - {prompt.column_beside}:
         raise ConfigError(f"columns: {model.adapter} models read no {field} of a row; leave it out")
     model = replace(model, prompt=prompt, judge=page)
-    try_out(config, model)
+    rendering_of(config, model)  # raises what is wrong with them
     return model
 
 
@@ -277,28 +283,28 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
     if config.task == "embed":
         if model.lora_dir and config.embedding_pooling is None:
             raise ConfigError("embedding_pooling: needed for a LoRA adapter; its files do not say")
-        embedding = embedding_of(model.path, config.embedding_pooling, config.normalize)
+        embedding = embedding_of(
+            model.path, config.embedding_pooling, config.normalize, is_decoder=model.is_decoder
+        )
     engines = tuple(supported_engines(config, model, device))
     today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
     date = config.template_date or date or today
     model = replace(model, prompt=replace(model.prompt, date=date))
-    renderer = renderer_of(config, model)
-    if renderer.vocab_size > model.vocab_size:
+    rendering = rendering_of(config, model)
+    if rendering.vocab_size > model.vocab_size:
         raise ModelError(
-            f"{model.path}: the tokenizer knows {renderer.vocab_size} tokens, the model "
+            f"{model.path}: the tokenizer knows {rendering.vocab_size} tokens, the model "
             f"{model.vocab_size}: they do not belong together"
         )
-    probe = renderer.probe() if renderer.renders else None
-    if model.judge is not None and not model.judge.generates:
-        choices = [*model.judge.verdict.choices]
-        model = replace(model, verdict_ids=renderer.choice_ids(choices))
+    probe = rendering.probe
+    model = replace(model, verdict_ids=rendering.choice_ids)
     if probe and model.reference and (lacking := _unread_ids(probe, model.vocab_size)):
         raise ModelError(
             f"{model.path}: its chat template writes token id {lacking[0]}, which only one of the "
             "two models knows, so that no row could be scored; name a template without it: "
             "--chat-template"
         )
-    prompt = model.prompt if renderer.asks_for_date else replace(model.prompt, date=None)
+    prompt = model.prompt if rendering.asks_for_date else replace(model.prompt, date=None)
     fingerprint = score_fingerprint(
         config,
         model_digest=model.digest,
@@ -399,4 +405,4 @@ def require_template(job: Job, plan: Plan) -> None:
         return
     needs_none = {Format.TEXT, Format.TOKEN_IDS}
     if job.probe is None and any(f.layout.format not in needs_none for f in plan.files):
-        renderer_of(job.config, job.model).probe()  # raises, and names what is missing
+        raise ModelError(rendering_of(job.config, job.model).problem)

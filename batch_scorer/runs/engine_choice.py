@@ -17,9 +17,7 @@ from batch_scorer.config import ENGINES, Config, Device
 from batch_scorer.errors import BatchScorerError, ConfigError, ModelError, ShardError
 from batch_scorer.job import Job, unpackable_part
 from batch_scorer.judges.page import Page
-from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.directory import ModelFacts
-from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import Shard, TokenizedRows
 from batch_scorer.shard import read_shard
 
@@ -39,7 +37,6 @@ def supported_engines(config: Config, model: ModelFacts, device: Device | None =
     Without `device`, any may come. Under `auto` an engine also has to be installed, and to take
     all settings that are given.
     """
-    adapter = adapter_named(model.adapter)
     if model.judge is not None and model.judge.generates:
         writer = _writing_engine(config, model.judge)
         if why := _quantised_refusal(config, writer, model, adapter, device):
@@ -49,12 +46,12 @@ def supported_engines(config: Config, model: ModelFacts, device: Device | None =
             )
         return [writer]
     if config.backend != "auto":
-        if ENGINES[config.backend].runs_model and config.backend not in adapter.engines:
+        if ENGINES[config.backend].runs_model and config.backend not in model.engines:
             raise ModelError(
-                f"{model.path}: {adapter.name} models do not run on {config.backend}; "
-                f"set backend to {' or '.join(adapter.engines)}"
+                f"{model.path}: {model.adapter} models do not run on {config.backend}; "
+                f"set backend to {' or '.join(model.engines)}"
             )
-        if why := _quantised_refusal(config, config.backend, model, adapter, device):
+        if why := _quantised_refusal(config, config.backend, model, device):
             raise ModelError(f"{model.path}: {why}; set backend to hf")
         if config.backend == "hf":
             _refuse_unpackable(config, model)
@@ -62,16 +59,16 @@ def supported_engines(config: Config, model: ModelFacts, device: Device | None =
     asked = config.engine_options
     engines = [
         engine
-        for engine in adapter.engines
+        for engine in model.engines
         if asked <= ENGINES[engine].options
         and _is_installed(engine)
-        and not _quantised_refusal(config, engine, model, adapter, device)
+        and not _quantised_refusal(config, engine, model, device)
     ]
     if not engines:
         takers = " or ".join(e for e, facts in ENGINES.items() if asked <= facts.options)
         raise ModelError(
             f"{model.path}: only the {takers} backend takes {' and '.join(sorted(asked))}, and it "
-            f"is not installed or does not run {adapter.name} models"
+            f"is not installed or does not run {model.adapter} models"
         )
     if "hf" in engines:
         _refuse_unpackable(config, model)
@@ -92,7 +89,7 @@ def _writing_engine(config: Config, page: Page) -> str:
 
 
 def _quantised_refusal(
-    config: Config, engine: str, model: ModelFacts, adapter: Adapter, device: Device | None
+    config: Config, engine: str, model: ModelFacts, device: Device | None
 ) -> str | None:
     """Why an engine that computes with the stored numbers cannot with these; None: it can."""
     stored = model.quantisation
@@ -109,8 +106,8 @@ def _quantised_refusal(
             f"{engine} multiplies int8 weights in 16 bits on a CPU with AMX, as this is, and dtype "
             "is float32"
         )
-    if adapter.body.tensors is not None:
-        return f"{engine} cannot compute with quantised weights of {adapter.name} models"
+    if model.converts:
+        return f"{engine} cannot compute with quantised weights of {model.adapter} models"
     return None
 
 

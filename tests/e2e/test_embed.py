@@ -50,7 +50,7 @@ def column(file: Path, name: str) -> np.ndarray:
 
 def test_near_duplicates_are_neighbours_and_equal_plain_mean_pooling(tmp_path: Path) -> None:
     """Pooling and normalising are read off the model's own sentence-transformers files."""
-    assert embedding_of(minilm()) == Embedding("mean", normalize=True)
+    assert embedding_of(minilm(), is_decoder=False) == Embedding("mean", normalize=True)
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "texts.parquet")
     ended = embed(minilm(), tmp_path / "texts.parquet", tmp_path / "out", "--format", "text")
     assert ended.exit_code == 0, ended.err

@@ -10,6 +10,7 @@ from batch_scorer.config import Config, Device, load_config
 from batch_scorer.errors import ModelError
 from batch_scorer.inputs.plan import make_plan
 from batch_scorer.models.directory import ModelFacts, inspect_model
+from batch_scorer.models.registry import adapter_named
 from batch_scorer.runs import derive, run
 from batch_scorer.runs import engine_choice as trial
 from tests.helpers.inputs import pairs, parquet
@@ -31,7 +32,9 @@ def config_for(model: Path, folder: Path, **settings: Any) -> Config:
 def facts(tiny_model: Path, adapter: str) -> ModelFacts:
     from dataclasses import replace
 
-    return replace(inspect_model(tiny_model), adapter=adapter)
+    return replace(
+        inspect_model(tiny_model), adapter=adapter, engines=adapter_named(adapter).engines
+    )
 
 
 def test_only_engines_that_can_run_the_family_are_candidates(

@@ -1,6 +1,7 @@
 """The gate catches what makes scores wrong: each trap is set for real, and must be named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batch_scorer.backends import hf, kernels
-from batch_scorer.backends.base import Backend
+from batch_scorer.backends.base import Backend, EngineSettings
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.kernels import KERNELS
 from batch_scorer.backends.packed import PackedBody
 from batch_scorer.backends.packing import PackedBatch
+from batch_scorer.backends.plain import Road
 from batch_scorer.backends.readout import Readout
 from batch_scorer.backends.registry import make_backend
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ParityError
 from batch_scorer.job import Job
+from batch_scorer.models import kept
 from batch_scorer.models.adapter import LastToken
 from batch_scorer.parity import gate
 from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
@@ -236,8 +239,48 @@ def test_the_reference_is_computed_once_for_an_output(
     first = score(config)
     (shard,) = Path(config.output).glob("*.parquet")
     shard.unlink()
-    monkeypatch.setattr(gate, "compute_reference", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(gate, "compute_scores", lambda *_: pytest.fail("computed again"))
     assert score(config).parity == first.parity
+
+
+def test_another_output_needs_no_forward_of_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept are plain Hugging Face's scores of these token ids, by this model and this code."""
+    model = tiny_reward_model(tmp_path / "model", bos=True)
+    config = config_for(model, tmp_path)
+    scored: list[str] = []
+    compute = Road.scores
+
+    def counting(road: Road, settings: EngineSettings, rows: TokenizedRows) -> Scores:
+        scored.append(settings.dtype)
+        return compute(road, settings, rows)
+
+    monkeypatch.setattr(Road, "scores", counting)
+
+    def forwards(**changed: Any) -> int:
+        scored.clear()
+        other = config.model_copy(update={"output": str(tmp_path / "other"), **changed})
+        summary = score(other)
+        assert summary.parity is not None and summary.parity["agrees"]
+        shutil.rmtree(tmp_path / "other")
+        return len(scored)
+
+    assert forwards() == 1
+    assert forwards() == 0
+    assert forwards(max_tokens=200) == 1, "another fingerprint"
+    assert forwards(dtype="bfloat16", parity_check="warn") == 2, "another dtype, and its rounding"
+    assert forwards(limit=7) == 1, "other rows"
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "code_digest", lambda: "of another version")
+        assert forwards() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "device_name", lambda device: "another CPU")
+        assert forwards() == 1
+    tensors = load_file(model / "model.safetensors")
+    tensors["score.weight"] *= 1.5
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert forwards() == 1, "other weights under the same name"
 
 
 def test_a_kept_reference_that_is_damaged_is_computed_anew(config: Config) -> None:

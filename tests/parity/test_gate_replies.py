@@ -23,12 +23,12 @@ from batch_scorer.errors import ParityError
 from batch_scorer.job import Job
 from batch_scorer.judges.page import Generation
 from batch_scorer.parity import Sample, choose_sample, gate, proven_backend
-from batch_scorer.parity.gate import compute_reference
 from batch_scorer.parity.replies import (
     ComparedReply,
     WrittenReference,
     clear_stretches,
     compare_replies,
+    compute_written,
     tokens_written,
 )
 from batch_scorer.runs.derive import derive, look_at_model, plan_for
@@ -88,7 +88,7 @@ def asked(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, S
 
 @pytest.fixture(scope="module")
 def reference(asked: tuple[Job, Sample]) -> WrittenReference:
-    found = compute_reference(*asked)
+    found = compute_written(*asked)
     assert isinstance(found, WrittenReference)
     return found
 
@@ -317,7 +317,7 @@ def test_half_precision_may_round_as_much_as_plain_hugging_face(
     model: Path, tmp_path: Path, reference: WrittenReference
 ) -> None:
     job, sample = job_of(tmp_path, model, dtype="bfloat16")
-    found = compute_reference(job, sample)
+    found = compute_written(job, sample)
     assert isinstance(found, WrittenReference)
     assert found.dtype == "float32" and found.ids == reference.ids
     assert found.noise > 10 * reference.noise
@@ -353,7 +353,7 @@ def test_score_proves_the_judge_and_check_shows_it(
     (shard,) = out.glob("*.parquet")
     shard.unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(gate, "compute_reference", lambda *_: pytest.fail("computed again"))
+        patched.setattr(gate, "compute_written", lambda *_: pytest.fail("computed again"))
         again = run_cli("score", *given, "--output", out)
     assert again.exit_code == 0, again.err
     assert f"agrees on 10 questions ({parity['tokens_compared']} tokens)" in again.out

@@ -34,9 +34,7 @@ from pathlib import Path
 from batch_scorer.errors import BatchScorerError
 from batch_scorer.models.directory import find_model
 from batch_scorer.models.hub import on_this_node
-from batch_scorer.models.registry import head_files
 
-head_files()  # loads torch, once for all cases
 assert "huggingface_hub" not in sys.modules
 for line in sys.stdin:
     case = json.loads(line)

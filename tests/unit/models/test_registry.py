@@ -10,7 +10,14 @@ from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles, output_entries
 from batch_scorer.models.families import ADAPTERS
 from batch_scorer.models.families.attribute_regression import HELPSTEER, NEMOTRON_4
-from batch_scorer.models.registry import EMBEDDING, adapter_named, choose_adapter, mismatch_of
+from batch_scorer.models.registry import (
+    EMBEDDING,
+    HEAD_FILES,
+    adapter_named,
+    adapters,
+    choose_adapter,
+    mismatch_of,
+)
 
 H = 64
 BODY = {"model.embed_tokens.weight": [320, H], "model.norm.weight": [H]}
@@ -363,3 +370,7 @@ def test_a_config_without_the_head_that_the_weights_have_is_told() -> None:
     )
     stock = files(CLASSIFIER, SCORE)
     assert mismatch_of(stock, choose_adapter(stock)) == ()
+
+
+def test_the_files_that_may_hold_a_head_are_fetched() -> None:
+    assert {file for adapter in adapters() for file in adapter.head_files} == {*HEAD_FILES}
