@@ -82,9 +82,7 @@ class BoundedTemplate:
             for piece in self._template.root_render_func(context):
                 characters += len(piece)
                 if characters > MOST_CHARACTERS:
-                    raise TooMuchWork(
-                        f"the template writes more than {MOST_CHARACTERS} characters"
-                    )
+                    raise TooMuchWork(f"the template writes more than {MOST_CHARACTERS} characters")
                 pieces.append(piece)
             return "".join(pieces)
 
