@@ -45,7 +45,7 @@ FloatArray = npt.NDArray[np.float32]
 
 class Read(NamedTuple):
     """A shard's token ids, and the seconds of reading it, and of rendering and tokenising; loading
-    the tokenizer belongs to neither."""
+    the tokenizer belongs to neither, but for the faster one of `render/readers.py`."""
 
     rows: TokenizedRows
     read_s: float

@@ -436,6 +436,11 @@ class Config(BaseModel):
     """Memory that may be taken by what `read_timeout_s` bounds. A file or shard that needs more
     fails."""
 
+    fast_tokenizer: bool = _setting(True, "runtime")
+    """Whether texts are read with fastokens, many times as fast as with Hugging Face's tokenizer,
+    as long as it gives the same ids (docs/text.md). `--no-fast-tokenizer` on the command line,
+    `fast_tokenizer: false` in YAML: only with Hugging Face's."""
+
     max_unpacked_gib: float = _setting(ReadBounds.max_unpacked_gib, "runtime", gt=0)
     """What a packed file (gzip, zstd), or the pages of a Parquet file, may unpack to."""
 

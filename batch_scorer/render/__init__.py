@@ -3,7 +3,8 @@
 messages   what is done to a conversation before the template sees it: pure functions
 template   the chat template: conversation → text
 special    text in a message that spells a special token
-tokens     text → token ids with BOS and EOS, and the length policy
+readers    text → token ids, by Hugging Face's tokenizer or a faster one that gives the same
+tokens     the ids with BOS and EOS, and the length policy
 probe      what this template does to a conversation, found with marker words
 renderer   all of it, for the rows of a shard
 """

@@ -23,6 +23,8 @@ from jinja2.visitor import NodeTransformer
 
 STEPS = 20_000
 """For any conversation. Public templates take about 20 for a message."""
+_STEP_CHARACTERS = 1024
+"""Of text, which count as a step."""
 STEPS_PER_STEP = 1000
 """For every step that it takes to look at all of the conversation."""
 MOST_CHARACTERS = 1 << 25
@@ -47,7 +49,10 @@ _PASSING_ON = frozenset({
 })  # fmt: skip
 """Filters that make no text of what they are given: they see lists, and not all that is in them."""
 
-_TURNS, _PARTS = "turns of a loop", "parts of a value"
+_OF_DICTS = frozenset(dir(dict))
+"""Attributes of every dict, which go before its keys."""
+
+_TURNS, _PARTS, _SUM = "turns of a loop", "parts of a value", "a sum"
 """Filters that stand around parts of the template; no template can name them."""
 
 
@@ -62,19 +67,24 @@ class BoundedTemplate:
         if len(source) > _LONGEST_SOURCE:
             raise TooMuchWork(f"the template itself has {len(source)} characters")
         self._meter = _Meter()
+        self._lock = threading.Lock()
         self._template: Template = _Environment(self._meter).from_string(source)
+        # Every rendering copies them, and a chain of mappings is slow at that.
+        self._template.globals = dict(self._template.globals)
 
-    def render(self, arguments: Mapping[str, Any]) -> str:
+    def render(self, arguments: dict[str, Any]) -> str:
         """The text. Raises TooMuchWork, and whatever the template raises."""
-        self._meter.start(arguments)
-        pieces: list[str] = []
-        characters = 0
-        for piece in self._template.root_render_func(self._template.new_context(dict(arguments))):
-            characters += len(piece)
-            if characters > MOST_CHARACTERS:
-                raise TooMuchWork(f"the template writes more than {MOST_CHARACTERS} characters")
-            pieces.append(piece)
-        return "".join(pieces)
+        with self._lock:  # there is one meter
+            self._meter.start(arguments)
+            context = self._template.new_context(arguments)
+            pieces: list[str] = []
+            characters = 0
+            for piece in self._template.root_render_func(context):
+                characters += len(piece)
+                if characters > MOST_CHARACTERS:
+                    raise TooMuchWork(f"the template writes more than {MOST_CHARACTERS} characters")
+                pieces.append(piece)
+            return "".join(pieces)
 
 
 def syntax_problem(source: str) -> str | None:
@@ -92,27 +102,47 @@ def compiled(source: str) -> BoundedTemplate:
     return BoundedTemplate(source)
 
 
-class _Meter(threading.local):
-    """The steps that are left to the rendering in this thread."""
+class _Meter:
+    """The steps that are left to a rendering.
 
-    left = STEPS
+    What the conversation allows beyond the first STEPS is counted when these are used up: hardly
+    any template needs more.
+    """
+
+    __slots__ = ("_arguments", "left")
+
+    def __init__(self) -> None:
+        self.left = STEPS
+        self._arguments: Mapping[str, Any] | None = None
 
     def start(self, arguments: Mapping[str, Any]) -> None:
-        self.left = most = 1 << 62
-        self.weigh(arguments)
-        self.left = STEPS + STEPS_PER_STEP * (most - self.left)
+        self.left = STEPS
+        self._arguments = arguments
 
     def count(self, steps: int = 1) -> None:
         self.left -= steps
+        if self.left < 0:
+            self._take_more()
+
+    def _take_more(self) -> None:
+        """Add the steps that the conversation allows; raise where they are used up too."""
+        arguments, self._arguments = self._arguments, None
+        if arguments is not None:
+            used, self.left = self.left, 1 << 62
+            self.weigh(arguments)
+            self.left = used + STEPS_PER_STEP * ((1 << 62) - self.left)
         if self.left < 0:
             raise TooMuchWork("the template loops or works without end on this conversation")
 
     def weigh(self, value: Any) -> None:
         """Count a value with all that it holds."""
         if isinstance(value, str):
-            self.count(1 + (len(value) >> 10))
-            if len(value) > MOST_CHARACTERS:
-                raise TooMuchWork(f"the template makes a text of {len(value)} characters")
+            size = len(value)
+            self.left -= 1 + size // _STEP_CHARACTERS
+            if self.left < 0:
+                self._take_more()
+            if size > MOST_CHARACTERS:
+                raise TooMuchWork(f"the template makes a text of {size} characters")
         elif isinstance(value, int):
             self.count()
             if value.bit_length() > _MOST_BITS:
@@ -157,14 +187,17 @@ def _has_size(value: object) -> bool:
 class _Environment(ImmutableSandboxedEnvironment):
     """transformers' environment, whose templates count their steps on a meter."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self, meter: _Meter) -> None:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         @pass_context
         def written(context: Context, value: Any) -> Any:
-            meter.weigh(value)
+            if type(value) is str and len(value) < _STEP_CHARACTERS:
+                meter.count()
+            else:
+                meter.weigh(value)
             return value
 
         theirs = _compile_jinja_template("").environment
@@ -179,6 +212,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals = {name: each for name, each in theirs.globals.items() if name != "lipsum"}
         self.filters = {name: self._counted(name, each) for name, each in theirs.filters.items()}
         self.filters[_TURNS] = self._turns
+        self.filters[_SUM] = self._sum
         self.filters[_PARTS] = self._weighed
 
     def _parse(self, *source: Any) -> nodes.Template:
@@ -198,6 +232,13 @@ class _Environment(ImmutableSandboxedEnvironment):
             )
         return self._made(super().call_binop(context, operator, left, right))
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # As it ends there, without the error on the way: messages are dicts, and `message.role` is
+        # what templates ask for most.
+        if type(obj) is dict and attribute in obj and attribute not in _OF_DICTS:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
     def call(self, context: Context, function: Any, *given: Any, **named: Any) -> Any:
         meter = self._meter
         if isinstance(function, LoopContext):  # a recursive loop: these are its turns
@@ -214,10 +255,14 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _counted(self, name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
         passes = int(hasattr(filter_, "jinja_pass_arg"))
+        is_plain = name not in _PASSING_ON | _REPEATING | _FORMATTING
 
         @wraps(filter_)
         def counted(*given: Any, **named: Any) -> Any:
-            self._meter.weigh_given(name, *given[passes:], *named.values())
+            if is_plain and not passes and len(given) == 1 and not named:
+                self._meter.weigh(given[0])
+            else:
+                self._meter.weigh_given(name, *given[passes:], *named.values())
             return self._made(filter_(*given, **named))
 
         return counted
@@ -232,6 +277,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._meter.weigh(value)
         return value
 
+    def _sum(self, first: Any, *others: Any) -> Any:
+        short = 0
+        for other in others:
+            first = first + other
+            if type(first) is str and len(first) < _STEP_CHARACTERS:
+                short += 1
+            else:
+                first = self._made(first)
+        self._meter.count(short)
+        return first
+
     def _made(self, value: Any) -> Any:
         """The value, once its size is known to be in bounds."""
         if isinstance(value, str | int):
@@ -242,7 +298,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Marker(NodeTransformer):
-    """Puts filters around what loops go over, and around lists and texts made of others."""
+    """Puts filters around what loops go over, around sums, and around lists and texts made of
+    others."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -259,6 +316,27 @@ class _Marker(NodeTransformer):
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
         return self.visit_List(node) if node.ctx == "load" else node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        """A constant text that is written is as good as one that stands between the marks."""
+        self.generic_visit(node)
+        node.nodes = [
+            nodes.TemplateData(each.value, lineno=each.lineno)
+            if isinstance(each, nodes.Const) and isinstance(each.value, str)
+            else each
+            for each in node.nodes
+        ]
+        return node
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Filter:
+        """Sums are most of what a template does: one call for all terms of one."""
+        terms: list[nodes.Expr] = []
+        first: nodes.Expr = node
+        while isinstance(first, nodes.Add):
+            terms.append(first.right)
+            first = first.left
+        first, *others = [self.visit(term) for term in [first, *reversed(terms)]]
+        return _filtered(first, _SUM, *others)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)

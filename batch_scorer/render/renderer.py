@@ -31,10 +31,11 @@ from batch_scorer.quarantine import Died, apart
 from batch_scorer.records import Conversation, Message, ParsedRows, RowError, TokenizedRows
 from batch_scorer.render import messages
 from batch_scorer.render.probe import BESIDE, PROBES, Probe, look_at
+from batch_scorer.render.readers import Ids, reader_of
 from batch_scorer.render.special import SpecialText
 from batch_scorer.render.template import ChatTemplate
 from batch_scorer.render.text import Talk, TextWriter, holds
-from batch_scorer.render.tokens import Encoder, Ids, cut
+from batch_scorer.render.tokens import Encoder, cut
 
 OWN_TEMPLATE = Prompt()
 """The tokenizer's own template and nothing else."""
@@ -44,7 +45,8 @@ class Renderer:
     """The tokenizer and chat template of one model, and the length policy of one run.
 
     `model_dir` has the model's config, and the tokenizer unless there is a `tokenizer_dir`. With a
-    `vocab_size`, a sequence with a larger id is an error. Raises ModelError if the directory holds
+    `vocab_size`, a sequence with a larger id is an error. `fast`: texts may be read by the
+    `FastReader`, with the same ids. Raises ModelError if the directory holds
     no usable tokenizer, or not what the prompt asks for.
     """
 
@@ -58,6 +60,7 @@ class Renderer:
         tokenizer_dir: Path | None = None,
         vocab_size: int | None = None,
         trust_remote_code: bool = False,
+        fast: bool = True,
     ) -> None:
         tokenizer_dir = tokenizer_dir or model_dir
         self._tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=trust_remote_code)
@@ -72,7 +75,8 @@ class Renderer:
         self._template = ChatTemplate(self._tokenizer, prompt, tokenizer_dir)
         self._special = SpecialText(self._tokenizer, [prompt.steps.tag] if prompt.steps else [])
         self._writer = TextWriter(self._template, self._special, prompt, in_pairs=self._pairs)
-        self._encoder = Encoder(self._tokenizer, prompt, model_dir)
+        reader = reader_of(self._tokenizer, fast=fast)
+        self._encoder = Encoder(self._tokenizer, reader, prompt, model_dir)
         if prompt.special_text == "literal":
             self._require_literal()
         if prompt.answer:
@@ -437,6 +441,7 @@ def _cached_renderer(
     tokenizer_dir: Path,
     vocab_size: int,
     trust_remote_code: bool,
+    fast: bool,
     _digest: str,
 ) -> Renderer:
     """One renderer per process: loading a tokenizer takes seconds. A program may score several
@@ -449,6 +454,7 @@ def _cached_renderer(
         tokenizer_dir=tokenizer_dir,
         vocab_size=vocab_size,
         trust_remote_code=trust_remote_code,
+        fast=fast,
     )
 
 
@@ -462,6 +468,7 @@ def renderer_of(config: Config, model: ModelFacts) -> Renderer:
         model.tokenizer_path,
         model.vocab_size,
         config.trust_remote_code,
+        config.fast_tokenizer,
         model.digest,
     )
 

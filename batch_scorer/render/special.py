@@ -51,10 +51,12 @@ class SpecialText:
 
     def count(self, message: Message) -> int:
         """How often the texts of a message, at any depth, spell a special token."""
-        found = self._in_messages.findall
-        return sum(
-            len(found(text)) for key in message if key != "role" for text in all_texts(message[key])
-        )
+        find, count = self._in_messages.findall, 0
+        for key, value in message.items():
+            if key != "role":
+                for text in (value,) if isinstance(value, str) else all_texts(value):
+                    count += len(find(text))
+        return count
 
     def is_hideable(self, message: Message) -> bool:
         """Whether the message is free of the characters that stand for spellings."""

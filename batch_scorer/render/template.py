@@ -58,6 +58,7 @@ class ChatTemplate:
         self._chosen = prompt.template or name
         date = prompt.date or datetime.now()
         self._arguments = {**json.loads(prompt.arguments), _TODAY: date.strftime}
+        self._special_tokens = dict(tokenizer.special_tokens_map)
 
     def instead(self, template: str) -> "ChatTemplate":
         """Another template of this tokenizer, with the same arguments and date."""
@@ -123,7 +124,7 @@ class ChatTemplate:
             {
                 "documents": documents,
                 "add_generation_prompt": False,
-                **self._tokenizer.special_tokens_map,
+                **self._special_tokens,
                 **given,
                 "tools": tools,
                 "messages": conversation,

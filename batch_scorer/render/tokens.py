@@ -1,6 +1,6 @@
 """Text → token ids: where BOS and EOS stand, and what is cut of a sequence that is too long."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -11,26 +11,24 @@ from batch_scorer.config import OverLength
 from batch_scorer.errors import ModelError
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.files import read_json
+from batch_scorer.render.readers import Ids, Reader
 
-Ids: TypeAlias = npt.NDArray[np.int32]
 Read: TypeAlias = Callable[[str], list[int]]
 
-_TEXTS_AT_ONCE = 64
-_CHARACTERS_AT_ONCE = 1 << 22
-"""What the tokenizer gives back takes a hundred bytes a token and more, of which the id is four:
-2.5 million tokens at once take 220 MB and 15 % longer than in pieces."""
 _MOST_ADDED = 8
 """Tokens that a tokenizer puts before a text, at most."""
 
 
 class Encoder:
-    """One tokenizer, and the rules of a prompt about the ends of a sequence.
+    """One tokenizer, what `reader` gives with it, and the rules of a prompt about the ends of a
+    sequence.
 
     Raises ModelError where a rule needs a token that the model does not have.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Prompt, model_dir: Path) -> None:
+    def __init__(self, tokenizer: Any, reader: Reader, prompt: Prompt, model_dir: Path) -> None:
         self._tokenizer = tokenizer
+        self._reader = reader
         self._prompt = prompt
         self._suffix_id = _suffix_id(model_dir, prompt)
         self._bos_id = cast(int | None, tokenizer.bos_token_id)
@@ -105,35 +103,15 @@ class Encoder:
     def _with_bos(self, texts: Sequence[str], read: Read | None) -> list[Ids]:
         """Ids of each text; BOS once where the tokenizer or the template has one."""
         bos = self._tokenizer.bos_token
-        is_whole = [
-            self._prompt.bos == "template" or (bool(bos) and text.startswith(bos)) for text in texts
+        # A text that starts with BOS must not get another one from the tokenizer.
+        adds = [
+            self._prompt.bos != "template" and not (bos and text.startswith(bos)) for text in texts
         ]
-        ids = [np.empty(0, dtype=np.int32)] * len(texts)
-        for flag in (True, False):
-            where = [i for i, whole in enumerate(is_whole) if whole == flag]
-            # A text that starts with BOS must not get another one from the tokenizer.
-            some = [texts[i] for i in where]
-            encoded = self._encode(some, add_special_tokens=not flag, read=read)
-            for index, row in zip(where, encoded, strict=True):
-                ids[index] = row
-        return ids
-
-    def _encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool, read: Read | None
-    ) -> Iterator[Ids]:
-        if read is not None:
-            for text in texts:
-                ids = read(text)
-                yield np.array(self._added(ids) if add_special_tokens else ids, dtype=np.int32)
-            return
-        for some in _pieces(texts):
-            if self._tokenizer.is_fast:
-                encode = self._tokenizer.backend_tokenizer.encode_batch_fast
-                rows = [row.ids for row in encode(some, add_special_tokens=add_special_tokens)]
-            else:
-                rows = self._tokenizer(some, add_special_tokens=add_special_tokens)["input_ids"]
-            for row in rows:
-                yield np.array(row, dtype=np.int32)
+        if read is None:
+            return self._reader.ids(texts, adds)
+        rows = map(read, texts)
+        found = [self._added(ids) if add else ids for ids, add in zip(rows, adds, strict=True)]
+        return [np.array(ids, dtype=np.int32) for ids in found]
 
     def _added(self, ids: list[int]) -> list[int]:
         """The ids between those that the tokenizer puts around every text."""
@@ -142,19 +120,6 @@ class Encoder:
         full = core.encode("a", add_special_tokens=True).ids
         before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         return [*full[:before], *ids, *full[before + len(bare) :]]
-
-
-def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Consecutive texts that are encoded at once."""
-    start = characters = 0
-    for place, text in enumerate(texts):
-        characters += len(text)
-        is_full = place - start == _TEXTS_AT_ONCE or characters > _CHARACTERS_AT_ONCE
-        if is_full and place > start:
-            yield texts[start:place]
-            start, characters = place, len(text)
-    if start < len(texts):
-        yield texts[start:]
 
 
 def cut(

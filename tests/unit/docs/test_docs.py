@@ -359,8 +359,16 @@ def test_every_reason_is_explained() -> None:
 def test_flags_in_the_documents_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
     known |= {"--ignore-column", "--template-argument"}
-    known |= {"--column", "--store-option", "--no-ray", "--ray", "--config", "--json", "--help"}
-    known |= {"--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
+    known |= {
+        "--column",
+        "--store-option",
+        "--no-ray",
+        "--no-fast-tokenizer",
+        "--config",
+        "--json",
+        "--help",
+    }
+    known |= {"--ray", "--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before
     known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
     known |= {"--repair"}

@@ -68,6 +68,8 @@ LANGUAGE = """
 {{ messages | map(attribute='role') | list }}
 {{- messages | selectattr('role', 'eq', 'user') | list }}
 {%- set block %}{% filter title %}set in a block{% endfilter %}{% endset %}{{ block }}
+{{ 'a' + 'b' + ('c' + m) + 'd' if m else 1 + 2 + 3 - (4 + 5) }}{{ 'written as it is' }}
+{{- {'x': 1, 'items': 2}.x }}{{ {'items': 2}.items is callable }}{{ {'items': 2}['items'] }}
 {%- for message in nothing %}{% else %}{{ eos_token }}{% endfor %}{{ tools }}{{ documents }}
 """
 
@@ -132,3 +134,18 @@ def test_it_writes_what_transformers_writes(folder: Path) -> None:
         text = BoundedTemplate(LANGUAGE).render({**arguments, "documents": None})
         assert text == tokenizer.apply_chat_template(talk, tokenize=False)
     assert json.dumps({"é": [1, [2, 3]]}, ensure_ascii=False) in text
+
+
+@pytest.mark.parametrize(
+    "term", ["1", "none", "nothing", "nothing.at.all", "messages", "messages[0]"]
+)
+def test_a_sum_that_is_none_raises_what_it_raises_in_transformers(folder: Path, term: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ 'a' + 'b' + " + term + " + 'c' }}"
+    with pytest.raises((TypeError, TemplateError)) as theirs:
+        tokenizer.apply_chat_template(TALK, tokenize=False)
+    with pytest.raises(type(theirs.value)) as ours:
+        BoundedTemplate(tokenizer.chat_template).render({"messages": TALK})
+    assert str(ours.value) == str(theirs.value)
