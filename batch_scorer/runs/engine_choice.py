@@ -39,7 +39,7 @@ def supported_engines(config: Config, model: ModelFacts, device: Device | None =
     """
     if model.judge is not None and model.judge.generates:
         writer = _writing_engine(config, model.judge)
-        if why := _quantised_refusal(config, writer, model, adapter, device):
+        if why := _quantised_refusal(config, writer, model, device):
             raise ModelError(
                 f"{model.path}: {why}; use the checkpoint that it was made from, or a server that "
                 "can (backend: endpoint)"
