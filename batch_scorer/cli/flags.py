@@ -169,6 +169,8 @@ def _flag(name: str, text: str) -> inspect.Parameter:
         (flag, metavar), kind = (_MAPPINGS | _LISTS)[name], list[str]
     elif kind is datetime:
         metavar, kind = "DATE", str
+    elif name == "workers":
+        metavar, kind = "N|N..N", str
     elif kind is bool:
         on = flag.replace("--use-", "--")
         flag = f"{on}/{on.replace('--', '--no-')}"

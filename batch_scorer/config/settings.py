@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     WithJsonSchema,
     model_validator,
 )
@@ -106,6 +107,38 @@ RetriedReason: TypeAlias = Annotated[
     WithJsonSchema({"enum": _RETRIED, "type": "string"}),
 ]
 """A reason for which rows may be scored again."""
+
+
+_WORKERS = re.compile(r"([1-9][0-9]{0,8})(?:\.\.([1-9][0-9]{0,8}))?")
+
+
+def _workers(given: Any) -> int | str | None:
+    """A number, also as a flag spells it, or a range of two different numbers."""
+    if given is None or (type(given) is int and given > 0):
+        return given
+    found = _WORKERS.fullmatch(given) if isinstance(given, str) else None
+    if found is None:
+        raise ValueError("a number above 0, or a range such as 1..64")
+    least, most = int(found[1]), int(found[2] or found[1])
+    if least > most:
+        raise ValueError(f"a range begins with its smaller number: {most}..{least}")
+    return given if least < most else least
+
+
+Workers: TypeAlias = Annotated[
+    int | str | None,
+    PlainValidator(_workers),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"exclusiveMinimum": 0, "type": "integer"},
+                {"pattern": f"^{_WORKERS.pattern}$", "type": "string"},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+"""How many workers: a number, a range such as "1..64", or None."""
 
 
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -387,9 +420,11 @@ class Config(BaseModel):
     """Where workers compute. Default: cuda where the cluster has GPUs, otherwise cpu. Recorded with
     the run."""
 
-    workers: int | None = _setting(None, "runtime", gt=0)
-    """Scoring workers, each with its own copy of the model. Default: one per GPU, or one per
-    machine on CPU."""
+    workers: Workers = _setting(None, "runtime")
+    """Scoring workers, each with its own copy of the model. A range such as `1..64` lets their
+    number change during a run: more start while shards wait and the cluster has room, also on
+    machines that join it, and those without work are given back (docs/clusters.md). Default: one
+    per GPU, or one per machine on CPU."""
 
     tensor_parallel: int = _setting(1, "runtime", gt=0)
     """GPUs over which one vLLM worker splits every layer of the model. They are those of one
@@ -594,6 +629,14 @@ class Config(BaseModel):
     def devices_per_worker(self) -> int:
         """Over how many devices a worker splits its model."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def worker_bounds(self) -> tuple[int, int] | None:
+        """Fewest and most workers that the settings ask for; None where they leave it open."""
+        if isinstance(self.workers, str):
+            least, most = self.workers.split("..")
+            return int(least), int(most)
+        return None if self.workers is None else (self.workers, self.workers)
 
     @property
     def engine_options(self) -> frozenset[str]:

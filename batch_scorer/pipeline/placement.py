@@ -10,7 +10,7 @@ a worker that is started again first gives up what it had, and a run gives up al
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -69,16 +69,16 @@ def stages_on(free: Mapping[str, int], *, tensor: int, stages: int) -> list[str]
 def cluster_layout(config: Config) -> Layout:
     """The layout of a job's workers on the GPUs of the cluster that Ray has joined.
 
-    With the setting `workers`, nodes that fit may still come. Raises ConfigError.
+    With the setting `workers`, nodes that fit may still come, where no worker fits now. Raises
+    ConfigError.
     """
     tensor, stages = config.tensor_parallel, config.pipeline_parallel
     try:
-        layout = layout_of(list(_gpus().values()), tensor=tensor, stages=stages)
+        return layout_of(list(_gpus().values()), tensor=tensor, stages=stages)
     except ConfigError:
         if config.workers is None:
             raise
-        return Layout(config.workers)
-    return replace(layout, workers=config.workers or layout.workers)
+        return Layout(0)
 
 
 def beside_gpus() -> dict[str, Any]:

@@ -34,7 +34,7 @@ from batch_scorer.job import Job
 from batch_scorer.parity import Sample
 from batch_scorer.pipeline.isolation import Attempts, Try
 from batch_scorer.pipeline.placement import give_up_all, reserve
-from batch_scorer.pipeline.session import is_over_nodes, num_workers, worker_resources
+from batch_scorer.pipeline.session import Pool, is_over_nodes, worker_pool, worker_resources
 from batch_scorer.pipeline.worker import Item, Scorer, commit_item, in_short, prepare_item
 from batch_scorer.records import Receipt, ScoredRows, Shard, TokenizedRows
 
@@ -86,8 +86,8 @@ def run_on_ray(
     context.max_consecutive_actor_init_deaths = job.config.attempts
     attempts = _here(Attempts).remote(job.config.attempts)
     stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
-    workers, over_nodes = num_workers(job), is_over_nodes(job)
-    bundles = [pickle.dumps(bundle) for bundle in _items(job, todo, workers)]
+    pool, over_nodes = worker_pool(job), is_over_nodes(job)
+    bundles = [pickle.dumps(bundle) for bundle in _items(job, todo, pool.most)]
     items = pa.table({"item": pa.array(bundles, _CELL)})
     with DataContext.current(context):
         dataset = (
@@ -100,13 +100,20 @@ def run_on_ray(
                 batch_format="pyarrow",
                 fn_constructor_kwargs=stage
                 | {
-                    "max_loads": job.config.attempts * workers,
+                    "pool": pool,
                     "over_nodes": over_nodes,
                     "sample": sample,
                     "make": make,
                 },
-                compute=ActorPoolStrategy(size=workers),
-                **worker_resources(job, workers),
+                # Ray Data adds workers where nearly all have a second item waiting and the cluster
+                # has room, and takes idle ones away where more than half are idle. One that is
+                # taken away has nothing in flight.
+                compute=ActorPoolStrategy(
+                    min_size=pool.least, max_size=pool.most, initial_size=pool.first
+                ),
+                # By the fewest: threads per worker change the last bits of scores on a CPU, so they
+                # must not depend on how many workers have come.
+                **worker_resources(job, workers=pool.least),
             )
             .map_batches(
                 _commit_stage,
@@ -214,7 +221,7 @@ class _ScoreStage:
         job: Job,
         attempts: Any,
         carried: logs.Carried,
-        max_loads: int,
+        pool: Pool,
         over_nodes: bool,
         sample: Sample | None,
         make: BackendFactory | None,
@@ -226,6 +233,9 @@ class _ScoreStage:
         self._attempts = attempts
         self._carried = carried
         self._failure: BatchScorerError | None = None
+        # All that the cluster has room for now may be loading.
+        num_workers = worker_pool(job).first if pool.is_elastic else pool.first
+        max_loads = job.config.attempts * num_workers
         if ray.get(attempts.begin.remote("load")) > max_loads:
             self._failure = IncompleteError(
                 f"{max_loads} scoring workers died while loading the model (out of memory?)"

@@ -7,9 +7,9 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 from batch_scorer import logs
@@ -123,19 +123,41 @@ def has_gpus(config: Config) -> bool:
     return cuda_is_available()
 
 
-def num_workers(job: Job) -> int:
-    """How many models score at the same time: one per GPU, or one per machine on CPU. A served
-    judge is asked by one worker, so that the limits of its requests are those of the job."""
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How many models score at the same time: `first` when a run starts, as the cluster is now, and
+    never fewer than `least` or more than `most`, which are equal unless the setting is a range."""
+
+    least: int
+    first: int
+    most: int
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number may change during a run."""
+        return self.least < self.most
+
+
+def pool_of(bounds: tuple[int, int] | None, fit: int) -> Pool:
+    """The pool of a job whose settings ask for so many workers, where `fit` have room."""
+    least, most = bounds or (fit, fit)
+    return Pool(least, first=min(max(fit, least), most), most=most)
+
+
+def worker_pool(job: Job) -> Pool:
+    """The job's workers on the cluster that there is: one per GPU, or one per machine on CPU. A
+    served judge is asked by one worker, so that the limits of its requests are those of the job."""
     if not job.config.use_ray or job.engine.is_served:
-        return 1
+        return Pool(1, 1, 1)
+    bounds = job.config.worker_bounds
     if job.device is Device.CUDA:
-        if not has_gpus(job.config) and job.config.workers is None:
+        if not has_gpus(job.config) and bounds is None:
             raise ConfigError(
                 "device is cuda, but the cluster has no GPU; where an autoscaler brings them, set "
                 "`workers` to how many it should bring"
             )
-        return cluster_layout(job.config).workers
-    return job.config.workers or len(_machine_cpus())
+        return pool_of(bounds, cluster_layout(job.config).workers)
+    return pool_of(bounds, len(_machine_cpus()))
 
 
 def on_worker(job: Job, work: Callable[[Job], T]) -> T:
@@ -182,7 +204,8 @@ def _machine_cpus() -> list[float]:
 
 
 def worker_resources(job: Job, workers: int) -> dict[str, Any]:
-    """What one worker asks of Ray: its GPUs, or its part of what a machine can spare."""
+    """What one worker asks of Ray: its GPUs, or its part of what a machine can spare where there
+    are so many workers."""
     if job.device is Device.CUDA:
         # Any environment will do: Ray then never takes a process that has read shards.
         environment = {"runtime_env": {"env_vars": {"BATCH_SCORER_WORKER": "scores"}}}
@@ -190,9 +213,13 @@ def worker_resources(job: Job, workers: int) -> dict[str, Any]:
             return {"num_cpus": 1, **beside_gpus(), **environment}
         # All of one machine, as Ray gives them.
         return {"num_gpus": job.config.devices_per_worker, **environment}
-    machines = _machine_cpus()
-    per_machine = -(-workers // len(machines))
     return {
-        "num_cpus": max(1, (min(machines) - _SPARE_CPUS) // per_machine),
+        "num_cpus": cpus_per_worker(_machine_cpus(), workers),
         "runtime_env": {"env_vars": CPU_ENVIRONMENT},
     }
+
+
+def cpus_per_worker(machines: Sequence[float], workers: int) -> float:
+    """Logical CPUs, and so threads, of each of `workers` on machines with so many."""
+    per_machine = -(-workers // len(machines))
+    return max(1, (min(machines) - _SPARE_CPUS) // per_machine)

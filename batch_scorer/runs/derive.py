@@ -42,7 +42,7 @@ from batch_scorer.models.hub import repository_of
 from batch_scorer.models.kept import kept
 from batch_scorer.models.registry import JUDGE, NAMED
 from batch_scorer.outputs.claim import claimed, claimed_fingerprint
-from batch_scorer.pipeline.session import RaySession, has_gpus, num_workers, on_worker
+from batch_scorer.pipeline.session import RaySession, has_gpus, on_worker, worker_pool
 from batch_scorer.records import Format, TextStyle, TokenizedRows
 from batch_scorer.render import Probe, max_tokens_of, rendering_of
 from batch_scorer.render.questions import check_templates
@@ -256,7 +256,7 @@ def settle(config: Config, model: ModelFacts, plan: Plan, session: RaySession) -
     session.start()
     output = open_output(config)
     job = derive(config, model, date_of(claimed_fingerprint(output)))
-    num_workers(job)  # raises where the devices are too few, before the output is claimed
+    worker_pool(job)  # raises where the devices are too few, before the output is claimed
     return _with_engine(job, plan, output)
 
 

@@ -24,7 +24,8 @@ class Run:
     """What a run has to do and with what; its receipts do not hold it.
 
     `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` counts the
-    devices of all its `workers`. `cost` is None where the model's config and weights do not
+    devices of all its `workers`, which are the most at the same time where `is_elastic`: their
+    number then changes during the run. `cost` is None where the model's config and weights do not
     determine it, and where no model computes. `token_prices`, of a million tokens, are a served
     judge's.
     """
@@ -37,6 +38,7 @@ class Run:
     devices: int
     cost: ModelCost | None
     token_prices: Mapping[str, float] = field(default_factory=dict)
+    is_elastic: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,8 +126,11 @@ class Metrics:
     def goodput(self, run: Run) -> float | None:
         """Scored tokens per second and device: padding, what was not committed and what was reused
         do not count."""
-        rate = self.tokens_per_s
-        return None if rate is None else rate / run.devices
+        if run.is_elastic:  # a worker counts from its first shard to the end of its last
+            device_s = (self.wait_s + self.score_s) * run.devices / run.workers
+        else:
+            device_s = self.span_s * run.devices
+        return _ratio(self.scored_tokens, device_s)
 
     @property
     def computed_ratio(self) -> float | None:

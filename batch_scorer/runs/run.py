@@ -30,7 +30,7 @@ from batch_scorer.outputs.reuse import Earlier
 from batch_scorer.parity import Sample, choose_sample
 from batch_scorer.pipeline.loop import run_here
 from batch_scorer.pipeline.ray_data import run_on_ray
-from batch_scorer.pipeline.session import RaySession, num_workers
+from batch_scorer.pipeline.session import Pool, RaySession, worker_pool
 from batch_scorer.records import Receipt, Shard
 from batch_scorer.runs.derive import (
     as_begun,
@@ -162,16 +162,17 @@ def _lease_before(config: Config) -> SeenLease:
 
 
 def _set_out(job: Job, epoch: int, work: Work) -> Run:
-    workers = num_workers(job) if work.todo else 0
+    pool = worker_pool(job) if work.todo else Pool(0, 0, 0)
     return Run(
         epoch=epoch,
         shards=len(work.todo),
         rows=sum(shard.num_rows for shard in work.todo),
         estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
-        workers=workers,
-        devices=workers * job.config.devices_per_worker,
+        workers=pool.most,
+        devices=pool.most * job.config.devices_per_worker,
         cost=job.model.cost if job.engine.runs_model else None,
         token_prices={str(name): price for name, price in job.config.token_prices.items()},
+        is_elastic=pool.is_elastic,
     )
 
 

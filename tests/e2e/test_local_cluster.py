@@ -11,31 +11,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster.local.local_cluster import Cluster, Node, local_cluster, start_cluster
 from cluster.local.processes import processes_in
 from tests.helpers.program import REPOSITORY, processes_of, wait_until
+from tests.helpers.ray_nodes import asked, nodes
 
 pytestmark = pytest.mark.e2e
-
-
-def asked(cluster: Cluster, path: str, token: str | None) -> Any:
-    """The dashboard's JSON answer. Raises HTTPError."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{cluster.dashboard}{path}", headers=headers)
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
-
-
-def nodes(cluster: Cluster) -> dict[str, list[dict[str, Any]]]:
-    """What Ray knows of the nodes, by name: several of a name where one was started again."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for node in asked(cluster, "/api/v0/nodes", cluster.token)["data"]["result"]["result"]:
-        found.setdefault(node["node_name"], []).append(node)
-    return found
 
 
 def test_it_has_a_head_without_cpus_and_four_nodes_with_fake_gpus(cluster: Cluster) -> None:

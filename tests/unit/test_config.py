@@ -59,6 +59,10 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
             },
             "workers: one worker asks the server, so that the limits are those of the job",
         ),
+        ({"workers": "0"}, r"workers: a number above 0, or a range such as 1\.\.64 \(got '0'\)"),
+        ({"workers": True}, "workers: a number above 0, .*got True"),
+        ({"workers": "1..2..3"}, "workers: a number above 0, .*got '1..2..3'"),
+        ({"workers": "4..2"}, r"workers: a range begins with its smaller number: 2\.\.4 \(got"),
         (
             {"backend": "auto", "attention": "sdpa", "quantization": "fp8"},
             "attention and quantization: no backend takes them together",
@@ -69,6 +73,30 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(**{**NEEDED, **settings})
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded", "bounds"),
+    [
+        (None, None, None),
+        (3, 3, (3, 3)),
+        ("3", 3, (3, 3)),  # as a flag
+        ("3..3", 3, (3, 3)),
+        ("1..64", "1..64", (1, 64)),
+    ],
+)
+def test_workers_are_a_number_or_a_range(
+    given: int | str | None, recorded: int | str | None, bounds: tuple[int, int] | None
+) -> None:
+    config = load_config(**NEEDED, workers=given)
+    assert config.with_role("runtime")["workers"] == recorded
+    assert config.worker_bounds == bounds
+
+
+def test_a_range_of_workers_is_written_in_yaml_without_quotes(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("workers: 1..64\n")
+    assert load_config(file, **NEEDED).worker_bounds == (1, 64)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ WRONG_BY_ITSELF: list[tuple[dict[str, Any], str]] = [
     ({"shard_rows": -1}, "shard_rows: Input should be greater than 0 (got -1)"),
     ({"shard_tokens": None}, "shard_tokens: Input should be a valid integer (got None)"),
     ({"device": "tpu"}, "device: Input should be 'cpu' or 'cuda' (got 'tpu')"),
-    ({"workers": 0}, "workers: Input should be greater than 0 (got 0)"),
+    ({"workers": 0}, "workers: a number above 0, or a range such as 1..64 (got 0)"),
     ({"parity_check": "skip"}, "parity_check: Input should be 'stop', 'warn' or 'off'"),
     ({"lease_s": 0}, "lease_s: Input should be greater than 0 (got 0)"),
     ({"store_options": {"region": 5}}, "store_options.region: Input should be a valid string"),

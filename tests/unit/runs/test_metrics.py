@@ -56,6 +56,12 @@ def test_figures_are_sums_over_shards() -> None:
     }
 
 
+def test_where_workers_come_and_go_each_counts_for_as_long_as_it_was_there() -> None:
+    run = replace(RUN, workers=4, devices=8, is_elastic=True)
+    metrics = Metrics.of([ONE, OTHER])
+    assert metrics.goodput(run) == 1500 / ((4.0 + 1.0) * 2)  # scored and waited, on two devices
+
+
 def test_every_figure_is_explained() -> None:
     page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
     assert [name for name in Metrics().to_json(RUN) if f"`{name}`" not in page] == []
