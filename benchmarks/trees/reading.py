@@ -8,6 +8,7 @@ imports nothing of the project that one of the trees lacks.
 """
 
 import hashlib
+import inspect
 import json
 import sys
 import time
@@ -23,7 +24,10 @@ from batch_scorer.render import Renderer
 
 
 def main(model_dir: Path, *options: str) -> None:
-    wanted: Any = {"fast": False} if "--plain" in options else {}
+    known = inspect.signature(Renderer).parameters
+    # As in a job, where a tree looks whether the model knows all ids.
+    wanted: Any = {"vocab_size": 10**6} if "vocab_size" in known else {}
+    wanted |= {"fast": False} if "--plain" in options else {}
     renderer: Any = Renderer(model_dir, 10**6, OverLength.MARK, **wanted)
     for line in sys.stdin:
         print(json.dumps(turn(renderer, model_dir, **json.loads(line))), flush=True)
