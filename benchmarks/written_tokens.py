@@ -1,6 +1,6 @@
 """How near the two best tokens are where sound engines write different ones.
 
-    python -m benchmarks.written_tokens            # some minutes on 2 cores
+    python -m benchmarks.written_tokens            # 11 minutes on 2 busy cores
     python -m benchmarks.written_tokens --tiny     # a smoke test: the random model alone
 
 Plain transformers in float32 writes behind some questions. Behind every beginning of these texts
