@@ -44,11 +44,26 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def plain(qwen: Path) -> PlainReader:
+    return PlainReader(AutoTokenizer.from_pretrained(qwen))
+
+
+@pytest.fixture(scope="module")
+def without_rare(qwen: Path) -> Any:
+    return without_merge(qwen, RARE)
+
+
+@pytest.fixture(scope="module")
+def without_common(qwen: Path) -> Any:
+    return without_merge(qwen, COMMON)
+
+
+@pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Answers of real pairs."""
     table = pq.read_table(REPOSITORY / "batch_scorer/data/pairs/mixed.parquet")
     talks = [*table["chosen"].to_pylist(), *table["rejected"].to_pylist()]
-    return [message["content"] for talk in talks for message in talk]
+    return [message["content"] for talk in talks[::2] for message in talk]
 
 
 def without_merge(folder: Path, word: str) -> Any:
@@ -112,20 +127,18 @@ def test_rows_are_the_same_with_and_without_it(
 
 @pytest.mark.usefixtures("soon")
 def test_a_common_merge_that_lacks_is_found_before_the_first_text(
-    qwen: Path, caplog: pytest.LogCaptureFixture
+    plain: PlainReader, without_common: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = PlainReader(AutoTokenizer.from_pretrained(qwen))
-    reader = FastReader(without_merge(qwen, COMMON), plain)
+    reader = FastReader(without_common, plain)
     assert lists(reader.ids(["a word"], [True])) == lists(plain.ids(["a word"], [True]))
     assert OTHERWISE in caplog.text
 
 
 @pytest.mark.usefixtures("soon")
 def test_a_rare_one_is_found_in_the_first_shard_and_it_is_read_anew(
-    qwen: Path, caplog: pytest.LogCaptureFixture
+    plain: PlainReader, without_rare: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = PlainReader(AutoTokenizer.from_pretrained(qwen))
-    reader = FastReader(without_merge(qwen, RARE), plain)
+    reader = FastReader(without_rare, plain)
     shard = [f"{i}: that" for i in range(40)] + [f"that{RARE}", "the end"]
     assert lists(reader.ids(shard, [False] * 42)) == lists(plain.ids(shard, [False] * 42))
     assert OF_THE_INPUT in caplog.text and READS not in caplog.text
@@ -133,10 +146,9 @@ def test_a_rare_one_is_found_in_the_first_shard_and_it_is_read_anew(
 
 @pytest.mark.usefixtures("soon")
 def test_a_later_shard_with_a_difference_is_read_anew_whole_and_so_are_all_after_it(
-    qwen: Path, caplog: pytest.LogCaptureFixture
+    plain: PlainReader, without_rare: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = PlainReader(AutoTokenizer.from_pretrained(qwen))
-    reader = FastReader(without_merge(qwen, RARE), plain)
+    reader = FastReader(without_rare, plain)
     reader.ids(["that"] * 300, [True] * 300)
     assert READS in caplog.text and OF_THE_INPUT not in caplog.text
     one_is_seen = ["that", f"another{RARE}"] * 200  # the 252nd is compared
@@ -180,12 +192,11 @@ def test_a_vocabulary_that_it_cannot_read_is_said_once(caplog: pytest.LogCapture
 
 
 def test_little_text_does_not_load_it(
-    qwen: Path, texts: list[str], caplog: pytest.LogCaptureFixture
+    plain: PlainReader, without_common: Any, texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """It would find out that the vocabulary is another."""
     caplog.set_level(logging.INFO, "batch_scorer")
-    plain = PlainReader(AutoTokenizer.from_pretrained(qwen))
-    reader = FastReader(without_merge(qwen, COMMON), plain)
+    reader = FastReader(without_common, plain)
     assert lists(reader.ids(texts, [True] * len(texts))) == lists(
         plain.ids(texts, [True] * len(texts))
     )
