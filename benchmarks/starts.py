@@ -71,8 +71,8 @@ class Tree:
         started = time.perf_counter()
         process = self._start("score", output, _DATA, "--shard-rows", SHARD_ROWS)
         try:
-            while not any(folder.glob("*.parquet")):
-                if process.poll() or time.perf_counter() - started > _MOST_S:
+            while not any(folder.glob("**/*.parquet")):
+                if process.poll() is not None or time.perf_counter() - started > _MOST_S:
                     raise RuntimeError(f"{self.name}: {(self.home / 'log').read_text()}")
                 time.sleep(_POLL_S)
             return time.perf_counter() - started
