@@ -40,13 +40,16 @@ class Estimate:
     """The work of all rows of a plan, from `sampled_rows` of them.
 
     `flop` are its floating-point operations, None where the model's cost is not known. A prefix
-    that is shared by rows far from each other counts once for each.
+    that is shared by rows far from each other counts once for each. `common` is the share of the
+    sampled rows' computed tokens that would not be computed if the rows of different shards were in
+    one: only of the sample, since no other row is read.
     """
 
     sampled_rows: int
     row_tokens: int
     computed_tokens: int
     flop: float | None
+    common: float
 
 
 def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
@@ -61,6 +64,8 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
     num_groups = min(SAMPLE_SHARDS, len(shards))
     sampled_rows = covered_rows = 0
     sums = np.zeros(3)  # as the fields of RowWork
+    parts: list[TokenizedRows] = []
+    apart = 0.0  # computed tokens of the parts, each for itself
     for places in np.array_split(np.arange(len(shards)), num_groups) if shards else ():
         group = [shards[place] for place in places]
         part = _first_rows(group[len(group) // 2], num_groups)
@@ -73,6 +78,8 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
         work = work_of(rows, shares=shares, is_causal=is_causal(model))
         scale = group_rows / part.num_rows
         sums += scale * np.array([work.row_tokens, work.computed_tokens, work.attended_pairs])
+        parts.append(rows)
+        apart += work.computed_tokens
         sampled_rows += part.num_rows
         covered_rows += group_rows
     if not sums[0]:
@@ -81,11 +88,13 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
         sums * sum(shard.num_rows for shard in shards) / covered_rows
     ).tolist()
     cost = model.cost if engine.runs_model else None
+    together = build_trie(TokenizedRows.joined(parts)).num_tokens if shares else apart
     return Estimate(
         sampled_rows=sampled_rows,
         row_tokens=round(row_tokens),
         computed_tokens=round(computed_tokens),
         flop=None if cost is None else cost.flops(computed_tokens, pairs),
+        common=1 - together / apart,
     )
 
 

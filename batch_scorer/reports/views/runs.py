@@ -24,6 +24,8 @@ _LAYOUTS_SHOWN = 8
 _ROWS_SHOWN = 100
 _CHARACTERS_SHOWN = 600
 _VALUE_SHOWN = 80
+_WORTH_SAYING = 0.05
+"""Of what shards have in common: a template's own words are less."""
 
 
 # Before a run
@@ -60,6 +62,12 @@ def plan_view(report: PlanReport) -> Iterator[Block]:
             f"computed ({report.computed_ratio:.1%}){flop}; estimated from "
             f"{found.sampled_rows:,} rows"
         )
+        if found.common >= _WORTH_SAYING:
+            yield Line(
+                f"rows of different shards have {found.common:.0%} of computed tokens in common, "
+                f"among those {found.sampled_rows:,}: they would be computed once if the rows of a "
+                "prompt were side by side in one file"
+            )
     elif report.unknown is not None:
         yield Line(report.unknown, "computed tokens are not known:", Tone.WARNING)
 

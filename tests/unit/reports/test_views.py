@@ -462,12 +462,15 @@ def test_drift_shows_figures_and_how_they_moved(width: int) -> None:
 
 
 def test_a_plan_with_a_model_shows_what_is_computed() -> None:
-    estimate = Work(sampled_rows=48, row_tokens=2_000, computed_tokens=1_500, flop=3.2e15)
+    estimate = Work(48, row_tokens=2_000, computed_tokens=1_500, flop=3.2e15, common=0.25)
     report = replace(plan("a"), estimate=estimate, unknown=None)
     assert report.computed_ratio == 0.75
     shown = printed(report)
     assert "1,500 of them computed (75.0%), 3.20 PFLOP; estimated from 48 rows" in shown
+    assert "have 25% of computed tokens in common, among those 48" in shown
     assert report.to_json()["estimate"]["computed_tokens"] == 1_500
+    little = replace(report, estimate=replace(estimate, common=0.04))
+    assert "in common" not in printed(little)
 
 
 def test_an_empty_table_is_no_error() -> None:

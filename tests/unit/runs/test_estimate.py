@@ -59,6 +59,7 @@ def test_a_part_of_the_rows_stands_for_all(
     length = whole.row_tokens // 140
     # Equal rows of a shard are computed once, those of another shard again.
     assert whole.computed_tokens == 3 * length
+    assert whole.common == part.common == pytest.approx(2 / 3)
     pairs = 3 * length * (length + 1) // 2
     assert whole.flop == 196_608 * 3 * length + 1_024 * pairs
 
@@ -73,7 +74,28 @@ def test_without_packing_nothing_is_shared(
 ) -> None:
     found = ahead(tiny_model, files, **settings).estimate
     assert found is not None and found.computed_tokens == found.row_tokens
+    assert found.common == 0
     assert (found.flop is None) == (settings == {"backend": "fake"})
+
+
+def test_rows_of_a_prompt_that_lie_in_different_files_are_seen(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As two samplers write them, and side by side."""
+    prompt = "Tell me all that you know about the history of the lazy dog. "
+    answers = [[f"{prompt}{side} {number}" for number in range(4)] for side in ("First", "Second")]
+    for name, files in (("apart", answers), ("together", [[*answers[0], *answers[1]]])):
+        (tmp_path / name).mkdir()
+        for number, texts in enumerate(files):
+            table = pa.table({"text": texts})
+            pq.write_table(table, tmp_path / name / f"{number}.parquet")
+    apart, together = (
+        ahead(tiny_model, tmp_path / name).estimate for name in ("apart", "together")
+    )
+    assert apart is not None and together is not None
+    saved = apart.computed_tokens - together.computed_tokens
+    assert saved > 0 and together.common == 0
+    assert apart.common == pytest.approx(saved / apart.computed_tokens)
 
 
 def test_a_plan_refuses_the_model_that_score_refuses(
