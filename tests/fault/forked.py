@@ -30,7 +30,9 @@ import pyarrow as pa
 from batch_scorer import Config, quarantine
 from batch_scorer.errors import BatchScorerError
 from batch_scorer.failpoints import TESTING, arm
+from batch_scorer.models.registry import adapter_named
 from batch_scorer.records import Receipt
+from batch_scorer.render import renderer_of
 from batch_scorer.runs.derive import derive, look_at_model
 from batch_scorer.runs.remaining import Work
 from batch_scorer.runs.run import score
@@ -205,7 +207,9 @@ def _warm_up(model: Path) -> None:
         model=str(model), inputs=("in",), output="out", backend="fake", device="cpu",
         dtype="float32", use_ray=False,
     )  # fmt: skip
-    derive(config, look_at_model(config))
+    job = derive(config, look_at_model(config))  # of a known model this loads nothing
+    adapter_named(job.adapter)
+    renderer_of(job.config, job.model)
     pa.table({"a column": ["of Python's"]})  # imports pandas where it is installed
 
 
