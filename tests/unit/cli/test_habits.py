@@ -105,8 +105,8 @@ def test_a_job_may_name_what_only_the_cluster_has(
     monkeypatch.delenv("SCRATCH", raising=False)
     (tmp_path / "job.yaml").write_text("model: ${SCRATCH}/m\n")
     words = ["score", "${SCRATCH}/in", "--output", "~/out", "--config", str(tmp_path / "job.yaml")]
-    assert _checked_here(words) == tmp_path / "job.yaml"
-    assert _checked_here(["status", "${SCRATCH}/out"]) is None
+    assert _checked_here(words) == (tmp_path / "job.yaml", None)
+    assert _checked_here(["status", "${SCRATCH}/out"]) == (None, None)
     with pytest.raises(ConfigError, match="dtype"):
         _checked_here([*words, "--dtype", "int3"])
 
@@ -116,7 +116,7 @@ def test_the_config_file_of_a_job_lies_in_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "job.yaml").write_text("model: m\ninputs: a\noutput: b\n")
-    assert _checked_here(["score", "--config", "~/job.yaml"]) == tmp_path / "job.yaml"
+    assert _checked_here(["score", "--config", "~/job.yaml"]) == (tmp_path / "job.yaml", None)
 
 
 @pytest.mark.parametrize(
