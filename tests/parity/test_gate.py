@@ -28,7 +28,7 @@ from batch_scorer.models import kept
 from batch_scorer.models.adapter import LastToken
 from batch_scorer.parity import gate
 from batch_scorer.records import PooledTokens, RowError, Scores, TokenizedRows
-from batch_scorer.render.tokens import Encoder
+from batch_scorer.render.readers import PlainReader
 from batch_scorer.runs.preview import check
 from batch_scorer.runs.run import score
 from tests.helpers.in_process import run_cli
@@ -187,12 +187,12 @@ def test_bos_doubled_or_lost(
         (copied / "chat_template.jinja").write_text("{{ bos_token }}" + template)
         model = copied
         assert check(config_for(model, tmp_path)).sample.leading_bos == 1
-    encode = Encoder._encode
+    read = PlainReader.ids
 
-    def wrong(self: Encoder, texts: list[str], *, add_special_tokens: bool, read: Any) -> Any:
-        return encode(self, texts, add_special_tokens=keep, read=read)
+    def wrong(self: PlainReader, texts: list[str], adds: list[bool]) -> Any:
+        return read(self, texts, [keep] * len(adds))
 
-    monkeypatch.setattr(Encoder, "_encode", wrong)
+    monkeypatch.setattr(PlainReader, "ids", wrong)
     with pytest.raises(ParityError, match=trap):
         check(config_for(model, tmp_path))
     with pytest.raises(ParityError, match=trap):
