@@ -409,6 +409,14 @@ def report(
     html: Annotated[
         Path, typer.Option("--html", metavar="FILE", help="Where the page goes, on this machine.")
     ],
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Compare with another output of the same rows, scored by another model or with "
+            "other settings.",
+        ),
+    ] = None,
     store_option: StoreOptions = None,
     as_json: AsJson = False,
 ) -> None:
@@ -417,10 +425,12 @@ def report(
     The page asks for nothing outside of itself. Each drawing has its values in a table.
     """
     quarantine.prepare()
-    from batch_scorer.reports.page.page import write_page
+    from batch_scorer.reports.page.write import write_page
 
     options = mapping("store_options", store_option) or {}
-    show(write_page(expanded(output), Path(expanded(html)), options), as_json=as_json)
+    other = None if compare is None else expanded(compare)
+    written = write_page(expanded(output), Path(expanded(html)), options, other)
+    show(written, as_json=as_json)
 
 
 app.command(cls=Command)(select)
@@ -454,7 +464,7 @@ def demo(
 
     best = f"{output.rstrip('/')}-best"
     selected = choose([output], best, Selection(best=1, group_by=("prompt",)))
-    from batch_scorer.reports.page.page import write_page
+    from batch_scorer.reports.page.write import write_page
 
     # Beside the output; of one in an object store, here.
     beside = "demo-output" if "://" in config.output else config.output.rstrip("/")

@@ -14,6 +14,7 @@ from tests.helpers.browser import Tab, browser_tab
 from tests.helpers.in_process import run_cli
 from tests.helpers.places import Place
 from tests.helpers.scored import scored_output
+from tests.helpers.tiny import tiny_reward_model
 
 WIDTHS = (390, 1280, 1920)
 SCHEMES = ("light", "dark")
@@ -48,11 +49,22 @@ class View:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("page")
-    output = scored_output(Place(str(folder / "output")), tiny_model)
-    file = folder / "page.html"
-    ended = run_cli("report", output.url, "--html", file)
+def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Place, Place]:
+    place = Place(str(tmp_path_factory.mktemp("output")))
+    other = tiny_reward_model(tmp_path_factory.mktemp("other") / "other", bos=True)
+    return scored_output(place, tiny_model, "a"), scored_output(place, other, "b")
+
+
+@pytest.fixture(scope="module", params=["scored", "compared"])
+def page(
+    request: pytest.FixtureRequest,
+    outputs: tuple[Place, Place],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    a, b = outputs
+    file = tmp_path_factory.mktemp("page") / f"{request.param}.html"
+    compared = ("--compare", b.url) if request.param == "compared" else ()
+    ended = run_cli("report", a.url, *compared, "--html", file)
     assert ended.exit_code == 0, ended.err
     return file
 
@@ -97,7 +109,7 @@ async def _view(tab: Tab, page: Path, width: int, scheme: str) -> View:
     )
     if folder := os.environ.get("SCREENSHOTS"):
         await tab.open(page.as_uri())
-        Path(folder, f"{width}-{scheme}.png").write_bytes(await tab.screenshot())
+        Path(folder, f"{page.stem}-{width}-{scheme}.png").write_bytes(await tab.screenshot())
     return found
 
 
@@ -124,7 +136,8 @@ def test_it_fits_asks_for_nothing_and_has_no_error(
 
 
 def test_markup_in_the_data_is_text(views: dict[tuple[int, str], View], page: Path) -> None:
-    assert "document.title=" in page.read_text()
+    assert "&lt;b&gt;source" in page.read_text()
+    assert "compared" in page.name or "&lt;script&gt;document.title=" in page.read_text()
     assert {view.title.split(" of ")[0] for view in views.values()} == {"Scores"}
 
 
@@ -167,7 +180,7 @@ def test_every_table_is_reached_and_opened_by_keys_alone(page: Path) -> None:
             return opened, total, outlines
 
     opened, total, outlines = asyncio.run(walk())
-    assert len(opened) == total > 8
+    assert len(opened) == total > 2
     assert outlines == {"solid"}
 
 
@@ -183,7 +196,7 @@ def test_drawings_have_names_and_tables(page: Path) -> None:
             )
 
     figures = asyncio.run(look())
-    assert len(figures) > 8
+    assert len(figures) > 2
     for role, label, title, cells in figures:
         assert (role, label) == ("img", title)
         assert cells > 1

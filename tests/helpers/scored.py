@@ -43,8 +43,9 @@ def bad_rows() -> list[Row]:
     ]
 
 
-def scored_output(place: Place, model: Path) -> Place:
-    """60 pairs and 20 prompts, some of their shards of 16 rows, and five marked rows."""
+def scored_output(place: Place, model: Path, name: str = "scored") -> Place:
+    """65 pairs, of which three are marked and two have equal sides, and 20 prompts, in shards of 16
+    rows. Outputs of one place are of the same files."""
     inputs = place / "in"
     good = pair_rows(60)
     for row in good[::3]:
@@ -53,15 +54,16 @@ def scored_output(place: Place, model: Path) -> Place:
     equal = pair_rows(2, 60)
     for row in equal:
         row["rejected"] = row["chosen"]
-    inputs.write(
-        {
-            "pairs.parquet": parquet(table_of(good)),
-            "equal.jsonl": jsonl(equal),
-            "bad.jsonl": jsonl([*bad_rows(), *pair_rows(1, 62)]),
-            "rollouts.parquet": parquet(pa.Table.from_pylist(rollout_rows(20))),
-        }
-    )
-    output = place / "scored"
+    if not inputs.shard_keys():
+        inputs.write(
+            {
+                "pairs.parquet": parquet(table_of(good)),
+                "equal.jsonl": jsonl(equal),
+                "bad.jsonl": jsonl([*bad_rows(), *pair_rows(1, 62)]),
+                "rollouts.parquet": parquet(pa.Table.from_pylist(rollout_rows(20))),
+            }
+        )
+    output = place / name
     score(
         Config(
             model=str(model),

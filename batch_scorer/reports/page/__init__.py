@@ -4,7 +4,9 @@
     tally.py     those of all shards → counts, histograms and sums, exact; and small samples
     figures.py   the tally → figures: values, a drawing of them, and a table of the same values
     svg.py       a drawing → SVG text
-    page.py      all of it → the file
+    page.py      a scored output → its page
+    comparison.py, compare.py     the same for two outputs of the same rows
+    write.py     a page → the file
 
 What is drawn is pure functions of what was read: `tally`, `figures` and `svg` open nothing.
 """

@@ -12,12 +12,9 @@ import pyarrow as pa
 
 from batch_scorer.config import PartialConfig, expanded
 from batch_scorer.errors import (
-    ConfigError,
     IncompleteError,
     IntegrityError,
-    OutputError,
     ShardError,
-    cause_of,
 )
 from batch_scorer.inputs.files import read_apart
 from batch_scorer.outputs.claim import Claim, open_scored
@@ -35,8 +32,7 @@ from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, in_threads
 
 T = TypeVar("T")
 
-_READERS = 4
-_TEMPLATE = "page.html"
+READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,63 +72,41 @@ class ScoredPage:
 
     def to_html(self) -> str:
         """The page, which asks for nothing outside of itself and runs no script."""
-        folder = jinja2.FileSystemLoader(Path(__file__).parent)
-        environment = jinja2.Environment(
-            loader=folder,
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {"cell": cell, "svg": svg_of}
-        text = environment.get_template(_TEMPLATE).render(page=self, most_examples=EXAMPLES)
-        # Half a surrogate pair, which the text of a row may hold, is no UTF-8.
-        return text.encode(errors="replace").decode()
-
-
-@dataclass(frozen=True, slots=True)
-class PageReport:
-    """That a page was written, and what is on it."""
-
-    file: str
-    size_bytes: int
-    page: ScoredPage
+        return render("page.html", page=self, most_examples=EXAMPLES)
 
     def to_json(self) -> dict[str, Any]:
-        figures = {
-            figure.key: {"columns": list(figure.columns), "rows": [list(r) for r in figure.rows]}
-            for section in self.page.sections
-            for figure in section.figures
-        }
         return {
-            "file": self.file,
-            "bytes": self.size_bytes,
-            "output": self.page.output,
-            "totals": dict(self.page.totals),
-            "figures": figures,
+            "output": self.output,
+            "totals": dict(self.totals),
+            "figures": figures_json(self.sections),
             "examples": {
-                reason: [asdict(row) for row in rows] for reason, rows in self.page.examples.items()
+                reason: [asdict(row) for row in rows] for reason, rows in self.examples.items()
             },
-            "lowest": [asdict(row) for row in self.page.lowest],
+            "lowest": [asdict(row) for row in self.lowest],
         }
 
 
-def write_page(output: str, file: Path, store_options: Mapping[str, str]) -> PageReport:
-    """Write the page of a scored output into a file on this machine, in a folder made if need be.
+def render(template: str, **values: Any) -> str:
+    """A page of this folder's templates, all text from outside escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": cell, "svg": svg_of}
+    text = environment.get_template(template).render(**values)
+    # Half a surrogate pair, which the text of a row may hold, is no UTF-8.
+    return text.encode(errors="replace").decode()
 
-    Raises ConfigError for a file in the output, and OutputError for one that cannot be written; and
-    as `read_page`.
-    """
-    if "://" not in output and file.resolve().is_relative_to(Path(output).resolve()):
-        raise ConfigError("--html: a file in the output would be taken for a shard; name another")
-    page = read_page(output, store_options)
-    data = page.to_html().encode()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-    except OSError as error:
-        raise OutputError(f"{file}: the page cannot be written: {cause_of(error)}") from error
-    return PageReport(str(file), len(data), page)
+
+def figures_json(sections: Sequence[Section]) -> dict[str, Any]:
+    return {
+        figure.key: {"columns": list(figure.columns), "rows": [list(row) for row in figure.rows]}
+        for section in sections
+        for figure in section.figures
+    }
 
 
 def read_page(output: str, store_options: Mapping[str, str]) -> ScoredPage:
@@ -151,8 +125,8 @@ def read_page(output: str, store_options: Mapping[str, str]) -> ScoredPage:
         )
     shards = {r.output_key: r for r in receipts if r.commit is not None and r.num_rows}
     tally = Tally.for_commits(r.commit for r in shards.values() if r.commit is not None)
-    read = partial(_of_shard, store, read_values)
-    values = in_threads(read, shards.values(), _READERS)
+    read = partial(of_shard, store, read_values)
+    values = in_threads(read, shards.values(), READERS)
     for receipt, found in zip(shards.values(), values, strict=True):
         tally.add(receipt.output_key, found)
     totals = total(receipts)
@@ -162,7 +136,7 @@ def read_page(output: str, store_options: Mapping[str, str]) -> ScoredPage:
             "for details run `batch-scorer verify`"
         )
     picks = [pick for found in tally.examples.values() for pick in sorted(found)[:EXAMPLES]]
-    shown = _shown(store, shards, [*picks, *tally.lowest])
+    shown = shown_rows(store, shards, [*picks, *tally.lowest])
     judged = totals.get("judged")
     made = claim.provenance
     newest = newest_run(store)
@@ -184,7 +158,7 @@ def read_page(output: str, store_options: Mapping[str, str]) -> ScoredPage:
     )
 
 
-def _of_shard(store: Store, read: Callable[..., T], receipt: Receipt, *arguments: object) -> T:
+def of_shard(store: Store, read: Callable[..., T], receipt: Receipt, *arguments: object) -> T:
     """What `read` gives of a committed shard; raises IntegrityError if it is not as committed."""
     stored = receipt.stored
     assert stored is not None  # it is committed
@@ -201,7 +175,7 @@ def _of_shard(store: Store, read: Callable[..., T], receipt: Receipt, *arguments
         ) from error
 
 
-def _shown(
+def shown_rows(
     store: Store, shards: Mapping[str, Receipt], picks: Sequence[Pick]
 ) -> dict[Pick, ShownRow]:
     """The picked rows with their texts: each of their shards is read once more."""
@@ -210,7 +184,7 @@ def _shown(
         receipt, ours = shards[key], [pick for pick in picks if pick.key == key]
         commit = receipt.commit
         assert commit is not None  # `shards` are the committed ones
-        texts = _of_shard(store, read_texts, receipt, [pick.place for pick in ours])
+        texts = of_shard(store, read_texts, receipt, [pick.place for pick in ours])
         details = {row: detail for row, _, detail in receipt.examples}
         for pick, found in zip(ours, texts, strict=True):
             row = None if commit.where is not None else commit.first_row + pick.place

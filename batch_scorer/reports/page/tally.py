@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from batch_scorer.outputs.by_source import ALL_SOURCES
+from batch_scorer.outputs.by_source import ALL_SOURCES, Sources
 from batch_scorer.records import Commit, PairCounts
 from batch_scorer.reports.page.values import FloatArray, IntArray, ShardValues
 
@@ -237,20 +237,16 @@ class Tally:
     def for_commits(cls, commits: Iterable[Commit]) -> "Tally":
         """An empty one, with bins for the scores that these commits say they hold, and with their
         largest sources apart."""
-        rows: dict[str, int] = {}
+        commits = list(commits)
         low, high = math.inf, -math.inf
         for commit in commits:
-            for source, spread in commit.spread.items():
-                rows[source] = rows.get(source, 0) + spread.rows
+            for spread in commit.spread.values():
                 if spread.quantiles:
                     low, high = min(low, spread.quantiles[0]), max(high, spread.quantiles[-1])
         if low > high:
             low, high = 0.0, 1.0
-        largest = sorted(rows, key=lambda source: (-rows[source], source))[:MOST_SOURCES]
         reach = high - low + _PAD * max(abs(low), abs(high))
-        return cls(
-            Grid.over(low, high), Grid.over(-reach, reach), frozenset({*largest, ALL_SOURCES})
-        )
+        return cls(Grid.over(low, high), Grid.over(-reach, reach), largest_sources(commits))
 
     @property
     def scores(self) -> int:
@@ -258,10 +254,8 @@ class Tally:
 
     def add(self, key: str, values: ShardValues) -> None:
         """Count a shard, whose object is `key`."""
-        rng = _random(key)
-        sources = np.array(
-            [s if s in self.shown_sources else OTHER_SOURCES for s in values.sources], object
-        )
+        rng = random_of(key)
+        sources = shown_names(values.sources, self.shown_sources)
         self._count_scores(values, sources, rng)
         if values.sides == 2:
             self._count_pairs(key, values, sources)
@@ -342,7 +336,23 @@ class Tally:
                 gain.squares += float((gains[:, k - 1] ** 2).sum())
 
 
-def _random(key: str) -> np.random.Generator:
+def largest_sources(commits: Iterable[Commit]) -> frozenset[str]:
+    """Those with the most rows, which are shown apart."""
+    rows: dict[str, int] = {}
+    for commit in commits:
+        for source, spread in commit.spread.items():
+            rows[source] = rows.get(source, 0) + spread.rows
+    largest = sorted(rows, key=lambda source: (-rows[source], source))[:MOST_SOURCES]
+    return frozenset({*largest, ALL_SOURCES})
+
+
+def shown_names(sources: Sources, shown: frozenset[str]) -> Sources:
+    """str[R], the source of each row as it is shown."""
+    return np.array([s if s in shown else OTHER_SOURCES for s in sources], object)
+
+
+def random_of(key: str) -> np.random.Generator:
+    """The random numbers of a shard's rows."""
     digest = hashlib.sha256(key.encode()).digest()
     return np.random.default_rng([_SEED, int.from_bytes(digest[:8], "big")])
 

@@ -14,7 +14,7 @@ from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.nightly.status import NightlyStatus
 from batch_scorer.reports.blocks import Block
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
-from batch_scorer.reports.page.page import PageReport
+from batch_scorer.reports.page.write import PageReport
 from batch_scorer.reports.results import (
     CheckReport,
     FailedShard,

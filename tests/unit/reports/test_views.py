@@ -40,7 +40,8 @@ from batch_scorer.render import TemplateFacts
 from batch_scorer.reports.blocks import Line, Table, Tone
 from batch_scorer.reports.console import show
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
-from batch_scorer.reports.page.page import PageReport, ScoredPage
+from batch_scorer.reports.page.page import ScoredPage
+from batch_scorer.reports.page.write import PageReport
 from batch_scorer.reports.results import (
     CheckReport,
     FailedShard,
