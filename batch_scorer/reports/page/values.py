@@ -90,6 +90,9 @@ def _messages(
     unknown = np.full(len(rows), -1)
     num_rows = file.metadata.num_rows
     names: Mapping[str, str] = layout["columns"]
+    fields = {"prompt", *shape.fields} & names.keys()
+    if not {names[field] for field in fields} <= set(file.schema_arrow.names):
+        return unknown  # they were not kept
     before = np.zeros(num_rows, np.int64)
     if "prompt" in names:
         found = _lengths(file, names["prompt"])
@@ -152,6 +155,8 @@ def read_texts(
     file = open_parquet(store, source)
     names = {field: name for field, name in commit.layout["columns"].items()}
     there = {field: name for field, name in names.items() if name in file.schema_arrow.names}
+    if not there:
+        return [{} for _ in places]  # they were not kept
     table = file.read(columns=list(dict.fromkeys(there.values())), use_threads=False)
     rows = table.take(pa.array(places, pa.int64())).to_pylist()
     return [{field: _shown(row[name]) for field, name in there.items()} for row in rows]
