@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 
 AZURITE := $(VENV)/azurite
 
-.PHONY: demo test lint unit slow drill planted corpus fuzz stages hashes sbom clean
+.PHONY: demo test lint unit slow drill planted corpus fuzz stages report-pages hashes sbom clean
 
 demo: $(VENV)/demo.ok
 	@$(BIN)/batch-scorer demo
@@ -105,6 +105,11 @@ fuzz: $(VENV)/test.ok
 stages: $(VENV)/test.ok
 	@$(WATCHED) $(BIN)/pytest tests/e2e/stages.py
 
+# Pages of reports in a real browser, which has to be there (Debian: apt-get install chromium).
+# SCREENSHOTS names a folder that is there, for what they look like.
+report-pages: $(VENV)/test.ok
+	@$(WATCHED) $(BIN)/pytest tests/e2e/report_pages.py
+
 # What the image installs, with the hashes of its files: constraints.txt on Linux, x86-64, Python 3.11.
 UV := build/uv
 hashes: $(VENV)/demo.ok
@@ -121,4 +126,4 @@ sbom: $(VENV)/demo.ok
 	@echo "build/sbom.cdx.json"
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output demo-output-best demo-output.html build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -404,6 +404,36 @@ def _scored_output(config: PartialConfig) -> str:
     return config.inputs[0]
 
 
+@app.command(cls=Command)
+def report(
+    output: Output,
+    html: Annotated[
+        Path, typer.Option("--html", metavar="FILE", help="Where the page goes, on this machine.")
+    ],
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Compare with another output of the same rows, scored by another model or with "
+            "other settings.",
+        ),
+    ] = None,
+    store_option: StoreOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about a scored OUTPUT: scores, pairs, length, marked rows, cost.
+
+    The page asks for nothing outside of itself. Each drawing has its values in a table.
+    """
+    quarantine.prepare()
+    from batch_scorer.reports.page.write import write_page
+
+    options = mapping("store_options", store_option) or {}
+    other = None if compare is None else expanded(compare)
+    written = write_page(expanded(output), Path(expanded(html)), options, other)
+    show(written, as_json=as_json)
+
+
 app.command(cls=Command)(select)
 
 
@@ -415,7 +445,10 @@ def demo(
     ] = "demo-output",
     as_json: AsJson = False,
 ) -> None:
-    """Score a sample of real pairs and rollouts with the embedded model; select the best rows."""
+    """Score a sample of real pairs and rollouts with the embedded model; select the best rows.
+
+    Ends with a page about the scores, beside OUTPUT.
+    """
     from batch_scorer.models.embedded import build_embedded_model, default_embedded_directory
 
     console = for_progress(as_json=as_json)
@@ -432,9 +465,15 @@ def demo(
 
     best = f"{output.rstrip('/')}-best"
     selected = choose([output], best, Selection(best=1, group_by=("prompt",)))
+    from batch_scorer.reports.page.write import write_page
+
+    # Beside the output; of one in an object store, here.
+    beside = "demo-output" if "://" in config.output else config.output.rstrip("/")
+    page = write_page(config.output, Path(f"{beside}.html"), {})
     if not as_json:
         say(out(), "")
         show(selected, as_json=False)
+        say(out(), f"The page is {page.file}")
 
 
 @app.command(cls=Command, context_settings={"allow_interspersed_args": False})

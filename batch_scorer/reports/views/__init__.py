@@ -14,6 +14,7 @@ from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.nightly.status import NightlyStatus
 from batch_scorer.reports.blocks import Block
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
+from batch_scorer.reports.page.write import PageReport
 from batch_scorer.reports.results import (
     CheckReport,
     FailedShard,
@@ -32,6 +33,7 @@ from batch_scorer.reports.views.nightly import (
     nightly_status_view,
     nightly_view,
 )
+from batch_scorer.reports.views.page import page_view
 from batch_scorer.reports.views.runs import (
     check_view,
     conformance_view,
@@ -73,6 +75,7 @@ Result: TypeAlias = (
     | DerivedStatus
     | DerivedVerdict
     | Decontaminated
+    | PageReport
 )
 """What a command ends with; `to_json` is the same for machines."""
 
@@ -101,6 +104,7 @@ VIEWS: Mapping[type[Report], Callable[[Any], Iterator[Block]]] = {
     DerivedStatus: derived_status_view,
     DerivedVerdict: derived_verdict_view,
     Decontaminated: decontaminated_view,
+    PageReport: page_view,
 }
 
 

@@ -47,6 +47,8 @@ from batch_scorer.render import TemplateFacts
 from batch_scorer.reports.blocks import Line, Table, Tone
 from batch_scorer.reports.console import show
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
+from batch_scorer.reports.page.page import ScoredPage
+from batch_scorer.reports.page.write import PageReport
 from batch_scorer.reports.results import (
     CheckReport,
     FailedShard,
@@ -217,6 +219,11 @@ def decontaminated(text: str) -> Decontaminated:
     return Decontaminated(text, 3, 1, 1, 2, 1, {text: SourceCounts(3, 1)}, None)
 
 
+def page(text: str) -> PageReport:
+    counts = {"rows": 5, "rows_scored": 3, "rows_marked": 1, "rows_not_asked": 1}
+    return PageReport(text, 999, ScoredPage(text, text, counts, (), {}, (), (), (), (), (), {}))
+
+
 def drift(text: str) -> DriftReport:
     mover = Mover(text, 3, 1, 1.0, 3.0, 0.0, 1.0)
     return DriftReport(
@@ -277,6 +284,7 @@ EXAMPLES: dict[type, Callable[[str], Any]] = {
         text, "select", 3, 500, 3, [text], [text], selected(text).totals.counts
     ),
     Decontaminated: decontaminated,
+    PageReport: page,
 }
 WITHOUT_FOREIGN_TEXT = {Pace}
 
