@@ -18,15 +18,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import ROOT, WORKLOADS, command_line, model_of, print_table, report
+from benchmarks.common import (
+    ROOT,
+    WORKLOADS,
+    command_line,
+    model_of,
+    print_table,
+    report,
+    worktree_of,
+)
 
 NOW, PLAIN = "this tree", "this tree, Hugging Face's tokenizer alone"
 FIRST_ROWS, ROUND_ROWS, ROUNDS = (1800, 600), 700, 5
@@ -87,7 +95,7 @@ def main() -> None:
             PLAIN: stack.enter_context(Contestant(ROOT, model_dir, "--plain")),
         }
         if asked.against:
-            tree = stack.enter_context(worktree(asked.against, folder / "tree"))
+            tree = stack.enter_context(worktree_of(asked.against))
             contestants[asked.against] = stack.enter_context(Contestant(tree, model_dir))
         rounds = [take_turns(contestants, file, number) for number, file in enumerate(files)]
     result = compared(rounds, list(contestants))
@@ -118,17 +126,6 @@ def write(asked: argparse.Namespace, folder: Path) -> list[Path]:
         pq.write_table(pa.table(table.slice(start, size)), files[-1])
         start += size
     return files
-
-
-@contextmanager
-def worktree(commit: str, place: Path) -> Iterator[Path]:
-    """A tree of this repository at a commit. Raises CalledProcessError where there is none."""
-    git = ("git", "-C", str(ROOT), "worktree")
-    subprocess.run([*git, "add", "--quiet", "--detach", str(place), commit], check=True)
-    try:
-        yield place
-    finally:
-        subprocess.run([*git, "remove", "--force", str(place)], check=True)
 
 
 def take_turns(
