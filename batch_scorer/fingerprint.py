@@ -14,6 +14,7 @@ from batch_scorer.records.digest import digest_of
 
 SCORING_VERSION = 3
 """Raised when a change of this package changes scores (rendering, pooling, head)."""
+_PARTS_OF_PARTS = {"text", "models"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,18 @@ def score_fingerprint(
 
 
 def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts, those of `text` each under a name of its own."""
-    text = {f"text.{name}": value for name, value in parts.get("text", {}).items()}
-    return {**{name: value for name, value in parts.items() if name != "text"}, **text}
+    """The parts, those of `text` and of each of the `models` under names of their own."""
+    found = {name: value for name, value in parts.items() if name not in _PARTS_OF_PARTS}
+    for whole in _PARTS_OF_PARTS & parts.keys():
+        inner = parts[whole]
+        if whole == "models":
+            inner = _flat_models(inner)
+        found |= {f"{whole}.{name}": value for name, value in inner.items()}
+    return found
+
+
+def _flat_models(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{m}.{name}": value for m, own in models.items() for name, value in _flat(own).items()}
 
 
 def _short(value: Any) -> str:

@@ -1,17 +1,30 @@
 """A run's settings with everything derived filled in: made once, the same on every worker."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from batch_scorer.config import ENGINES, Config, Device, EngineFacts
 from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.judges.page import Page, judge_columns
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.hub import commit_of, on_this_node
-from batch_scorer.records import SCALAR, Embedding, Outputs
+from batch_scorer.records import SCALAR, Embedding, Families, Outputs, ReadBounds
 from batch_scorer.render import Probe, TemplateFacts, max_tokens_of
 from batch_scorer.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A model of a job, as its files show it, and its own settings."""
+
+    config: Config
+    model: ModelFacts
+
+
+Members: TypeAlias = Mapping[str, Member]
+"""The models of a job by name, in the order of their columns; the name of a single one is ""."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,21 @@ class Job:
     fingerprint: Fingerprint
     trial: dict[str, float] | None = None
     placement_group: Any = None
+
+    @property
+    def members(self) -> "Mapping[str, Job]":
+        """The jobs of all its models, by name."""
+        return {"": self}
+
+    @property
+    def stages(self) -> list[list[str]]:
+        """The models that a worker holds, by name, for each kind of worker."""
+        return [[""]]
+
+    @property
+    def is_served(self) -> bool:
+        """Whether another program scores, which is asked by one worker."""
+        return self.engine.is_served
 
     @property
     def backend(self) -> str:
@@ -109,7 +137,7 @@ class Job:
         facts, reference = self.template_facts, self.model.reference
         return {
             "batch_scorer": __version__,
-            "model": self.config.model,
+            "model": self.config.one_model,
             "revision": commit_of(self.model.lora_dir or self.model.path),
             "base_model": str(self.model.path) if self.model.lora_dir else None,
             "model_changes": [*self.model.changes, *self.model.doubts],
@@ -153,6 +181,78 @@ class Job:
         attention = attention_of(self.config, self.model, engine)
         parts = {**self.fingerprint.parts, "backend": engine, "attention": attention}
         return replace(self, engines=(engine,), fingerprint=Fingerprint(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Several models that score the same rows in one pass, into one output.
+
+    `config` has what they have in common; `members` are the jobs of the models by name, each as it
+    would be alone, but for its columns' prefix.
+    """
+
+    config: Config
+    members: Mapping[str, Job]
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """That of all scores. What inputs are read by stands beside the models' own, as verifying
+        an output needs it."""
+        bounds = {bound.name for bound in fields(ReadBounds)}
+        common = {n: v for n, v in self.config.with_role("scores").items() if n in bounds}
+        own = {name: dict(member.fingerprint.parts) for name, member in self.members.items()}
+        return Fingerprint({**common, "models": own})
+
+    @property
+    def device(self) -> Device:
+        return self._first.device
+
+    @property
+    def stages(self) -> list[list[str]]:
+        """As `Job.stages`."""
+        names = [*self.members]
+        return [[name] for name in names] if self.config.model_workers == "own" else [names]
+
+    @property
+    def is_served(self) -> bool:
+        return False  # no served judge is one of several models
+
+    @property
+    def asks_together(self) -> bool:
+        return False
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """As `Job.provenance`, of each model under `models`."""
+        return {
+            "batch_scorer": __version__,
+            "model": self.config.shown_model,
+            "device": self.device,
+            "models": {name: member.provenance for name, member in self.members.items()},
+        }
+
+    def on_this_node(self, *, weights: bool = True) -> "Ensemble":
+        """As `Job.on_this_node`."""
+        here = {n: member.on_this_node(weights=weights) for n, member in self.members.items()}
+        return replace(self, members=here)
+
+    @property
+    def _first(self) -> Job:
+        return next(iter(self.members.values()))
+
+
+AnyJob: TypeAlias = Job | Ensemble
+"""The job of one model, or of several."""
+
+
+def job_of(config: Config, jobs: Mapping[str, Job]) -> AnyJob:
+    """The job of all these models, which are named as in `Config.members`."""
+    return jobs[""] if "" in jobs else Ensemble(config, jobs)
+
+
+def families_of(models: Mapping[str, Member] | Mapping[str, Job]) -> Families:
+    """What each of these models adds to a sequence."""
+    return {name: outputs_of(each.config, each.model) for name, each in models.items()}
 
 
 def attention_of(config: Config, model: ModelFacts, engine: str) -> str:

@@ -1,7 +1,7 @@
 """The path of a shard: read_shard → score_shard → commit_shard. Start reading here.
 
-    rows, *_ = read_shard(shard, config, model)          input columns → token ids
-    scored = score_shard(rows, backend)                  token ids → float32 scores
+    rows, *_ = read_shard(shard, models)                 input columns → token ids, for each model
+    scored = score_shard(rows, backend)                  token ids → float32 scores of one
     receipt = commit_shard(job, epoch, shard, scored)    scores + untouched columns → one object
 
 The same three run as Ray Data stages and in a plain loop (`pipeline`). What goes wrong with the
@@ -11,7 +11,7 @@ shard as a whole is a ShardError; what goes wrong with a row stays with the row.
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -24,10 +24,9 @@ from batch_scorer.backends.base import Backend
 from batch_scorer.config import Config
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.inputs.files import columns_of_shard, read_apart
-from batch_scorer.job import Job, Judging
+from batch_scorer.job import AnyJob, Judging
 from batch_scorer.judges.judgements import judged, judged_rows, unread, with_retried
 from batch_scorer.judges.page import Page
-from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.reuse import find_known, read_earlier, score_unknown
 from batch_scorer.records import (
     ParsedRows,
@@ -38,40 +37,46 @@ from batch_scorer.records import (
     TokenizedRows,
 )
 from batch_scorer.render import renderer_of
-from batch_scorer.render.rows import tokenized
+from batch_scorer.render.rows import Tokenizing, tokenized_for
 
 FloatArray = npt.NDArray[np.float32]
 
 
 class Read(NamedTuple):
-    """A shard's token ids, and the seconds of reading it, and of rendering and tokenising; loading
-    the tokenizer belongs to neither, but for the faster one of `render/readers.py`."""
+    """A shard's token ids for each model, one object for all that read the same, and the seconds of
+    reading it, and of rendering and tokenising; loading the tokenizers belongs to neither, but for
+    the faster ones of `render/readers.py`."""
 
-    rows: TokenizedRows
+    rows: list[TokenizedRows]
     read_s: float
     tokenize_s: float
 
 
-def read_shard(shard: Shard, config: Config, model: ModelFacts) -> Read:
-    """Read the columns that are scored, and turn them into token ids.
+def read_shard(shard: Shard, models: Sequence[Tokenizing]) -> Read:
+    """Read the columns that are scored, once, and turn them into the token ids of these models.
 
     Raises ShardError: the file is unreadable, gone, changed since it was planned, ends the process
     that reads it, or holds an over-long row under the `error` policy.
     """
-    return read_apart(config, shard.source.size_bytes, _read, shard, config, model)
+    config = models[0].config
+    return read_apart(config, shard.source.size_bytes, _read, shard, models)
 
 
-def _read(shard: Shard, config: Config, model: ModelFacts) -> Read:
-    if not model.is_served:
-        renderer_of(config, model)  # loads the tokenizer
+def _read(shard: Shard, models: Sequence[Tokenizing]) -> Read:
+    config = models[0].config
+    for each in models:
+        if not each.model.is_served:
+            renderer_of(each.config, each.model)  # loads the tokenizer
     started = time.perf_counter()
     parsed = _parse(shard, config.store_options)
     is_read = time.perf_counter()
-    rows = tokenized(parsed, config, model)
-    if model.judge is not None and rows.seeds is not None:
-        # The same seeds would write the same replies again. Questions that have a verdict keep it:
-        # they are found in the object that this shard replaces.
-        rows.seeds = rows.seeds + shard.retries * (1 + model.judge.generation.retries)
+    rows = tokenized_for(parsed, models)
+    for each, own in zip(models, rows, strict=True):
+        if each.model.judge is not None and own.seeds is not None:
+            # The same seeds would write the same replies again. Questions that have a verdict keep
+            # it: they are found in the object that this shard replaces.
+            retries = each.model.judge.generation.retries
+            own.seeds = own.seeds + shard.retries * (1 + retries)
     return Read(rows, is_read - started, time.perf_counter() - is_read)
 
 
@@ -88,10 +93,21 @@ def _parse(shard: Shard, store_options: Mapping[str, str]) -> ParsedRows:
     return parsed
 
 
-def read_known(job: Job, shard: Shard, rows: TokenizedRows) -> TokenizedRows:
-    """The rows of the shard, with the scores that equal sequences got before (`reuse`)."""
-    found = (read_earlier(job, root, key, shard.layout) for root, key in shard.earlier)
-    return replace(rows, known=find_known(rows, (part for part in found if part is not None)))
+def read_known(
+    job: AnyJob, shard: Shard, rows: Mapping[str, TokenizedRows]
+) -> dict[str, TokenizedRows]:
+    """The rows of the shard for each model, with the scores that equal sequences got before
+    (`reuse`)."""
+    read: list[dict[str, tuple[TokenizedRows, Scores]]] = []  # each object once, if it is needed
+
+    def found(name: str) -> Iterator[tuple[TokenizedRows, Scores]]:
+        for place, (root, key) in enumerate(shard.earlier):
+            if place == len(read):
+                read.append(read_earlier(job, root, key, shard.layout))
+            if name in read[place]:
+                yield read[place][name]
+
+    return {name: replace(own, known=find_known(own, found(name))) for name, own in rows.items()}
 
 
 def score_shard(

@@ -116,7 +116,7 @@ def contest(
     """(c) has one half of the shards before (d) and the other after it, so that a machine that
     slows down slows both."""
     everything = pa.concat_tables([part.table for part in parts])
-    rows = tokenize(everything, PAIR, Path(config.model))
+    rows = tokenize(everything, PAIR, Path(config.one_model))
     timed(backend, parts[:2])
     rates = Contest()
     jobs: list[Summary] = []

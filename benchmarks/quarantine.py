@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from batch_scorer import quarantine
 from batch_scorer.config import Config, load_config
 from batch_scorer.inputs.plan import make_plan
+from batch_scorer.job import Member
 from batch_scorer.runs.derive import look_at_model
 from batch_scorer.runs.run import score
 from batch_scorer.shard import read_shard
@@ -80,14 +81,14 @@ def write(table: pa.Table, rows: int, folder: Path, kind: str) -> None:
 
 def works(config: Config) -> dict[str, Callable[[], int]]:
     """What is timed, by name; each gives the number of rows that it went through."""
-    model = look_at_model(config)
+    member = Member(config, look_at_model(config))
     shards = make_plan(config).shards
 
     def plan() -> int:
         return make_plan(config).num_rows
 
     def read() -> int:
-        return sum(read_shard(shard, config, model).rows.num_rows for shard in shards)
+        return sum(read_shard(shard, [member]).rows[0].num_rows for shard in shards)
 
     def whole_run() -> int:
         with tempfile.TemporaryDirectory() as output:

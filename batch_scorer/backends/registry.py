@@ -75,7 +75,7 @@ def endpoint_of(config: Config) -> "EndpointSettings":
     assert config.endpoint is not None
     return EndpointSettings(
         base_url=config.endpoint,
-        model=config.model,
+        model=config.one_model,
         api_key_env=config.api_key_env,
         api_key_file=config.api_key_file,
         concurrency=config.requests_in_flight,

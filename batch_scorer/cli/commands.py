@@ -371,7 +371,8 @@ def evaluate(
     """Compute RewardBench 1 or 2, RM-Bench or JudgeBench from scores, or what any pairs' are worth.
 
     `evaluate OUTPUT` takes a scored output; `evaluate INPUT... --model M --output OUT` scores the
-    inputs first, as `score` does.
+    inputs first, as `score` does. Of several models it takes the mean of their scores, or with
+    --column-prefix NAME_ those of one.
     """
     quarantine.prepare()
     from batch_scorer.evaluation.evaluate import evaluate, evaluate_output
@@ -387,7 +388,10 @@ def evaluate(
             )
     else:
         output = _scored_output(config)
-        result = evaluate_output(output, config.store_options, benchmark, legacy_xstest_weights)
+        prefix = config.column_prefix if "column_prefix" in config.model_fields_set else None
+        result = evaluate_output(
+            output, config.store_options, benchmark, legacy_xstest_weights, prefix
+        )
     if report is not None:
         result.save(report)
     show(result, as_json=as_json)
@@ -395,7 +399,7 @@ def evaluate(
 
 def _scored_output(config: PartialConfig) -> str:
     """The one argument of `evaluate`, where nothing is scored; refuses settings of scoring."""
-    ignored = config.model_fields_set - {*NEEDED, "store_options"}
+    ignored = config.model_fields_set - {*NEEDED, "store_options", "column_prefix"}
     if len(config.inputs) > 1 or ignored:
         raise ConfigError(
             f"{', '.join(sorted(ignored)) or 'several inputs'}: only for scoring first, which "

@@ -1,6 +1,7 @@
 """Command-line flags, made from the settings: one for every field of `Config`."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from itertools import chain
@@ -56,6 +57,9 @@ _LISTS = {
     "retry_marked": ("--retry-marked", "REASON,…"),
 }
 """The same of settings that are lists."""
+
+_NAMED_MODEL = re.compile("([A-Za-z0-9_]+)=(.+)", re.DOTALL)
+"""A path that looks like it can be written as ./PATH."""
 
 _needs: dict[str, tuple[str, ...]] = {}
 """The needed settings of every command `with_settings`, by its name."""
@@ -117,6 +121,7 @@ def load_settings(
         parts = [each.split(",") if metavar.endswith(",…") else [each] for each in given]
         settings[name] = tuple(chain.from_iterable(parts)) or None
     settings["inputs"] = tuple(settings["inputs"] or ()) or None
+    settings["model"] = _models(settings["model"])
     file = Path(values["config_file"]) if values["config_file"] else None
     needs = _needs[command]
     if set(needs) == set(NEEDED) and not elsewhere:
@@ -141,6 +146,23 @@ def mapping(name: str, pairs: list[str] | None) -> dict[str, Any] | None:
     return entries if name != "template_arguments" else {k: _yaml(v) for k, v in entries.items()}
 
 
+def _models(given: list[str] | None) -> str | dict[str, str] | None:
+    """What `--model` was given, perhaps often: a model, or several by name. Raises ConfigError."""
+    if not given:
+        return None
+    named = [_NAMED_MODEL.fullmatch(each) for each in given]
+    if len(given) == 1 and named[0] is None:
+        return given[0]
+    models: dict[str, str] = {}
+    for each, found in zip(given, named, strict=True):
+        if found is None or found[1] in models:
+            raise ConfigError(
+                f"--model: of several models each needs a name of its own, NAME=MODEL; got {each!r}"
+            )
+        models[found[1]] = found[2]
+    return models
+
+
 def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -162,6 +184,11 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _flag(name: str, text: str) -> inspect.Parameter:
+    if name == "model":
+        models = typer.Option(
+            "--model", metavar="MODEL|NAME=MODEL", help=text, rich_help_panel=_MAIN_PANEL
+        )
+        return _parameter(name, Annotated[list[str] | None, models])
     field = Config.model_fields[name]
     kind = _without_none(field.annotation)
     flag, metavar = f"--{name.replace('_', '-')}", _metavar(name, kind)

@@ -86,7 +86,8 @@ def _settings(
     wrong = []
     for name in () if elsewhere else values.keys() & set(_ON_DISK):
         try:
-            values[name] = _expanded_all(values[name])
+            expand = _expanded_models if name == "model" else _expanded_all
+            values[name] = expand(values[name])
         except ConfigError as error:
             wrong.append(f"{name}: {error}")
     if wrong:
@@ -97,6 +98,18 @@ def _settings(
     if values.get("parity_check") is False:
         values["parity_check"] = "off"
     return values
+
+
+def _expanded_models(value: Any) -> Any:
+    """The same of `model`: of several, what is a path among the settings of each."""
+    if not isinstance(value, Mapping):
+        return _expanded_all(value)
+    return {
+        name: {k: _expanded_all(v) if k in _ON_DISK else v for k, v in own.items()}
+        if isinstance(own, Mapping)
+        else _expanded_all(own)
+        for name, own in value.items()
+    }
 
 
 def _expanded_all(value: Any) -> Any:

@@ -23,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
@@ -31,7 +32,14 @@ from batch_scorer.config.engines import ENGINES
 from batch_scorer.credentials import wrong_options, wrong_url
 from batch_scorer.errors import RowReason
 from batch_scorer.quarantine import Bounds
-from batch_scorer.records import Format, ReadBounds, TextStyle
+from batch_scorer.records import (
+    AGGREGATES,
+    DISAGREEMENT,
+    Format,
+    ReadBounds,
+    TextStyle,
+    family_prefix,
+)
 from batch_scorer.storage import is_speakable
 
 _LARGEST = 2**63 - 1
@@ -48,6 +56,15 @@ Role = Literal["scores", "layout", "runtime"]
 _PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
 """A prefix is a folder's name too."""
 
+
+OF_ONE_MODEL = (
+    *("revision", "base_model", "adapter", "reference_model", "beta", "length_normalize"),
+    *("chat_template", "template_arguments", "system_prompt", "reasoning", "special_text"),
+    *("bos", "eos", "step_separator", "max_tokens", "backend", "dtype", "attention"),
+    *("quantization", "step_aggregation", "token_scores", "output_names", "output_weights"),
+    *("token_budget", "compile"),
+)
+"""The settings that each of several models may have of its own."""
 
 _OF_TASKS = {
     **dict.fromkeys(("embedding_pooling", "normalize"), "embed"),
@@ -109,6 +126,70 @@ RetriedReason: TypeAlias = Annotated[
 """A reason for which rows may be scored again."""
 
 
+_RESERVED = (*AGGREGATES, DISAGREEMENT.split("_")[0])
+"""Names that no model has: those of the columns that several models have together."""
+
+
+def _models(given: Any) -> str | dict[str, dict[str, Any]]:
+    """A model; or several, by name, each as a mapping of `model` and settings of its own."""
+    if isinstance(given, str) and given:
+        return given
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError("a model, or a mapping of names to models")
+    return {name: _named_model(name, own) for name, own in sorted(given.items(), key=_name)}
+
+
+def _name(item: tuple[Any, Any]) -> str:
+    return str(item[0])
+
+
+def _named_model(name: Any, own: Any) -> dict[str, Any]:
+    if not isinstance(name, str) or not _PREFIX.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be a model's name; use letters, digits and underscores")
+    if name in _RESERVED:
+        raise ValueError(f"{name!r} is the name of what all models have together; choose another")
+    if isinstance(own, str):
+        own = {"model": own}
+    if not isinstance(own, Mapping) or not isinstance(own.get("model"), str):
+        raise ValueError(f"{name}: a model, or a mapping with a `model` and settings of its own")
+    if unknown := own.keys() - {"model", *OF_ONE_MODEL}:
+        raise ValueError(
+            f"{name}: {', '.join(sorted(map(str, unknown)))}: not a setting of one model; they are "
+            f"{', '.join(OF_ONE_MODEL)}"
+        )
+    return dict(own)
+
+
+Models: TypeAlias = Annotated[
+    str | dict[str, dict[str, Any]],
+    PlainValidator(_models),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"minLength": 1, "type": "string"},
+                {
+                    "additionalProperties": {
+                        "anyOf": [
+                            {"minLength": 1, "type": "string"},
+                            {
+                                "properties": {key: {} for key in ("model", *OF_ONE_MODEL)},
+                                "required": ["model"],
+                                "additionalProperties": False,
+                                "type": "object",
+                            },
+                        ]
+                    },
+                    "minProperties": 1,
+                    "propertyNames": {"pattern": f"^{_PREFIX.pattern}$"},
+                    "type": "object",
+                },
+            ]
+        }
+    ),
+]
+"""A model, or several by name, each with settings of its own."""
+
+
 _WORKERS = re.compile(r"([1-9][0-9]{0,8})(?:\.\.([1-9][0-9]{0,8}))?")
 
 
@@ -159,9 +240,12 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    model: str = _setting(..., "runtime", min_length=1)
+    model: Models = _setting(..., "runtime")
     """Model directory, or a model of the Hugging Face hub: ORG/NAME, or ORG/NAME@REVISION
-    (docs/hub.md). The fingerprint is computed from the files found there, not from this name."""
+    (docs/hub.md). The fingerprint is computed from the files found there, not from this name.
+    Several models score the rows in one pass: `--model helpful=/models/a --model
+    safety=/models/b` on the command line, `model: {helpful: /models/a, safety: /models/b}` in YAML
+    (docs/ensembles.md)."""
 
     revision: str | None = _setting(None, "runtime", min_length=1)
     """The branch, tag or commit of `model`, where that is a hub's; the same as ORG/NAME@REVISION.
@@ -426,6 +510,11 @@ class Config(BaseModel):
     machines that join it, and those without work are given back (docs/clusters.md). Default: one
     per GPU, or one per machine on CPU."""
 
+    model_workers: Literal["shared", "own"] = _setting("shared", "runtime")
+    """Where several models are. `shared`: every worker holds all of them, and scores a shard with
+    one after the other. `own`: each model has workers of its own, for models that do not fit a
+    device together; `workers` are then those of each model. Needs Ray."""
+
     tensor_parallel: int = _setting(1, "runtime", gt=0)
     """GPUs over which one vLLM worker splits every layer of the model. They are those of one
     machine, because they exchange numbers in every layer."""
@@ -504,8 +593,8 @@ class Config(BaseModel):
     def _paths_can_be_named(self) -> Self:
         for name in _PATHS:
             value = getattr(self, name)
-            if isinstance(value, dict):
-                found = [*value.values()]
+            if isinstance(value, dict):  # several models are looked at one by one
+                found = [path for path in value.values() if isinstance(path, str)]
             elif isinstance(value, tuple):
                 found = [*value]
             else:
@@ -608,6 +697,57 @@ class Config(BaseModel):
             raise ValueError("output_weights: every weight is 0, and so would be every score")
         return self
 
+    @model_validator(mode="after")
+    def _models_go_together(self) -> Self:
+        if isinstance(self.model, str):
+            if self.model_workers != "shared":
+                raise ValueError("model_workers: only for several models; leave it out")
+            return self
+        if self.task != "score":
+            raise ValueError(f"model: several models score; a job with task {self.task} takes one")
+        if self.also:
+            raise ValueError("also: not beside several models in `model`; name it there")
+        if self.model_workers == "own" and not self.use_ray:
+            raise ValueError("model_workers: without Ray one worker holds all models")
+        backends = []
+        for name in self.model:
+            try:
+                backends.append(self._member(name).backend)
+            except ValidationError as error:
+                raise ValueError(f"model: {name}: {_in_a_line(error)}") from None
+        if self.model_workers == "shared" and len(backends) > 1 and "vllm" in backends:
+            raise ValueError(
+                "backend: vLLM takes the memory of a device for one model; set model_workers: own"
+            )
+        return self
+
+    @property
+    def members(self) -> dict[str, Self]:
+        """The settings of each model, by its name and in the order of names; those of a single one
+        are these, under ""."""
+        if isinstance(self.model, str):
+            return {"": self}
+        return {name: self._member(name) for name in self.model}
+
+    def _member(self, name: str) -> Self:
+        assert not isinstance(self.model, str)
+        shared = self.model_dump(exclude_unset=True, exclude={"model", "model_workers"})
+        prefix = family_prefix(self.column_prefix, name)
+        return self.model_validate({**shared, **self.model[name], "column_prefix": prefix})
+
+    @property
+    def one_model(self) -> str:
+        """The model of settings that have a single one, such as those of a member."""
+        assert isinstance(self.model, str), "these settings have several models"
+        return self.model
+
+    @property
+    def shown_model(self) -> str:
+        """The model, or all of them with their names, in a line."""
+        if isinstance(self.model, str):
+            return self.model
+        return ", ".join(f"{name}={own['model']}" for name, own in self.model.items())
+
     @property
     def read_bounds(self) -> ReadBounds:
         """What a row and a packed file may take."""
@@ -683,9 +823,19 @@ class PartialConfig(Config):
     For functions that do not use what is absent, as `make_plan` uses no model.
     """
 
-    model: str = _setting("", "runtime")
+    model: Models = _setting("", "runtime")
     inputs: tuple[str, ...] = _setting((), "runtime")
     output: str = _setting("", "runtime")
+
+
+def _in_a_line(error: ValidationError) -> str:
+    """What is wrong with the settings of one of several models."""
+    found = []
+    for problem in error.errors():
+        name = ".".join(part for part in problem["loc"] if isinstance(part, str))
+        message = problem["msg"].removeprefix("Value error, ")  # pydantic's, before ours
+        found.append(f"{name}: {message}" if name else message)
+    return "; ".join(found)
 
 
 def credentials_in(settings: Mapping[str, Any]) -> list[str]:

@@ -137,14 +137,20 @@ def evaluate_output(
     store_options: Mapping[str, str],
     wanted: Benchmark | None,
     legacy_xstest_weights: bool,
+    column_prefix: str | None = None,
 ) -> Evaluation:
-    """`evaluate` of a scored output whose name is `expanded` already."""
+    """`evaluate` of a scored output whose name is `expanded` already.
+
+    `column_prefix` is what the names of the score columns begin with; None: as they were scored, of
+    several models the mean of their scores.
+    """
     store, run = open_scored(output, store_options)
     receipts, gone = _complete(store, output)
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         files = list(pool.map(partial(_file, store), receipts))
         found = find_benchmark(files, wanted)
-        read = partial(_read, store, found, str(run.layout.get("column_prefix", "")))
+        prefix = _score_prefix(receipts) if column_prefix is None else column_prefix
+        read = partial(_read, store, found, prefix)
         table = pa.concat_tables(pool.map(read, receipts, files))
     rules, judge = _RULES[found], run.provenance.get("judge")
     if wanted is None and not any(map(rules.known, texts(table, rules.texts[0]).tolist())):
@@ -171,6 +177,12 @@ def evaluate_output(
     return replace(
         result, model=str(run.provenance.get("model")), output=output, scored_with=run.fingerprint
     )
+
+
+def _score_prefix(receipts: Sequence[Receipt]) -> str:
+    """Of a complete output, whose shards have the same columns."""
+    commits = (receipt.commit for receipt in receipts if receipt.commit)
+    return next((commit.score_prefix for commit in commits), "")
 
 
 def find_benchmark(files: Sequence[File], wanted: Benchmark | None = None) -> Benchmark:

@@ -20,7 +20,18 @@ from batch_scorer.config import OverLength
 from batch_scorer.formats.encoded import decoded
 from batch_scorer.formats.kinds import KINDS
 from batch_scorer.formats.values import columns_of, is_list
-from batch_scorer.records import SCALAR, Format, Layout, Outputs, ReadBounds, gather
+from batch_scorer.records import (
+    AGGREGATES,
+    DISAGREEMENT,
+    SCALAR,
+    Families,
+    Format,
+    Layout,
+    Outputs,
+    ReadBounds,
+    family_prefix,
+    gather,
+)
 
 T = TypeVar("T")
 IntArray = npt.NDArray[np.int64]
@@ -88,6 +99,24 @@ class RowShape:
             names += [f"num_truncated_tokens{suffix}" for suffix in self.suffixes]
         names += ["score_notes", "num_special_tokens", *outputs.judge]
         return [prefix + name for name in names]
+
+    def columns_together(self, prefix: str) -> list[str]:
+        """Names of the columns that several models have together (`outputs.together`), in order: of
+        the scores alone, and a margin where it is the same for each of its ways to be computed."""
+        (scores,) = self.value_columns(SCALAR)
+        names = ["score_error"]
+        for kind in AGGREGATES:
+            names += [f"{kind}_{name}" for name in scores]
+            if kind == "mean" and self.has_margin(SCALAR):
+                names.append("mean_margin")
+        return [prefix + name for name in (*names, DISAGREEMENT)]
+
+    def all_columns(self, prefix: str, over_length: OverLength, families: Families) -> list[str]:
+        """Names of all columns that a job adds, in order: of one model, or of several."""
+        names = [] if "" in families else self.columns_together(prefix)
+        for name, outputs in families.items():
+            names += self.added_columns(family_prefix(prefix, name), over_length, outputs)
+        return names
 
     def counts(self, table: pa.Table, layout: Layout, row_offsets: IntArray) -> IntArray:
         """int64[R, K]: how many sequences of each row are of which side.

@@ -41,9 +41,9 @@ from batch_scorer.inputs.sources import FileKind, kind_of, list_inputs
 from batch_scorer.inputs.where import IntArray, where_of
 from batch_scorer.records import (
     SCALAR,
+    Families,
     Format,
     Layout,
-    Outputs,
     Receipt,
     Shard,
     Source,
@@ -61,6 +61,7 @@ _SAMPLE_BYTES = 1 << 20
 _INSPECTORS = 8
 _NAMED = 20
 """Files in a line of the log."""
+_ONE_SCORE: Families = {"": SCALAR}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +156,14 @@ LayoutOf: TypeAlias = Callable[[pa.Schema, pa.Table], Layout]
 
 def make_plan(
     config: Config,
-    outputs: Outputs = SCALAR,
+    families: Families = _ONE_SCORE,
     choose: Choice | None = None,
     *,
     beside: str | None = None,
     fields: tuple[str, ...] = (),
 ) -> Plan:
-    """List and inspect the inputs and cut them into shards, in the order of their keys. `beside` is
+    """List and inspect the inputs and cut them into shards, in the order of their keys. `families`
+    are what the models give, by which the added columns are known. `beside` is
     the field that the model reads beside the conversation (`Prompt.column_beside`), `fields` are
     the columns that a judge's questions show.
 
@@ -183,7 +185,7 @@ def make_plan(
     aside: dict[str, Source] = {}
     if choose is not None:
         aside = {s.key: s for s, changed in listed if choose(s, changed) is False}
-    layout_of = partial(_layout, config=config, outputs=outputs, beside=beside, fields=fields)
+    layout_of = partial(_layout, config=config, families=families, beside=beside, fields=fields)
     look = partial(_look_apart, config=config, layout_of=layout_of)
     for found in _looked_at(sources, look, shared):
         if isinstance(found, InputFile):
@@ -472,7 +474,7 @@ def _layout(
     schema: pa.Schema,
     sample: pa.Table,
     config: Config,
-    outputs: Outputs,
+    families: Families,
     beside: str | None,
     fields: tuple[str, ...],
 ) -> Layout:
@@ -488,11 +490,12 @@ def _layout(
         beside=beside,
         bounds=config.read_bounds,
     )
-    if outputs.judge:
+    if any(outputs.judge for outputs in families.values()):
         _require_judgeable(layout, schema, fields)
         watched = tuple(name for name in layout.watched if name not in fields)
         layout = replace(layout, fields=fields, watched=watched)
-    added = shape_of(layout.format).added_columns(config.column_prefix, config.over_length, outputs)
+    shape = shape_of(layout.format)
+    added = shape.all_columns(config.column_prefix, config.over_length, families)
     written = kept_columns(schema.names, config.keep_columns, config.drop_columns)
     taken = sorted(set(added) & set(written))
     if taken:

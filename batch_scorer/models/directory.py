@@ -51,6 +51,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TOKENIZER_ENTRIES = ("model_type", "tokenizer_class", "auto_map", "transformers_version")
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _UNLIMITED_TOKENS = 10**9
 
@@ -75,9 +76,11 @@ class ModelFacts:
     same where the tokenizer's files set a lower limit. `quantisation` is that of the weights as
     they are stored. `digest` covers config, weights and tokenizer files: with any byte changed
     there it is another model. With a LoRA adapter it covers the adapter's files and the base's, and
-    `base_digest` the base's alone. `reference` is the second model of an implicit reward; limits,
-    `vocab_size` and `cost` are then those of both together. `judge` is the page that a judge is
-    asked by, and `verdict_ids` the token of each of its choices, where it is read by probability.
+    `base_digest` the base's alone. `tokenizer_digest` covers what the tokenizer is loaded from,
+    chat templates included; "" where that was not read. `reference` is the second model of an
+    implicit reward; limits, `vocab_size` and `cost` are then those of both together. `judge` is the
+    page that a judge is asked by, and `verdict_ids` the token of each of its choices, where it is
+    read by probability.
     `is_served`: it is behind a server, and of all this only the name is known (`served_model`).
     """
 
@@ -109,6 +112,7 @@ class ModelFacts:
     verdict_ids: tuple[int, ...] = ()
     is_decoder: bool = False
     is_served: bool = False
+    tokenizer_digest: str = ""
 
     @property
     def columns_beside(self) -> tuple[str, ...]:
@@ -312,6 +316,7 @@ def inspect_model(
         digest=digest,
         base_digest=base_digest,
         is_decoder=embeds and is_decoder(files.path),
+        tokenizer_digest=_tokenizer_digest(files) if with_digest else "",
     )
 
 
@@ -417,6 +422,15 @@ def _settings_files(path: Path, adapter: Adapter) -> list[Path]:
     names = [*(SETTINGS_FILES if adapter.is_cross_encoder else ()), *_TOKENIZER_FILES]
     files = [path / name for name in names if (path / name).exists()]
     return files + sorted(path.glob(_TEMPLATES))
+
+
+def _tokenizer_digest(files: ModelFiles) -> str:
+    """Of the tokenizer's files, and of what transformers looks at in the model's config when it
+    loads them."""
+    path = files.tokenizer_path
+    named = [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
+    entries = {name: files.config.get(name) for name in _TOKENIZER_ENTRIES}
+    return digest_of([_digest(named + sorted(path.glob(_TEMPLATES))), entries])
 
 
 def _digest(files: list[Path]) -> str:

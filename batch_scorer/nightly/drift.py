@@ -406,7 +406,7 @@ def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored 
         stored = receipt.stored
         assert stored is not None  # `origins` takes committed shards only
         commit = stored.commit
-        prefix, format = commit.column_prefix, Format(commit.layout["format"])
+        prefix, format = commit.score_prefix, Format(commit.layout["format"])
         source = Source(store.root, receipt.output_key, stored.size_bytes, stored.version)
         names = [n for n in commit.added_columns if n.startswith(f"{prefix}score")]
         names = [n for n in names if not n.endswith(("score_error", "score_notes"))]

@@ -55,7 +55,7 @@ def foresee_night(config: Config, night: Night) -> list[Prospect]:
         known, job, latest = [], None, None
     else:
         known, latest = read_generations(root), read_latest(root)
-        job = as_any_begun(first.name, first.config, first.model, known, root)
+        job = as_any_begun(first, known, root)
     chosen: Generation | None = None
     if job is not None:
         chosen = choose(known, wanted_generation(first.name, job, None, night.rescore), latest)
@@ -67,7 +67,7 @@ def foresee_night(config: Config, night: Night) -> list[Prospect]:
         done = [receipt for receipt in work.done if receipt.status is Status.COMMITTED]
         prospect = Prospect(
             series=first.name,
-            model=first.config.model,
+            model=first.config.shown_model,
             path=chosen.path,
             files=len(plan.files),
             files_aside=len(plan.aside),
@@ -82,7 +82,7 @@ def foresee_night(config: Config, night: Night) -> list[Prospect]:
         )
     return [
         prospect,
-        *(Prospect(each.name, each.config.model, None, follows=True) for each in others),
+        *(Prospect(each.name, each.config.shown_model, None, follows=True) for each in others),
     ]
 
 
@@ -92,7 +92,7 @@ def _of_new(series: Series, plan: Plan, night: Night) -> Prospect:
     now, later = plan.shards[:most], plan.shards[most:]
     return Prospect(
         series=series.name,
-        model=series.config.model,
+        model=series.config.shown_model,
         path=None,
         files=len(plan.files),
         files_aside=len(plan.aside),

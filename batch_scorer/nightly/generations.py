@@ -142,10 +142,15 @@ def choose(known: Iterable[Generation], wanted: Generation, latest: Latest | Non
 
 
 def donor_of(
-    known: Iterable[Generation], chosen: Generation, latest: Latest | None
+    known: Iterable[Generation],
+    chosen: Generation,
+    latest: Latest | None,
+    *,
+    has_models: bool = False,
 ) -> Generation | None:
     """The generation whose scores the chosen one may reuse: of the same fingerprint, cut or chained
-    in another way. None where the chosen one has to compute everything, or is complete.
+    in another way; or, where it `has_models`, several, one that may have the scores of some.
+    None where the chosen one has to compute everything, or is complete.
     """
     named = latest.paths.get(chosen.series) if latest else None
     if chosen.is_rescore or chosen.path == named:
@@ -154,10 +159,14 @@ def donor_of(
         generation
         for generation in known
         if generation.series == chosen.series
-        and generation.fingerprint == chosen.fingerprint
+        and (has_models or generation.fingerprint == chosen.fingerprint)
         and generation.path != chosen.path
     ]
-    return max(donors, key=lambda donor: (donor.path == named, donor.number), default=None)
+
+    def worth(donor: Generation) -> tuple[bool, bool, int]:
+        return donor.fingerprint == chosen.fingerprint, donor.path == named, donor.number
+
+    return max(donors, key=worth, default=None)
 
 
 def held(chain: Sequence[Sequence[Receipt]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -22,8 +22,7 @@ from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
 from batch_scorer.formats.kinds import BESIDE_NAMES
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.inputs.selection import kept_columns
-from batch_scorer.job import Job
-from batch_scorer.models.directory import ModelFacts
+from batch_scorer.job import AnyJob, Members
 from batch_scorer.nightly.generations import (
     LATEST_KEY,
     MAIN,
@@ -46,7 +45,7 @@ from batch_scorer.nightly.history import (
     write,
 )
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
-from batch_scorer.outputs.claim import claimed, claimed_fingerprint
+from batch_scorer.outputs.claim import claimed
 from batch_scorer.outputs.lease import Lease, lease_of
 from batch_scorer.outputs.manifest import current_manifest
 from batch_scorer.outputs.reuse import Earlier
@@ -55,7 +54,7 @@ from batch_scorer.records import Source, Status
 from batch_scorer.runs.derive import (
     as_begun,
     date_of,
-    look_at_model,
+    look_at_models,
     open_output,
     plan_for,
     settle,
@@ -139,11 +138,19 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One model of a nightly run: its series' name, its settings, and the facts of its files."""
+    """One series of a nightly run: its name, its settings, and the models that they name."""
 
     name: str
     config: Config
-    model: ModelFacts
+    members: Members
+
+    def updated(self, **settings: Any) -> "Series":
+        """The same with other settings, of the whole job and of each model."""
+        members = {
+            name: replace(each, config=each.config.model_copy(update=settings))
+            for name, each in self.members.items()
+        }
+        return replace(self, config=self.config.model_copy(update=settings), members=members)
 
 
 def run_night(config: Config, night: Night, listen: Listen | None = None) -> Ended:
@@ -194,7 +201,7 @@ def series_of(config: Config) -> list[Series]:
         columns = {k: name for k, name in config.columns.items() if k not in BESIDE_NAMES}
         own |= {"model": model, "column_prefix": prefix, "columns": columns}
         settings[prefix] = settings[MAIN].model_copy(update=own)
-    return [Series(name, own, look_at_model(own)) for name, own in settings.items()]
+    return [Series(name, own, look_at_models(own)) for name, own in settings.items()]
 
 
 def _open_root(config: Config) -> Store:
@@ -212,7 +219,7 @@ def plan_night(series: Sequence[Series], night: Night) -> Plan:
     others score, too."""
     first, *others = series
     config = first.config
-    plan = plan_for(config, first.model, night.holds)
+    plan = plan_for(config, first.members, night.holds)
     for file in plan.files if others else ():
         kept = kept_columns(file.schema.names, config.keep_columns, config.drop_columns)
         for name in formats.columns_needed(file.layout):
@@ -294,43 +301,41 @@ class _NightlyRun:
         def choice(source: Source, changed: datetime) -> bool | None:
             return None if source.key in gone else self._origins.get(source.key) in selected
 
-        config = self._placed(series, above)
-        return plan_for(config, series.model, choice)
+        placed = self._placed(series, above)
+        return plan_for(placed.config, placed.members, choice)
 
-    def _placed(self, series: Series, above: Step | None) -> Config:
-        """The series' settings, with inputs and output as far as they are known before its
-        generation is chosen."""
+    def _placed(self, series: Series, above: Step | None) -> Series:
+        """The series, with inputs and output as far as they are known before its generation is
+        chosen."""
         if above is None:
-            return series.config
+            return series
         folder = self._root.url(f"generations/{series.name}")
         # Above, rows and columns have been chosen already.
         every = {name: Config.model_fields[name].default for name in _SELECTION}
-        places = {"inputs": (above.store.root,), "output": folder}
-        return series.config.model_copy(update=every | places)
+        return series.updated(inputs=(above.store.root,), output=folder, **every)
 
     def _score(self, series: Series, plan: Plan, above: Step | None) -> None:
         """Choose the series' generation, and score what it lacks."""
-        config = self._placed(series, above)
+        series = self._placed(series, above)
         known = read_generations(self._root)
-        job = as_any_begun(series.name, config, series.model, known, self._root)
+        job = as_any_begun(series, known, self._root)
         if job is None:  # a new generation; its templates read the date of the one before
-            date = config.template_date or date_of_series(series.name, known, self._root)
-            dated = config.model_copy(update={"template_date": date})
-            job = settle(dated, series.model, plan, self._session)
+            date = series.config.template_date or date_of_series(series.name, known, self._root)
+            dated = series.updated(template_date=date)
+            job = settle(dated.config, dated.members, plan, self._session)
         wanted = wanted_generation(
             series.name, job, above.generation if above else None, self._night.rescore
         )
         generation = choose(known, wanted, self._latest)
         if generation not in known:
             record_generations(self._root, [*known, generation])
-        # Settings that were left open stay as they were when the generation was begun.
-        date = job.model.prompt.date
-        pins = {"dtype": job.dtype, "backend": job.engines[0], "template_date": date}
-        output = self._root.url(generation.path)
-        config = config.model_copy(update={"output": output, **pins})
-        donors = _scored_by(donor_of(known, generation, self._latest), self._root)
-        summary = self._score_once_free(config, series.model, plan, generation, donors)
-        self._steps.append(Step(generation, series.config.model, summary, open_output(config)))
+        series = series.updated(output=self._root.url(generation.path))
+        has_models = len(job.members) > 1
+        donor = donor_of(known, generation, self._latest, has_models=has_models)
+        donors = _scored_by(donor, self._root)
+        summary = self._score_once_free(_pinned(series, job), plan, generation, donors)
+        store = open_output(series.config)
+        self._steps.append(Step(generation, series.config.shown_model, summary, store))
         self._origins = {
             receipt.output_key: receipt.input if above is None else self._origins[receipt.input]
             for receipt in summary.receipts
@@ -340,8 +345,7 @@ class _NightlyRun:
 
     def _score_once_free(
         self,
-        config: Config,
-        model: ModelFacts,
+        series: Series,
         plan: Plan,
         generation: Generation,
         donors: Sequence[Earlier],
@@ -354,16 +358,21 @@ class _NightlyRun:
         def score() -> Summary:
             with self._listen(generation.path) as listener:
                 listeners = [listener] if listener else []
-                most = self._night.max_shards
                 return score_plan(
-                    config, model, plan, self._session, listeners, max_shards=most, donors=donors
+                    series.config,
+                    series.members,
+                    plan,
+                    self._session,
+                    listeners,
+                    max_shards=self._night.max_shards,
+                    donors=donors,
                 )
 
         try:
             return score()
         except OutputHeldError as error:
             log.warning("%s", error)
-            time.sleep(config.lease_s)
+            time.sleep(series.config.lease_s)
             return score()
 
     def _record(self, started_at: datetime, lease: Lease) -> Ended:
@@ -419,13 +428,11 @@ class _NightlyRun:
         return reasons
 
 
-def as_any_begun(
-    series: str, config: Config, model: ModelFacts, known: Sequence[Generation], root: Store
-) -> Job | None:
+def as_any_begun(series: Series, known: Sequence[Generation], root: Store) -> AnyJob | None:
     """The job as the newest generation of this series was begun; None if none was."""
-    for generation in reversed([g for g in known if g.series == series]):
+    for generation in reversed([g for g in known if g.series == series.name]):
         try:
-            job = as_begun(config, model, root.below(generation.path))
+            job = as_begun(series.config, series.members, root.below(generation.path))
         except ObjectMissing:
             continue
         if job is not None:
@@ -437,14 +444,26 @@ def date_of_series(series: str, known: Sequence[Generation], root: Store) -> dat
     """What the templates of this series' newest generation read as today's date."""
     for generation in reversed([g for g in known if g.series == series]):
         try:
-            return date_of(claimed_fingerprint(root.below(generation.path)))
+            return date_of(root.below(generation.path))
         except ObjectMissing:
             continue
     return None
 
 
+def _pinned(series: Series, job: AnyJob) -> Series:
+    """The series with the settings of its models that were left open as they were when the
+    generation was begun."""
+    members = {}
+    for name, own in job.members.items():
+        date = own.model.prompt.date
+        pins = {"dtype": own.dtype, "backend": own.backend, "template_date": date}
+        config = series.members[name].config.model_copy(update=pins)
+        members[name] = replace(series.members[name], config=config)
+    return replace(series, members=members)
+
+
 def wanted_generation(
-    series: str, job: Job, above: Generation | None, is_rescore: bool
+    series: str, job: AnyJob, above: Generation | None, is_rescore: bool
 ) -> Generation:
     """What this run's generation of a series has to be; its number is open."""
     return Generation(

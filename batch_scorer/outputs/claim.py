@@ -41,11 +41,20 @@ class Claim:
     provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
-        text = self.fingerprint.get("text", {})
-        if not isinstance(text, dict):
-            raise ValueError("fingerprint.text is no object")
-        if date := text.get("date"):
-            datetime.fromisoformat(str(date))
+        for parts in self.parts_by_model.values():
+            text = parts.get("text", {})
+            if not isinstance(text, dict):
+                raise ValueError("fingerprint.text is no object")
+            if date := text.get("date"):
+                datetime.fromisoformat(str(date))
+
+    @property
+    def parts_by_model(self) -> dict[str, dict[str, Any]]:
+        """The parts of each model's own fingerprint by its name; the name of a single one is ""."""
+        models = self.fingerprint.get("models", {"": self.fingerprint})
+        if not isinstance(models, dict) or not all(isinstance(m, dict) for m in models.values()):
+            raise ValueError("fingerprint.models is no object of objects")
+        return models
 
 
 def claim_output(
@@ -110,10 +119,11 @@ def _if_there(read: Callable[[], T]) -> T | None:
         return None
 
 
-def claimed_fingerprint(store: Store) -> dict[str, Any]:
-    """The parts of the fingerprint that this output is for; {} before any run has claimed it."""
+def claimed_parts(store: Store) -> dict[str, dict[str, Any]]:
+    """The parts of each model's fingerprint that this output is for, as `Claim.parts_by_model`; {}
+    before any run has claimed it."""
     claim = claimed(store)
-    return {} if claim is None else claim.fingerprint
+    return {} if claim is None else claim.parts_by_model
 
 
 def open_scored(output: str, store_options: Mapping[str, str]) -> tuple[Store, Claim]:

@@ -50,11 +50,8 @@ def score_columns(
             arrays += shape.to_columns(_vectors(values[:, int(outputs.has_score) :]), counts)
         if outputs.list_column:
             arrays += shape.to_columns(_steps(scored.scores), counts)
-    reasons: list[str | None] = [None] * scored.num_rows
-    for row, error in scored.errors_by_row().items():
-        reasons[row] = error.reason.value
     arrays += [
-        pa.array(reasons, pa.string()),
+        reasons_of(scored),
         *shape.to_columns(pa.array(scored.lengths), counts),
     ]
     if over_length.cuts:
@@ -67,6 +64,14 @@ def score_columns(
     ]
     names = shape.added_columns(prefix, over_length, outputs)
     return dict(zip(names, arrays, strict=True))
+
+
+def reasons_of(scored: ScoredRows) -> pa.Array:
+    """string[R]: why a row has no score; null where it has one."""
+    reasons: list[str | None] = [None] * scored.num_rows
+    for row, error in scored.errors_by_row().items():
+        reasons[row] = error.reason.value
+    return pa.array(reasons, pa.string())
 
 
 def column_metadata(outputs: Outputs, prefix: str) -> dict[str, dict[str, str]]:

@@ -3,9 +3,10 @@
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,32 +18,42 @@ from batch_scorer.failpoints import failpoint
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.inputs.files import read_apart, row_numbers, rows_of_shard
 from batch_scorer.inputs.selection import kept_of
-from batch_scorer.job import Job
+from batch_scorer.job import AnyJob
 from batch_scorer.outputs.by_source import Sources, pair_counts, row_sources, spread_by_source
 from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
 from batch_scorer.outputs.lease import Hold, current_epoch, current_hold, lease_of
 from batch_scorer.outputs.manifest import is_in_manifest, read_commit, record_engine
+from batch_scorer.outputs.together import columns_together, joined
 from batch_scorer.records import (
+    AGGREGATES,
     SCALAR,
     Commit,
+    ModelCommit,
+    Outputs,
     PairCounts,
     Receipt,
     Reused,
+    RowError,
     ScoredRows,
     Shard,
     Status,
     Stored,
+    family_prefix,
     layout_to_json,
 )
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version, open_store
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _EXAMPLES_PER_SHARD = 3
 _COMMIT_TRIES = 5
 
 
-def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Receipt:
-    """Join the scores to the untouched input columns, or to those that are kept, and publish the
-    shard with one PUT.
+def commit_shard(
+    job: AnyJob, epoch: int, shard: Shard, scored: Mapping[str, ScoredRows]
+) -> Receipt:
+    """Join the scores of all models, by name, to the untouched input columns, or to those that are
+    kept, and publish the shard with one PUT.
 
     The file is encoded whole before anything is sent, so a reader never sees a part of it.
     Raises ShardError: SUPERSEDED when a newer run holds the output, INPUT_CHANGED when the
@@ -65,7 +76,7 @@ def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Rece
         status=Status.COMMITTED,
         stored=stands.stored,
         detail=stands.note,
-        engine=record_engine(config.output, config.store_options, scored.engine, hold.holder_id),
+        engine=record_engine(config.output, config.store_options, encoded.engine, hold.holder_id),
         examples=encoded.examples,
         epoch=epoch,
         estimated_tokens=shard.estimated_tokens,
@@ -76,59 +87,95 @@ def commit_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> Rece
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A scored shard, ready to be published. `examples` and `reused` are the receipt's."""
+    """A scored shard, ready to be published. `examples` and `reused` are the receipt's, `engine`
+    describes what scored it."""
 
     data: bytes
     commit: Commit
+    engine: dict[str, Any]
     examples: list[tuple[int, str, str]]
     reused: Reused
 
 
-def _encode_shard(job: Job, epoch: int, shard: Shard, scored: ScoredRows) -> _Encoded:
+def _encode_shard(
+    job: AnyJob, epoch: int, shard: Shard, scored: Mapping[str, ScoredRows]
+) -> _Encoded:
     """Read the input columns again and put the scores beside them. In one process, so that the
     rows, whose parts nobody has looked into, do not come out of it."""
     config = job.config
     table, _ = rows_of_shard(shard, config.store_options, None)
-    if not table.num_rows == scored.num_rows == shard.num_rows:
-        raise ShardError(
-            ShardReason.WRONG_ROW_COUNT,
-            f"{shard.num_rows} rows planned, {scored.num_rows} scored, {table.num_rows} read back",
-        )
-    columns = score_columns(
-        scored, job.outputs, table, shard.layout, config.column_prefix, config.over_length
-    )
+    for own in scored.values():
+        if not table.num_rows == own.num_rows == shard.num_rows:
+            raise ShardError(
+                ShardReason.WRONG_ROW_COUNT,
+                f"{shard.num_rows} rows planned, {own.num_rows} scored, {table.num_rows} read back",
+            )
+    whole = scored[""] if "" in scored else joined(scored)
+    columns, fields = _columns(job, shard, scored, whole, table)
     sources = row_sources(table)
-    commit = _describe(job, epoch, shard, scored, columns, sources)
+    commit = _describe(job, epoch, shard, scored, whole, columns, sources)
     kept = kept_of(table, config.keep_columns, config.drop_columns)
-    data = _encode(kept, columns, column_metadata(job.outputs, config.column_prefix), commit)
-    errors = scored.errors_by_row()
+    data = _encode(kept, columns, fields, commit)
+    errors = whole.errors_by_row()
     numbers = row_numbers(shard, config.store_options) if errors else ()
     examples = [
         (numbers[row], error.reason.value, error.detail)
         for row, error in islice(errors.items(), _EXAMPLES_PER_SHARD)
     ]
-    return _Encoded(data, commit, examples, _reused(scored, sources))
+    return _Encoded(data, commit, whole.engine, examples, _reused([*scored.values()], sources))
 
 
-def _reused(scored: ScoredRows, sources: Sources) -> Reused:
-    """What was not scored by the model, because its scores were known before."""
+def _columns(
+    job: AnyJob,
+    shard: Shard,
+    scored: Mapping[str, ScoredRows],
+    whole: ScoredRows,
+    table: pa.Table,
+) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
+    """All added columns by name, R values each, and their field metadata. `table` holds the input
+    rows, `whole` is what all models made of them together."""
+    columns: dict[str, pa.Array] = {}
+    fields: dict[str, dict[str, str]] = {}
+    if "" not in scored:
+        columns = columns_together(scored, whole, table, shard.layout, job.config.column_prefix)
+    for name, own in scored.items():
+        member = job.members[name]
+        prefix = family_prefix(job.config.column_prefix, name)
+        over_length = member.config.over_length
+        columns |= score_columns(own, member.outputs, table, shard.layout, prefix, over_length)
+        fields |= column_metadata(member.outputs, prefix)
+    return columns, fields
+
+
+def _reused(scored: Sequence[ScoredRows], sources: Sources) -> Reused:
+    """What was not scored by the models, because its scores were known before; of rows, those that
+    no model was asked about."""
+    if all(own.was_known is None for own in scored):
+        return Reused()
+    sequences = tokens = 0
+    rows = np.ones(len(sources), np.bool_)  # bool[R]
+    for own in scored:
+        known, asked = _known_and_asked(own)
+        sequences += int(known.sum())
+        tokens += int(own.lengths[known].sum())
+        rows &= (_per_row(known, own) > 0) & (_per_row(asked, own) == 0)
+    return Reused(sequences, tokens, dict(Counter(sources[rows].tolist())))
+
+
+def _known_and_asked(scored: ScoredRows) -> tuple[BoolArray, BoolArray]:
+    """bool[S] each: the sequences that were known before, and those that the model was asked for.
+    It is not asked for what has no tokens, or too many."""
     known = scored.was_known
     if known is None:
-        return Reused()
-    # The model is not asked for what has no tokens, or too many.
+        known = np.zeros(len(scored.lengths), np.bool_)
     asked = ~known & (scored.lengths > 0)
     errors = scored.scores.errors
     asked[[s for s, error in errors.items() if error.reason is RowReason.TOO_LONG]] = False
+    return known, asked
 
-    def per_row(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        return np.diff(np.concatenate([[0], np.cumsum(mask)])[scored.row_offsets])
 
-    rows = (per_row(known) > 0) & (per_row(asked) == 0)  # bool[R]
-    return Reused(
-        sequences=int(known.sum()),
-        tokens=int(scored.lengths[known].sum()),
-        rows=dict(Counter(sources[rows].tolist())),
-    )
+def _per_row(mask: BoolArray, scored: ScoredRows) -> npt.NDArray[np.int64]:
+    return np.diff(np.concatenate([[0], np.cumsum(mask)])[scored.row_offsets])
 
 
 def _notes(scored: ScoredRows) -> dict[str, int]:
@@ -140,22 +187,30 @@ def _notes(scored: ScoredRows) -> dict[str, int]:
 
 
 def _describe(
-    job: Job,
+    job: AnyJob,
     epoch: int,
     shard: Shard,
-    scored: ScoredRows,
+    scored: Mapping[str, ScoredRows],
+    whole: ScoredRows,
     columns: Mapping[str, pa.Array],
     sources: Sources,
 ) -> Commit:
-    errors = scored.errors_by_row()
-    finite = np.isfinite(scored.scores.values[:, 0])
-    prefix, shape = job.config.column_prefix, shape_of(shard.layout.format)
-    pairs: dict[str, PairCounts] = {}
-    if shape.has_margin(job.outputs):
-        (names,) = shape.value_columns(SCALAR)
-        chosen, rejected = (columns[prefix + name] for name in names)
-        same = [row for row, notes in scored.notes.items() if RowNote.SAME_TOKENS in notes]
-        pairs = pair_counts(chosen, rejected, sources, same)
+    errors, prefix = whole.errors_by_row(), job.config.column_prefix
+    finite = {name: np.isfinite(own.scores.values[:, 0]) for name, own in scored.items()}
+    outputs = SCALAR if "" not in scored else job.members[""].outputs
+
+    def pairs_of(family: str, own: ScoredRows) -> dict[str, PairCounts]:
+        return _pairs(shard, outputs, columns, family_prefix(prefix, family), own, sources)
+
+    models: dict[str, ModelCommit] = {}
+    for name, own in scored.items() if "" not in scored else ():
+        marked = own.errors_by_row().values()
+        models[name] = ModelCommit(
+            fingerprint=job.members[name].fingerprint.digest,
+            rows_marked=len(marked),
+            marked=_by_reason(marked),
+            pairs=pairs_of(name, own),
+        )
     return Commit(
         identity=shard.identity(job.fingerprint.digest, prefix),
         fingerprint=job.fingerprint.digest,
@@ -166,21 +221,44 @@ def _describe(
         num_rows=shard.num_rows,
         rows_scored=shard.num_rows - len(errors),
         rows_marked=len(errors),
-        marked=dict(Counter(error.reason.value for error in errors.values())),
-        notes=_notes(scored),
-        sequences=int(finite.sum()),
-        tokens=int(scored.lengths[finite].sum()),
-        rows_digest=scored.rows_digest,
+        marked=_by_reason(errors.values()),
+        notes=_notes(whole),
+        sequences=sum(int(each.sum()) for each in finite.values()),
+        tokens=sum(int(own.lengths[finite[name]].sum()) for name, own in scored.items()),
+        rows_digest=whole.rows_digest,
         scores_digest=digest_columns(columns),
-        pairs=pairs,
+        pairs=pairs_of(AGGREGATES[0] if models else "", whole),
         layout=layout_to_json(shard.layout),
         added_columns=list(columns),
-        spread=spread_by_source(scored, sources, has_scores=job.outputs.has_score),
+        spread=spread_by_source(whole, sources, has_scores=outputs.has_score),
         where=shard.where,
         rows_not_asked=shard.rows_not_asked,
         retries=shard.retries,
-        judged=scored.judged,
+        judged=whole.judged,
+        models=models,
     )
+
+
+def _by_reason(errors: Iterable[RowError]) -> dict[str, int]:
+    return dict(Counter(error.reason.value for error in errors))
+
+
+def _pairs(
+    shard: Shard,
+    outputs: Outputs,
+    columns: Mapping[str, pa.Array],
+    prefix: str,
+    scored: ScoredRows,
+    sources: Sources,
+) -> dict[str, PairCounts]:
+    """Of the scores in the columns with this prefix."""
+    shape = shape_of(shard.layout.format)
+    if not shape.has_margin(outputs):
+        return {}
+    (names,) = shape.value_columns(SCALAR)
+    chosen, rejected = (columns[prefix + name] for name in names)
+    same = [row for row, notes in scored.notes.items() if RowNote.SAME_TOKENS in notes]
+    return pair_counts(chosen, rejected, sources, same)
 
 
 def _encode(

@@ -35,7 +35,7 @@ from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, Judged, PairCounts, Receipt, Status, Stored
+from batch_scorer.records import Commit, Judged, ModelCommit, PairCounts, Receipt, Status, Stored
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed, read_record
 from batch_scorer.storage import (
@@ -256,7 +256,8 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
 
 def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     """Sums over shards. `rows` are those of the input files, and always `rows == rows_scored +
-    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only."""
+    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only,
+    `models` for several models: of each one the marked rows, and its pairs."""
     totals: dict[str, Any] = dict.fromkeys(
         ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
          "rows_not_asked", "rows_failed", "rows_left", "sequences", "tokens"),
@@ -266,6 +267,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
     judged: Judged | None = None
+    models: dict[str, ModelCommit] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -296,8 +298,12 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
             pairs[source] = pairs.get(source, PairCounts()) + counts
         if commit.judged is not None:
             judged = commit.judged if judged is None else judged + commit.judged
+        for name, own in commit.models.items():
+            models[name] = models[name] + own if name in models else own
     if judged is not None:
         totals["judged"] = asdict(judged)
+    if models:
+        totals["models"] = {name: asdict(own) for name, own in models.items()}
     return totals | {
         "marked": marked,
         "notes": notes,

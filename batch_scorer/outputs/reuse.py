@@ -10,7 +10,7 @@ Legend: S sequences, O outputs, K steps.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from batch_scorer import formats
 from batch_scorer.config import Config
 from batch_scorer.errors import ShardError, StorageError
 from batch_scorer.inputs.files import open_parquet, read_apart
-from batch_scorer.job import Job
+from batch_scorer.job import AnyJob
 from batch_scorer.judges.judgements import stored_verdicts
 from batch_scorer.judges.page import JUDGEMENTS
 from batch_scorer.outputs.columns import sequence_scores
@@ -39,7 +39,7 @@ from batch_scorer.records import (
     gather,
     layout_to_json,
 )
-from batch_scorer.render.rows import tokenized
+from batch_scorer.render.rows import tokenized_for
 from batch_scorer.storage import ObjectInfo, Store, in_threads, open_store
 
 log = logging.getLogger("batch_scorer")
@@ -103,26 +103,28 @@ def kept(config: Config, output: Store) -> list[Earlier]:
 
 
 def nearest(
-    shard: Shard, earlier: Sequence[Earlier], fingerprint: str
+    shard: Shard, earlier: Sequence[Earlier], fingerprints: Collection[str]
 ) -> tuple[tuple[str, str], ...]:
-    """Root and key of those that may hold the shard's rows with the scores it would get, nearest
-    rows first."""
+    """Root and key of those that may hold the shard's rows with scores it would get, of these
+    fingerprints, nearest rows first."""
     layout = layout_to_json(shard.layout)
     fitting = [
         candidate
         for candidate in earlier
-        if candidate.commit.fingerprint == fingerprint and candidate.commit.layout == layout
+        if not candidate.commit.families.keys().isdisjoint(fingerprints)
+        and candidate.commit.layout == layout
     ]
     fitting.sort(key=lambda candidate: (candidate.distance(shard), candidate.key))
     return tuple((candidate.root, candidate.key) for candidate in fitting[:MOST_EARLIER])
 
 
 def read_earlier(
-    job: Job, root: str, key: str, layout: Layout
-) -> tuple[TokenizedRows, Scores] | None:
-    """The rows of a scored object as token ids, and their scores.
+    job: AnyJob, root: str, key: str, layout: Layout
+) -> dict[str, tuple[TokenizedRows, Scores]]:
+    """The rows of a scored object as token ids, and their scores, for each model of the job that
+    has scored them there, by name.
 
-    None for an object that does not hold what was scored (`keep_columns`), and, with a line in the
+    Empty for an object that does not hold what was scored (`keep_columns`), and, with a line in the
     log, for what cannot be read or was scored otherwise: it is only spared work.
     """
     store = open_store(root, job.config.store_options)
@@ -132,34 +134,42 @@ def read_earlier(
         return read_apart(job.config, info.size_bytes, _earlier, job, store, source, layout)
     except (StorageError, ShardError, pa.ArrowException, OSError) as error:
         log.warning("%s: its scores are not used: %s", store.url(key), error)
-        return None
+        return {}
 
 
 def _earlier(
-    job: Job, store: Store, source: Source, layout: Layout
-) -> tuple[TokenizedRows, Scores] | None:
+    job: AnyJob, store: Store, source: Source, layout: Layout
+) -> dict[str, tuple[TokenizedRows, Scores]]:
     file = open_parquet(store, source)
     commit = Commit.from_footer(file.schema_arrow.metadata)
-    if (
-        commit is None
-        or commit.fingerprint != job.fingerprint.digest
-        or commit.layout != layout_to_json(layout)
-    ):
+    families = {} if commit is None else commit.families
+    members = {
+        name: member
+        for name, member in job.members.items()
+        if member.fingerprint.digest in families
+    }
+    if commit is None or not members or commit.layout != layout_to_json(layout):
         log.warning("%s holds other scores than expected; not used", source.url)
-        return None
+        return {}
     needed = formats.columns_needed(layout)
     columns = [*needed, *commit.added_columns]
     if not set(columns) <= set(file.schema_arrow.names):
-        return None  # the columns that were scored are not among those that are kept
+        return {}  # the columns that were scored are not among those that are kept
     table = file.read(columns=columns, use_threads=False)
     values, errors = formats.columns_of(table, needed, layout.bounds)
     parsed = formats.parse(values, layout)
     parsed.row_errors.update(errors)
-    rows = tokenized(parsed, job.config, job.model)
-    if job.model.judge is not None:
-        column = table[commit.column_prefix + JUDGEMENTS].combine_chunks()
-        return rows, stored_verdicts(column, rows, job.model.judge)
-    return rows, sequence_scores(table, layout, commit.column_prefix, job.outputs, rows.row_offsets)
+    found = {}
+    rows = tokenized_for(parsed, [*members.values()])
+    for (name, member), own in zip(members.items(), rows, strict=True):
+        prefix = families[member.fingerprint.digest]
+        if member.model.judge is not None:
+            column = table[prefix + JUDGEMENTS].combine_chunks()
+            scores = stored_verdicts(column, own, member.model.judge)
+        else:
+            scores = sequence_scores(table, layout, prefix, member.outputs, own.row_offsets)
+        found[name] = own, scores
+    return found
 
 
 def find_known(

@@ -11,7 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from batch_scorer.outputs.manifest import SUCCESS_KEY, committed, read_commit, r
 from batch_scorer.outputs.scored_inputs import Cut, Inputs, cut_of, has_groups
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, Receipt, Status
+from batch_scorer.records import Commit, Receipt, Status, family_prefix
 from batch_scorer.storage import (
     AccessDenied,
     ObjectDamaged,
@@ -311,13 +311,30 @@ def _row_problems(added: pa.Table, commit: Commit) -> Iterator[str]:
     columns = {name: added[name].combine_chunks() for name in commit.added_columns}
     if digest_columns(columns) != commit.scores_digest:
         yield "its scores are not those that were committed"
-    is_marked = pc.is_valid(added[commit.error_column]).to_pylist()
+    marks = pc.is_valid(added[commit.error_column])
+    is_marked = marks.to_pylist()
+    if commit.models:
+        own = [family_prefix(commit.column_prefix, name) for name in commit.models]
+        by_model = [pc.is_valid(added[f"{prefix}score_error"]) for prefix in own]
+        if not reduce(pc.or_, by_model).equals(marks):
+            yield f"{commit.error_column} does not name the rows that some model has marked"
     for name in commit.added_columns:
-        if ("score" in name or "rewards" in name) and not name.endswith(_NO_NUMBERS):
+        if _holds_scores(name, commit):
             complete = [_is_complete(value) for value in added[name].to_pylist()]
             wrong = [row for row, ok in enumerate(complete) if not ok and not is_marked[row]]
             if wrong:
                 yield f"row {wrong[0]}: {name} has no number and no reason"
+
+
+def _holds_scores(name: str, commit: Commit) -> bool:
+    """Whether a column has numbers wherever a row has a score. A normalised score need not: it is
+    of answers that every model tells apart."""
+    fitting = [prefix for prefix in commit.score_prefixes if name.startswith(prefix)]
+    prefix = max(fitting, key=len, default=commit.column_prefix)
+    plain = name.removeprefix(prefix)
+    if commit.models and prefix == family_prefix(commit.column_prefix, "z"):
+        return False
+    return ("score" in plain or "rewards" in plain) and not plain.endswith(_NO_NUMBERS)
 
 
 def _is_complete(value: Any) -> bool:

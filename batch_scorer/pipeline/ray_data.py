@@ -13,7 +13,7 @@ remembers which rows were being scored (`isolation`).
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -30,12 +30,20 @@ from batch_scorer.errors import (
     ShardError,
     ShardReason,
 )
-from batch_scorer.job import Job
+from batch_scorer.job import AnyJob, Ensemble
 from batch_scorer.parity import Sample
 from batch_scorer.pipeline.isolation import Attempts, Try
 from batch_scorer.pipeline.placement import give_up_all, reserve
 from batch_scorer.pipeline.session import Pool, is_over_nodes, worker_pool, worker_resources
-from batch_scorer.pipeline.worker import Item, Scorer, commit_item, in_short, prepare_item
+from batch_scorer.pipeline.worker import (
+    Item,
+    ScoredItems,
+    Scorer,
+    commit_items,
+    in_short,
+    prepare_items,
+    scorers_of,
+)
 from batch_scorer.records import Receipt, ScoredRows, Shard, TokenizedRows
 
 log = logging.getLogger("batch_scorer")
@@ -57,17 +65,17 @@ _ITEMS_PER_WORKER = 4
 
 
 def run_on_ray(
-    job: Job,
+    job: AnyJob,
     epoch: int,
     todo: list[Shard],
-    sample: Sample | None = None,
+    samples: Mapping[str, Sample],
     attempt: int = 1,
     make: BackendFactory | None = None,
 ) -> Iterator[Receipt]:
     """Score the shards on the cluster; receipts come as shards are committed, in no order.
 
-    With a `sample` every worker has to agree with plain Hugging Face first (`parity`). `attempt`
-    and `make` are as for `run_here`; deaths of processes are retries on top of it.
+    `samples`, `attempt` and `make` are as for `run_here`; every worker has to agree with plain
+    Hugging Face, and deaths of processes are retries on top of the attempts.
 
     Raises what stops every shard alike: a model that does not load, a cluster that is lost.
     """
@@ -94,15 +102,18 @@ def run_on_ray(
             ray.data.from_arrow(items)
             .repartition(target_num_rows_per_block=1)
             .map_batches(_prepare_stage, batch_size=1, batch_format="pyarrow", fn_kwargs=stage)
-            .map_batches(
+        )
+        for models in job.stages:
+            dataset = dataset.map_batches(
                 _ScoreStage,
                 batch_size=1,
                 batch_format="pyarrow",
                 fn_constructor_kwargs=stage
                 | {
+                    "models": models,
                     "pool": pool,
                     "over_nodes": over_nodes,
-                    "sample": sample,
+                    "samples": samples,
                     "make": make,
                 },
                 # Ray Data adds workers where nearly all have a second item waiting and the cluster
@@ -115,12 +126,11 @@ def run_on_ray(
                 # must not depend on how many workers have come.
                 **worker_resources(job, workers=pool.least),
             )
-            .map_batches(
-                _commit_stage,
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_kwargs=stage | {"epoch": epoch},
-            )
+        dataset = dataset.map_batches(
+            _commit_stage,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs=stage | {"epoch": epoch},
         )
         try:
             for row in dataset.iter_rows():
@@ -146,11 +156,11 @@ def _here(actor: type) -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(actor)
 
 
-def _items(job: Job, todo: list[Shard], workers: int) -> Iterator[list[Shard]]:
+def _items(job: AnyJob, todo: list[Shard], workers: int) -> Iterator[list[Shard]]:
     """Work items: one shard each, but small ones together where there are many. Shards are
     committed one by one whatever the item."""
     if job.asks_together:
-        assert job.model.judge is not None
+        assert not isinstance(job, Ensemble) and job.model.judge is not None
         tokens_of_row = job.model.judge.generation.most_tokens
         costs = [shard.num_rows * tokens_of_row for shard in todo]
         # Every worker gets several items, so that they end at about the same time.
@@ -177,7 +187,7 @@ def _bundled(
 
 
 def _begin(
-    stage: str, shard: Shard, job: Job, attempts: Any, carried: logs.Carried
+    stage: str, shard: Shard, job: AnyJob, attempts: Any, carried: logs.Carried
 ) -> tuple[int, ShardError | None]:
     """How often the item that starts with `shard` was begun here before; the error is not None
     once it has ended too many processes."""
@@ -192,7 +202,7 @@ def _begin(
     )
 
 
-def _prepare_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried) -> pa.Table:
+def _prepare_stage(batch: pa.Table, job: AnyJob, attempts: Any, carried: logs.Carried) -> pa.Table:
     shards: list[Shard] = _unpack(batch)
     quarantine.prepare()  # it imports while we ask and look
     retries, refused = _begin("prepare", shards[0], job, attempts, carried)
@@ -201,16 +211,19 @@ def _prepare_stage(batch: pa.Table, job: Job, attempts: Any, carried: logs.Carri
     except ModelError as error:
         return _pack(error)
     items = [
-        Item(shard, error=refused) if refused else prepare_item(job, shard) for shard in shards
+        {name: Item(shard, error=refused) for name in job.members}
+        if refused
+        else prepare_items(job, shard)
+        for shard in shards
     ]
-    for item in items:
-        item.spent.retries += retries
+    for each in items:
+        _first(each).spent.retries += retries
     attempts.forget.remote(f"prepare {shards[0].output_key}")
     return _pack(items)
 
 
 class _ScoreStage:
-    """Holds the model; one per device.
+    """Holds the models of a stage; one per device.
 
     A model that does not load is no reason for Ray to start the worker again: the error travels
     with the results, and the driver raises it.
@@ -218,12 +231,13 @@ class _ScoreStage:
 
     def __init__(
         self,
-        job: Job,
+        job: AnyJob,
         attempts: Any,
         carried: logs.Carried,
+        models: Sequence[str],
         pool: Pool,
         over_nodes: bool,
-        sample: Sample | None,
+        samples: Mapping[str, Sample],
         make: BackendFactory | None,
     ) -> None:
         import ray
@@ -236,41 +250,51 @@ class _ScoreStage:
         # All that the cluster has room for now may be loading.
         num_workers = worker_pool(job).first if pool.is_elastic else pool.first
         max_loads = job.config.attempts * num_workers
-        if ray.get(attempts.begin.remote("load")) > max_loads:
+        loads = " ".join(["load", *models])
+        if ray.get(attempts.begin.remote(loads)) > max_loads:
             self._failure = IncompleteError(
                 f"{max_loads} scoring workers died while loading the model (out of memory?)"
             )
             return
         try:
-            job = job.on_this_node()
+            here = job.on_this_node().members
+            members = {name: here[name] for name in models}
             if over_nodes:
-                job = replace(job, placement_group=reserve(job.config))
-            self._scorer = Scorer(job, sample, make)
+                group = reserve(job.config)
+                members = {n: replace(own, placement_group=group) for n, own in members.items()}
+            self._scorers = scorers_of(members, samples, make)
         except BatchScorerError as error:
             self._failure = error
         except Exception as error:  # a defect of a library must reach the user by its own words
             log.exception("the model does not load")
             self._failure = IncompleteError(in_short(error))
-        attempts.forget.remote("load")
+        attempts.forget.remote(loads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._failure is not None:
             return _pack(self._failure)
-        items: list[Item[TokenizedRows]] | BatchScorerError = _unpack(batch)
+        items: list[dict[str, Item[Any]]] | BatchScorerError = _unpack(batch)
         if isinstance(items, BatchScorerError):
             return batch
         try:
-            return _pack(self._score(items))
+            for name, scorer in self._scorers.items():
+                scored = self._score(name, scorer, [each[name] for each in items])
+                for each, own in zip(items, scored, strict=True):
+                    each[name] = own
+            return _pack(items)
         except EngineDied:
             # Nothing in this process can be relied on: Ray starts another, and the death counts.
             log.exception("the engine died, and this worker with it")
             os._exit(1)
 
-    def _score(self, items: list[Item[TokenizedRows]]) -> list[Item[ScoredRows]]:
-        """The shards of a work item. What ends this process is searched for by those after it."""
+    def _score(
+        self, name: str, scorer: Scorer, items: list[Item[TokenizedRows]]
+    ) -> list[Item[ScoredRows]]:
+        """The shards of a work item, for one model. What ends this process is searched for by those
+        after it."""
         import ray
 
-        key = f"score {items[0].shard.output_key}"
+        key = f"score {name} {items[0].shard.output_key}"
         starts = [0, *accumulate(item.num_rows for item in items)]  # of each shard's rows
         tried: Try | None = None
         while True:
@@ -280,10 +304,10 @@ class _ScoreStage:
             if tried is None or not tried.is_probe:
                 break
             for item, start in zip(items, starts, strict=False):
-                self._scorer.probe(item, tried.start - start, tried.stop - start)
+                scorer.probe(item, tried.start - start, tried.stop - start)
         scored = []
         if self._job.asks_together and len(items) > 1 and not num_failed:
-            scored = self._scorer.score_together(items)
+            scored = scorer.score_together(items)
         else:
             for item, start in zip(items, starts, strict=False):
                 item.spent.retries += num_failed
@@ -293,7 +317,7 @@ class _ScoreStage:
                 else:
                     stop = start + item.num_rows
                     crashed = [row - start for row in tried.without if start <= row < stop]
-                scored.append(self._scorer.score(item, crashed))
+                scored.append(scorer.score(item, crashed))
         self._attempts.forget.remote(key)
         return scored
 
@@ -306,19 +330,26 @@ def _gives_up(num_failed: int) -> ShardError:
 
 
 def _commit_stage(
-    batch: pa.Table, job: Job, attempts: Any, carried: logs.Carried, epoch: int
+    batch: pa.Table, job: AnyJob, attempts: Any, carried: logs.Carried, epoch: int
 ) -> pa.Table:
-    items: list[Item[ScoredRows]] | BatchScorerError = _unpack(batch)
+    items: list[ScoredItems] | BatchScorerError = _unpack(batch)
     if isinstance(items, BatchScorerError):
         return batch
-    retries, refused = _begin("commit", items[0].shard, job, attempts, carried)
-    for item in items:
+    shard = _first(items[0]).shard
+    retries, refused = _begin("commit", shard, job, attempts, carried)
+    for each in items:
+        item = _first(each)
         item.spent.retries += retries
         if refused:
             item.rows, item.error = None, item.error or refused
-    receipts = [commit_item(job, epoch, item) for item in items]
-    attempts.forget.remote(f"commit {items[0].shard.output_key}")
+    receipts = [commit_items(job, epoch, each) for each in items]
+    attempts.forget.remote(f"commit {shard.output_key}")
     return _pack(receipts)
+
+
+def _first(items: Mapping[str, Item[Any]]) -> Item[Any]:
+    """That of the first model, with which is counted what is done for all."""
+    return next(iter(items.values()))
 
 
 def _unpack(batch: pa.Table) -> Any:

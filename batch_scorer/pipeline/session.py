@@ -16,7 +16,7 @@ from batch_scorer import logs
 from batch_scorer.backends.device import CPU_ENVIRONMENT
 from batch_scorer.config import Config, Device
 from batch_scorer.errors import ConfigError, IncompleteError
-from batch_scorer.job import Job
+from batch_scorer.job import AnyJob, Job
 from batch_scorer.pipeline.placement import beside_gpus, cluster_layout, give_up_all, reserve
 
 T = TypeVar("T")
@@ -144,10 +144,11 @@ def pool_of(bounds: tuple[int, int] | None, fit: int) -> Pool:
     return Pool(least, first=min(max(fit, least), most), most=most)
 
 
-def worker_pool(job: Job) -> Pool:
-    """The job's workers on the cluster that there is: one per GPU, or one per machine on CPU. A
-    served judge is asked by one worker, so that the limits of its requests are those of the job."""
-    if not job.config.use_ray or job.engine.is_served:
+def worker_pool(job: AnyJob) -> Pool:
+    """The job's workers on the cluster that there is, for each stage of it: one per GPU, or one per
+    machine on CPU. A served judge is asked by one worker, so that the limits of its requests are
+    those of the job."""
+    if not job.config.use_ray or job.is_served:
         return Pool(1, 1, 1)
     bounds = job.config.worker_bounds
     if job.device is Device.CUDA:
@@ -156,8 +157,20 @@ def worker_pool(job: Job) -> Pool:
                 "device is cuda, but the cluster has no GPU; where an autoscaler brings them, set "
                 "`workers` to how many it should bring"
             )
-        return pool_of(bounds, cluster_layout(job.config).workers)
+        return pool_of(bounds, _share(job, cluster_layout(job.config).workers))
     return pool_of(bounds, len(_machine_cpus()))
+
+
+def _share(job: AnyJob, workers: int) -> int:
+    """The workers of one stage, of so many that fit. Raises ConfigError where there are fewer than
+    stages, and the settings do not say that more will come."""
+    stages = len(job.stages)
+    if workers < stages and job.config.workers is None:
+        raise ConfigError(
+            f"model_workers: {stages} models with workers of their own, and the cluster's GPUs are "
+            f"enough for {workers}; where an autoscaler brings more, set `workers`"
+        )
+    return workers // stages
 
 
 def on_worker(job: Job, work: Callable[[Job], T]) -> T:
@@ -190,7 +203,7 @@ def _call(carried: logs.Carried, job: Job, over_nodes: bool, work: Callable[[Job
     return work(replace(job, placement_group=reserve(job.config)) if over_nodes else job)
 
 
-def is_over_nodes(job: Job) -> bool:
+def is_over_nodes(job: AnyJob) -> bool:
     """Whether the devices of a scoring worker are on several nodes."""
     return job.device is Device.CUDA and cluster_layout(job.config).over_nodes
 
@@ -203,9 +216,9 @@ def _machine_cpus() -> list[float]:
     return [count for count in cpus if count >= 1]
 
 
-def worker_resources(job: Job, workers: int) -> dict[str, Any]:
-    """What one worker asks of Ray: its GPUs, or its part of what a machine can spare where there
-    are so many workers."""
+def worker_resources(job: AnyJob, workers: int) -> dict[str, Any]:
+    """What one worker asks of Ray: its GPUs, or its part of what a machine can spare where each
+    stage has so many workers."""
     if job.device is Device.CUDA:
         # Any environment will do: Ray then never takes a process that has read shards.
         environment = {"runtime_env": {"env_vars": {"BATCH_SCORER_WORKER": "scores"}}}
@@ -214,7 +227,7 @@ def worker_resources(job: Job, workers: int) -> dict[str, Any]:
         # All of one machine, as Ray gives them.
         return {"num_gpus": job.config.devices_per_worker, **environment}
     return {
-        "num_cpus": cpus_per_worker(_machine_cpus(), workers),
+        "num_cpus": cpus_per_worker(_machine_cpus(), workers * len(job.stages)),
         "runtime_env": {"env_vars": CPU_ENVIRONMENT},
     }
 

@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
@@ -13,7 +13,7 @@ from batch_scorer.backends.device import has_lost_device, matmul_peak
 from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.backends.watchdog import watch
 from batch_scorer.errors import RowReason, ShardError, ShardReason
-from batch_scorer.job import Job
+from batch_scorer.job import AnyJob, Job
 from batch_scorer.outputs.commit import commit_shard
 from batch_scorer.parity import Sample, proven_backend
 from batch_scorer.pipeline.isolation import Search, without
@@ -37,8 +37,8 @@ _CRASHED = "a process that scored this row alone died, or hung"
 
 @dataclass(slots=True)
 class Item(Generic[Rows]):
-    """A shard on its way through the stages: its rows as the last stage left them, or the error
-    that ends its way; then the stages after it pass it on as it is."""
+    """A shard on its way through the stages, for one of its models: its rows as the last stage left
+    them, or the error that ends its way; then the stages after it pass it on as it is."""
 
     shard: Shard
     rows: Rows | None = None
@@ -65,22 +65,44 @@ class Item(Generic[Rows]):
                 self.error = ShardError(ShardReason.INTERNAL, in_short(error))
 
 
-def prepare_item(job: Job, shard: Shard) -> Item[TokenizedRows]:
-    """Read, render and tokenise a shard, and find the scores that are known (`read_known`).
+Items: TypeAlias = dict[str, Item[TokenizedRows]]
+"""A shard that is to be scored, for each of its models by name."""
+ScoredItems: TypeAlias = dict[str, Item[ScoredRows]]
 
-    Reading and tokenising are timed; loading the tokenizer belongs to neither.
+
+def prepare_items(job: AnyJob, shard: Shard) -> Items:
+    """Read a shard once, render and tokenise it for each model, and find the scores that are known
+    (`read_known`).
+
+    Reading and tokenising are timed, with the first model; loading a tokenizer belongs to neither.
     """
-    item: Item[TokenizedRows] = Item(shard)
-    with item.caught():
+    items: Items = {name: Item(shard) for name in job.members}
+    first = next(iter(items.values()))
+    with first.caught():
         log.info("read")
-        rows, item.spent.read_s, item.spent.tokenize_s = read_shard(shard, job.config, job.model)
+        members = [*job.members.values()]
+        read, first.spent.read_s, first.spent.tokenize_s = read_shard(shard, members)
+        made = {id(rows): rows for rows in read}
+        first.spent.tokenized_sequences = sum(rows.num_sequences for rows in made.values())
+        rows = dict(zip(job.members, read, strict=True))
         if shard.earlier:
             log.info("reuse")
             started = time.perf_counter()
             rows = read_known(job, shard, rows)
-            item.spent.tokenize_s += time.perf_counter() - started
-        item.rows = rows
-    return item
+            first.spent.tokenize_s += time.perf_counter() - started
+        for name, item in items.items():
+            item.rows = rows[name]
+    for item in items.values():
+        item.error = first.error
+    return items
+
+
+class _Clock:
+    """When this worker ended its last work, of whichever of its engines: waits and scores of all of
+    them add up to its time since its first shard."""
+
+    def __init__(self) -> None:
+        self.ended: float | None = None
 
 
 class _Peak:
@@ -110,13 +132,20 @@ class _Peak:
 
 
 class Scorer:
-    """An engine at work, and the time for which it had nothing to do."""
+    """A model's engine at work, and the time for which it had nothing to do. Engines of one worker
+    share a `clock`."""
 
-    def __init__(self, job: Job, sample: Sample | None, make: BackendFactory | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        sample: Sample | None,
+        make: BackendFactory | None = None,
+        clock: _Clock | None = None,
+    ) -> None:
         self._job = job
         self._backend = proven_backend(job, sample, make)
         self._peak = _Peak(job)  # after loading: an engine may set the number of threads
-        self._ended: float | None = None
+        self._clock = clock or _Clock()
 
     def score(self, item: Item[TokenizedRows], crashed: Sequence[int] = ()) -> Item[ScoredRows]:
         """Score a shard; the rows that ended other processes are only marked."""
@@ -159,17 +188,16 @@ class Scorer:
 
     def _end(self, scored: Sequence[Item[ScoredRows]], started: float) -> None:
         """Note what these shards took, which were begun at `started`."""
-        # Waits and scores of a worker add up to its time since its first shard.
-        since = started if self._ended is None else self._ended
-        self._ended = time.perf_counter()
+        since = started if self._clock.ended is None else self._clock.ended
+        now = self._clock.ended = time.perf_counter()
         self._peak.look()
         for item in scored:
             spent = item.spent
             spent.peak_flops = self._peak.flops
             if item.rows is not None:
                 spent.effort, spent.score_s = item.rows.scores.effort, item.rows.score_s
-                spent.wait_s = self._ended - since - spent.score_s
-                since = self._ended
+                spent.wait_s = now - since - spent.score_s
+                since = now
 
     def probe(self, item: Item[TokenizedRows], start: int, stop: int) -> None:
         """Score rows [start, stop), as far as the shard has them, to see whether the process
@@ -231,13 +259,26 @@ def _reason_of(error: Exception) -> RowReason:
     return RowReason.OUT_OF_MEMORY if isinstance(error, MemoryError) else RowReason.ENGINE_ERROR
 
 
-def commit_item(job: Job, epoch: int, item: Item[ScoredRows]) -> Receipt:
-    """Commit a scored shard; the receipt of a failed one where there is nothing to commit."""
-    if item.rows is not None:
+def scorers_of(
+    members: Mapping[str, Job],
+    samples: Mapping[str, Sample],
+    make: BackendFactory | None = None,
+) -> dict[str, Scorer]:
+    """The engines of these models in one worker, by name; `samples` as in `run_here`."""
+    clock = _Clock()
+    return {name: Scorer(own, samples.get(name), make, clock) for name, own in members.items()}
+
+
+def commit_items(job: AnyJob, epoch: int, items: ScoredItems) -> Receipt:
+    """Commit a shard that every model has scored; the receipt of a failed one where there is
+    nothing to commit."""
+    item = _together(items)
+    scored = {name: own.rows for name, own in items.items() if own.rows is not None}
+    if item.error is None:
         started = time.perf_counter()
         with item.caught():
             log.info("commit")
-            receipt = commit_shard(job, epoch, item.shard, item.rows)
+            receipt = commit_shard(job, epoch, item.shard, scored)
             item.spent.write_s = time.perf_counter() - started
             item.spent.committed_at = time.time()
             return replace(receipt, spent=item.spent)
@@ -245,6 +286,18 @@ def commit_item(job: Job, epoch: int, item: Item[ScoredRows]) -> Receipt:
     return Receipt.of_shard(
         item.shard, Status.FAILED, item.error.reason, item.error.detail, spent=item.spent
     )
+
+
+def _together(items: ScoredItems) -> Item[ScoredRows]:
+    """What all models took, and the first error of any."""
+    errors = filter(None, (item.error for item in items.values()))
+    first, *others = items.values()
+    spent = replace(first.spent, effort=replace(first.spent.effort))
+    for item in others:
+        spent.add(item.spent)
+    if others:
+        spent.efforts = {name: item.spent.effort for name, item in items.items()}
+    return Item(first.shard, error=next(errors, None), spent=spent)
 
 
 def in_short(error: Exception) -> str:

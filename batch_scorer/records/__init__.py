@@ -7,6 +7,7 @@ O outputs of the model (1 for a scalar reward).
 from batch_scorer.records.judging import Ended, Judged, Questions, Reply
 from batch_scorer.records.receipts import (
     Commit,
+    ModelCommit,
     PairCounts,
     Receipt,
     Reused,
@@ -16,11 +17,14 @@ from batch_scorer.records.receipts import (
     Stored,
 )
 from batch_scorer.records.rows import (
+    AGGREGATES,
     DEFAULT_BOUNDS,
+    DISAGREEMENT,
     SCALAR,
     Conversation,
     Effort,
     Embedding,
+    Families,
     Format,
     Layout,
     Message,
@@ -34,6 +38,7 @@ from batch_scorer.records.rows import (
     SequenceInput,
     TextStyle,
     TokenizedRows,
+    family_prefix,
     gather,
 )
 from batch_scorer.records.shards import (
@@ -47,7 +52,9 @@ from batch_scorer.records.shards import (
 )
 
 __all__ = [
+    "AGGREGATES",
     "DEFAULT_BOUNDS",
+    "DISAGREEMENT",
     "SCALAR",
     "Codec",
     "Commit",
@@ -55,12 +62,14 @@ __all__ = [
     "Effort",
     "Embedding",
     "Ended",
+    "Families",
     "Format",
     "Judged",
     "Layout",
     "LineRun",
     "Lines",
     "Message",
+    "ModelCommit",
     "Outputs",
     "PairCounts",
     "ParsedRows",
@@ -82,6 +91,7 @@ __all__ = [
     "Stored",
     "TextStyle",
     "TokenizedRows",
+    "family_prefix",
     "gather",
     "layout_from_json",
     "layout_to_json",

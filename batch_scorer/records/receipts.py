@@ -1,6 +1,7 @@
 """What became of a shard: its commit, in the object's footer, and its receipt."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -12,7 +13,7 @@ from pydantic import FiniteFloat
 from batch_scorer.errors import ShardReason
 from batch_scorer.records.judging import Judged
 from batch_scorer.records.reading import parsed
-from batch_scorer.records.rows import Effort
+from batch_scorer.records.rows import AGGREGATES, Effort, family_prefix
 from batch_scorer.records.shards import Shard, Source
 from batch_scorer.storage import Version
 
@@ -58,6 +59,26 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelCommit:
+    """What a scored shard holds of one of several models: the fingerprint of its scores, its marked
+    rows by reason, and its pairs by source. Adds up over shards."""
+
+    fingerprint: str
+    rows_marked: int
+    marked: dict[str, int]
+    pairs: dict[str, PairCounts]
+
+    def __add__(self, other: "ModelCommit") -> "ModelCommit":
+        pairs = {
+            source: self.pairs.get(source, PairCounts()) + other.pairs.get(source, PairCounts())
+            for source in sorted({*self.pairs, *other.pairs})
+        }
+        marked = Counter(self.marked) + Counter(other.marked)
+        rows_marked = self.rows_marked + other.rows_marked
+        return ModelCommit(self.fingerprint, rows_marked, dict(marked), pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """What a scored shard holds about itself, in its Parquet footer.
 
@@ -67,7 +88,9 @@ class Commit:
     `scores_digest` over the score columns. `notes` counts rows by note (`errors.RowNote`), and as
     `special_tokens` those whose messages spell any. `pairs` and `spread` are by source
     (`outputs.by_source`). `num_rows`, `where` and `rows_not_asked` are the shard's: the object has
-    the rows that are asked for, and the others are counted. `judged` is of judges only.
+    the rows that are asked for, and the others are counted. `judged` is of judges only, `models` of
+    several models, by name: then a row is scored where each of them scored it, and `pairs` and
+    `spread` are of the mean of their scores.
     """
 
     identity: str
@@ -93,6 +116,7 @@ class Commit:
     rows_not_asked: int = 0
     retries: int = 0
     judged: Judged | None = None
+    models: dict[str, ModelCommit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not any(name.endswith("score_error") for name in self.added_columns):
@@ -106,10 +130,38 @@ class Commit:
     def error_column(self) -> str:
         return next(name for name in self.added_columns if name.endswith("score_error"))
 
+    @property
+    def families(self) -> dict[str, str]:
+        """By the fingerprint of a model's scores, what the names of its columns begin with."""
+        prefix = self.column_prefix
+        if not self.models:
+            return {self.fingerprint: prefix}
+        return {own.fingerprint: family_prefix(prefix, name) for name, own in self.models.items()}
+
+    @property
+    def score_prefix(self) -> str:
+        """What the names of the score columns begin with that stand for a row: of several models,
+        the mean of their scores."""
+        return family_prefix(self.column_prefix, AGGREGATES[0] if self.models else "")
+
+    @property
+    def score_prefixes(self) -> list[str]:
+        """The same of all its score columns."""
+        if not self.models:
+            return [self.column_prefix]
+        return [family_prefix(self.column_prefix, name) for name in (*AGGREGATES, *self.models)]
+
+    @property
+    def reasons(self) -> set[str]:
+        """Why a model gave no score to rows: of each model, whichever was the first one."""
+        return {*self.marked, *(reason for own in self.models.values() for reason in own.marked)}
+
     def footer(self) -> dict[bytes, bytes]:
         held = asdict(self)
         if self.judged is None:
             del held["judged"]  # a footer without a judge is the same as before there were judges
+        if not self.models:
+            del held["models"]  # and so is that of one model
         return {_FOOTER_KEY: json.dumps(held, sort_keys=True).encode()}
 
     @classmethod
@@ -147,6 +199,8 @@ class Spent:
     had nothing to score between the shard before and this one, `score_s` the time inside the
     backend, `write_s` that of joining, encoding and publishing. `retries` counts the tries after
     the first: processes that died with the shard, refusals of the store.
+    `tokenized_sequences` were rendered and tokenised, each once for all models that read the same
+    tokens. `efforts` has what each of several models took, by name; `effort` is of all.
     """
 
     effort: Effort = field(default_factory=Effort)
@@ -159,6 +213,18 @@ class Spent:
     score_s: FiniteFloat = 0.0
     write_s: FiniteFloat = 0.0
     retries: int = 0
+    tokenized_sequences: int = 0
+    efforts: dict[str, Effort] = field(default_factory=dict)
+
+    def add(self, other: "Spent") -> None:
+        """Count what another of the shard's models took in the same worker, or a later stage."""
+        self.effort.add(other.effort)
+        for each in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
+            setattr(self, each, getattr(self, each) + getattr(other, each))
+        self.retries += other.retries
+        self.tokenized_sequences += other.tokenized_sequences
+        self.started_at = min(filter(None, (self.started_at, other.started_at)), default=0.0)
+        self.peak_flops = max(self.peak_flops, other.peak_flops)
 
 
 @dataclass(frozen=True, slots=True)

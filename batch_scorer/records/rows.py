@@ -425,6 +425,19 @@ class Outputs:
 
 SCALAR = Outputs()
 
+Families: TypeAlias = Mapping[str, Outputs]
+"""What each model of a job gives, by its name; the name of a single one is ""."""
+
+AGGREGATES = ("mean", "min", "std", "z")
+"""What the scores of several models become together: the beginnings of those columns' names."""
+DISAGREEMENT = "rank_disagreement"
+"""The column that says how differently several models order the answers of a row."""
+
+
+def family_prefix(prefix: str, model: str) -> str:
+    """What the names of a model's columns begin with: for a single one, "", the prefix of all."""
+    return f"{prefix}{model}_" if model else prefix
+
 
 @dataclass(slots=True)
 class ScoredRows:

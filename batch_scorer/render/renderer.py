@@ -442,7 +442,7 @@ def _rows_of_same_tokens(
                 break
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _cached_renderer(
     model_dir: Path,
     max_tokens: int,

@@ -1,15 +1,53 @@
 """Parsed rows → token ids: of the rows' own sequences, or of a judge's questions about them."""
 
 import json
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
 from batch_scorer.config import Config
 from batch_scorer.models.directory import ModelFacts
+from batch_scorer.models.files import read_json
 from batch_scorer.records import ParsedRows, RowError, TokenizedRows
 from batch_scorer.render.questions import ask, seeds_of
-from batch_scorer.render.renderer import renderer_of
+from batch_scorer.render.renderer import max_tokens_of, renderer_of
+
+
+class Tokenizing(Protocol):
+    """A model and its settings, which say how rows become its token ids."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def model(self) -> ModelFacts: ...
+
+
+def tokenized_for(parsed: ParsedRows, models: Sequence[Tokenizing]) -> list[TokenizedRows]:
+    """`tokenized` for each of them; once, and as one object, for all that read the same ids."""
+    made: dict[Hashable, TokenizedRows] = {}
+    found = []
+    for place, each in enumerate(models):
+        key = _ids_of(each.config, each.model) or place
+        if key not in made:
+            made[key] = tokenized(parsed, each.config, each.model)
+        found.append(made[key])
+    return found
+
+
+def _ids_of(config: Config, model: ModelFacts) -> Hashable | None:
+    """What the token ids of all rows follow from; None where that is not known for certain."""
+    if config.trust_remote_code or model.judge is not None or not model.tokenizer_digest:
+        return None
+    suffix = None
+    if (name := model.prompt.suffix_id_of) is not None:
+        suffix = read_json(model.path / "config.json").get(name)
+    return (
+        *(model.tokenizer_digest, model.prompt, suffix, model.vocab_size),
+        *(max_tokens_of(config, model), config.over_length, config.fast_tokenizer),
+    )
 
 
 def tokenized(parsed: ParsedRows, config: Config, model: ModelFacts) -> TokenizedRows:

@@ -4,6 +4,7 @@ Pure functions make them of what was read or done. Every figure that any view sh
 in the values that they hold.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from batch_scorer.nightly.night import Ended
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
-from batch_scorer.records import Judged, PairCounts, Receipt, Status, layout_to_json
+from batch_scorer.records import Judged, ModelCommit, PairCounts, Receipt, Status, layout_to_json
+from batch_scorer.records.reading import parsed
 from batch_scorer.render import TemplateFacts
 from batch_scorer.runs.estimate import Estimate
 from batch_scorer.runs.preview import Checked, Outlook
@@ -224,7 +226,7 @@ def check_report(checked: Checked) -> CheckReport:
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """How a run ended. `totals` as in `_SUCCESS`; `metrics` are `Metrics.to_json`, of the shards
-    that this run scored. `parity` is one worker's `ParityReport.to_json`, None without a check.
+    that this run scored. `parity` as in `Summary`.
     `template` names what the chat template leaves out of the rows, and what it adds."""
 
     output: str
@@ -252,6 +254,12 @@ class RunReport:
         """By source."""
         counts = sorted(self.totals["pairs"].items())
         return {source: PairCounts(**numbers) for source, numbers in counts}
+
+    @property
+    def models(self) -> dict[str, ModelCommit]:
+        """Of several models the rows that each one marked, and its pairs, by name."""
+        found = self.totals.get("models", {})
+        return {name: parsed(json.dumps(own), ModelCommit) for name, own in found.items()}
 
     @property
     def judged(self) -> Judged | None:

@@ -5,13 +5,14 @@ Its head tells the `datasets` library which files have the rows: the output load
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from batch_scorer.errors import IncompleteError, OutputError
 from batch_scorer.outputs.claim import Claim, open_scored
 from batch_scorer.outputs.manifest import CARD_KEY, total
 from batch_scorer.outputs.puts import put
 from batch_scorer.outputs.state import OutputState
-from batch_scorer.records import Commit, Receipt
+from batch_scorer.records import DISAGREEMENT, Commit, Receipt
 from batch_scorer.storage import ObjectMissing
 
 _MARK = (
@@ -36,8 +37,15 @@ _MEANS = {
     "num_tokens": "tokens of the scored sequence",
     "num_truncated_tokens": "tokens that were cut off it",
     "num_special_tokens": "how often the text spells a special token",
+    DISAGREEMENT: "share of the pairs of answers that two models order differently",
 }
 """By the beginning of a column's name, the longest first that fits."""
+_OF_ALL = {
+    "mean": "mean over the models",
+    "min": "least over the models",
+    "std": "standard deviation over the models",
+    "z": "mean over the models, each normalised over the row",
+}
 
 
 def write_card(output: str, store_options: Mapping[str, str]) -> str:
@@ -62,26 +70,16 @@ def card_of(claim: Claim, receipts: Iterable[Receipt]) -> str:
     """The card of an output that is begun so and holds these."""
     receipts = list(receipts)
     commits = [receipt.commit for receipt in receipts if receipt.commit]
-    facts, made = claim.fingerprint, claim.provenance
-    name = str(made.get("model", "")).rstrip("/").rpartition("/")[2]
+    made = claim.provenance
+    names = [_name(own) for own in _by_model(claim).values()]
     totals = total(receipts)
     lines = [
-        _HEAD + f"# Scores of {name}",
+        _HEAD + f"# Scores of {', '.join(names)}",
         _MARK,
         f"Scored by batch-scorer {made.get('batch_scorer')}: {totals['rows']:,} rows, "
         f"{totals['rows_scored']:,} scored, {totals['rows_marked']:,} marked, "
         f"{totals['rows_not_asked']:,} not asked for.",
-        _table(
-            ("model", "value"),
-            [
-                ("revision", made.get("revision")),
-                ("digest of its files", facts.get("model")),
-                ("read as", facts.get("adapter")),
-                ("engine", facts.get("backend")),
-                ("dtype", facts.get("dtype")),
-                ("most tokens", facts.get("max_tokens")),
-            ],
-        ),
+        *(_model_table(name, own, claim) for name, own in _by_model(claim).items()),
         "## Columns that scoring added",
         _table(("column", "what it is"), _columns(commits)),
         "## Scores by source",
@@ -93,13 +91,49 @@ def card_of(claim: Claim, receipts: Iterable[Receipt]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def _by_model(claim: Claim) -> dict[str, Mapping[str, Any]]:
+    """What each model was made with, by its name; the name of a single one is ""."""
+    found: dict[str, Mapping[str, Any]] = claim.provenance.get("models", {"": claim.provenance})
+    return found
+
+
+def _name(made: Mapping[str, Any]) -> str:
+    return str(made.get("model", "")).rstrip("/").rpartition("/")[2]
+
+
+def _model_table(name: str, made: Mapping[str, Any], claim: Claim) -> str:
+    facts = claim.parts_by_model.get(name, {})
+    return _table(
+        (f"model {name}".strip(), "value"),
+        [
+            *([("name", _name(made))] if name else []),
+            ("revision", made.get("revision")),
+            ("digest of its files", facts.get("model")),
+            ("read as", facts.get("adapter")),
+            ("engine", facts.get("backend")),
+            ("dtype", facts.get("dtype")),
+            ("most tokens", facts.get("max_tokens")),
+        ],
+    )
+
+
 def _columns(commits: Iterable[Commit]) -> Iterator[tuple[str, str]]:
-    names = dict.fromkeys(name for commit in commits for name in commit.added_columns)
-    prefix = next((commit.column_prefix for commit in commits), "")
-    for name in names:
-        plain = name.removeprefix(prefix)
-        fitting = [known for known in _MEANS if plain.startswith(known)]
-        yield f"`{name}`", _MEANS[max(fitting, key=len)] if fitting else ""
+    columns: dict[str, str] = {}
+    for commit in commits:
+        for name in commit.added_columns:
+            columns.setdefault(name, _meaning(name, commit))
+    for name, meaning in columns.items():
+        yield f"`{name}`", meaning
+
+
+def _meaning(name: str, commit: Commit) -> str:
+    prefixes = [commit.column_prefix, *commit.score_prefixes]
+    prefix = max((each for each in prefixes if name.startswith(each)), key=len)
+    plain = name.removeprefix(prefix)
+    fitting = [known for known in _MEANS if plain.startswith(known)]
+    meaning = _MEANS[max(fitting, key=len)] if fitting else ""
+    family = prefix.removeprefix(commit.column_prefix).removesuffix("_")
+    return f"{_OF_ALL.get(family, family)}: {meaning}" if family else meaning
 
 
 def _by_source(

@@ -23,7 +23,16 @@ from batch_scorer.errors import (
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.formats.kinds import BESIDE_NAMES
 from batch_scorer.inputs.plan import Choice, Plan, make_plan
-from batch_scorer.job import Job, attention_of, outputs_of, unpackable_part
+from batch_scorer.job import (
+    AnyJob,
+    Job,
+    Member,
+    Members,
+    attention_of,
+    families_of,
+    job_of,
+    unpackable_part,
+)
 from batch_scorer.judges.judgements import UNREAD
 from batch_scorer.judges.page import Page, load_page
 from batch_scorer.models.adapter import Prompt, output_entries, verdict_entries
@@ -41,7 +50,7 @@ from batch_scorer.models.files import reading
 from batch_scorer.models.hub import repository_of
 from batch_scorer.models.kept import kept
 from batch_scorer.models.registry import JUDGE, NAMED
-from batch_scorer.outputs.claim import claimed, claimed_fingerprint
+from batch_scorer.outputs.claim import claimed, claimed_parts
 from batch_scorer.pipeline.session import RaySession, has_gpus, on_worker, worker_pool
 from batch_scorer.records import Format, TextStyle, TokenizedRows
 from batch_scorer.render import Probe, max_tokens_of, rendering_of
@@ -65,7 +74,7 @@ def _reads_model(
 ) -> Callable[Concatenate[Config, P], T]:
     @wraps(function)
     def guarded(config: Config, /, *arguments: P.args, **named: P.kwargs) -> T:
-        with reading(config.model):
+        with reading(config.one_model):
             return function(config, *arguments, **named)
 
     return guarded
@@ -84,7 +93,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
         check_templates(page)
         if config.backend == "endpoint":
             endpoint_of(config)  # raises before anything is begun
-            return served_model(config.model, page)
+            return served_model(config.one_model, page)
         entries = verdict_entries([*page.verdict.choices])
         if not page.samples and (same := UNREAD.intersection(config.retry_marked)):
             raise ConfigError(
@@ -117,12 +126,12 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
             log.info("%s: %s", name, change)
         return facts
 
-    model = inspected(config.model, config.revision, config.base_model)
+    model = inspected(config.one_model, config.revision, config.base_model)
     if config.reference_model == NO_REFERENCE:
         model = without_reference(model)
     elif config.reference_model is not None:
         model = with_reference(model, inspected(config.reference_model, None, None))
-    for name, part in ((config.model, model), (config.reference_model, model.reference)):
+    for name, part in ((config.one_model, model), (config.reference_model, model.reference)):
         for doubt in part.doubts if part else ():
             log.warning("%s: %s", name, doubt)
     if config.attention is None and (part := unpackable_part(model)):
@@ -130,7 +139,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
     if not (model.has_score or config.task != "score"):
         log.warning(
             "%s: no score, only rewards (%s); --output-weights makes a score of them",
-            *(config.model, ", ".join(model.attributes)),
+            *(config.one_model, ", ".join(model.attributes)),
         )
     if config.step_aggregation is not None and not model.has_steps:
         raise ConfigError(
@@ -138,7 +147,7 @@ def look_at_model(config: Config, *, with_weights: bool = True) -> ModelFacts:
         )
     if config.quantization is not None and model.quantisation is not None:
         raise ConfigError(
-            f"quantization: {config.model} is quantised already ({model.quantisation.name}); "
+            f"quantization: {config.one_model} is quantised already ({model.quantisation.name}); "
             "leave it out"
         )
     if config.token_scores and not model.reads_any_token:
@@ -213,36 +222,82 @@ def _asking(prompt: Prompt, page: Page, config: Config) -> Prompt:
     )
 
 
-def plan_for(config: Config, model: ModelFacts, choose: Choice | None = None) -> Plan:
-    """The plan of the inputs for this model. Raises as `make_plan` does."""
+def look_at_models(config: Config, *, with_weights: bool = True) -> Members:
+    """`look_at_model` for each model of the settings, by name.
+
+    Raises as that does; ConfigError also where several models do not go together, or no one of them
+    reads a column that is named for it.
+    """
+    if isinstance(config.model, str):
+        return {"": Member(config, look_at_model(config, with_weights=with_weights))}
+    members: dict[str, Member] = {}
+    beside = BESIDE_NAMES.keys() & config.columns.keys()
+    for name, own in config.members.items():
+        # A column beside the conversation is for those that read it.
+        columns = {field: column for field, column in own.columns.items() if field not in beside}
+        plain = own.model_copy(update={"columns": columns})
+        model = look_at_model(plain, with_weights=with_weights)
+        if not model.has_score:
+            raise ConfigError(
+                f"model: {name} gives no score, only rewards ({', '.join(model.attributes)}); "
+                "set its output_weights"
+            )
+        is_read = model.prompt.column_beside in beside
+        members[name] = Member(own if is_read else plain, model)
+    read = {member.model.prompt.column_beside for member in members.values()} - {None}
+    if len(read) > 1:
+        fields = ", ".join(sorted(map(str, read)))
+        raise ConfigError(
+            f"model: these models read different columns beside a conversation ({fields}); score "
+            "with them in jobs of their own"
+        )
+    for field in beside - read:
+        raise ConfigError(f"columns: none of the models reads a {field} of a row; leave it out")
+    return members
+
+
+def plan_for(config: Config, members: Members, choose: Choice | None = None) -> Plan:
+    """The plan of the inputs for these models. Raises as `make_plan` does."""
+    models = [member.model for member in members.values()]
     return make_plan(
         config,
-        outputs_of(config, model),
+        families_of(members),
         choose,
-        beside=model.prompt.column_beside,
-        fields=model.columns_beside,
+        beside=next(filter(None, (model.prompt.column_beside for model in models)), None),
+        fields=models[0].columns_beside,  # of a judge, which is alone
     )
 
 
-def as_begun(config: Config, model: ModelFacts, output: Store) -> Job | None:
+def as_begun(config: Config, members: Members, output: Store) -> AnyJob | None:
     """The job as it was when the output was begun, where the settings leave device, dtype or
     engine open; None if it is not begun, or was with other settings.
 
     Needs no Ray: which devices there are matters only to a run that has something to score.
     """
     claim = claimed(output)
-    if claim is None:
+    if claim is None or claim.parts_by_model.keys() != members.keys():
         return None
-    parts, device = claim.fingerprint, config.device or claim.provenance.get("device")
+    device = config.device or claim.provenance.get("device")
     if device not in set(Device):
         return None
-    then = config.model_copy(
-        update={
-            "device": Device(device),
-            "dtype": config.dtype or parts.get("dtype"),
-        }
-    )
-    job = derive(then, model, date_of(parts))
+    date = _one_date(claim.parts_by_model)
+    jobs: dict[str, Job] = {}
+    for name, member in members.items():
+        job = _as_begun(member, claim.parts_by_model[name], Device(device), date)
+        if job is None:
+            return None
+        jobs[name] = job
+    return job_of(config, jobs)
+
+
+def _as_begun(
+    member: Member, parts: Mapping[str, Any], device: Device, date: datetime | None
+) -> Job | None:
+    """The job of one model, whose fingerprint had these parts when the output was begun."""
+    config = member.config
+    dtype = config.dtype or parts.get("dtype")
+    then = config.model_copy(update={"device": device, "dtype": dtype})
+    job = derive(then, member.model, date)
     if config.backend == "auto":
         if (engine := parts.get("backend")) not in ENGINES:
             return None
@@ -250,21 +305,29 @@ def as_begun(config: Config, model: ModelFacts, output: Store) -> Job | None:
     return job if job.fingerprint.digest == Fingerprint(parts).digest else None
 
 
-def settle(config: Config, model: ModelFacts, plan: Plan, session: RaySession) -> Job:
+def settle(config: Config, members: Members, plan: Plan, session: RaySession) -> AnyJob:
     """Derive what the settings leave open from the devices there are, and from what the output was
     begun with. Raises ConfigError where these devices hold no worker."""
     session.start()
-    output = open_output(config)
-    job = derive(config, model, date_of(claimed_fingerprint(output)))
-    worker_pool(job)  # raises where the devices are too few, before the output is claimed
-    return _with_engine(job, plan, output)
+    begun = claimed_parts(open_output(config))
+    date = _one_date(begun)
+    jobs = {name: derive(each.config, each.model, date) for name, each in members.items()}
+    worker_pool(job_of(config, jobs))  # raises where the devices are too few, before it is claimed
+    jobs = {name: _with_engine(job, plan, begun.get(name, {})) for name, job in jobs.items()}
+    return job_of(config, jobs)
 
 
-def date_of(fingerprint: Mapping[str, Any]) -> datetime | None:
+def date_of(output: Store) -> datetime | None:
     """The date that was today's for the templates of an output; None for one that asked for none,
     or is not begun."""
-    date = fingerprint.get("text", {}).get("date")
-    return date and datetime.fromisoformat(date)
+    return _one_date(claimed_parts(output))
+
+
+def _one_date(parts_by_model: Mapping[str, Mapping[str, Any]]) -> datetime | None:
+    """The date of those models whose templates ask for one: the same day for all."""
+    dates = (parts.get("text", {}).get("date") for parts in parts_by_model.values())
+    date = next(filter(None, dates), None)
+    return None if date is None else datetime.fromisoformat(date)
 
 
 @_reads_model
@@ -349,11 +412,12 @@ def _unread_ids(probe: Probe, vocab_size: int) -> list[int]:
     return sorted({token for ids in probe.token_ids for token in ids if token >= vocab_size})
 
 
-def _with_engine(job: Job, plan: Plan, output: Store) -> Job:
-    """Settle `backend: auto`: as the output was begun, else by support, else by a race."""
+def _with_engine(job: Job, plan: Plan, begun: Mapping[str, Any]) -> Job:
+    """Settle `backend: auto`: as the output was `begun`, by the parts of this model's fingerprint
+    there, else by support, else by a race."""
     if len(job.engines) == 1:
         return job
-    begun_with = claimed_fingerprint(output).get("backend")
+    begun_with = begun.get("backend")
     if begun_with in job.engines:
         return job.on_engine(begun_with)
     if not is_raced(job.engines, job.device, plan.estimated_tokens):

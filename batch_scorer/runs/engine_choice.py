@@ -135,7 +135,7 @@ def trial_rows(job: Job, shards: Sequence[Shard]) -> TokenizedRows | None:
     for shard in shards:
         part = replace(shard, num_rows=min(TRIAL_ROWS[job.device], shard.num_rows))
         try:
-            return read_shard(part, job.config, job.model).rows
+            return read_shard(part, [job]).rows[0]
         except ShardError:
             continue
     return None

@@ -9,7 +9,7 @@ import numpy as np
 from batch_scorer.backends.packing import build_trie
 from batch_scorer.config import ENGINES, Config, EngineFacts
 from batch_scorer.errors import ShardError
-from batch_scorer.job import attention_of
+from batch_scorer.job import Member, attention_of
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.embedding import is_decoder
 from batch_scorer.models.registry import EMBEDDING, adapter_named
@@ -51,6 +51,21 @@ class Estimate:
     flop: float | None
     common: float
 
+    def plus(self, other: "Estimate") -> "Estimate":
+        """That of two models which score the same rows."""
+        flop = None
+        if self.flop is not None and other.flop is not None:
+            flop = self.flop + other.flop
+        computed = self.computed_tokens + other.computed_tokens
+        shared = self.common * self.computed_tokens + other.common * other.computed_tokens
+        return Estimate(
+            sampled_rows=self.sampled_rows,
+            row_tokens=self.row_tokens + other.row_tokens,
+            computed_tokens=computed,
+            flop=flop,
+            common=shared / computed,
+        )
+
 
 def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Estimate | None:
     """Tokenise rows of evenly chosen shards; None if none of them has a token.
@@ -70,7 +85,7 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
         group = [shards[place] for place in places]
         part = _first_rows(group[len(group) // 2], num_groups)
         try:
-            rows = read_shard(part, config, model).rows
+            (rows,) = read_shard(part, [Member(config, model)]).rows
         except ShardError as error:
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue

@@ -26,8 +26,8 @@ class Run:
     `shards`, `rows` and `estimated_tokens` are those that it had to score. `devices` counts the
     devices of all its `workers`, which are the most at the same time where `is_elastic`: their
     number then changes during the run. `cost` is None where the model's config and weights do not
-    determine it, and where no model computes. `token_prices`, of a million tokens, are a served
-    judge's.
+    determine it, and where no model computes; of several models `costs` has each one's, by name.
+    `token_prices`, of a million tokens, are a served judge's.
     """
 
     epoch: int
@@ -39,6 +39,7 @@ class Run:
     cost: ModelCost | None
     token_prices: Mapping[str, float] = field(default_factory=dict)
     is_elastic: bool = False
+    costs: Mapping[str, ModelCost | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,6 +66,11 @@ class Metrics:
     estimated_tokens: int = 0
     """The plan's estimate for the shards that have ended, failed ones included."""
     effort: Effort = field(default_factory=Effort)
+    efforts: dict[str, Effort] = field(default_factory=dict)
+    """Of several models each one's, by name; `effort` is of all."""
+    tokenized_sequences: int = 0
+    """Sequences that were rendered and tokenised, each once for all models that read the same
+    tokens; with those of which the scores were reused."""
     read_s: float = 0.0
     tokenize_s: float = 0.0
     wait_s: float = 0.0
@@ -99,6 +105,9 @@ class Metrics:
         self.reused_sequences += reused.sequences
         self.reused_tokens += reused.tokens
         self.effort.add(spent.effort)
+        for model, effort in spent.efforts.items():
+            self.efforts.setdefault(model, Effort()).add(effort)
+        self.tokenized_sequences += spent.tokenized_sequences
         for name in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
             setattr(self, name, getattr(self, name) + getattr(spent, name))
         engine = receipt.engine
@@ -156,9 +165,16 @@ class Metrics:
 
     def model_flop(self, run: Run) -> float | None:
         """Operations of the computed tokens; padding and activations do not count."""
-        if run.cost is None:
-            return None
-        return run.cost.flops(self.effort.computed_tokens, self.effort.attended_pairs)
+        costs, efforts = run.costs, self.efforts
+        if not costs:
+            costs, efforts = {"": run.cost}, {"": self.effort}
+        flop = 0.0
+        for model, cost in costs.items():
+            if cost is None:
+                return None
+            effort = efforts.get(model, Effort())
+            flop += cost.flops(effort.computed_tokens, effort.attended_pairs)
+        return flop
 
     def utilisation(self, run: Run) -> float | None:
         """Model-FLOP utilisation: the computed tokens' operations, as a share of those that the
@@ -205,6 +221,7 @@ class Metrics:
             "reused_rows": self.reused_rows,
             "reused_sequences": self.reused_sequences,
             "reused_tokens": self.reused_tokens,
+            "tokenized_sequences": self.tokenized_sequences,
             **asdict(self.effort),
             "token_cost": self.token_cost(run),
             "model_flop": self.model_flop(run),

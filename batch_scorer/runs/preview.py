@@ -1,18 +1,19 @@
 """What a run would do (`plan`), and whether its scores would be right (`check`)."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 from batch_scorer.config import Config
-from batch_scorer.errors import InputError, ModelError
+from batch_scorer.errors import ConfigError, InputError, ModelError
 from batch_scorer.inputs.plan import Plan, make_plan
-from batch_scorer.job import Job
+from batch_scorer.job import Job, Member
 from batch_scorer.models.hub import NotHereError
 from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
 from batch_scorer.pipeline.session import on_worker, ray_session
 from batch_scorer.runs.derive import (
     derive,
     look_at_model,
+    look_at_models,
     plan_for,
     require_answers,
     require_template,
@@ -36,8 +37,10 @@ def check(config: Config) -> Checked:
     Writes nothing. Raises what `score` raises before its first shard, but not for scores that
     differ: see `Checked.report`.
     """
+    if not isinstance(config.model, str):
+        raise ConfigError("model: one at a time is checked; `score` checks each of several models")
     model = look_at_model(config)
-    plan = plan_for(config, model)
+    plan = plan_for(config, {"": Member(config, model)})
     with ray_session(config):
         job = derive(config, model)
         require_template(job, plan)
@@ -66,15 +69,17 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
     if not with_model:
         return Outlook(make_plan(config))
     try:
-        model = look_at_model(config, with_weights=False)
+        members = look_at_models(config, with_weights=False)
     except NotHereError as error:
         return Outlook(make_plan(config), unknown=str(error))
-    plan = plan_for(config, model)
-    if model.is_served:
+    plan = plan_for(config, members)
+    if any(member.model.is_served for member in members.values()):
         return Outlook(plan, unknown="a served judge's tokens are counted by its server")
     try:
-        estimated = estimate(config, model, plan.shards)
+        found = [estimate(each.config, each.model, plan.shards) for each in members.values()]
     except ModelError as error:
         return Outlook(plan, unknown=str(error))
-    unknown = None if estimated else "none of the sampled rows can be scored"
-    return Outlook(plan, estimated, unknown)
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        return Outlook(plan, unknown="none of the sampled rows can be scored")
+    return Outlook(plan, reduce(Estimate.plus, known))

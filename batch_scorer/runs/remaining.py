@@ -9,7 +9,7 @@ from enum import Enum
 from batch_scorer.errors import LeaseLostError, ShardReason
 from batch_scorer.failpoints import failpoint
 from batch_scorer.inputs.plan import Plan
-from batch_scorer.job import Job
+from batch_scorer.job import AnyJob
 from batch_scorer.outputs.manifest import committed
 from batch_scorer.outputs.reuse import Earlier, keep, kept, nearest
 from batch_scorer.outputs.state import OutputState
@@ -59,7 +59,7 @@ class Work:
 
 def remaining(
     plan: Plan,
-    job: Job,
+    job: AnyJob,
     output: Store,
     *,
     epoch: int | None = None,
@@ -74,10 +74,8 @@ def remaining(
     has cut a file differently.
     """
     wanted = {shard.output_key: shard for shard in plan.shards}
-    identities = {
-        key: shard.identity(job.fingerprint.digest, job.config.column_prefix)
-        for key, shard in wanted.items()
-    }
+    fingerprint, prefix = job.fingerprint.digest, job.config.column_prefix
+    identities = {key: shard.identity(fingerprint, prefix) for key, shard in wanted.items()}
     inputs = {part.input for part in plan.not_asked} | {s.source.key for s in plan.shards}
     unusable = {receipt.input for receipt in plan.failed}
     retried = set(job.config.retry_marked)
@@ -86,7 +84,7 @@ def remaining(
         if key in wanted:
             if commit.identity != identities[key]:
                 return Fate.STALE
-            return Fate.DONE if retried.isdisjoint(commit.marked) else Fate.RETRIED
+            return Fate.DONE if retried.isdisjoint(commit.reasons) else Fate.RETRIED
         if commit.input in inputs:
             return Fate.OUTDATED
         if commit.input in plan.aside:
@@ -152,13 +150,13 @@ def _retries(receipt: Receipt) -> int:
     return 0 if receipt.commit is None else receipt.commit.retries
 
 
-def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = ()) -> Work:
+def make_room(work: Work, job: AnyJob, output: Store, donors: Iterable[Earlier] = ()) -> Work:
     """Copy aside what is about to be replaced, and remove old pieces; note in each shard where its
     file's rows may be found scored, in those copies or in other outputs (`donors`).
 
     Under the lease. What a crash leaves behind is found again by `remaining`.
     """
-    fingerprint = job.fingerprint.digest
+    fingerprints = {member.fingerprint.digest for member in job.members.values()}
     rewritten = {shard.source.key for shard in work.todo}
     doomed = [receipt for receipt in work.outdated if receipt.input in rewritten]
     copies = keep(output, [*work.replaced, *doomed])
@@ -176,7 +174,7 @@ def make_room(work: Work, job: Job, output: Store, donors: Iterable[Earlier] = (
     for earlier in [*aside, *donors]:
         candidates[earlier.commit.input].append(earlier)
     todo = [
-        replace(shard, earlier=nearest(shard, candidates[shard.source.key], fingerprint))
+        replace(shard, earlier=nearest(shard, candidates[shard.source.key], fingerprints))
         if shard.source.key in candidates
         else shard
         for shard in work.todo

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -12,8 +12,7 @@ from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
 from batch_scorer.inputs.plan import Plan
-from batch_scorer.job import Job
-from batch_scorer.models.directory import ModelFacts
+from batch_scorer.job import AnyJob, Members
 from batch_scorer.outputs.claim import claim_output, refuse_nights
 from batch_scorer.outputs.lease import Lease, SeenLease, see_lease
 from batch_scorer.outputs.ledger import Ledger
@@ -34,7 +33,7 @@ from batch_scorer.pipeline.session import Pool, RaySession, worker_pool
 from batch_scorer.records import Receipt, Shard
 from batch_scorer.runs.derive import (
     as_begun,
-    look_at_model,
+    look_at_models,
     open_output,
     plan_for,
     require_answers,
@@ -62,8 +61,9 @@ class Summary:
     """How a run ended. `totals` as in `_SUCCESS`; `elapsed_s` and what follows are this run's own.
 
     `elapsed_s` is with starting up, `metrics` are of the shards that this run scored. `parity` is
-    one worker's report (`parity.ParityReport`), None where nothing was checked. `template`
-    names what the chat template does to the rows without a word (`TemplateFacts.changes`).
+    one worker's report (`parity.ParityReport`), of several models that of each under `models`; None
+    where nothing was checked. `template` names what the chat template does to the rows without a
+    word (`TemplateFacts.changes`).
     """
 
     output: str
@@ -91,17 +91,17 @@ def score(config: Config, *listeners: Listener, make: BackendFactory | None = No
     """
     if config.also:
         raise ConfigError("also: `score` takes one model; `nightly` scores with several")
-    model = look_at_model(config)
+    members = look_at_models(config)
     seen = _lease_before(config)
-    plan = plan_for(config, model)
+    plan = plan_for(config, members)
     refuse_nights(open_output(config))
     with RaySession(config) as session:
-        return score_plan(config, model, plan, session, listeners, seen=seen, make=make)
+        return score_plan(config, members, plan, session, listeners, seen=seen, make=make)
 
 
 def score_plan(
     config: Config,
-    model: ModelFacts,
+    members: Members,
     plan: Plan,
     session: RaySession,
     listeners: Sequence[Listener] = (),
@@ -118,10 +118,11 @@ def score_plan(
     `score` does.
     """
     output = open_output(config)
-    begun = as_begun(config, model, output)
-    job = begun or settle(config, model, plan, session)
-    require_template(job, plan)
-    require_answers(job, plan)
+    begun = as_begun(config, members, output)
+    job = begun or settle(config, members, plan, session)
+    for member in job.members.values():
+        require_template(member, plan)
+        require_answers(member, plan)
     claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
     plan_digest = plan.digest(
         job.fingerprint.digest, config.column_prefix, retried=config.retry_marked
@@ -132,7 +133,7 @@ def score_plan(
     ):
         work = remaining(plan, job, output, epoch=lease.epoch, max_shards=max_shards)
         if begun and work.todo:
-            job = settle(config, model, plan, session)
+            job = settle(config, members, plan, session)
             claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
         found = published(output)
         lease.confirm()  # after the look: whoever publishes from now on takes the lease first
@@ -161,23 +162,29 @@ def _lease_before(config: Config) -> SeenLease:
         return SeenLease(None)
 
 
-def _set_out(job: Job, epoch: int, work: Work) -> Run:
+def _set_out(job: AnyJob, epoch: int, work: Work) -> Run:
     pool = worker_pool(job) if work.todo else Pool(0, 0, 0)
+    workers = pool.most * len(job.stages)
+    costs = {
+        name: member.model.cost if member.engine.runs_model else None
+        for name, member in job.members.items()
+    }
     return Run(
         epoch=epoch,
         shards=len(work.todo),
         rows=sum(shard.num_rows for shard in work.todo),
         estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
-        workers=pool.most,
-        devices=pool.most * job.config.devices_per_worker,
-        cost=job.model.cost if job.engine.runs_model else None,
+        workers=workers,
+        devices=workers * job.config.devices_per_worker,
+        cost=costs.pop("", None),
+        costs=costs,
         token_prices={str(name): price for name, price in job.config.token_prices.items()},
         is_elastic=pool.is_elastic,
     )
 
 
 def _run(
-    job: Job,
+    job: AnyJob,
     run: Run,
     work: Work,
     output: Store,
@@ -191,9 +198,9 @@ def _run(
     receipts = [*work.done, *work.gone, *work.left, *work.failed, *work.plan.not_asked]
     fresh: list[Receipt] = []
     metrics = Metrics()
-    sample = _sample(job, work.todo)
+    samples = _samples(job, work.todo)
     try:
-        for receipt in _attempt_all(job, lease.epoch, work.todo, sample, make):
+        for receipt in _attempt_all(job, lease.epoch, work.todo, samples, make):
             lease.check()
             if receipt.reason is ShardReason.SUPERSEDED:
                 raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
@@ -213,7 +220,7 @@ def _run(
     conclude(output, totals, found)
     clear(work, output, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
-    facts = job.template_facts
+    engine = read_engine(output, ours[0].engine) if ours else {}
     return Summary(
         output=output.root,
         totals=totals,
@@ -221,26 +228,48 @@ def _run(
         elapsed_s=time.perf_counter() - started,
         run=run,
         metrics=metrics,
-        parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
-        template=facts.changes(sample.covered, job.config.reasoning) if facts and sample else (),
+        parity=_parity(engine),
+        template=tuple(dict.fromkeys(_changes(job, samples))),
     )
 
 
-def _sample(job: Job, todo: list[Shard]) -> Sample | None:
-    """The rows on which every worker has to agree with plain Hugging Face."""
-    if job.config.parity_check == "off" or not job.engine.runs_model or not todo:
-        return None
-    sample = choose_sample(job, todo)
-    if sample is None:
-        log.warning("none of the first rows can be scored: there is nothing to check them by")
-    return sample
+def _parity(engine: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What one worker found, by the record of what scored a shard; see `Summary.parity`."""
+    if "models" not in engine:
+        return engine.get("parity")
+    found = {name: own["parity"] for name, own in engine["models"].items() if "parity" in own}
+    return {"models": found} if found else None
+
+
+def _changes(job: AnyJob, samples: Mapping[str, Sample]) -> Iterator[str]:
+    """What the models' chat templates do to the sampled rows without a word."""
+    for name, sample in samples.items():
+        member = job.members[name]
+        if facts := member.template_facts:
+            said = f"{name}: " if name else ""
+            for change in facts.changes(sample.covered, member.config.reasoning):
+                yield f"{said}{change}"
+
+
+def _samples(job: AnyJob, todo: list[Shard]) -> dict[str, Sample]:
+    """The rows on which every worker has to agree with plain Hugging Face, by model."""
+    samples: dict[str, Sample] = {}
+    for name, member in job.members.items():
+        if job.config.parity_check == "off" or not member.engine.runs_model or not todo:
+            continue
+        sample = choose_sample(member, todo)
+        if sample is None:
+            log.warning("none of the first rows can be scored: there is nothing to check them by")
+        else:
+            samples[name] = sample
+    return samples
 
 
 def _attempt_all(
-    job: Job,
+    job: AnyJob,
     epoch: int,
     todo: list[Shard],
-    sample: Sample | None,
+    samples: Mapping[str, Sample],
     make: BackendFactory | None,
 ) -> Iterator[Receipt]:
     """The final receipt of every shard; what the store refused is tried again after the rest."""
@@ -249,7 +278,7 @@ def _attempt_all(
         again: set[str] = set()
         # Longest first, so that the last shards to finish are short ones.
         todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
-        for receipt in run_all(job, epoch, todo, sample, attempt, make):
+        for receipt in run_all(job, epoch, todo, samples, attempt, make):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
                 with logs.fields(shard=receipt.output_key, attempt=receipt.spent.retries + 1):
                     log.warning("%s: %s; will be tried again", receipt.input, receipt.detail)

@@ -94,7 +94,7 @@ class _Finder:
             needed.add(selection.category)
         for name in sorted(needed):
             require(self._part.schema.names, name)
-        needed |= {f"{prefix}score_error", *self._ranking.columns}
+        needed |= {self._part.error_column, *self._ranking.columns}
         needed |= {*self._prompts.columns, *self._responses.columns}
         if self._where is not None:
             needed |= {*self._where.columns}
@@ -136,7 +136,7 @@ class _Finder:
 
     def _kept(self, group: FlatRows, value: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """bool[n]: the rows that are candidates; the others are counted."""
-        table, error = group.table, f"{self._part.prefix}score_error"
+        table, error = group.table, self._part.error_column
         kept = np.isfinite(value)
         if error in table.column_names:
             # In a list, the error is of one of the responses: that one has no score.

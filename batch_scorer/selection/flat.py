@@ -44,7 +44,8 @@ class FlatPart:
     def __init__(self, part: Part, options: Mapping[str, str]) -> None:
         self._opened = OpenPart(part, options)
         self._part = part
-        self.prefix = part.commit.column_prefix if part.commit else ""
+        self.prefix = part.commit.score_prefix if part.commit else ""
+        self.error_column = part.commit.error_column if part.commit else "score_error"
         self._stored = self._opened.schema
 
     @cached_property
@@ -105,12 +106,10 @@ class FlatPart:
             if not found or "scores" not in names:
                 return {}
             responses = found[0]
-        prefixes = [self.prefix]
-        prefixes += [
-            prefix + other.commit.column_prefix
-            for prefix, other in self._part.beside
-            if other.commit
-        ]
+        prefixes = [""] if commit is None else commit.score_prefixes
+        for prefix, other in self._part.beside:
+            if other.commit:
+                prefixes += [prefix + own for own in other.commit.score_prefixes]
         values = {p + many: p + one for p in prefixes for many, one in _ONE_OF.items()}
         return {responses: "response"} | {n: one for n, one in values.items() if n in names}
 

@@ -36,7 +36,7 @@ class Bench:
         """Commit by a run of this epoch; `add` moves the scores, so that writers can be told."""
         scores = replace(self.scored.scores, values=self.scored.scores.values + add)
         scored = replace(self.scored, scores=scores)
-        return commit_shard(self.job, epoch, shard or self.shard, scored)
+        return commit_shard(self.job, epoch, shard or self.shard, {"": scored})
 
     def of_plan(self, name: str) -> "Bench":
         """The same shard with another identity, as if its input had been rewritten."""
@@ -65,7 +65,7 @@ def make_bench(place: Place, model: str, rounds: int) -> Bench:
     )
     job = derive(config, inspect_model(Path(model)))
     shard = make_plan(config).shards[0]
-    rows = read_shard(shard, config, job.model).rows
+    (rows,) = read_shard(shard, [job]).rows
     scored = score_shard(rows, FakeBackend())
     return Bench(place, job, shard, scored, rounds)
 

@@ -20,7 +20,7 @@ from batch_scorer.backends.replies import Writer
 from batch_scorer.backends.vllm_generation import VLLMGenerationBackend
 from batch_scorer.config import load_config
 from batch_scorer.errors import ParityError
-from batch_scorer.job import Job
+from batch_scorer.job import Job, Member
 from batch_scorer.judges.page import Generation
 from batch_scorer.parity import Sample, choose_sample, gate, proven_backend
 from batch_scorer.parity.replies import (
@@ -62,7 +62,7 @@ def job_of(folder: Path, model: Path, **settings: Any) -> tuple[Job, Sample]:
     )  # fmt: skip
     facts = look_at_model(config)
     job = derive(config, facts)
-    sample = choose_sample(job, plan_for(config, facts).shards)
+    sample = choose_sample(job, plan_for(config, {"": Member(config, facts)}).shards)
     assert sample is not None
     return job, sample
 

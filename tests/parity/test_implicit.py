@@ -441,8 +441,10 @@ def test_models_beside_a_policy_are_no_policies(models: Models, tiny_model: Path
         reference_model=str(reference), beta=1, also={"safety_": str(tiny_model)},
     )  # fmt: skip
     main, beside = series_of(config)
-    assert main.model.reference is not None and beside.model.reference is None
-    assert beside.model.adapter == "sequence_classifier" and beside.config.beta == 0.1
+    assert (
+        main.members[""].model.reference is not None and beside.members[""].model.reference is None
+    )
+    assert beside.members[""].model.adapter == "sequence_classifier" and beside.config.beta == 0.1
 
 
 def test_a_reference_that_cannot_be_packed_is_run_padded_and_refused_if_packed_is_asked_for(

@@ -19,6 +19,7 @@ from batch_scorer.backends.plain import plain_scores
 from batch_scorer.backends.registry import make_backend, settings_of
 from batch_scorer.config import load_config
 from batch_scorer.errors import ConfigError, RowReason
+from batch_scorer.job import Member
 from batch_scorer.judges.page import load_page
 from batch_scorer.models.registry import adapter_named
 from batch_scorer.parity.gate import HALF_ALLOWANCE, MOST_ALLOWED, errors_of
@@ -194,8 +195,8 @@ def test_criteria_and_answers_of_a_prompt_share_what_they_begin_with(
     )  # fmt: skip
     model = look_at_model(config)
     job = derive(config, model)
-    (shard,) = plan_for(config, model).shards
-    asked = read_shard(shard, config, job.model).rows
+    (shard,) = plan_for(config, {"": Member(config, model)}).shards
+    (asked,) = read_shard(shard, [job]).rows
     assert asked.num_sequences == 16 * 8
     with closing(make_backend(job)) as backend:
         scored = score_shard(asked, backend, job.judging)
@@ -273,5 +274,5 @@ def test_rows_that_are_no_conversations_are_refused_as_a_file(
         task="judge", judge=str(page_at(tmp_path, PAIRWISE)),
     )  # fmt: skip
     with pytest.raises(Exception) as raised:
-        plan_for(config, look_at_model(config))
+        plan_for(config, {"": Member(config, look_at_model(config))})
     assert "a judge reads conversations" in str(raised.value)

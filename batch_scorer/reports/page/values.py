@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from batch_scorer.formats.shape import RowShape, shape_of
 from batch_scorer.inputs.files import open_parquet
 from batch_scorer.outputs.by_source import Sources, row_sources
-from batch_scorer.records import SCALAR, Commit, Format, Source, TextStyle
+from batch_scorer.records import SCALAR, Commit, Format, Source, TextStyle, family_prefix
 from batch_scorer.storage import Store
 
 FloatArray = npt.NDArray[np.float64]
@@ -50,12 +50,14 @@ class ShardValues:
 def read_values(store: Store, source: Source, commit: Commit) -> ShardValues:
     """Called in a process that may die of the file."""
     file = open_parquet(store, source)
-    layout, prefix = commit.layout, commit.column_prefix
+    layout, prefix = commit.layout, commit.score_prefix
     format = Format(layout["format"])
     shape = shape_of(format)
     (score_names,) = shape.value_columns(SCALAR)
     names = [prefix + name for name in score_names]
-    token_names = [f"{prefix}num_tokens{suffix}" for suffix in shape.suffixes]
+    # Of several models the first one's: they read the same rows.
+    own = family_prefix(commit.column_prefix, next(iter(commit.models), ""))
+    token_names = [f"{own}num_tokens{suffix}" for suffix in shape.suffixes]
     has_scores = set(names) <= set(commit.added_columns)
     columns = [commit.error_column, *token_names, *(names if has_scores else ())]
     stored = file.schema_arrow.names

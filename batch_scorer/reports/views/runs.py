@@ -1,6 +1,7 @@
 """Views of a run: before it, while it goes, after it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.parity import ParityReport, RepliesReport, ScoresReport
@@ -298,23 +299,42 @@ def run_view(report: RunReport) -> Iterator[Block]:
         rows.append(("time", f"{report.elapsed_s:.1f} s, {start_up}"))
         rows += figure_rows(report.metrics)
     rows += [("the template", change) for change in report.template]
-    if (parity := report.parity) is not None:
-        verdict = "agrees" if parity["agrees"] else "DIFFERS"
-        if "noise" in parity:
-            text = f"{len(parity['compared'])} questions ({parity['tokens_compared']} tokens)"
-        else:
-            text = (
-                f"{len(parity['compared'])} sequences (worst {parity['worst']:.2%} of the spread, "
-                f"{parity['allowed_worst']:.2%} allowed)"
-            )
-        rows.append(("against plain Hugging Face", f"{verdict} on {text}"))
+    parities = {} if report.parity is None else report.parity.get("models", {"": report.parity})
+    for model, parity in parities.items():
+        name = f"{model} against plain Hugging Face" if model else "against plain Hugging Face"
+        rows.append((name, _parity_line(parity)))
     yield Table("Scored", (), rows)
-    if pairs := report.pairs:
+    title = "Preference pairs, by the mean of the models" if report.models else "Preference pairs"
+    yield from _pairs_table(title, report.pairs, report.all_pairs)
+    for model, counts in report.models.items():
+        together = sum(counts.pairs.values(), PairCounts())
+        yield from _pairs_table(f"Preference pairs, by {model}", counts.pairs, together)
+        marked = [(reason, f"{count:,}") for reason, count in sorted(counts.marked.items())]
+        if marked:
+            yield Table(f"Rows marked by {model}", ("reason", "rows"), marked)
+
+
+def _parity_line(parity: Mapping[str, Any]) -> str:
+    verdict = "agrees" if parity["agrees"] else "DIFFERS"
+    if "noise" in parity:
+        text = f"{len(parity['compared'])} questions ({parity['tokens_compared']} tokens)"
+    else:
+        text = (
+            f"{len(parity['compared'])} sequences (worst {parity['worst']:.2%} of the spread, "
+            f"{parity['allowed_worst']:.2%} allowed)"
+        )
+    return f"{verdict} on {text}"
+
+
+def _pairs_table(
+    title: str, pairs: Mapping[str, PairCounts], together: PairCounts
+) -> Iterator[Block]:
+    if pairs:
         yield Table(
-            "Preference pairs",
+            title,
             ("source", "pairs", "chosen higher", "ties", "accuracy"),
-            [_pair_cells(source, counts) for source, counts in pairs.items()],
-            total=_pair_cells("all", report.all_pairs) if len(pairs) > 1 else (),
+            [_pair_cells(source, counts) for source, counts in sorted(pairs.items())],
+            total=_pair_cells("all", together) if len(pairs) > 1 else (),
         )
 
 

@@ -296,7 +296,9 @@ def test_the_commit_is_recorded_and_the_revision_is_the_main_models(
         use_ray=False,
     )
     main, other = series_of(config)
-    recorded = [derive(each.config, each.model).provenance["revision"] for each in (main, other)]
+    recorded = [
+        derive(each.config, each.members[""].model).provenance["revision"] for each in (main, other)
+    ]
     assert recorded == [commit, None]
-    assert main.model.digest == other.model.digest
+    assert main.members[""].model.digest == other.members[""].model.digest
     assert main.config.with_role("scores") == other.config.with_role("scores")

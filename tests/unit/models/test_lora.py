@@ -130,7 +130,7 @@ def test_the_base_belongs_to_the_first_of_several_models(
 ) -> None:
     config = configured(lora, base_model=str(made / "base"), also={"other_": str(tiny_model)})
     main, other = series_of(config)
-    assert (main.model.lora_dir, other.model.lora_dir) == (lora, None)
+    assert (main.members[""].model.lora_dir, other.members[""].model.lora_dir) == (lora, None)
 
 
 def test_a_quantised_base_is_refused(lora: Path, made: Path) -> None:

@@ -322,7 +322,7 @@ def earlier(first_row: int, num_rows: int, **changes: Any) -> Earlier:
 def test_the_nearest_rows_are_looked_into_and_only_so_many() -> None:
     shard = replace(SHARD, first_row=100, num_rows=10)
     candidates = [earlier(first, 10) for first in range(0, 400, 10)]
-    found = nearest(shard, candidates, COMMIT.fingerprint)
+    found = nearest(shard, candidates, {COMMIT.fingerprint})
     assert len(found) == MOST_EARLIER
     assert found[:3] == (
         ("/out", "100.parquet"), ("/out", "110.parquet"), ("/out", "90.parquet"),
@@ -332,9 +332,9 @@ def test_the_nearest_rows_are_looked_into_and_only_so_many() -> None:
 def test_other_scores_and_other_layouts_are_not_looked_into() -> None:
     other = earlier(0, 10, fingerprint="another")
     text = replace(SHARD, layout=Layout(Format.TEXT, {"text": "chosen"}))
-    assert nearest(SHARD, [other], COMMIT.fingerprint) == ()
-    assert nearest(text, [earlier(0, 10)], COMMIT.fingerprint) == ()
-    assert nearest(SHARD, [earlier(0, 10)], COMMIT.fingerprint) == (("/out", "0.parquet"),)
+    assert nearest(SHARD, [other], {COMMIT.fingerprint}) == ()
+    assert nearest(text, [earlier(0, 10)], {COMMIT.fingerprint}) == ()
+    assert nearest(SHARD, [earlier(0, 10)], {COMMIT.fingerprint}) == (("/out", "0.parquet"),)
 
 
 def test_copies_are_made_again_after_a_crash_and_found_by_their_footers(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.tokenizer import load_tokenizer
 from batch_scorer.quarantine import Bounds, apart
 from batch_scorer.records import ParsedRows
+from batch_scorer.render.rows import tokenized
 from batch_scorer.runs.derive import look_at_model
-from batch_scorer.shard import tokenized
 from tests.helpers.tiny import tiny_reward_model
 
 TALK = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]

@@ -35,6 +35,7 @@ def test_figures_are_sums_over_shards() -> None:
         "reused_rows": 0,
         "reused_sequences": 0,
         "reused_tokens": 0,
+        "tokenized_sequences": 0,
         "num_batches": 3,
         "computed_tokens": 900,
         "padding_tokens": 100,
