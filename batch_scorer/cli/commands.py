@@ -158,7 +158,7 @@ def nightly(
         int | None,
         typer.Option(
             metavar="N",
-            help="Score at most N shards per model; the rest waits for the next run.",
+            help="Score at most N shards; the rest waits for the next run.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -193,7 +193,7 @@ def nightly(
     ended = run_night(config, night, listen)
     show(nightly_report(ended), as_json=as_json)
     if not ended.is_complete:
-        failed = sum(summary.totals["shards_failed"] for summary in ended.summaries)
+        failed = ended.summary.totals["shards_failed"] if ended.summary else 0
         raise IncompleteError(
             f"{failed} shards are not scored (reasons above); fix the inputs, and the next nightly "
             "run tries them again"
@@ -244,7 +244,7 @@ def status(
     """
     from batch_scorer.derived.state import derived_store, read_derived_status
     from batch_scorer.nightly.history import newest_record
-    from batch_scorer.nightly.status import latest_outputs, nightly_root, read_nightly_status
+    from batch_scorer.nightly.status import latest_output, nightly_root, read_nightly_status
     from batch_scorer.runs.marked import read_marked
     from batch_scorer.runs.status import read_status
 
@@ -253,8 +253,8 @@ def status(
         _require_outside(to, place, marked=marked)
     root = nightly_root(place, options)
     if marked:
-        chain = [place] if root is None else latest_outputs(root)
-        found = read_marked(place, chain, options)
+        scored = place if root is None else latest_output(root)
+        found = read_marked(scored, options, name=place)
         if to is not None:
             found.save(to)
         show(found, as_json=as_json)

@@ -39,7 +39,6 @@ _PANELS = {
     "runtime": "Runtime: how fast, and where; free to change when a run is resumed",
 }
 _MAPPINGS = {
-    "also": ("--also", "PREFIX=MODEL"),
     "columns": ("--column", "FIELD=COLUMN"),
     "output_weights": ("--output-weights", "NAME=WEIGHT,…"),
     "store_options": ("--store-option", "KEY=VALUE"),

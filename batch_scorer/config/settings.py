@@ -46,7 +46,7 @@ _LARGEST = 2**63 - 1
 """Whole numbers beyond it stand in no record."""
 
 _PATHS = (
-    "model", "revision", "base_model", "inputs", "exclude", "output", "also", "reference_model",
+    "model", "revision", "base_model", "inputs", "exclude", "output", "reference_model",
     "chat_template", "ray_address", "judge",
 )  # fmt: skip
 """Settings that name something: a file, a model, a pattern, a cluster."""
@@ -54,7 +54,7 @@ _PATHS = (
 Role = Literal["scores", "layout", "runtime"]
 
 _PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
-"""A prefix is a folder's name too."""
+"""The name of a model, which its columns begin with."""
 
 
 OF_ONE_MODEL = (
@@ -76,7 +76,7 @@ _OF_TASKS = {
 """The settings that one task alone takes."""
 
 PLACES = (
-    *("model", "base_model", "reference_model", "also", "inputs", "output", "chat_template"),
+    *("model", "base_model", "reference_model", "inputs", "output", "chat_template"),
     *("judge", "ray_address", "endpoint"),
 )
 """The settings that may be URLs."""
@@ -266,14 +266,6 @@ class Config(BaseModel):
 
     output: str = _setting(..., "runtime", min_length=1)
     """Folder or URL that receives the scored shards. An output holds one fingerprint's scores."""
-
-    also: dict[str, str] = _setting({}, "runtime")
-    """More models for `nightly`, each with the prefix of its columns: `--also
-    safety_=/models/safety` on the command line, `also: {safety_: /models/safety}` in YAML. They
-    score the same rows one after the other, and all columns stand side by side. `revision`,
-    `base_model`, `adapter`, `step_aggregation`, `token_scores`, `output_names`, `output_weights`,
-    the settings of implicit rewards and the columns `reference` and `principle` apply to `model`
-    only; all other settings apply to every model."""
 
     # What is scored, and how.
 
@@ -629,16 +621,6 @@ class Config(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _columns_do_not_collide(self) -> Self:
-        for prefix in self.also:
-            if not _PREFIX.fullmatch(prefix) or prefix in ("main", self.column_prefix):
-                raise ValueError(
-                    f"also: {prefix!r} cannot be a column prefix; use letters, digits and "
-                    "underscores, but neither `main` nor column_prefix itself"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
         """A setting that would be ignored is a mistake, not a wish."""
         options = self.engine_options
@@ -705,8 +687,6 @@ class Config(BaseModel):
             return self
         if self.task != "score":
             raise ValueError(f"model: several models score; a job with task {self.task} takes one")
-        if self.also:
-            raise ValueError("also: not beside several models in `model`; name it there")
         if self.model_workers == "own" and not self.use_ray:
             raise ValueError("model_workers: without Ray one worker holds all models")
         backends = []

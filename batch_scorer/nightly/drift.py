@@ -311,33 +311,16 @@ class Origin:
     first_row: int
 
 
-def origins(chain: Sequence[Sequence[Receipt]]) -> dict[str, Origin]:
-    """The origin of each committed shard of the last generation of a chain.
-
-    Without those whose input is not the shard that the generation before it has now.
-    """
-    found: dict[tuple[str, str], Origin] | None = None
-    known: dict[str, Origin] = {}
-    for receipts in chain:
-        known, ours = {}, {}
-        for receipt in receipts:
-            stored = receipt.stored
-            if stored is None or receipt.status is not Status.COMMITTED:
-                continue
-            commit = stored.commit
-            if found is None:
-                origin = _first_origin(receipt.output_key, commit)
-            elif (above := found.get((commit.input, commit.input_etag))) is not None:
-                origin = replace(above, first_row=above.first_row + commit.first_row)
-            else:
-                continue
-            known[receipt.output_key] = origin
-            ours[receipt.output_key, stored.version.etag] = origin
-        found = ours
-    return known
+def origins(receipts: Iterable[Receipt]) -> dict[str, Origin]:
+    """The origin of each committed shard of a generation."""
+    return {
+        receipt.output_key: _origin(receipt.output_key, receipt.commit)
+        for receipt in receipts
+        if receipt.commit is not None and receipt.status is Status.COMMITTED
+    }
 
 
-def _first_origin(output_key: str, commit: Commit) -> Origin:
+def _origin(output_key: str, commit: Commit) -> Origin:
     if commit.where is None:
         return Origin(commit.input, commit.input_etag, commit.first_row)
     choice = [commit.input_etag, commit.where, commit.first_row, commit.num_rows]
@@ -345,11 +328,11 @@ def _first_origin(output_key: str, commit: Commit) -> Origin:
 
 
 def read_both(
-    before: tuple[Store, Sequence[Sequence[Receipt]]],
-    after: tuple[Store, Sequence[Sequence[Receipt]]],
+    before: tuple[Store, Sequence[Receipt]],
+    after: tuple[Store, Sequence[Receipt]],
 ) -> list[Scored]:
-    """A sample of the rows that two generations have scored, each a store and the receipts of its
-    chain; the same sample whenever it is taken.
+    """A sample of the rows that two generations have scored, each a store and its receipts; the
+    same sample whenever it is taken.
 
     Only rows of the same version of their file. Embeddings have no scores and are left out.
     """
@@ -371,14 +354,12 @@ class _Overlap:
     starts: tuple[int, int]
 
 
-def _overlaps(
-    before: Sequence[Sequence[Receipt]], after: Sequence[Sequence[Receipt]]
-) -> Iterable[_Overlap]:
-    there = {r.output_key: r for r in before[-1]}
+def _overlaps(before: Sequence[Receipt], after: Sequence[Receipt]) -> Iterable[_Overlap]:
+    there = {r.output_key: r for r in before}
     by_file: dict[tuple[str, str], list[tuple[Receipt, Origin]]] = {}
     for key, origin in origins(before).items():
         by_file.setdefault((origin.input, origin.etag), []).append((there[key], origin))
-    here = {r.output_key: r for r in after[-1]}
+    here = {r.output_key: r for r in after}
     for key, origin in origins(after).items():
         mine = here[key]
         for other, begun in by_file.get((origin.input, origin.etag), ()):

@@ -5,29 +5,21 @@ from typing import Any
 
 from batch_scorer.config import Config
 from batch_scorer.inputs.plan import Plan
-from batch_scorer.nightly.generations import Generation, choose, read_generations, read_latest
-from batch_scorer.nightly.night import (
-    Night,
-    Series,
-    as_any_begun,
-    plan_night,
-    series_of,
-    wanted_generation,
-)
+from batch_scorer.nightly.generations import MAIN, Generation, choose, read_generations, read_latest
+from batch_scorer.nightly.night import Models, Night, as_any_begun, wanted_generation
 from batch_scorer.records import Status
+from batch_scorer.runs.derive import look_at_models, plan_for
 from batch_scorer.runs.remaining import remaining
 from batch_scorer.storage import ObjectMissing, open_store
 
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What a nightly run would do for one model. `path` is its generation, None for one that is not
-    begun yet; `follows`: its work is known only once the model before it is done."""
+    """What a nightly run would do. `path` is its generation, None for one that is not begun yet."""
 
     series: str
     model: str
     path: str | None
-    follows: bool = False
     files: int = 0
     files_aside: int = 0
     files_failed: int = 0
@@ -44,55 +36,48 @@ class Prospect:
         return {"line": fields.pop("series"), **fields}
 
 
-def foresee_night(config: Config, night: Night) -> list[Prospect]:
+def foresee_night(config: Config, night: Night) -> Prospect:
     """Show what `run_night` would do. Writes nothing, takes no lease, starts no Ray."""
-    series = series_of(config)
-    first, *others = series
-    plan = plan_night(series, night)
+    models = Models(config, look_at_models(config))
+    plan = plan_for(config, models.members, night.holds)
     try:
         root = open_store(config.output, config.store_options)
     except ObjectMissing:
         known, job, latest = [], None, None
     else:
         known, latest = read_generations(root), read_latest(root)
-        job = as_any_begun(first, known, root)
+        job = as_any_begun(models, known, root)
     chosen: Generation | None = None
     if job is not None:
-        chosen = choose(known, wanted_generation(first.name, job, None, night.rescore), latest)
-    if chosen is None or chosen not in known:
-        prospect = _of_new(first, plan, night)
-    else:
-        assert job is not None
-        work = remaining(plan, job, root.below(chosen.path), max_shards=night.max_shards)
-        done = [receipt for receipt in work.done if receipt.status is Status.COMMITTED]
-        prospect = Prospect(
-            series=first.name,
-            model=first.config.shown_model,
-            path=chosen.path,
-            files=len(plan.files),
-            files_aside=len(plan.aside),
-            files_failed=len(plan.failed),
-            shards_committed=len(done),
-            shards_to_do=len(work.todo),
-            shards_left=len(work.left),
-            rows_committed=sum(receipt.num_rows for receipt in done),
-            rows_to_do=sum(shard.num_rows for shard in work.todo),
-            rows_left=sum(receipt.num_rows for receipt in work.left),
-            rows_not_asked=plan.rows_not_asked,
-        )
-    return [
-        prospect,
-        *(Prospect(each.name, each.config.shown_model, None, follows=True) for each in others),
-    ]
+        chosen = choose(known, wanted_generation(job, is_rescore=night.rescore), latest)
+    if job is None or chosen is None or chosen not in known:
+        return _of_new(config, plan, night)
+    work = remaining(plan, job, root.below(chosen.path), max_shards=night.max_shards)
+    done = [receipt for receipt in work.done if receipt.status is Status.COMMITTED]
+    return Prospect(
+        series=MAIN,
+        model=config.shown_model,
+        path=chosen.path,
+        files=len(plan.files),
+        files_aside=len(plan.aside),
+        files_failed=len(plan.failed),
+        shards_committed=len(done),
+        shards_to_do=len(work.todo),
+        shards_left=len(work.left),
+        rows_committed=sum(receipt.num_rows for receipt in done),
+        rows_to_do=sum(shard.num_rows for shard in work.todo),
+        rows_left=sum(receipt.num_rows for receipt in work.left),
+        rows_not_asked=plan.rows_not_asked,
+    )
 
 
-def _of_new(series: Series, plan: Plan, night: Night) -> Prospect:
+def _of_new(config: Config, plan: Plan, night: Night) -> Prospect:
     """The whole plan, in a new generation."""
     most = len(plan.shards) if night.max_shards is None else night.max_shards
     now, later = plan.shards[:most], plan.shards[most:]
     return Prospect(
-        series=series.name,
-        model=series.config.shown_model,
+        series=MAIN,
+        model=config.shown_model,
         path=None,
         files=len(plan.files),
         files_aside=len(plan.aside),

@@ -4,16 +4,14 @@
     ROOT/latest.json                                             which of them to read
     ROOT/_batch_scorer/generations.json                          the list of all of them
 
-A *series* holds the generations of one model: `main`, or the column prefix of a further model. The
-series of a nightly run form a chain: the second takes the scored shards of the first as its inputs,
-so the last has all columns. In JSON a series is a `line`.
+A *series* is `main`. Roots of earlier versions have others, of further models, whose inputs were
+the scored shards of `main`; they are left alone. In JSON a series is a `line`.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -32,16 +30,14 @@ LATEST_KEY = "latest.json"
 class Generation:
     """All scores of one series under one fingerprint, number `number` of its series.
 
-    `layout` are the settings of that role. `follows` is the path of the generation whose shards it
-    takes as inputs, None for the first series. `is_rescore`: it was begun to compute again what
-    another of the same fingerprint has.
+    `layout` are the settings of that role. `is_rescore`: it was begun to compute again what another
+    of the same fingerprint has.
     """
 
     series: Annotated[str, Field(alias="line")]
     number: int
     fingerprint: str
     layout: dict[str, Any]
-    follows: str | None = None
     is_rescore: bool = False
 
     @property
@@ -74,7 +70,7 @@ def record_generations(root: Store, generations: Sequence[Generation]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """What `latest.json` holds: the path of each series' generation, in the order of the chain."""
+    """What `latest.json` holds: the path of each series' generation."""
 
     paths: Mapping[str, str]
     version: Version
@@ -100,16 +96,16 @@ def read_latest(root: Store) -> Latest | None:
     return Latest({entry.line: entry.path for entry in pointer.lines}, info.version)
 
 
-def move_latest(root: Store, chain: Sequence[Generation], night: int, found: Latest | None) -> None:
-    """Point at these generations; the last one is what readers take.
+def move_latest(root: Store, generation: Generation, night: int, found: Latest | None) -> None:
+    """Point at this generation.
 
     Raises LeaseLostError if the pointer is not as it was `found`.
     """
-    last = chain[-1].path
+    path = generation.path
     body = {
-        "generation": last.rsplit("/", 1)[-1],
-        "path": last,
-        "lines": [{"line": generation.series, "path": generation.path} for generation in chain],
+        "generation": path.rsplit("/", 1)[-1],
+        "path": path,
+        "lines": [{"line": generation.series, "path": path}],
         "night": night,
     }
     data = json.dumps(body, indent=1).encode()
@@ -131,8 +127,7 @@ def choose(known: Iterable[Generation], wanted: Generation, latest: Latest | Non
     alike = [
         generation
         for generation in series
-        if (generation.fingerprint, generation.layout, generation.follows)
-        == (wanted.fingerprint, wanted.layout, wanted.follows)
+        if (generation.fingerprint, generation.layout) == (wanted.fingerprint, wanted.layout)
         and (not wanted.is_rescore or generation.number > newest_complete)
     ]
     if alike:
@@ -142,15 +137,11 @@ def choose(known: Iterable[Generation], wanted: Generation, latest: Latest | Non
 
 
 def donor_of(
-    known: Iterable[Generation],
-    chosen: Generation,
-    latest: Latest | None,
-    *,
-    has_models: bool = False,
+    known: Iterable[Generation], chosen: Generation, latest: Latest | None
 ) -> Generation | None:
-    """The generation whose scores the chosen one may reuse: of the same fingerprint, cut or chained
-    in another way; or, where it `has_models`, several, one that may have the scores of some.
-    None where the chosen one has to compute everything, or is complete.
+    """The generation whose scores the chosen one may reuse: of the same fingerprint, cut in another
+    way; or else the one that readers take, which may have those of some of the models. None where
+    the chosen one has to compute everything, or is complete.
     """
     named = latest.paths.get(chosen.series) if latest else None
     if chosen.is_rescore or chosen.path == named:
@@ -158,9 +149,7 @@ def donor_of(
     donors = [
         generation
         for generation in known
-        if generation.series == chosen.series
-        and (has_models or generation.fingerprint == chosen.fingerprint)
-        and generation.path != chosen.path
+        if generation.series == chosen.series and generation.path != chosen.path
     ]
 
     def worth(donor: Generation) -> tuple[bool, bool, int]:
@@ -169,41 +158,15 @@ def donor_of(
     return max(donors, key=worth, default=None)
 
 
-def held(chain: Sequence[Sequence[Receipt]]) -> dict[str, str]:
-    """The inputs whose every row is committed in all generations of a chain, each with the entity
-    tag of its committed version.
-
-    Found from the receipts; a generation's shards are the next one's inputs.
-    """
-    if not chain:
-        return {}
-    lacking = _unfinished(chain[0])
-    files = dict(_committed(chain[0]))  # input file by the last shard made of it
-    for receipts in chain[1:]:
-        unfinished = _unfinished(receipts)
-        pieces = defaultdict(list)
-        for stored, read in _committed(receipts):
-            pieces[read].append(stored)
-        above, files = files, {}
-        for shard, file in above.items():
-            if shard in pieces and shard[0] not in unfinished:
-                files |= dict.fromkeys(pieces[shard], file)
-            else:
-                lacking.add(file[0])
-    return {key: etag for key, etag in files.values() if key not in lacking}
-
-
-_Version: TypeAlias = tuple[str, str]
-"""A key and an entity tag."""
-
-
-def _committed(receipts: Iterable[Receipt]) -> Iterator[tuple[_Version, _Version]]:
-    """The shards that are stored, and the files that were read for them."""
-    for receipt in receipts:
-        if receipt.status is Status.COMMITTED and (stored := receipt.stored):
-            scored = receipt.output_key, stored.version.etag
-            yield scored, (receipt.input, stored.commit.input_etag)
-
-
-def _unfinished(receipts: Iterable[Receipt]) -> set[str]:
-    return {r.input for r in receipts if r.status in (Status.FAILED, Status.LEFT)}
+def held(receipts: Iterable[Receipt]) -> dict[str, str]:
+    """The inputs whose every row is committed, each with the entity tag of its committed version;
+    found from the receipts of a generation."""
+    receipts = list(receipts)
+    lacking = {r.input for r in receipts if r.status in (Status.FAILED, Status.LEFT)}
+    return {
+        receipt.input: stored.commit.input_etag
+        for receipt in receipts
+        if receipt.status is Status.COMMITTED
+        and receipt.input not in lacking
+        and (stored := receipt.stored)
+    }

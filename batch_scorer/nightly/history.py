@@ -9,14 +9,13 @@ a nightly run committed before it was killed is counted by the next one.
 
 import json
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from batch_scorer.errors import OutputError
 from batch_scorer.nightly import drift
-from batch_scorer.nightly.generations import Generation, Latest
+from batch_scorer.nightly.generations import MAIN, Generation, Latest
 from batch_scorer.nightly.record import (
     DriftReport,
     NightlyRecord,
@@ -38,7 +37,7 @@ _RECORD = re.compile(rf"{_FOLDER}/(\d+)\.json")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a nightly run did for one model: its generation, and how the scoring ended."""
+    """What a nightly run did: its generation, and how the scoring ended."""
 
     generation: Generation
     model: str
@@ -127,59 +126,48 @@ def has_changed(root: Store, series: SeriesRecord) -> bool:
 def drift_report(
     root: Store,
     number: int,
-    steps: Sequence[Step],
-    described: Sequence[SeriesRecord],
+    step: Step,
+    after: SeriesRecord,
     latest: Latest | None,
 ) -> DriftReport:
-    """How the scores have moved: the generations of nightly run `number` against those that
-    `latest.json` named before it, as their newest records describe them.
+    """How the scores have moved: the generation of nightly run `number` against the one that
+    `latest.json` named before it, as its newest record describes it.
 
     Where the run worked on another generation, the ranks of the rows that both hold are compared
     too.
     """
-    moved = []
-    for place, (step, after) in enumerate(zip(steps, described, strict=True)):
-        named = latest.paths.get(after.series) if latest else None
-        before = _newest_of(root, after.series, named or after.path)
-        ranks = None
-        if latest is not None and named not in (None, after.path):
-            there = latest_chain(root, latest, after.series)
-            here = [s.summary.receipts for s in steps[: place + 1]]
-            if there:
-                before_chain = there[-1][0], [receipts for _, receipts in there]
-                ranks = drift.compare(drift.read_both(before_chain, (step.store, here)))
-        moved.append(
-            SeriesDrift(
-                series=after.series,
-                path=after.path,
-                since=before.night if before else None,
-                before=before.record.path if before else None,
-                sources=after.sources,
-                sources_before=before.record.sources if before else {},
-                ranks_of=named if ranks else None,
-                ranks=ranks,
-            )
-        )
-    return DriftReport(number, tuple(moved))
+    named = latest.paths.get(after.series) if latest else None
+    before = _newest_of(root, after.series, named or after.path)
+    ranks = None
+    if named not in (None, after.path) and (there := _receipts_of(root, named)) is not None:
+        ranks = drift.compare(drift.read_both(there, (step.store, step.summary.receipts)))
+    moved = SeriesDrift(
+        series=after.series,
+        path=after.path,
+        since=before.night if before else None,
+        before=before.record.path if before else None,
+        sources=after.sources,
+        sources_before=before.record.sources if before else {},
+        ranks_of=named if ranks else None,
+        ranks=ranks,
+    )
+    return DriftReport(number, (moved,))
 
 
-def latest_chain(
-    root: Store, latest: Latest, until: str | None = None
-) -> list[tuple[Store, list[Receipt]]]:
-    """Store and receipts of each generation that `latest` names, up to that of series `until`.
+def latest_receipts(root: Store, latest: Latest) -> list[Receipt]:
+    """The receipts of the generation that `latest` names; empty if somebody has removed it."""
+    found = _receipts_of(root, latest.paths.get(MAIN))
+    return [] if found is None else found[1]
 
-    Empty if somebody has removed one of them.
-    """
-    found = []
-    for series, path in latest.paths.items():
-        try:
-            store = root.below(path)
-        except ObjectMissing:
-            return []
-        found.append((store, current_manifest(store)))
-        if series == until:
-            break
-    return found
+
+def _receipts_of(root: Store, path: str | None) -> tuple[Store, list[Receipt]] | None:
+    if path is None:
+        return None
+    try:
+        store = root.below(path)
+    except ObjectMissing:
+        return None
+    return store, current_manifest(store)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any
 
-from batch_scorer import formats, logs
+from batch_scorer import logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
-from batch_scorer.formats.kinds import BESIDE_NAMES
 from batch_scorer.inputs.plan import Plan
-from batch_scorer.inputs.selection import kept_columns
 from batch_scorer.job import AnyJob, Members
 from batch_scorer.nightly.generations import (
     LATEST_KEY,
@@ -40,7 +38,7 @@ from batch_scorer.nightly.history import (
     describe,
     drift_report,
     has_changed,
-    latest_chain,
+    latest_receipts,
     numbers,
     write,
 )
@@ -50,7 +48,7 @@ from batch_scorer.outputs.lease import Lease, lease_of
 from batch_scorer.outputs.manifest import current_manifest
 from batch_scorer.outputs.reuse import Earlier
 from batch_scorer.pipeline.session import RaySession
-from batch_scorer.records import Source, Status
+from batch_scorer.records import Source
 from batch_scorer.runs.derive import (
     as_begun,
     date_of,
@@ -66,7 +64,6 @@ log = logging.getLogger("batch_scorer")
 
 _DATE = re.compile(r"(?<!\d)\d{4}-\d{2}-\d{2}(?!\d)")
 _POLLS = 10
-_SELECTION = ("limit", "where", "keep_columns", "drop_columns")
 
 Listen = Callable[[str], AbstractContextManager[Listener | None]]
 """The listener for the scoring of a generation, given the generation's path."""
@@ -78,7 +75,7 @@ class Night:
 
     Only files of the days from `since` to `until` are read, both included; None: no bound.
     `rescore` computes again what is scored already, into a new generation. At most `max_shards`
-    are scored with each model.
+    are scored.
     """
 
     since: date | None = None
@@ -125,7 +122,7 @@ class Ended:
     """
 
     root: str
-    summaries: tuple[Summary, ...] = ()
+    summary: Summary | None = None
     record: NightlyRecord | None = None
     report: DriftReport | None = None
     held_by: str | None = None
@@ -133,24 +130,23 @@ class Ended:
     @property
     def is_complete(self) -> bool:
         """Whether no shard failed; shards left by `max_shards` do not count."""
-        return all(summary.is_complete for summary in self.summaries)
+        return self.summary is None or self.summary.is_complete
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
-    """One series of a nightly run: its name, its settings, and the models that they name."""
+class Models:
+    """The models of a nightly run, with its settings."""
 
-    name: str
     config: Config
     members: Members
 
-    def updated(self, **settings: Any) -> "Series":
+    def updated(self, **settings: Any) -> "Models":
         """The same with other settings, of the whole job and of each model."""
         members = {
             name: replace(each, config=each.config.model_copy(update=settings))
             for name, each in self.members.items()
         }
-        return replace(self, config=self.config.model_copy(update=settings), members=members)
+        return Models(self.config.model_copy(update=settings), members)
 
 
 def run_night(config: Config, night: Night, listen: Listen | None = None) -> Ended:
@@ -158,7 +154,7 @@ def run_night(config: Config, night: Night, listen: Listen | None = None) -> End
 
     Raises what `score` raises. Another nightly run that holds it is no error: see `Ended.held_by`.
     """
-    series = series_of(config)
+    models = Models(config, look_at_models(config))
     root = _open_root(config)
     with ExitStack() as stack:
         try:
@@ -168,40 +164,18 @@ def run_night(config: Config, night: Night, listen: Listen | None = None) -> End
         session = stack.enter_context(RaySession(config))
         number = max(numbers(root), default=0) + 1
         stack.enter_context(logs.fields(night=number))
-        plan = plan_night(series, night)
-        run = _NightlyRun(root, number, night, session, listen or _to_nobody, series, plan)
-        return run.score_all(lease)
+        plan = plan_for(config, models.members, night.holds)
+        if not plan.shards and not plan.failed:
+            return Ended(root.root)  # no files of these days
+        started_at = datetime.now(UTC)
+        run = _NightlyRun(root, number, night, session, listen or _to_nobody, plan)
+        step = run.score(models)
+        lease.check()
+        return run.record(step, started_at, lease)
 
 
 def _to_nobody(path: str) -> AbstractContextManager[Listener | None]:
     return nullcontext()
-
-
-OF_ONE_MODEL = (
-    "revision",
-    "base_model",
-    "adapter",
-    "step_aggregation",
-    "token_scores",
-    "output_names",
-    "output_weights",
-    "reference_model",
-    "beta",
-    "length_normalize",
-)
-"""Settings of `model` that are not those of the models in `also`; nor are the columns of what a
-model reads beside the conversation, which others have no use for."""
-
-
-def series_of(config: Config) -> list[Series]:
-    """All models, checked before anything is scored."""
-    settings = {MAIN: config.model_copy(update={"also": {}})}
-    for prefix, model in config.also.items():
-        own = {name: Config.model_fields[name].default for name in OF_ONE_MODEL}
-        columns = {k: name for k, name in config.columns.items() if k not in BESIDE_NAMES}
-        own |= {"model": model, "column_prefix": prefix, "columns": columns}
-        settings[prefix] = settings[MAIN].model_copy(update=own)
-    return [Series(name, own, look_at_models(own)) for name, own in settings.items()]
 
 
 def _open_root(config: Config) -> Store:
@@ -212,23 +186,6 @@ def _open_root(config: Config) -> Store:
             "`nightly`"
         )
     return root
-
-
-def plan_night(series: Sequence[Series], night: Night) -> Plan:
-    """The plan of the first series. Raises ConfigError where it would not write columns that the
-    others score, too."""
-    first, *others = series
-    config = first.config
-    plan = plan_for(config, first.members, night.holds)
-    for file in plan.files if others else ():
-        kept = kept_columns(file.schema.names, config.keep_columns, config.drop_columns)
-        for name in formats.columns_needed(file.layout):
-            if name not in kept:
-                raise ConfigError(
-                    f"keep_columns, drop_columns: {name!r} of {file.source.key} has to be kept, as "
-                    "the models of `also` score it too"
-                )
-    return plan
 
 
 @contextmanager
@@ -249,10 +206,7 @@ def _hold(root: Store, lease_s: float) -> Iterator[Lease]:
 
 
 class _NightlyRun:
-    """Nightly run `number` under its lease: the chain of generations it scores, one after another.
-
-    `plan` is that of the first series; each other one plans the shards of the series above it.
-    """
+    """Nightly run `number` under its lease, of this plan."""
 
     def __init__(
         self,
@@ -261,7 +215,6 @@ class _NightlyRun:
         night: Night,
         session: RaySession,
         listen: Listen,
-        series: Sequence[Series],
         plan: Plan,
     ) -> None:
         self._root = root
@@ -269,86 +222,29 @@ class _NightlyRun:
         self._night = night
         self._session = session
         self._listen = listen
-        self._series = series
         self._plan = plan
         self._latest = read_latest(root)
-        self._steps: list[Step] = []
-        self._origins: dict[str, str] = {}  # input file by output key of the last step
 
-    def score_all(self, lease: Lease) -> Ended:
-        """Score all series, record what has changed, and move the pointer if nothing is lacking."""
-        started_at = datetime.now(UTC)
-        for series in self._series:
-            above = self._steps[-1] if self._steps else None
-            plan = self._plan if above is None else self._plan_below(series, above)
-            if not plan.shards and not plan.failed:
-                break  # no files of these days, or no scored shard above
-            self._score(series, plan, above)
-            lease.check()
-        if not self._steps:
-            return Ended(self._root.root)
-        return self._record(started_at, lease)
-
-    def _plan_below(self, series: Series, above: Step) -> Plan:
-        """The shards of the generation above that come from this run's files. Those whose input is
-        gone are passed over."""
-        if not self._origins:
-            return Plan([], [], [])
-        selected = {file.source.key for file in self._plan.files}
-        receipts = above.summary.receipts
-        gone = {receipt.output_key for receipt in receipts if receipt.status is Status.INPUT_GONE}
-
-        def choice(source: Source, changed: datetime) -> bool | None:
-            return None if source.key in gone else self._origins.get(source.key) in selected
-
-        placed = self._placed(series, above)
-        return plan_for(placed.config, placed.members, choice)
-
-    def _placed(self, series: Series, above: Step | None) -> Series:
-        """The series, with inputs and output as far as they are known before its generation is
-        chosen."""
-        if above is None:
-            return series
-        folder = self._root.url(f"generations/{series.name}")
-        # Above, rows and columns have been chosen already.
-        every = {name: Config.model_fields[name].default for name in _SELECTION}
-        return series.updated(inputs=(above.store.root,), output=folder, **every)
-
-    def _score(self, series: Series, plan: Plan, above: Step | None) -> None:
-        """Choose the series' generation, and score what it lacks."""
-        series = self._placed(series, above)
+    def score(self, models: Models) -> Step:
+        """Choose the generation, and score what it lacks."""
         known = read_generations(self._root)
-        job = as_any_begun(series, known, self._root)
+        job = as_any_begun(models, known, self._root)
         if job is None:  # a new generation; its templates read the date of the one before
-            date = series.config.template_date or date_of_series(series.name, known, self._root)
-            dated = series.updated(template_date=date)
-            job = settle(dated.config, dated.members, plan, self._session)
-        wanted = wanted_generation(
-            series.name, job, above.generation if above else None, self._night.rescore
-        )
+            date = models.config.template_date or date_of_newest(known, self._root)
+            dated = models.updated(template_date=date)
+            job = settle(dated.config, dated.members, self._plan, self._session)
+        wanted = wanted_generation(job, is_rescore=self._night.rescore)
         generation = choose(known, wanted, self._latest)
         if generation not in known:
             record_generations(self._root, [*known, generation])
-        series = series.updated(output=self._root.url(generation.path))
-        has_models = len(job.members) > 1
-        donor = donor_of(known, generation, self._latest, has_models=has_models)
-        donors = _scored_by(donor, self._root)
-        summary = self._score_once_free(_pinned(series, job), plan, generation, donors)
-        store = open_output(series.config)
-        self._steps.append(Step(generation, series.config.shown_model, summary, store))
-        self._origins = {
-            receipt.output_key: receipt.input if above is None else self._origins[receipt.input]
-            for receipt in summary.receipts
-            if receipt.status is Status.COMMITTED
-            and (above is None or receipt.input in self._origins)
-        }
+        placed = models.updated(output=self._root.url(generation.path))
+        donors = _scored_by(donor_of(known, generation, self._latest), self._root)
+        summary = self._score_once_free(_pinned(placed, job), generation, donors)
+        store = open_output(placed.config)
+        return Step(generation, models.config.shown_model, summary, store)
 
     def _score_once_free(
-        self,
-        series: Series,
-        plan: Plan,
-        generation: Generation,
-        donors: Sequence[Earlier],
+        self, models: Models, generation: Generation, donors: Sequence[Earlier]
     ) -> Summary:
         """Score; if the generation is held, retry once its lease must have expired.
 
@@ -359,9 +255,9 @@ class _NightlyRun:
             with self._listen(generation.path) as listener:
                 listeners = [listener] if listener else []
                 return score_plan(
-                    series.config,
-                    series.members,
-                    plan,
+                    models.config,
+                    models.members,
+                    self._plan,
                     self._session,
                     listeners,
                     max_shards=self._night.max_shards,
@@ -372,49 +268,46 @@ class _NightlyRun:
             return score()
         except OutputHeldError as error:
             log.warning("%s", error)
-            time.sleep(series.config.lease_s)
+            time.sleep(models.config.lease_s)
             return score()
 
-    def _record(self, started_at: datetime, lease: Lease) -> Ended:
+    def record(self, step: Step, started_at: datetime, lease: Lease) -> Ended:
+        """Record what has changed, and move the pointer if nothing is lacking."""
         root, number, latest = self._root, self._number, self._latest
-        described = [describe(root, step) for step in self._steps]
-        paths = {step.generation.series: step.generation.path for step in self._steps}
-        is_latest = latest is not None and [*latest.paths.items()] == [*paths.items()]
-        lacking = None if is_latest else self._lacking()
+        described = describe(root, step)
+        path = step.generation.path
+        is_latest = latest is not None and latest.paths == {MAIN: path}
+        lacking = None if is_latest else self._lacking(step)
         has_moved = lacking is not None and not lacking
-        summaries = tuple(step.summary for step in self._steps)
-        if not has_moved and not any(has_changed(root, each) for each in described):
-            return Ended(root.root, summaries)
+        summary = step.summary
+        if not has_moved and not has_changed(root, described):
+            return Ended(root.root, summary)
         record = NightlyRecord(
             night=number,
             started_at=started_at.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             settings=self._night.to_json(),
             files_aside=len(self._plan.aside),
-            series=tuple(described),
-            latest=paths if has_moved else latest.paths if latest else None,
+            series=(described,),
+            latest={MAIN: path} if has_moved else latest.paths if latest else None,
             has_moved=has_moved,
             lacking=None if lacking is None else tuple(lacking),
         )
-        report = drift_report(root, number, self._steps, described, latest)
+        report = drift_report(root, number, step, described, latest)
         lease.confirm()
         write(root, record, report)
         if has_moved:
-            move_latest(root, [step.generation for step in self._steps], number, latest)
-        return Ended(root.root, summaries, record, report)
+            move_latest(root, step.generation, number, latest)
+        return Ended(root.root, summary, record, report)
 
-    def _lacking(self) -> list[str]:
-        """Why `latest.json` may not name this run's generations yet; [] if it may."""
+    def _lacking(self, step: Step) -> list[str]:
+        """Why `latest.json` may not name this run's generation yet; [] if it may."""
         reasons = []
-        if len(self._steps) < len(self._series):
-            reasons.append(f"{self._series[len(self._steps)].name}: not begun")
-        for step in self._steps:
-            if left := step.summary.totals["shards_left"]:
-                reasons.append(f"{step.generation.path}: {left} shards are left")
+        if left := step.summary.totals["shards_left"]:
+            reasons.append(f"{step.generation.path}: {left} shards are left")
         if self._latest is not None:
-            chain = [receipts for _, receipts in latest_chain(self._root, self._latest)]
-            there = held(chain)
-            here = held([step.summary.receipts for step in self._steps])
+            there = held(latest_receipts(self._root, self._latest))
+            here = held(step.summary.receipts)
             now = self._plan.inputs
             not_asked = {receipt.input for receipt in self._plan.not_asked}
             absent = [
@@ -428,11 +321,11 @@ class _NightlyRun:
         return reasons
 
 
-def as_any_begun(series: Series, known: Sequence[Generation], root: Store) -> AnyJob | None:
-    """The job as the newest generation of this series was begun; None if none was."""
-    for generation in reversed([g for g in known if g.series == series.name]):
+def as_any_begun(models: Models, known: Sequence[Generation], root: Store) -> AnyJob | None:
+    """The job as the newest generation of these models was begun; None if none was."""
+    for generation in reversed(known):
         try:
-            job = as_begun(series.config, series.members, root.below(generation.path))
+            job = as_begun(models.config, models.members, root.below(generation.path))
         except ObjectMissing:
             continue
         if job is not None:
@@ -440,9 +333,9 @@ def as_any_begun(series: Series, known: Sequence[Generation], root: Store) -> An
     return None
 
 
-def date_of_series(series: str, known: Sequence[Generation], root: Store) -> datetime | None:
-    """What the templates of this series' newest generation read as today's date."""
-    for generation in reversed([g for g in known if g.series == series]):
+def date_of_newest(known: Sequence[Generation], root: Store) -> datetime | None:
+    """What the templates of the newest generation read as today's date."""
+    for generation in reversed(known):
         try:
             return date_of(root.below(generation.path))
         except ObjectMissing:
@@ -450,29 +343,26 @@ def date_of_series(series: str, known: Sequence[Generation], root: Store) -> dat
     return None
 
 
-def _pinned(series: Series, job: AnyJob) -> Series:
-    """The series with the settings of its models that were left open as they were when the
-    generation was begun."""
+def _pinned(models: Models, job: AnyJob) -> Models:
+    """The models with the settings that were left open as they were when the generation was
+    begun."""
     members = {}
     for name, own in job.members.items():
         date = own.model.prompt.date
         pins = {"dtype": own.dtype, "backend": own.backend, "template_date": date}
-        config = series.members[name].config.model_copy(update=pins)
-        members[name] = replace(series.members[name], config=config)
-    return replace(series, members=members)
+        config = models.members[name].config.model_copy(update=pins)
+        members[name] = replace(models.members[name], config=config)
+    return Models(models.config, members)
 
 
-def wanted_generation(
-    series: str, job: AnyJob, above: Generation | None, is_rescore: bool
-) -> Generation:
-    """What this run's generation of a series has to be; its number is open."""
+def wanted_generation(job: AnyJob, *, is_rescore: bool) -> Generation:
+    """What this run's generation has to be; its number is open."""
     return Generation(
-        series=series,
+        series=MAIN,
         number=0,
         fingerprint=job.fingerprint.digest,
         layout=job.config.with_role("layout"),
-        follows=above.path if above else None,
-        is_rescore=above.is_rescore if above else is_rescore,
+        is_rescore=is_rescore,
     )
 
 

@@ -53,12 +53,12 @@ def nightly_root(output: str, store_options: Mapping[str, str] | None = None) ->
         return None
 
 
-def latest_outputs(root: Store) -> list[str]:
-    """The outputs that `latest.json` names, in the order of the chain: the last one is what readers
-    take. Raises IncompleteError before any generation is complete."""
+def latest_output(root: Store) -> str:
+    """The output that `latest.json` points to. Raises IncompleteError before any generation is
+    complete."""
     if (latest := read_latest(root)) is None:
         raise IncompleteError(f"{root.root}: no generation is complete yet")
-    return [root.url(path) for path in latest.paths.values()]
+    return root.url([*latest.paths.values()][-1])
 
 
 def read_nightly_status(

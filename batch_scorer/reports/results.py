@@ -6,7 +6,7 @@ in the values that they hold.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -322,7 +322,7 @@ class VerifyReport:
 @dataclass(frozen=True, slots=True)
 class NightlyReport:
     """How a nightly run ended; `record` and `drift` are None if there was nothing to do. `models`
-    has a report for each model that was scored with. `held_by` as in `Ended`."""
+    has a report of the scoring, if there was any. `held_by` as in `Ended`."""
 
     root: str
     held_by: str | None
@@ -347,16 +347,16 @@ def nightly_report(ended: Ended) -> NightlyReport:
         held_by=ended.held_by,
         record=ended.record,
         drift=ended.report,
-        models=tuple(map(run_report, ended.summaries)),
+        models=() if ended.summary is None else (run_report(ended.summary),),
         is_complete=ended.is_complete,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class NightlyPlan:
-    """What a nightly run would do, model by model."""
+    """What a nightly run would do; in JSON a list of one."""
 
-    prospects: Sequence[Prospect]
+    prospect: Prospect
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [prospect.to_json() for prospect in self.prospects]
+        return [self.prospect.to_json()]

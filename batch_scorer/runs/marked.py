@@ -60,32 +60,24 @@ class MarkedRows:
 
 
 def read_marked(
-    output: str, chain: Sequence[str], store_options: Mapping[str, str] | None = None
+    output: str, store_options: Mapping[str, str] | None = None, *, name: str | None = None
 ) -> MarkedRows:
-    """The marked rows of the outputs in `chain`, each of which has scored the shards of the one
-    before it; `output` names them all.
+    """The marked rows of an output, which is shown as `name` where that is another.
 
     Of a run at work those that are committed so far. Raises OutputError where there is no output,
     IntegrityError for a shard that cannot be read, and StorageError.
     """
-    tables: list[pa.Table] = []
-    before: _Scored | None = None
-    for each in chain:
-        before = _Scored(each, store_options or {}, before)
-        tables += before.marked()
+    tables = _Scored(output, store_options or {}).marked()
     found = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    return MarkedRows(output, found.sort_by([("file", "ascending"), ("row", "ascending")]))
+    return MarkedRows(name or output, found.sort_by([("file", "ascending"), ("row", "ascending")]))
 
 
 class _Scored:
-    """The committed shards of one output, and where their rows come from. `before` is the output
-    whose shards are its inputs."""
+    """The committed shards of one output, and where their rows come from."""
 
-    def __init__(
-        self, output: str, options: Mapping[str, str], before: "_Scored | None" = None
-    ) -> None:
+    def __init__(self, output: str, options: Mapping[str, str]) -> None:
         store, claim = open_scored(output, options)
-        self._output, self._options, self._before = output, options, before
+        self._output, self._options = output, options
         self._cut = cut_of(store, claim)
         self._root = store.root
         shards = (receipt for _, receipt in OutputState(store).shards())
@@ -106,10 +98,9 @@ class _Scored:
             details: dict[tuple[int | None, str], str] = {
                 (row, reason): detail for row, reason, detail in receipt.examples
             }
-            file, origins = self._origin(receipt.input, rows)
             columns = {
-                "file": [file] * len(places),
-                "row": origins,
+                "file": [receipt.input] * len(places),
+                "row": rows,
                 "reason": reasons,
                 "detail": [details.get(key) for key in zip(rows, reasons, strict=True)],
                 "column": [commit.error_column] * len(places),
@@ -150,14 +141,6 @@ class _Scored:
             return apart(_bounds(receipt), _rows_matching, self._options, self._cut, receipt)
         except (Died, MemoryError):
             return None
-
-    def _origin(self, key: str, rows: Sequence[int | None]) -> tuple[str, Sequence[int | None]]:
-        """The file that rows of one of our inputs come from, and their numbers there."""
-        before = self._before
-        receipt = None if before is None else before._shards.get(key)
-        if before is None or receipt is None:
-            return key, rows
-        return before._origin(receipt.input, before._numbers(receipt, rows))
 
 
 def _commit(receipt: Receipt) -> Commit:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from batch_scorer import logs
 from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.config import Config
-from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
+from batch_scorer.errors import LeaseLostError, ShardReason, StorageError
 from batch_scorer.inputs.plan import Plan
 from batch_scorer.job import AnyJob, Members
 from batch_scorer.outputs.claim import claim_output, refuse_nights
@@ -89,8 +89,6 @@ def score(config: Config, *listeners: Listener, make: BackendFactory | None = No
     any work is done, and LeaseLostError if another run takes the output over. Failed shards do not
     raise: see `Summary.totals["shards_failed"]`.
     """
-    if config.also:
-        raise ConfigError("also: `score` takes one model; `nightly` scores with several")
     members = look_at_models(config)
     seen = _lease_before(config)
     plan = plan_for(config, members)

@@ -39,7 +39,7 @@ FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
     "a where that calls": (("--where", "__import__('os')"), "where"),
     "a where of deep brackets": (("--where", "(" * 500 + "1" + ")" * 500), "where"),
     "a column that no file has": (("--keep-columns", "none_such"), "none_such"),
-    "a prefix with a slash": (("--also", "a/b=/nowhere"), "prefix"),
+    "a model without its name": (("--model", "b=/nowhere"), "a name of its own"),
     "an exclude of everything": (("--exclude", "*"), "every file is excluded"),
     "a template that is not there": (("--chat-template", "/nowhere/none.jinja"), "template"),
     "a config that is not there": (("--config", "/nowhere/none.yaml"), "no config file"),

@@ -57,25 +57,35 @@ def asked() -> Iterator[list[int]]:
         yield counts
 
 
+Models = Path | dict[str, Path]
+"""One model, or several by name."""
+
+
+def model_flags(models: Models) -> list[object]:
+    if isinstance(models, Path):
+        return ["--model", models]
+    return [part for name, path in models.items() for part in ("--model", f"{name}={path}")]
+
+
 @dataclass
 class Nights:
     """A root of generations and its inputs; every call is one trigger, in this process."""
 
     place: Place
-    model: Path
+    model: Models
     flags: tuple[object, ...] = ("--no-ray", "--backend", "fake")
     asked: list[int] = field(default_factory=list)
 
     def write(self, **files: bytes) -> None:
         (self.place / "in").write({f"{name}.parquet": data for name, data in files.items()})
 
-    def trigger(self, *flags: object, model: Path | None = None) -> Ended:
+    def trigger(self, *flags: object, model: Models | None = None) -> Ended:
         return run_cli(
-            "nightly", (self.place / "in").url, "--model", model or self.model,
-            "--output", (self.place / "out").url, *self.place.flags, *self.flags, *flags,
+            "nightly", (self.place / "in").url, *model_flags(model or self.model), "--output",
+            (self.place / "out").url, *self.place.flags, *self.flags, *flags,
         )  # fmt: skip
 
-    def night(self, *flags: object, model: Path | None = None) -> dict[str, Any]:
+    def night(self, *flags: object, model: Models | None = None) -> dict[str, Any]:
         """What a run that ends well prints, and `asked`, the number of scored sequences."""
         before = sum(self.asked)
         ended = self.trigger(*flags, "--json", model=model)
@@ -109,8 +119,9 @@ def nights(tmp_path: Path, tiny_model: Path, asked: list[int]) -> Nights:
     return Nights(Place(str(tmp_path)), tiny_model, asked=asked)
 
 
-def rows_of(night: dict[str, Any], line: int = 0) -> dict[str, int]:
-    found: dict[str, int] = night["night"]["lines"][line]["rows"]
+def rows_of(night: dict[str, Any]) -> dict[str, int]:
+    (line,) = night["night"]["lines"]
+    found: dict[str, int] = line["rows"]
     return found
 
 
@@ -518,49 +529,50 @@ def test_a_dry_run_shows_the_work_and_writes_nothing(nights: Nights, other_model
     assert "a new generation" in nights.trigger("--dry-run", "--rescore").out
 
 
-def test_two_models_side_by_side(nights: Nights, other_model: Path, tmp_path: Path) -> None:
-    both = ("--also", f"safety_={other_model}")
+def test_two_models_in_one_generation(
+    nights: Nights, tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    both = {"help": tiny_model, "safety": other_model}
     nights.write(a=parquet(pairs(10)), b=parquet(pairs(5, 50)))
     (nights.place / "in").write({"j.jsonl": jsonl(pair_rows(3, 200))})
-    first = nights.night(*both)
+    first = nights.night(model=both)
     assert first["asked"] == 2 * 18 * SEQUENCES_PER_PAIR
-    assert nights.latest.url.rsplit("/", 2)[-2] == "safety_"
     shards = nights.latest.shards()
     assert sorted(shards) == ["a.parquet", "b.parquet", "j.jsonl.parquet"]
     table = shards["a.parquet"].table
     assert table.num_rows == 10
-    for name in ("score_chosen", "margin", "safety_score_chosen", "safety_margin"):
+    for name in ("help_score_chosen", "safety_margin", "mean_score_rejected", "rank_disagreement"):
         assert table[name].null_count == 0
-    assert table["score_chosen"].to_pylist() != table["safety_score_chosen"].to_pylist()
+    assert table["help_score_chosen"].to_pylist() != table["safety_score_chosen"].to_pylist()
 
     # A rewritten file: each model scores the new row only.
     nights.write(a=parquet(table_of([*pair_rows(1, 90), *pair_rows(10)])))
-    second = nights.night(*both)
+    second = nights.night(model=both)
     assert second["asked"] == 2 * SEQUENCES_PER_PAIR
-    assert [rows_of(second, line)["reused"] for line in (0, 1)] == [10, 10]
+    assert rows_of(second)["reused"] == 10
 
-    # A removed one is gone from both.
     (nights.place / "in").store.delete("b.parquet")
-    third = nights.night(*both)
+    third = nights.night(model=both)
     assert third["asked"] == 0
-    for line in (0, 1):
-        assert (rows_of(third, line)["total"], rows_of(third, line)["gone"]) == (14, 5)
+    assert (rows_of(third)["total"], rows_of(third)["gone"]) == (14, 5)
 
-    # Another first model: a new generation of both, the second's scores are reused. Until all is
-    # there, `latest.json` stays as it is.
+    # Another model of the two: a new generation, in which the other one's scores are reused. Until
+    # all is there, `latest.json` stays as it is.
     changed = tiny_reward_model(tmp_path / "changed", bos=True, max_tokens=2048)
-    before = scores_of(nights.latest)
+    new = both | {"help": changed}
+    before = nights.latest
     nights.write(c=parquet(pairs(4, 70)))
-    part = nights.night(*both, "--max-shards", 1, model=changed)
-    assert scores_of(nights.latest) == before
-    assert not part["night"]["has_moved"]
-    fourth = nights.night(*both, model=changed)
-    assert part["asked"] + fourth["asked"] == (18 + 4) * SEQUENCES_PER_PAIR
-    assert scores_of(nights.latest) != before
-    safety = fourth["drift"]["lines"][1]
-    assert safety["ranks"]["spearman"] == pytest.approx(1)
-    assert fourth["drift"]["lines"][0]["ranks"]["spearman"] < 0.9
-    assert nights.night(*both, model=changed)["night"] is None
+    part = nights.night("--max-shards", 1, model=new)
+    assert nights.latest == before and not part["night"]["has_moved"]
+    fourth = nights.night(model=new)
+    assert part["asked"] + fourth["asked"] == (14 + 2 * 4) * SEQUENCES_PER_PAIR
+    now = nights.latest.shards()
+    for key, shard in before.shards().items():
+        for name, is_same in (("safety", True), ("help", False)):
+            columns = [each.table[f"{name}_score_chosen"] for each in (shard, now[key])]
+            assert columns[0].equals(columns[1]) == is_same
+    assert fourth["drift"]["lines"][0]["ranks"]["spearman"] < 1
+    assert nights.night(model=new)["night"] is None
     nights.verify()
 
 
@@ -606,8 +618,6 @@ def test_outputs_of_score_and_of_nightly_are_kept_apart(nights: Nights) -> None:
         "--output", (place / "plain").url,
     )  # fmt: skip
     assert (refused.exit_code, "an output of `score`" in refused.error) == (2, True)
-    also = run_cli(*arguments, (place / "more").url, "--also", f"b_={nights.model}")
-    assert (also.exit_code, "`nightly`" in also.error) == (2, True)
     assert run_cli("drift", (place / "plain").url).exit_code == 2
     assert run_cli("drift", (place / "nowhere").url).exit_code == 2
 
@@ -628,23 +638,22 @@ def test_a_bad_file_fails_alone_and_is_tried_again(nights: Nights) -> None:
 def test_nightly_runs_on_ray_and_s3(
     s3: S3Server, tiny_model: Path, other_model: Path, program: Program
 ) -> None:
-    """Two models in one session of Ray; what is known already travels to the workers."""
+    """Two models on one worker; what is known already travels to it."""
     place = Place(s3.url("nightly"), s3.options)
-    both = ("--backend", "fake", "--also", f"safety_={other_model}")
-    nights = Nights(place, tiny_model, ("--no-ray", *both))
+    both = {"help": tiny_model, "safety": other_model}
+    nights = Nights(place, both, ("--no-ray", "--backend", "fake"))
     nights.write(a=parquet(pairs(10)), b=parquet(pairs(20, 50)))
     nights.night()
     nights.write(b=parquet(table_of([*pair_rows(2, 90), *pair_rows(18, 50)])))
     ended = program.run(
-        "nightly", (place / "in").url, "--model", tiny_model, "--output", (place / "out").url,
-        *place.flags, *both, "--json",
+        "nightly", (place / "in").url, *model_flags(both), "--output", (place / "out").url,
+        *place.flags, "--backend", "fake", "--json",
     )  # fmt: skip
     assert ended.exit_code == 0, ended.err
-    for line in (0, 1):
-        rows = rows_of(ended.json, line)
-        assert (rows["new"], rows["reused"], rows["kept"]) == (2, 18, 10)
-        metrics = ended.json["models"][line]["metrics"]
-        assert (metrics["reused_sequences"], metrics["workers"]) == (36, 1)
+    rows = rows_of(ended.json)
+    assert (rows["new"], rows["reused"], rows["kept"]) == (2, 18, 10)
+    metrics = ended.json["models"][0]["metrics"]
+    assert (metrics["reused_sequences"], metrics["workers"]) == (2 * 36, 1)
     program.wait_until_gone()
     assert nights.night()["night"] is None
     nights.verify()

@@ -252,17 +252,6 @@ def test_another_selection_is_another_generation_and_latest_moves_to_it(trial: T
     assert night["has_moved"] and night["lines"][0]["rows"]["reused"] == 14
 
 
-def test_models_of_one_night_score_the_same_rows(trial: Trial) -> None:
-    flags = ("--also", f"other_={trial.model}", "--where", MATH, "--limit", 9, "--json")
-    night = trial.run(*flags, "--drop-columns", "source", command="nightly").json["night"]
-    first, second = (line["rows"] for line in night["lines"])
-    assert (first["total"], first["new"], first["not_asked"]) == (48, 9, 39)
-    assert (second["total"], second["new"], second["not_asked"]) == (9, 9, 0)
-    refused = trial.run(*flags, "--keep-columns", "id", command="nightly", output="other")
-    assert refused.exit_code == 2
-    assert "'chosen' of a.parquet has to be kept" in refused.error
-
-
 def test_a_name_that_two_columns_have_costs_no_file(trial: Trial) -> None:
     table = pa.Table.from_pylist(rows(9))
     table = pa.table([*table.columns, table["id"]], names=[*table.column_names, "id"])

@@ -23,8 +23,7 @@ from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, InputError, ParityError, RowReason
 from batch_scorer.formats import context
 from batch_scorer.models.adapter import Prompt
-from batch_scorer.nightly.night import series_of
-from batch_scorer.runs.derive import derive, look_at_model
+from batch_scorer.runs.derive import derive, look_at_model, look_at_models
 from batch_scorer.runs.preview import check
 from batch_scorer.runs.run import score
 from tests.helpers.tiny import tiny_reward_model, tiny_tokenizer
@@ -460,12 +459,14 @@ def test_the_gate_reads_the_reference_itself(
         check(config_of(polar, tmp_path, rows))
 
 
-def test_a_nights_other_models_are_not_asked_for_its_reference(
+def test_models_beside_it_are_not_asked_for_its_reference(
     polar: Checkpoint, tiny_model: Path
 ) -> None:
-    config = load_config(
-        model=str(polar.model_dir), inputs=("in",), output="out", also={"b_": str(tiny_model)},
-        columns={"reference": "gold"},
-    )  # fmt: skip
-    main, other = series_of(config)
-    assert (main.config.columns, other.config.columns) == ({"reference": "gold"}, {})
+    both = {"a": str(polar.model_dir), "b": str(tiny_model)}
+    config = load_config(model=both, inputs=("in",), output="out", columns={"reference": "gold"})
+    members = look_at_models(config)
+    columns = {name: member.config.columns for name, member in members.items()}
+    assert columns == {"a": {"reference": "gold"}, "b": {}}
+    alone = config.model_copy(update={"model": {"b": {"model": str(tiny_model)}}})
+    with pytest.raises(ConfigError, match="none of the models reads a reference"):
+        look_at_models(alone)

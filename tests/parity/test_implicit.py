@@ -27,10 +27,9 @@ from batch_scorer.models.cost import model_cost
 from batch_scorer.models.directory import read_model_files
 from batch_scorer.models.families import implicit
 from batch_scorer.models.registry import adapter_named
-from batch_scorer.nightly.night import series_of
 from batch_scorer.records import TokenizedRows
 from batch_scorer.render.tokens import Encoder
-from batch_scorer.runs.derive import derive, look_at_model
+from batch_scorer.runs.derive import derive, look_at_model, look_at_models
 from tests.helpers.adapters import peft_adapter
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import pairs, parquet
@@ -436,15 +435,12 @@ def test_the_gate_sees_an_answer_that_begins_elsewhere(
 
 def test_models_beside_a_policy_are_no_policies(models: Models, tiny_model: Path) -> None:
     policy, reference = models("llama")
-    config = load_config(
-        model=str(policy), inputs=("in",), output="out", adapter="implicit_reward",
-        reference_model=str(reference), beta=1, also={"safety_": str(tiny_model)},
-    )  # fmt: skip
-    main, beside = series_of(config)
-    assert (
-        main.members[""].model.reference is not None and beside.members[""].model.reference is None
-    )
-    assert beside.members[""].model.adapter == "sequence_classifier" and beside.config.beta == 0.1
+    own = {"model": str(policy), "adapter": "implicit_reward", "beta": 1}
+    both = {"a": own | {"reference_model": str(reference)}, "b": str(tiny_model)}
+    members = look_at_models(load_config(model=both, inputs=("in",), output="out"))
+    a, b = members.values()
+    assert a.model.reference is not None and b.model.reference is None
+    assert b.model.adapter == "sequence_classifier" and b.config.beta == 0.1
 
 
 def test_a_reference_that_cannot_be_packed_is_run_padded_and_refused_if_packed_is_asked_for(

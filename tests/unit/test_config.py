@@ -41,7 +41,7 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
     ("settings", "message"),
     [
         ({"model": None}, "`model` is needed"),
-        ({"model": ""}, "model: .*at least 1 character"),
+        ({"model": ""}, "model: a model, or a mapping of names to models"),
         ({"output": ""}, "output: .*at least 1 character"),
         ({"inputs": ()}, "inputs: .*at least 1 item"),
         ({"dtype": "int8"}, "dtype: .*'bfloat16', 'float32' or 'float16'.*'int8'"),
@@ -210,12 +210,16 @@ def test_a_folder_is_no_config_file_and_a_pipe_is_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["", " ", "a\x00b", "a\nb", "a\x1bb", "a\udcffb"])
 @pytest.mark.parametrize(
-    "name", ["model", "inputs", "output", "exclude", "chat_template", "base_model", "also"]
+    "name", ["model", "inputs", "output", "exclude", "chat_template", "base_model"]
 )
 def test_a_path_that_cannot_be_named_is_refused(name: str, path: str) -> None:
-    value = {"inputs": (path,), "exclude": (path,), "also": {"b_": path}}.get(name, path)
+    value = {"inputs": (path,), "exclude": (path,)}.get(name, path)
     with pytest.raises(ConfigError, match=rf"\A{name}[^\n]*\Z"):
         load_config(**{**NEEDED, name: value})
+    if name in ("model", "base_model"):
+        own = {"model": "m", name: path}
+        with pytest.raises(ConfigError, match=r"\Amodel: [^\n]*\Z"):
+            load_config(**{**NEEDED, "model": {"b": own}})
     if path.strip():
         with pytest.raises(ConfigError, match="not a path or URL"):
             Store(path, {})

@@ -150,11 +150,10 @@ URLS = [
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize(
     "setting",
-    ["model", "base_model", "reference_model", "also", "inputs", "output", "chat_template",
-     "ray_address"],
+    ["model", "base_model", "reference_model", "inputs", "output", "chat_template", "ray_address"],
 )  # fmt: skip
 def test_a_url_with_a_credential_is_refused(setting: str, url: str, tmp_path: Path) -> None:
-    value = {"inputs": ["in", url], "also": {"a_": url}}.get(setting, url)
+    value = {"inputs": ["in", url]}.get(setting, url)
     settings = {**NEEDED, "inputs": ["in"], setting: value}
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(settings))

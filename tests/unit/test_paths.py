@@ -41,7 +41,7 @@ def test_a_variable_that_is_not_set_is_an_error_which_names_the_setting(name: st
 def test_every_path_of_a_file_and_of_python_is_expanded(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(
-        "model: ~/m\nbase_model: ~/b\nalso: {x_: ~/x}\ninputs: [~/a, '${DATA}/b']\noutput: ~/o\n"
+        "model: ~/m\nbase_model: ~/b\ninputs: [~/a, '${DATA}/b']\noutput: ~/o\n"
         "chat_template: ~/t.jinja\n"
     )
     for config in (
@@ -50,16 +50,22 @@ def test_every_path_of_a_file_and_of_python_is_expanded(tmp_path: Path) -> None:
         load_config(
             model=Path("~/m"),
             base_model=Path("~/b"),
-            also={"x_": Path("~/x")},
             inputs=[Path("~/a"), "${DATA}/b"],
             output=Path("~/o"),
             chat_template=Path("~/t.jinja"),
         ),
     ):
         assert (config.model, config.base_model) == ("/home/me/m", "/home/me/b")
-        assert config.also == {"x_": "/home/me/x"}
         assert config.inputs == ("/home/me/a", "s3://bkt/b")
         assert (config.output, config.chat_template) == ("/home/me/o", "/home/me/t.jinja")
+
+
+def test_paths_among_the_settings_of_one_of_several_models_are_expanded() -> None:
+    own = {"model": Path("~/b"), "chat_template": "${DATA}/t.jinja", "system_prompt": "~/ ${x}"}
+    config = load_config(model={"a": "~/a", "b": own}, inputs="in", output="out")
+    a, b = config.members.values()
+    assert (a.model, b.model, b.chat_template) == ("/home/me/a", "/home/me/b", "s3://bkt/t.jinja")
+    assert b.system_prompt == "~/ ${x}"
 
 
 def test_one_path_is_one_input() -> None:

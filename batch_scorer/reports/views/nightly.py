@@ -21,23 +21,20 @@ _MOVERS_SHOWN = 5
 
 
 def nightly_plan_view(plan: NightlyPlan) -> Iterator[Block]:
-    for each in plan.prospects:
-        yield Line(f"{each.model}: {each.path or 'a new generation'}")
-        if each.follows:
-            yield Line("  the shards of the model above, once they are scored")
-            continue
-        yield Line(
-            f"  {each.files:,} files, {each.files_aside:,} of other days, "
-            f"{each.files_failed:,} that cannot be scored"
-        )
-        for text, shards, rows in (
-            ("committed", each.shards_committed, each.rows_committed),
-            ("to do", each.shards_to_do, each.rows_to_do),
-            ("left", each.shards_left, each.rows_left),
-        ):
-            yield Line(f"  {text}: {shards:,} shards, {rows:,} rows")
-        if each.rows_not_asked:
-            yield Line(f"  not asked for: {each.rows_not_asked:,} rows")
+    each = plan.prospect
+    yield Line(f"{each.model}: {each.path or 'a new generation'}")
+    yield Line(
+        f"  {each.files:,} files, {each.files_aside:,} of other days, "
+        f"{each.files_failed:,} that cannot be scored"
+    )
+    for text, shards, rows in (
+        ("committed", each.shards_committed, each.rows_committed),
+        ("to do", each.shards_to_do, each.rows_to_do),
+        ("left", each.shards_left, each.rows_left),
+    ):
+        yield Line(f"  {text}: {shards:,} shards, {rows:,} rows")
+    if each.rows_not_asked:
+        yield Line(f"  not asked for: {each.rows_not_asked:,} rows")
 
 
 def nightly_view(report: NightlyReport) -> Iterator[Block]:

@@ -28,7 +28,6 @@ NEEDS = {
 }
 USAGE = {
     "inputs": "INPUT",
-    "also": "--also PREFIX=MODEL",
     "columns": "--column FIELD=COLUMN",
     "store_options": "--store-option KEY=VALUE",
     "template_arguments": "--template-argument NAME=VALUE",
@@ -131,10 +130,9 @@ def test_brackets_are_shown_as_they_are() -> None:
 
 
 def test_the_forms_that_the_help_shows_are_taken(tmp_path: Path) -> None:
-    """--also and --column were shown as mappings, which the command line refuses."""
+    """--column and another flag were shown as mappings, which the command line refuses."""
     text = flowing(shown_by("nightly"))
     for flag, value, known in (
-        ("--also", "safety_=/models/safety", "no such model directory"),
         ("--column", "chosen=better_answer", "no such model directory"),
         ("--store-option", "region=eu-central-1", "no such model directory"),
     ):

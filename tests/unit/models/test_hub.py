@@ -21,8 +21,7 @@ from batch_scorer.config import load_config
 from batch_scorer.errors import ConfigError, ModelError
 from batch_scorer.models.directory import find_model
 from batch_scorer.models.hub import commit_of, on_this_node, repository_of
-from batch_scorer.nightly.night import series_of
-from batch_scorer.runs.derive import derive
+from batch_scorer.runs.derive import derive, look_at_models
 from tests.helpers.hub import Hub, hub
 
 TOKEN = "hf_AToKenThatStaysInItsPlace"
@@ -287,18 +286,15 @@ def test_the_commit_is_recorded_and_the_revision_is_the_main_models(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     config = load_config(
-        model="org/reward",
-        revision="v1",
+        model={"a": {"model": "org/reward", "revision": "v1"}, "b": str(tiny_model)},
         inputs=("in",),
         output="out",
-        also={"other_": str(tiny_model)},
         backend="fake",
         use_ray=False,
     )
-    main, other = series_of(config)
-    recorded = [
-        derive(each.config, each.members[""].model).provenance["revision"] for each in (main, other)
-    ]
+    members = look_at_models(config)
+    recorded = [derive(m.config, m.model).provenance["revision"] for m in members.values()]
     assert recorded == [commit, None]
-    assert main.members[""].model.digest == other.members[""].model.digest
-    assert main.config.with_role("scores") == other.config.with_role("scores")
+    a, b = members.values()
+    assert a.model.digest == b.model.digest
+    assert a.config.with_role("scores") == b.config.with_role("scores")

@@ -24,10 +24,9 @@ from batch_scorer.config import Config, load_config
 from batch_scorer.errors import BatchScorerError, ConfigError, ModelError
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.models.directory import find_base, inspect_model, with_reference
-from batch_scorer.nightly.night import series_of
 from batch_scorer.records import ParsedRows
 from batch_scorer.render import renderer_of
-from batch_scorer.runs.derive import derive, look_at_model
+from batch_scorer.runs.derive import derive, look_at_model, look_at_models
 from tests.helpers.adapters import peft_adapter
 from tests.helpers.in_process import run_cli
 
@@ -125,12 +124,12 @@ def test_base_and_adapter_in_one_folder_are_the_adapters_model(lora: Path, made:
     assert any("LoRA adapter: 4 tensors" in line for line in facts.changes)
 
 
-def test_the_base_belongs_to_the_first_of_several_models(
-    lora: Path, made: Path, tiny_model: Path
-) -> None:
-    config = configured(lora, base_model=str(made / "base"), also={"other_": str(tiny_model)})
-    main, other = series_of(config)
-    assert (main.members[""].model.lora_dir, other.members[""].model.lora_dir) == (lora, None)
+def test_a_base_belongs_to_one_of_several_models(lora: Path, made: Path, tiny_model: Path) -> None:
+    own = {"model": str(lora), "base_model": str(made / "base")}
+    members = look_at_models(
+        load_config(model={"a": own, "b": str(tiny_model)}, inputs=("in",), output="out")
+    )
+    assert [member.model.lora_dir for member in members.values()] == [lora, None]
 
 
 def test_a_quantised_base_is_refused(lora: Path, made: Path) -> None:

@@ -187,18 +187,13 @@ def test_nothing_in_common_is_no_error() -> None:
     assert (found.scores, found.spearman, found.movers) == (0, None, ())
 
 
-def test_rows_of_a_chain_are_traced_to_the_input_file() -> None:
+def test_rows_are_traced_to_the_input_file() -> None:
     def of(key: str, source: str, etag: str, first: int, version: str) -> Receipt:
         commit = replace(COMMIT, input=source, input_etag=Version(etag).etag, first_row=first)
         return replace(DONE, output_key=key, stored=stored(commit, version))
 
     first = [of("x.rows10-20", "x", "e", 10, "v1"), of("y", "y", "f", 0, "v2")]
-    second = [
-        of("x.rows10-20.rows5-10", "x.rows10-20", "v1", 5, "w1"),
-        of("y", "y", "v of yesterday", 0, "w2"),
-    ]
-    assert origins([first]) == {"x.rows10-20": Origin("x", '"e"', 10), "y": Origin("y", '"f"', 0)}
-    assert origins([first, second]) == {"x.rows10-20.rows5-10": Origin("x", '"e"', 15)}
+    assert origins(first) == {"x.rows10-20": Origin("x", '"e"', 10), "y": Origin("y", '"f"', 0)}
 
 
 def test_rows_picked_by_where_are_compared_with_the_same_rows_only() -> None:
@@ -208,11 +203,11 @@ def test_rows_picked_by_where_are_compared_with_the_same_rows_only() -> None:
         commit = replace(COMMIT, first_row=3, where="w", rows_not_asked=5)
         return replace(DONE, output_key="x", stored=stored(replace(commit, **changes)))
 
-    ((_, origin),) = origins([[of()]]).items()
+    ((_, origin),) = origins([of()]).items()
     assert (origin.input, origin.first_row) == ("x", 0)
-    assert origins([[of(identity="of another model")]]) == {"x": origin}
+    assert origins([of(identity="of another model")]) == {"x": origin}
     for other in ({"where": "v"}, {"first_row": 4}, {"num_rows": 9}, {"input_etag": "f"}):
-        assert origins([[of(**other)]])["x"].etag != origin.etag
+        assert origins([of(**other)])["x"].etag != origin.etag
 
 
 def test_a_drift_report_is_kept_as_json() -> None:

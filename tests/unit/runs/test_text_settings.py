@@ -112,7 +112,7 @@ def test_later_nights_keep_the_date(config: Config, clock: type[Clock], tmp_path
     second = run_night(config, Night())
     assert first.record and second.record
     assert second.record.latest == first.record.latest == {"main": prospect.path}
-    assert second.summaries[0].totals["rows"] == 6
+    assert second.summary is not None and second.summary.totals["rows"] == 6
     assert len(scores(tmp_path / "out" / "generations")) == 1
 
 
@@ -122,7 +122,7 @@ def test_a_new_generation_has_the_date_of_the_one_before(
     run_night(config, Night())
     clock.day = 2
     changed = run_night(config.model_copy(update={"max_tokens": 500}), Night())
-    assert changed.summaries[0].totals["rows_scored"] == 3
+    assert changed.summary is not None and changed.summary.totals["rows_scored"] == 3
     assert len(scores(tmp_path / "out" / "generations")) == 1
     folders = list((tmp_path / "out" / "generations" / "main").iterdir())
     assert len(folders) == 2
