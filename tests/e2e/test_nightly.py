@@ -566,10 +566,10 @@ def test_two_models_in_one_generation(
     assert nights.latest == before and not part["night"]["has_moved"]
     fourth = nights.night(model=new)
     assert part["asked"] + fourth["asked"] == (14 + 2 * 4) * SEQUENCES_PER_PAIR
-    now = nights.latest.shards()
-    for key, shard in before.shards().items():
+    then, now = before.shards(), nights.latest.shards()
+    for key in ("a.parquet", "j.jsonl.parquet"):
         for name, is_same in (("safety", True), ("help", False)):
-            columns = [each.table[f"{name}_score_chosen"] for each in (shard, now[key])]
+            columns = [each[key].table[f"{name}_score_chosen"] for each in (then, now)]
             assert columns[0].equals(columns[1]) == is_same
     assert fourth["drift"]["lines"][0]["ranks"]["spearman"] < 1
     assert nights.night(model=new)["night"] is None
