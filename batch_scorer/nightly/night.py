@@ -20,7 +20,7 @@ from batch_scorer import formats, logs
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, OutputError, OutputHeldError
 from batch_scorer.formats.kinds import BESIDE_NAMES
-from batch_scorer.inputs.plan import Plan
+from batch_scorer.inputs.plan import NO_PLAN, Plan
 from batch_scorer.inputs.selection import kept_columns
 from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
@@ -213,12 +213,13 @@ def plan_night(series: Sequence[Series], night: Night) -> Plan:
     first, *others = series
     config = first.config
     plan = plan_for(config, first.model, night.holds)
-    for file in plan.files if others else ():
-        kept = kept_columns(file.schema.names, config.keep_columns, config.drop_columns)
-        for name in formats.columns_needed(file.layout):
+    for alike, places in plan.files.by_alike() if others else ():
+        kept = kept_columns(alike.schema.names, config.keep_columns, config.drop_columns)
+        for name in formats.columns_needed(alike.layout):
             if name not in kept:
+                key = plan.files.sources[places[0]].key
                 raise ConfigError(
-                    f"keep_columns, drop_columns: {name!r} of {file.source.key} has to be kept, as "
+                    f"keep_columns, drop_columns: {name!r} of {key} has to be kept, as "
                     "the models of `also` score it too"
                 )
     return plan
@@ -286,8 +287,8 @@ class _NightlyRun:
         """The shards of the generation above that come from this run's files. Those whose input is
         gone are passed over."""
         if not self._origins:
-            return Plan([], [], [])
-        selected = {file.source.key for file in self._plan.files}
+            return NO_PLAN
+        selected = {source.key for source in self._plan.files.sources}
         receipts = above.summary.receipts
         gone = {receipt.output_key for receipt in receipts if receipt.status is Status.INPUT_GONE}
 

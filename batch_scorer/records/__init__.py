@@ -7,6 +7,8 @@ O outputs of the model (1 for a scalar reward).
 from batch_scorer.records.judging import Ended, Judged, Questions, Reply
 from batch_scorer.records.receipts import (
     Commit,
+    CommitCounts,
+    Outcome,
     PairCounts,
     Receipt,
     Reused,
@@ -42,6 +44,7 @@ from batch_scorer.records.shards import (
     Lines,
     Shard,
     Source,
+    identity_function,
     layout_from_json,
     layout_to_json,
 )
@@ -51,6 +54,7 @@ __all__ = [
     "SCALAR",
     "Codec",
     "Commit",
+    "CommitCounts",
     "Conversation",
     "Effort",
     "Embedding",
@@ -61,6 +65,7 @@ __all__ = [
     "LineRun",
     "Lines",
     "Message",
+    "Outcome",
     "Outputs",
     "PairCounts",
     "ParsedRows",
@@ -83,6 +88,7 @@ __all__ = [
     "TextStyle",
     "TokenizedRows",
     "gather",
+    "identity_function",
     "layout_from_json",
     "layout_to_json",
 ]

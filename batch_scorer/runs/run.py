@@ -7,11 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from batch_scorer import logs
 from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.config import Config
 from batch_scorer.errors import ConfigError, LeaseLostError, ShardReason, StorageError
 from batch_scorer.inputs.plan import Plan
+from batch_scorer.inputs.tables import ShardTable
 from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.outputs.claim import claim_output, refuse_nights
@@ -140,6 +143,8 @@ def score_plan(
             output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
             found = replace(found, success=None)
         work = make_room(work, job, output, donors)
+        if plan.known is not None:
+            plan.known.keep(plan.files, plan.aside.values())
         record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
         run = _set_out(job, lease.epoch, work)
         if work.todo:
@@ -166,8 +171,8 @@ def _set_out(job: Job, epoch: int, work: Work) -> Run:
     return Run(
         epoch=epoch,
         shards=len(work.todo),
-        rows=sum(shard.num_rows for shard in work.todo),
-        estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
+        rows=work.todo.total("num_rows"),
+        estimated_tokens=work.todo.total("estimated_tokens"),
         workers=pool.most,
         devices=pool.most * job.config.devices_per_worker,
         cost=job.model.cost if job.engine.runs_model else None,
@@ -226,7 +231,7 @@ def _run(
     )
 
 
-def _sample(job: Job, todo: list[Shard]) -> Sample | None:
+def _sample(job: Job, todo: Sequence[Shard]) -> Sample | None:
     """The rows on which every worker has to agree with plain Hugging Face."""
     if job.config.parity_check == "off" or not job.engine.runs_model or not todo:
         return None
@@ -239,7 +244,7 @@ def _sample(job: Job, todo: list[Shard]) -> Sample | None:
 def _attempt_all(
     job: Job,
     epoch: int,
-    todo: list[Shard],
+    todo: ShardTable,
     sample: Sample | None,
     make: BackendFactory | None,
 ) -> Iterator[Receipt]:
@@ -247,8 +252,7 @@ def _attempt_all(
     run_all = run_on_ray if job.config.use_ray else run_here
     for attempt in range(1, job.config.attempts + 1):
         again: set[str] = set()
-        # Longest first, so that the last shards to finish are short ones.
-        todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
+        todo = todo.longest_first()
         for receipt in run_all(job, epoch, todo, sample, attempt, make):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
                 with logs.fields(shard=receipt.output_key, attempt=receipt.spent.retries + 1):
@@ -256,4 +260,5 @@ def _attempt_all(
                 again.add(receipt.output_key)
             else:
                 yield receipt
-        todo = [shard for shard in todo if shard.output_key in again]
+        places = [place for place, key in enumerate(todo.output_keys) if key in again]
+        todo = todo.take(np.array(places, np.intp))
