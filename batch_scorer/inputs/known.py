@@ -146,14 +146,11 @@ class _Kept:
         return np.array(known.to_numpy(zero_copy_only=False), np.int64)
 
 
-_NOTHING = _Kept.of([], Facts.of([]))
-
-
 def _joined(parts: Sequence[_Kept]) -> _Kept:
     """All of them; of a file that is there twice the first counts."""
     if len(parts) == 1:
         return parts[0]
-    parts = [_NOTHING, *parts]
+    parts = [_Kept.of([], Facts.of([])), *parts]
     return _Kept(
         pa.concat_arrays([part.urls for part in parts]),
         pa.concat_arrays([part.etags for part in parts]),

@@ -67,7 +67,7 @@ _TOGETHER = 64
 _TOGETHER_BYTES = 1 << 24
 _TOGETHER_S = 60.0
 """That a call may take; then its files are looked at one by one, each in its own time."""
-_REQUESTS = 4
+_REQUESTS = 16
 """Of one call that are waited for together, where a store is not a disk."""
 _NAMED = 20
 """Files in a line of the log."""

@@ -68,6 +68,8 @@ def main(step: str, folder: Path, model_dir: str) -> None:
         backend="fake",
         use_ray=False,
     )
+    if IS_NEW:
+        import_module("batch_scorer.arrow").without_pandas()  # as the command line does
     for now, before in MODULES:
         of_tree(now, before)
     started, before_s = time.perf_counter(), cpu_s()
