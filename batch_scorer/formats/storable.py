@@ -61,9 +61,15 @@ def stored_type(dtype: pa.DataType) -> pa.DataType:
 def lost_types(file: pq.ParquetFile) -> tuple[str, ...]:
     """The columns of a Parquet file with values of a type that its output would not have, as
     "column (type)": their values come back, and what they mean is lost."""
-    schema = file.schema_arrow
-    given = _annotations(file)
-    kept = _annotations(pq.ParquetFile(_empty_file(stored_schema(schema))))
+    # The first line names the object, and differs each time.
+    printed = str(file.schema).partition("\n")[2]
+    return _lost_types(printed, file.schema_arrow.remove_metadata())
+
+
+@lru_cache(maxsize=256)
+def _lost_types(printed: str, schema: pa.Schema) -> tuple[str, ...]:
+    given = _annotations(printed)
+    kept = _annotations(str(pq.ParquetFile(_empty_file(stored_schema(schema))).schema))
     return tuple(
         f"{name} ({', '.join(sorted(lost))})"
         for name, types in given.items()
@@ -77,11 +83,12 @@ def _empty_file(schema: pa.Schema) -> io.BytesIO:
     return io.BytesIO(sink.getvalue())
 
 
-def _annotations(file: pq.ParquetFile) -> dict[str, Counter[str]]:
-    """The logical types in each column. pyarrow shows those of groups in the printed tree only."""
+def _annotations(printed: str) -> dict[str, Counter[str]]:
+    """The logical types in each column of a Parquet schema. pyarrow shows those of groups in the
+    printed tree only."""
     found: dict[str, Counter[str]] = {}
     column = ""
-    for line in str(file.schema).splitlines():
+    for line in printed.splitlines():
         if (node := _NODE.fullmatch(line)) and node["indent"]:
             if len(node["indent"]) == 2:
                 column = node["name"]

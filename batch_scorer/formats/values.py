@@ -156,10 +156,14 @@ def _faults(table: pa.Table, bounds: ReadBounds) -> dict[int, RowError]:
     """The rows whose values cannot be made, or are not to be."""
     errors: dict[int, RowError] = {}
     sizes = np.zeros(table.num_rows, np.int64)
+    # All rows together are seldom too large, or a column wrong: each is looked at only then.
+    may_be_large = table.nbytes > bounds.max_row_bytes
     for name, column in zip(table.column_names, table.columns, strict=True):
-        sizes += _by_row(column, _num_bytes)
-        error = RowError(RowReason.NOT_UTF8, f"{name} holds text that is not UTF-8")
-        errors |= dict.fromkeys(np.flatnonzero(_by_row(column, _not_utf8)).tolist(), error)
+        if may_be_large or _repeats(column.type):
+            sizes += _by_row(column, _num_bytes)
+        if not _is_valid(column):
+            error = RowError(RowReason.NOT_UTF8, f"{name} holds text that is not UTF-8")
+            errors |= dict.fromkeys(np.flatnonzero(_by_row(column, _not_utf8)).tolist(), error)
         for fault in (too_nested(bounds), too_many_keys(bounds)):
             if _has_json(column.type):
                 measure = partial(_faulty_json, reason=fault.reason, bounds=bounds)
@@ -168,6 +172,23 @@ def _faults(table: pa.Table, bounds: ReadBounds) -> dict[int, RowError]:
     for row in np.flatnonzero(sizes > bounds.max_row_bytes).tolist():
         errors[row] = too_large(int(sizes[row]), bounds)
     return dict(sorted(errors.items()))
+
+
+def _is_valid(column: pa.ChunkedArray) -> bool:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _repeats(dtype: pa.DataType) -> bool:
+    """Whether rows may hold more bytes than their column, which has equal values once."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _repeats(dtype.storage_type)
+    if pa.types.is_dictionary(dtype) or pa.types.is_run_end_encoded(dtype):
+        return True
+    return any(_repeats(dtype.field(i).type) for i in range(dtype.num_fields))
 
 
 def _by_row(column: pa.ChunkedArray, measure: Measure) -> IntArray:

@@ -5,14 +5,13 @@ can be resumed with more workers.
 """
 
 import logging
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
-from itertools import accumulate
-from typing import Any, TypeAlias
+from itertools import chain
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -30,74 +29,49 @@ from batch_scorer.inputs.files import (
     scan_lines,
 )
 from batch_scorer.inputs.footers import check_footer, doubtful_groups, refuse_more
-from batch_scorer.inputs.selection import (
-    kept_columns,
-    matching_rows,
-    refuse_unknown,
-    rows_of_bits,
-    spread,
-)
+from batch_scorer.inputs.known import KnownFiles
+from batch_scorer.inputs.selection import kept_columns, matching_rows, refuse_unknown, spread
 from batch_scorer.inputs.sources import FileKind, kind_of, list_inputs
-from batch_scorer.inputs.where import IntArray, where_of
+from batch_scorer.inputs.tables import (
+    Alike,
+    Facts,
+    FileTable,
+    InputFile,
+    Numbers,
+    ShardTable,
+    cut,
+)
+from batch_scorer.inputs.where import where_of
+from batch_scorer.quarantine import Died, apart
 from batch_scorer.records import (
     SCALAR,
     Families,
     Format,
     Layout,
     Receipt,
-    Shard,
     Source,
     Status,
     TextStyle,
-    layout_to_json,
 )
-from batch_scorer.records.digest import digest_of
-from batch_scorer.storage import Store, in_threads, open_store
+from batch_scorer.records.digest import digest_of, digest_of_list
+from batch_scorer.storage import Store, in_threads, is_remote, open_store
+from batch_scorer.version import package_digest
 
 log = logging.getLogger("batch_scorer")
 
 _SAMPLE_ROWS = 32
 _SAMPLE_BYTES = 1 << 20
 _INSPECTORS = 8
+_TOGETHER = 64
+"""Files that a process looks at in one call, which costs as much as looking at one of them."""
+_TOGETHER_BYTES = 1 << 24
+_TOGETHER_S = 60.0
+"""That a call may take; then its files are looked at one by one, each in its own time."""
+_REQUESTS = 16
+"""Of one call that are waited for together, where a store is not a disk."""
 _NAMED = 20
 """Files in a line of the log."""
 _ONE_SCORE: Families = {"": SCALAR}
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """What the plan knows of one file. `row_groups` is (rows, estimated tokens) of each, or of each
-    record batch, or of each run of `lines` where there are lines; a JSON array counts as one.
-    `lost_types` names the columns whose Parquet type the output cannot have.
-
-    `where` is the expression that rows have to match, and `matching` one bit a row
-    (`selection.matching_rows`); None without it. With a `limit` only so many of them are asked for.
-    """
-
-    source: Source
-    schema: pa.Schema
-    layout: Layout
-    row_groups: tuple[tuple[int, int], ...]
-    lines: formats.Lines | None = None
-    lost_types: tuple[str, ...] = ()
-    where: str | None = None
-    matching: bytes | None = field(default=None, repr=False)
-    limit: int | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return sum(rows for rows, _ in self.row_groups)
-
-    def asked(self) -> range | IntArray:
-        """The rows that are asked for, in order."""
-        if self.matching is None:
-            return range(self.num_rows)[: self.limit]
-        return rows_of_bits(self.matching, self.num_rows)[: self.limit]
-
-    @property
-    def has_groups(self) -> bool:
-        kind = kind_of(self.source.key)
-        return kind is not None and kind.has_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,43 +80,48 @@ class Plan:
 
     `aside` are inputs by key that are there but were not looked at. `not_asked` are the files of
     which no row is asked for, each with its rows; `skipped` are the URLs of files beside the inputs
-    that are none.
+    that are none. `known` is where what was found out is kept for the next plan.
     """
 
-    files: list[InputFile]
-    shards: list[Shard]
+    files: FileTable
+    shards: ShardTable
     failed: list[Receipt]
     aside: Mapping[str, Source] = field(default_factory=dict)
     not_asked: list[Receipt] = field(default_factory=list)
     skipped: Sequence[str] = ()
+    known: KnownFiles | None = None
 
     @property
     def inputs(self) -> dict[str, str | None]:
         """The entity tags of all inputs that are there, by key; None for one that failed."""
         found: dict[str, str | None] = dict.fromkeys(receipt.input for receipt in self.failed)
-        sources = [*self.aside.values(), *(file.source for file in self.files)]
+        sources = [*self.aside.values(), *self.files.sources]
         return found | {source.key: source.version.etag for source in sources}
 
     @property
     def num_rows(self) -> int:
         """The rows that are asked for."""
-        return sum(shard.num_rows for shard in self.shards)
+        return self.shards.total("num_rows")
 
     @property
     def rows_not_asked(self) -> int:
         """The other rows of the files."""
-        between = sum(shard.rows_not_asked for shard in self.shards)
+        between = self.shards.total("rows_not_asked")
         return between + sum(receipt.rows_not_asked for receipt in self.not_asked)
 
     @property
     def estimated_tokens(self) -> int:
-        return sum(shard.estimated_tokens for shard in self.shards)
+        return self.shards.total("estimated_tokens")
 
     def digest(self, fingerprint: str, column_prefix: str, retried: Iterable[str] = ()) -> str:
         """Digest of all identities, and of the reasons for which marked rows are `retried`: equal
         plans do equal work."""
-        identities = [shard.identity(fingerprint, column_prefix) for shard in self.shards]
-        return digest_of([*identities, *sorted(set(retried))])
+        identities = self.shards.identities(fingerprint, column_prefix)
+        return digest_of_list(chain(identities, sorted(set(retried))))
+
+
+NO_PLAN = Plan(FileTable.of([]), cut(FileTable.of([]), 1, 1), [])
+"""That of no files."""
 
 
 Choice: TypeAlias = Callable[[Source, datetime], bool | None]
@@ -161,11 +140,12 @@ def make_plan(
     *,
     beside: str | None = None,
     fields: tuple[str, ...] = (),
+    known: KnownFiles | None = None,
 ) -> Plan:
     """List and inspect the inputs and cut them into shards, in the order of their keys. `families`
     are what the models give, by which the added columns are known. `beside` is
     the field that the model reads beside the conversation (`Prompt.column_beside`), `fields` are
-    the columns that a judge's questions show.
+    the columns that a judge's questions show. Files that are `known` are not inspected again.
 
     Raises InputError if there is nothing to score at all, and ConfigError for a `where` that is no
     expression or a column to keep or drop that no file has. A file that cannot be used is a failed
@@ -173,25 +153,33 @@ def make_plan(
     """
     if config.where is not None:
         where_of(config.where)  # raises, before any file is read
-    files: list[InputFile] = []
-    shared: dict[Any, Any] = {}
     listing = list_inputs(config)
-    listed = listing.found
     failed = [
         Receipt.of_file(source, Status.FAILED, ShardReason.UNREADABLE_FILE, problem)
         for source, problem in listing.unusable
     ]
-    sources = [source for source, changed in listed if choose is None or choose(source, changed)]
-    aside: dict[str, Source] = {}
-    if choose is not None:
-        aside = {s.key: s for s, changed in listed if choose(s, changed) is False}
+    sources, aside = [], {}
+    for source, changed in listing.found:
+        chosen = choose is None or choose(source, changed)
+        if chosen:
+            sources.append(source)
+        elif chosen is False:
+            aside[source.key] = source
+    listing.found.clear()  # there may be a million
     layout_of = partial(_layout, config=config, families=families, beside=beside, fields=fields)
-    look = partial(_look_apart, config=config, layout_of=layout_of)
-    for found in _looked_at(sources, look, shared):
-        if isinstance(found, InputFile):
-            files.append(found)
-        elif found is not None:
-            failed.append(found)
+    facts, places = Facts.of([]), np.full(len(sources), -1)
+    if known is not None:
+        facts, places = known.recall(_question(config, families, beside, fields), sources)
+    unknown = np.flatnonzero(places < 0)
+    looked = _look_at([sources[at] for at in unknown.tolist()], config, layout_of)
+    failed += looked.failed
+    places[unknown[looked.places]] = len(facts) + np.arange(len(looked.places))
+    there = np.flatnonzero(places >= 0)
+    files = FileTable(
+        [sources[at] for at in there.tolist()],
+        Facts.joined([facts, looked.facts]).take(places[there]),
+        config.where,
+    )
     if not files and not failed and choose is None:
         raise InputError(f"{', '.join(config.inputs)}: all files are empty")
     if not files and failed:
@@ -201,148 +189,160 @@ def make_plan(
         detail = (first.detail or "").removeprefix(f"{first.input.rpartition('/')[2]}: ")
         raise InputError(f"{first.input}: {detail}{more}")
     if files and not aside:  # those aside may have them
-        columns = [file.schema.names for file in files]
+        columns = [alike.schema.names for alike, _ in files.by_alike()]
         refuse_unknown(config.keep_columns, config.drop_columns, columns)
     if config.limit is not None:
-        shares = spread(config.limit, [len(file.asked()) for file in files])
-        files = [replace(file, limit=n) for file, n in zip(files, shares, strict=True)]
-    shards = [
-        shard for file in files for shard in cut(file, config.shard_rows, config.shard_tokens)
-    ]
+        files = replace(files, limits=spread(config.limit, files.asked()))
+    shards = cut(files, config.shard_rows, config.shard_tokens)
     if not shards and files and choose is None:
         raise InputError(f"where: no row of {', '.join(config.inputs)} matches {config.where}")
-    used = {shard.source.key for shard in shards}
-    unused = [file for file in files if file.source.key not in used]
-    names = [(shard.output_key, shard.source) for shard in shards]
-    _refuse_collisions(names + [(file.source.key, file.source) for file in unused])
+    unused = np.setdiff1d(np.arange(len(files)), shards.numbers["file"]).tolist()
+    _refuse_collisions(shards, [files.sources[at] for at in unused])
+    num_rows = files.num_rows
     not_asked = [
-        Receipt.of_file(file.source, Status.NOT_ASKED, rows_not_asked=file.num_rows)
-        for file in unused
+        Receipt.of_file(files.sources[at], Status.NOT_ASKED, rows_not_asked=int(num_rows[at]))
+        for at in unused
     ]
     _warn(files, listing.skipped)
-    return Plan(files, shards, failed, aside, not_asked, listing.skipped)
+    return Plan(files, shards, failed, aside, not_asked, listing.skipped, known)
 
 
-def _looked_at(
-    sources: Sequence[Source],
-    look: Callable[[Source], InputFile | Receipt | None],
-    shared: dict[Any, Any],
-) -> list[InputFile | Receipt | None]:
-    """What the plan knows of each file. What the store refused is asked for again after the rest: a
-    moment of its trouble does not leave out a file."""
-
-    def looks(at: Sequence[Source]) -> Iterator[InputFile | Receipt | None]:
-        for found in in_threads(look, at, _INSPECTORS):
-            yield _with_shared_parts(found, shared) if isinstance(found, InputFile) else found
-
-    looked = list(looks(sources))
-    refused = [
-        place
-        for place, found in enumerate(looked)
-        if isinstance(found, Receipt) and found.reason is not None and found.reason.may_pass
-    ]
-    for place in refused:
-        log.warning("%s: cannot be read; will be tried again", sources[place].url)
-    again = looks([sources[place] for place in refused])
-    for place, found in zip(refused, again, strict=True):
-        looked[place] = found
-    return looked
+def _question(
+    config: Config, families: Families, beside: str | None, fields: tuple[str, ...]
+) -> str:
+    """Digest of what looking at a file depends on, besides the file: all settings that make scores
+    or columns, more of them than it takes, and the code."""
+    settings = config.with_role("scores") | config.with_role("layout")
+    del settings["limit"]  # it is of all files together
+    return digest_of(
+        [
+            *(package_digest(), pa.__version__, settings, config.store_options),
+            *(asdict(config.read_bounds), beside, fields),
+            {name: asdict(outputs) for name, outputs in families.items()},
+        ]
+    )
 
 
-def _warn(files: Sequence[InputFile], skipped: Sequence[str]) -> None:
+def _warn(files: FileTable, skipped: Sequence[str]) -> None:
     """What of the inputs will not be in the output."""
     if skipped:
         more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
         log.info("not read: %s%s", ", ".join(skipped[:_NAMED]), more)
-    for lost in sorted({file.lost_types for file in files if file.lost_types}):
-        (first, *others) = [file.source.url for file in files if file.lost_types == lost]
-        more = f" and {len(others)} more files" if others else ""
+    losing: dict[tuple[str, ...], list[int]] = {}
+    for alike, places in files.by_alike():
+        if alike.lost_types:
+            losing.setdefault(alike.lost_types, []).extend(places.tolist())
+    for lost, losers in sorted(losing.items()):
+        more = f" and {len(losers) - 1} more files" if len(losers) > 1 else ""
         log.warning(
             "%s%s: %s: the values are kept, but not their type in Parquet",
-            first,
+            files.sources[min(losers)].url,
             more,
             "; ".join(lost),
         )
 
 
-def _with_shared_parts(file: InputFile, shared: dict[Any, Any]) -> InputFile:
-    """The file, with one schema and layout for all files that have equal ones: a plan of as many
-    files as shards takes 1.6 kB each, instead of 5.6."""
-    schema = file.schema.remove_metadata()
-    key = digest_of(layout_to_json(file.layout))
-    return replace(
-        file,
-        schema=shared.setdefault(schema, schema),
-        layout=shared.setdefault(key, file.layout),
+# Looking at files
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What was found out about some files: their places among those that were looked at, in order,
+    and the receipts of those that cannot be used."""
+
+    places: Numbers
+    facts: Facts
+    failed: list[Receipt]
+
+
+def _look_at(sources: Sequence[Source], config: Config, layout_of: LayoutOf) -> _Looked:
+    """What looking at these files shows. What the store refused is asked for again after the rest:
+    a moment of its trouble does not leave out a file."""
+    places: list[int] = []
+    facts: list[Facts] = []
+    failed: dict[int, Receipt] = {}
+    look = partial(_look_together, config=config, layout_of=layout_of)
+
+    def look_at(which: Sequence[int]) -> None:
+        batches = list(_batches(sources, which))
+        found = in_threads(look, ([sources[at] for at in batch] for batch in batches), _INSPECTORS)
+        for batch, each in zip(batches, found, strict=True):
+            files = {at: file for at, file in zip(batch, each, strict=True) if file is not None}
+            failed.update((at, f) for at, f in files.items() if isinstance(f, Receipt))
+            usable = {at: file for at, file in files.items() if isinstance(file, InputFile)}
+            places.extend(usable)
+            facts.append(Facts.of([*usable.values()]))
+
+    look_at(range(len(sources)))
+    refused = [
+        at for at, each in failed.items() if each.reason is not None and each.reason.may_pass
+    ]
+    for at in refused:
+        log.warning("%s: cannot be read; will be tried again", sources[at].url)
+        del failed[at]
+    look_at(refused)
+    order = np.argsort(np.array(places, np.int64), kind="stable")
+    return _Looked(
+        np.sort(np.array(places, np.int64)),
+        Facts.joined(facts).take(order),
+        [failed[at] for at in sorted(failed)],
     )
 
 
-def cut(file: InputFile, shard_rows: int, shard_tokens: int) -> Iterator[Shard]:
-    """Cut the rows that are asked for at row groups, and inside a group that alone is too large.
-
-    A file that fits is one shard under its own name; an empty file is one empty shard. A file of
-    which nothing is asked for has none.
-    """
-    rows = file.asked()
-    ends = list(accumulate(num_rows for num_rows, _ in file.row_groups))
-    counts = np.diff([0, *(bisect_left(rows, end) for end in ends)]).tolist()
-    groups = [
-        (asked, tokens * asked // num_rows if num_rows else tokens)
-        for asked, (num_rows, tokens) in zip(counts, file.row_groups, strict=True)
-    ]
-    ranges = list(_ranges(groups, shard_rows, shard_tokens))
-    if not file.num_rows:
-        ranges = [(0, 0, 0)]
-    key, suffix = file.source.key, ".parquet"
-    stem = key[: -len(suffix)] if key.lower().endswith(suffix) else key
-    for place, num_rows, tokens in ranges:
-        first, last = (int(rows[i]) for i in (place, place + num_rows - 1)) if num_rows else (0, -1)
-        after = int(rows[place + num_rows]) if place + num_rows < len(rows) else file.num_rows
-        start, stop = parts_holding(ends, first, last + 1)
-        piece = "" if len(ranges) == 1 else f".rows{first}-{last + 1}"
-        yield Shard(
-            source=file.source,
-            layout=file.layout,
-            first_row=first,
-            num_rows=num_rows,
-            row_groups=(start, stop) if file.has_groups else None,
-            skip_rows=first - (ends[start - 1] if start else 0),
-            estimated_tokens=tokens,
-            output_key=f"{stem}{piece}{suffix}",
-            lines=file.lines and file.lines.part(start, stop),
-            where=file.where,
-            rows_not_asked=after - (first if place else 0) - num_rows,
-        )
+def _batches(sources: Sequence[Source], which: Sequence[int]) -> Iterator[list[int]]:
+    """Files that are looked at in one call; few enough that all processes have some."""
+    most = min(_TOGETHER, max(1, len(which) // (2 * _INSPECTORS)))
+    batch: list[int] = []
+    size_bytes = 0
+    for at in which:
+        size_bytes += sources[at].size_bytes
+        if batch and (len(batch) >= most or size_bytes > _TOGETHER_BYTES):
+            yield batch
+            batch, size_bytes = [], sources[at].size_bytes
+        batch.append(at)
+    if batch:
+        yield batch
 
 
-def parts_holding(ends: Sequence[int], first_row: int, stop_row: int) -> tuple[int, int]:
-    """Which parts [start, stop) of a file hold the rows [first_row, stop_row); `ends` has for each
-    part the number of rows up to its end."""
-    if stop_row <= first_row:
-        return 0, 0
-    return bisect_right(ends, first_row), bisect_right(ends, stop_row - 1) + 1
+def _look_together(
+    sources: Sequence[Source], config: Config, layout_of: LayoutOf
+) -> list[InputFile | Receipt | None]:
+    """`_look` at each of them, in one process. Should it die of one of them, or take long, each is
+    looked at by itself."""
+    if len(sources) > 1:
+        bounds = config.reader_bounds(sum(source.size_bytes for source in sources))
+        bounds = replace(bounds, seconds=min(bounds.seconds, _TOGETHER_S))
+        try:
+            return apart(bounds, _look_at_each, sources, config, layout_of)
+        except (Died, MemoryError) as error:
+            log.info("%d files are looked at one by one: %s", len(sources), error)
+    return [_look_apart(source, config, layout_of) for source in sources]
 
 
-def _ranges(
-    groups: Sequence[tuple[int, int]], shard_rows: int, shard_tokens: int
-) -> Iterator[tuple[int, int, int]]:
-    """(first row, rows, tokens) of each shard, out of (rows, tokens) of each row group."""
-    first_row, rows, tokens = 0, 0, 0
-    for group_rows, group_tokens in groups:
-        if rows and (rows + group_rows > shard_rows or tokens + group_tokens > shard_tokens):
-            yield first_row, rows, tokens
-            first_row, rows, tokens = first_row + rows, 0, 0
-        if group_rows > shard_rows or group_tokens > shard_tokens:
-            pieces = max(-(-group_rows // shard_rows), -(-group_tokens // shard_tokens))
-            step = max(1, -(-group_rows // pieces))
-            for skip in range(0, group_rows, step):
-                part = min(step, group_rows - skip)
-                yield first_row + skip, part, group_tokens * part // group_rows
-            first_row += group_rows
-        else:
-            rows, tokens = rows + group_rows, tokens + group_tokens
-    if rows:
-        yield first_row, rows, tokens
+def _look_at_each(
+    sources: Sequence[Source], config: Config, layout_of: LayoutOf
+) -> list[InputFile | Receipt | None]:
+    look = partial(_look, config=config, layout_of=layout_of)
+    if is_remote(sources[0].root):
+        found = list(in_threads(look, sources, _REQUESTS))
+    else:
+        found = [look(source) for source in sources]
+    return list(_sharing(found))
+
+
+def _sharing(
+    found: Sequence[InputFile | Receipt | None],
+) -> Iterator[InputFile | Receipt | None]:
+    """The same; a file that is read as the one before has its very schema and layout, so that they
+    are sent once."""
+    alike: Alike | None = None
+    for each in found:
+        if isinstance(each, InputFile):
+            own = Alike(each.schema.remove_metadata(), each.layout, each.lost_types)
+            if alike != own:
+                alike = own
+            each = replace(each, schema=alike.schema, layout=alike.layout)
+        yield each
 
 
 def _look_apart(source: Source, config: Config, layout_of: LayoutOf) -> InputFile | Receipt | None:
@@ -523,9 +523,14 @@ def _require_judgeable(layout: Layout, schema: pa.Schema, fields: tuple[str, ...
         )
 
 
-def _refuse_collisions(names: Iterable[tuple[str, Source]]) -> None:
+def _refuse_collisions(shards: ShardTable, unused: Iterable[Source]) -> None:
+    """Raise InputError where two files would be written to one object; of `unused` ones there is
+    nothing to write, and their receipts have their own keys."""
+    sources = shards.files.sources
+    written = zip(shards.output_keys, shards.numbers["file"].tolist(), strict=True)
+    names = ((key, sources[file]) for key, file in written)
     seen: dict[str, Source] = {}
-    for key, source in names:
+    for key, source in chain(names, ((source.key, source) for source in unused)):
         other = seen.setdefault(key, source)
         if other is not source:
             raise InputError(

@@ -3,7 +3,6 @@
 import os
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -63,15 +62,17 @@ _READ = f"{', '.join(SUFFIXES)} (of lines also {', '.join(_PACKED)})"
 _NOT_DATA = re.compile(r"(?:dataset_infos?|dataset_dict|state)\.json|cache-.+\.arrow")
 """What `datasets` puts beside the rows: descriptions, and results that it keeps for later calls,
 which hold the same rows once more. Where a file is named by itself, it is data."""
+_HIDDEN = re.compile(r"(?:^|/)(?:\.|_[^/=]*(?:/|$))")
+"""Parts of a path that begin with a dot, or with an underscore and hold no equals sign."""
 
 
 def kind_of(key: str) -> FileKind | None:
     """The kind of the file with this name; None: it is not read."""
-    name = key.lower()
-    if packed := next((suffix for suffix in _PACKED if name.endswith(suffix)), ""):
-        name = name.removesuffix(packed)
-    kind = next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
-    return None if packed and kind and kind.has_groups else kind
+    name, packing = key.lower(), ""
+    if name.endswith(_PACKED):
+        name, _, packing = name.rpartition(".")
+    kind = SUFFIXES.get(name[dot:]) if (dot := name.rfind(".")) >= 0 else None
+    return None if packing and kind and kind.has_groups else kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,31 +94,37 @@ def list_inputs(config: Config) -> Listing:
     """
     skipped: set[str] = set()
     unusable: dict[str, str] = {}
-    found = [
-        (root, info)
-        for spec in config.inputs
-        for root, info in _expand(spec, config, skipped, unusable)
-    ]
+    expanded = [_expand(spec, config, skipped, unusable) for spec in config.inputs]
     output = _absolute(config.output) if config.output else None
-    roots = {root for root, _ in found}
+    roots = {root for root, _ in expanded}
     if output in roots:
         raise ConfigError(f"output {config.output} is the input folder; name another one")
     base = _common_root(roots)
-    urls = {f"{root.rstrip('/')}/{info.key}": (root, info) for root, info in found}
+
+    def below(url: str) -> str:
+        """The key of a file; without a common root its URL stands for it, as these are sorted."""
+        return url if base is None else url.removeprefix(f"{base.rstrip('/')}/")
+
+    named: dict[str, tuple[str, ObjectInfo]] = {}
+    while expanded:  # there may be a million: what is not needed any more is let go
+        root, infos = expanded.pop(0)
+        folder = root.rstrip("/")
+        for info in infos:
+            url = f"{folder}/{info.key}"
+            if not (output and url.startswith(f"{output}/")):
+                named[info.key if root == base else below(url)] = (root, info)
+    others = sorted(url for url in skipped if below(url) not in named)
     sources = []
-    for url, (root, info) in sorted(urls.items()):
-        if output and url.startswith(f"{output}/"):
-            continue
-        key_root = base or root
-        key = url.removeprefix(key_root.rstrip("/") + "/")
-        source = Source(key_root, key, info.size_bytes, info.version)
+    for name in sorted(named):
+        root, info = named.pop(name)
+        key = info.key if base is None else name
+        source = Source(base or root, key, info.size_bytes, info.version)
         sources.append((source, info.last_modified))
     if not sources:
         raise InputError(f"{', '.join(config.inputs)}: nothing to score there")
-    others = skipped - urls.keys()
     return Listing(
         sources,
-        sorted(url for url in others if not (output and url.startswith(f"{output}/"))),
+        [url for url in others if not (output and url.startswith(f"{output}/"))],
         [
             (Source(*_split(url, base), 0, Version("")), problem)
             for url, problem in sorted(unusable.items())
@@ -134,8 +141,8 @@ def _split(url: str, base: str | None) -> tuple[str, str]:
 
 def _expand(
     spec: str, config: Config, skipped: set[str], unusable: dict[str, str]
-) -> Iterator[tuple[str, ObjectInfo]]:
-    """The files that one input names, with the root their keys are relative to; adds the URLs of
+) -> tuple[str, list[ObjectInfo]]:
+    """The files that one input names, after the root their keys are relative to; adds the URLs of
     the others beside them to `skipped`, and of what cannot be used to `unusable`."""
     try:
         url = pinned(_absolute(spec))
@@ -153,12 +160,17 @@ def _expand(
         problem = f"holds no {_READ} files"
     listed = [entry for entry in entries if isinstance(entry, ObjectInfo)]
     missed = [entry for entry in entries if isinstance(entry, Unusable)]
-    keys = [entry.key for entry in entries]
-    excluded = {key for pattern in config.exclude for key in glob_matches(pattern, keys)}
-    missed = [entry for entry in missed if entry.key not in excluded]
+    hits = listed
+    if config.exclude:
+        keys = [entry.key for entry in entries]
+        excluded = {key for pattern in config.exclude for key in glob_matches(pattern, keys)}
+        hits = [info for info in listed if info.key not in excluded]
+        missed = [entry for entry in missed if entry.key not in excluded]
     lost = [entry for entry in missed if _may_be_data(entry)]
-    hits = [info for info in listed if info.key not in excluded]
-    data = hits if file is not None else [info for info in hits if _is_data(info.key)]
+    data, others = hits, list[str]()
+    if file is None:
+        data = [info for info in hits if _is_data(info.key)]
+        others = [info.key for info in hits if not _is_data(info.key)]
     if not data and file is None:
         if lost:
             problem = f"{lost[0].key}: {lost[0].problem}"
@@ -166,10 +178,9 @@ def _expand(
         raise InputError(f"{spec}: {'every file is excluded' if is_excluded else problem}")
     folder = root.rstrip("/")
     unusable.update((f"{folder}/{entry.key}", entry.problem) for entry in lost)
-    others = [info.key for info in hits if info not in data]
     others += [entry.key for entry in missed if entry not in lost]
     skipped.update(f"{folder}/{key}" for key in others if _is_shown(key))
-    yield from ((root, info) for info in data)
+    return root, data
 
 
 def _file(spec: str, url: str, config: Config) -> ObjectInfo | None:
@@ -301,7 +312,4 @@ def _is_shown(key: str) -> bool:
 
 def _is_hidden(key: str) -> bool:
     """As Spark has it: a folder `_day=2026-11-28` is a part of the data."""
-    return any(
-        part.startswith(".") or (part.startswith("_") and "=" not in part)
-        for part in key.split("/")
-    )
+    return _HIDDEN.search(key) is not None

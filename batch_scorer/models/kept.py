@@ -30,6 +30,7 @@ from batch_scorer.models.digests import REMEMBERED_BYTES, is_settled, remember, 
 from batch_scorer.models.files import READ
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed
+from batch_scorer.version import package_digest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -43,7 +44,6 @@ _LIBRARIES = (
     *("sentencepiece", "tiktoken", "protobuf", "numpy"),
 )
 """What reads models and tokenizers, as far as it is installed."""
-_PACKAGE = Path(__file__).parents[1]
 
 
 def kept(
@@ -92,9 +92,7 @@ def _plain(value: object) -> str:
 def code_digest() -> str | None:
     """Digest of the code that answers come from: Python, this package, and the libraries that read
     models. None where it is not known: a library that was not installed from files of its own."""
-    digest = hashlib.sha256(sys.version.encode())
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(f"\n{file.relative_to(_PACKAGE)} ".encode() + file.read_bytes())
+    digest = hashlib.sha256(f"{sys.version}\n{package_digest()}".encode())
     for name in _LIBRARIES:
         try:
             found = Distribution.from_name(name)

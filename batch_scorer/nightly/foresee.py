@@ -65,7 +65,7 @@ def foresee_night(config: Config, night: Night) -> Prospect:
         shards_to_do=len(work.todo),
         shards_left=len(work.left),
         rows_committed=sum(receipt.num_rows for receipt in done),
-        rows_to_do=sum(shard.num_rows for shard in work.todo),
+        rows_to_do=work.todo.total("num_rows"),
         rows_left=sum(receipt.num_rows for receipt in work.left),
         rows_not_asked=plan.rows_not_asked,
     )
@@ -84,7 +84,7 @@ def _of_new(config: Config, plan: Plan, night: Night) -> Prospect:
         files_failed=len(plan.failed),
         shards_to_do=len(now),
         shards_left=len(later),
-        rows_to_do=sum(shard.num_rows for shard in now),
-        rows_left=sum(shard.num_rows for shard in later),
+        rows_to_do=now.total("num_rows"),
+        rows_left=later.total("num_rows"),
         rows_not_asked=plan.rows_not_asked,
     )

@@ -4,12 +4,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Generic, TypeVar
 
 from batch_scorer.failpoints import failpoint
 from batch_scorer.outputs.lease import RECORDS
-from batch_scorer.records import Receipt
+from batch_scorer.records import Outcome, Receipt
 from batch_scorer.records.reading import read_lines
 from batch_scorer.storage import Store, in_threads
+
+R = TypeVar("R", Receipt, Outcome)
 
 READERS = 16
 _FOLDER = f"{RECORDS}/ledger"
@@ -46,20 +49,19 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Generic[R]):
     """A part of the ledger: whose, and when it was written, by the store's clock."""
 
     holder_id: str
     written_at: datetime
-    receipts: list[Receipt]
+    receipts: list[R]
 
 
-def read_ledger(store: Store) -> Iterator[Segment]:
-    """The ledgers of all runs since the current manifest, oldest segment first. Raises
-    ObjectDamaged."""
+def read_ledger(store: Store, shape: type[R]) -> Iterator[Segment[R]]:
+    """The ledgers of all runs since the current manifest, oldest segment first, the receipts read
+    as far as `shape` has them. Raises ObjectDamaged."""
     infos = sorted(store.list(_FOLDER), key=lambda info: info.last_modified)
-    contents = in_threads(lambda info: read_lines(store, info.key, Receipt), infos, READERS)
+    contents = in_threads(lambda info: read_lines(store, info.key, shape), infos, READERS)
     for info, found in zip(infos, contents, strict=True):
         holder_id = info.key.removeprefix(_FOLDER).partition("-")[2].partition("-")[0]
-        receipts = [receipt.compact() for receipt in found]
-        yield Segment(holder_id, info.last_modified, receipts)
+        yield Segment(holder_id, info.last_modified, [each.compact() for each in found])

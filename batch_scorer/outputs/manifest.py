@@ -9,6 +9,7 @@
                       engines/*.json       what scored: device, versions, kernel
                       lease.json           who works on it now, and the epoch
                       ledger/*.jsonl       receipts as they come in; only saves reading shards
+                      inputs/*.files       what plans found out about input files (`inputs.known`)
                       manifests/*.manifest all commits of a finished run, one row per shard
                       CURRENT              names the newest manifest
 
@@ -20,7 +21,7 @@ import io
 import json
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,10 +33,19 @@ import pyarrow.parquet as pq
 from batch_scorer.errors import IntegrityError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.outputs.lease import RECORDS
-from batch_scorer.outputs.ledger import READERS
+from batch_scorer.outputs.ledger import READERS, R
 from batch_scorer.outputs.puts import compare_and_swap, put
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, Judged, ModelCommit, PairCounts, Receipt, Status, Stored
+from batch_scorer.records import (
+    Commit,
+    Judged,
+    ModelCommit,
+    Outcome,
+    PairCounts,
+    Receipt,
+    Status,
+    Stored,
+)
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed, read_record
 from batch_scorer.storage import (
@@ -72,7 +82,6 @@ _MANIFEST = pa.schema(
         "receipt": pa.string(),
     }
 )
-_GROUPS_AT_ONCE = 10
 _BOUNDS = Bounds(seconds=600.0, memory_bytes=1 << 31)
 """For reading a footer, or a part of a manifest."""
 _TAIL = struct.Struct("<I4s")
@@ -151,9 +160,14 @@ def committed(
 
 def current_manifest(store: Store) -> list[Receipt]:
     """The receipts of the newest manifest; empty if there is none."""
+    return outcomes_of_manifest(store, Receipt)
+
+
+def outcomes_of_manifest(store: Store, shape: type[R]) -> list[R]:
+    """The same, read as far as `shape` has them."""
     try:
         current = read_record(store, _CURRENT_KEY, _Current)
-        return read_manifest(store, current.manifest)
+        return _read_manifest(store, current.manifest, shape)
     except ObjectMissing:
         return []
 
@@ -161,27 +175,34 @@ def current_manifest(store: Store) -> list[Receipt]:
 def read_manifest(store: Store, key: str) -> list[Receipt]:
     """The receipts of the manifest that `publish` stored under this key; raises ObjectMissing and
     ObjectDamaged."""
+    return _read_manifest(store, key, Receipt)
+
+
+def _read_manifest(store: Store, key: str, shape: type[R]) -> list[R]:
     data = store.read(key)
-    receipts: list[Receipt] = []
-    start = 0
+    receipts: list[R] = []
     try:
-        while (lines := apart(_BOUNDS, _lines_of, data, start)) is not None:
-            receipts += (parsed(line, Receipt).compact() for line in lines)
-            start += _GROUPS_AT_ONCE
+        for size_bytes, packed in apart(_BOUNDS, _lines_of, data):
+            lines = pa.decompress(packed, size_bytes, codec="zstd", asbytes=True).split(b"\n")
+            receipts += (parsed(line, shape).compact() for line in lines)
     except (ValueError, KeyError, OSError, pa.ArrowException, MemoryError, Died) as error:
         raise ObjectDamaged(f"{store.url(key)}: damaged: {first_line(error)}") from None
     return receipts
 
 
-def _lines_of(manifest: bytes, start: int) -> list[str] | None:
-    """The receipts in some row groups of a manifest; None if there are no more."""
+def _lines_of(manifest: bytes) -> list[tuple[int, bytes]]:
+    """The receipts in each row group of a manifest, a line each: the size of the text, and the text
+    packed. All of it plain may not fit in memory."""
     file = pq.ParquetFile(pa.BufferReader(manifest), pre_buffer=False)
-    groups = range(start, min(start + _GROUPS_AT_ONCE, file.num_row_groups))
-    if not groups:
-        return None
-    table = file.read_row_groups(groups, columns=["receipt"], use_threads=False)
-    lines: list[str] = table["receipt"].cast(pa.string()).to_pylist()
-    return lines
+    found = []
+    for group in range(file.num_row_groups):
+        column = file.read_row_group(group, columns=["receipt"], use_threads=False)["receipt"]
+        if column.null_count:
+            raise ValueError("a shard without a receipt")
+        if len(column):
+            text = "\n".join(column.cast(pa.string()).to_pylist()).encode()
+            found.append((len(text), pa.compress(text, codec="zstd", asbytes=True)))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,20 +275,41 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
         failpoint("success.after_put")
 
 
-def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
+def total(receipts: Collection[Receipt]) -> dict[str, Any]:
+    """`counted`, with the rows by note, and the pairs by source; `models` is there for several
+    models: of each one the marked rows, and its pairs."""
+    notes: dict[str, int] = {}
+    pairs: dict[str, PairCounts] = {}
+    models: dict[str, ModelCommit] = {}
+    for receipt in receipts:
+        commit = receipt.commit
+        if commit is None or receipt.status is Status.INPUT_GONE:
+            continue
+        for note, count in commit.notes.items():
+            notes[note] = notes.get(note, 0) + count
+        for source, counts in commit.pairs.items():
+            pairs[source] = pairs.get(source, PairCounts()) + counts
+        for name, own in commit.models.items():
+            models[name] = models[name] + own if name in models else own
+    totals = counted(receipts) | {
+        "notes": notes,
+        "pairs": {source: asdict(counts) for source, counts in pairs.items()},
+    }
+    if models:
+        totals["models"] = {name: asdict(own) for name, own in models.items()}
+    return totals
+
+
+def counted(receipts: Iterable[Receipt | Outcome]) -> dict[str, Any]:
     """Sums over shards. `rows` are those of the input files, and always `rows == rows_scored +
-    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only,
-    `models` for several models: of each one the marked rows, and its pairs."""
+    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only."""
     totals: dict[str, Any] = dict.fromkeys(
         ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
          "rows_not_asked", "rows_failed", "rows_left", "sequences", "tokens"),
         0,
     )  # fmt: skip
     marked: dict[str, int] = {}
-    notes: dict[str, int] = {}
-    pairs: dict[str, PairCounts] = {}
     judged: Judged | None = None
-    models: dict[str, ModelCommit] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -292,23 +334,11 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
             totals[name] += getattr(commit, name)
         for reason, count in commit.marked.items():
             marked[reason] = marked.get(reason, 0) + count
-        for note, count in commit.notes.items():
-            notes[note] = notes.get(note, 0) + count
-        for source, counts in commit.pairs.items():
-            pairs[source] = pairs.get(source, PairCounts()) + counts
         if commit.judged is not None:
             judged = commit.judged if judged is None else judged + commit.judged
-        for name, own in commit.models.items():
-            models[name] = models[name] + own if name in models else own
     if judged is not None:
         totals["judged"] = asdict(judged)
-    if models:
-        totals["models"] = {name: asdict(own) for name, own in models.items()}
-    return totals | {
-        "marked": marked,
-        "notes": notes,
-        "pairs": {source: asdict(counts) for source, counts in pairs.items()},
-    }
+    return totals | {"marked": marked}
 
 
 def record_plan(store: Store, shards: int, rows: int, tokens: int) -> None:

@@ -19,9 +19,9 @@ from batch_scorer.inputs.files import (
     read_rows,
     scan_lines,
 )
-from batch_scorer.inputs.plan import parts_holding
 from batch_scorer.inputs.selection import kept_of, matching_rows, rows_of_bits
 from batch_scorer.inputs.sources import FileKind, kind_of
+from batch_scorer.inputs.tables import parts_holding
 from batch_scorer.inputs.where import where_of
 from batch_scorer.outputs.claim import RUN_KEY, Claim
 from batch_scorer.records import DEFAULT_BOUNDS, Commit, ReadBounds, Receipt, Source

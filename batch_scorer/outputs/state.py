@@ -11,10 +11,11 @@ from batch_scorer.outputs.manifest import (
     committed,
     current_manifest,
     is_record,
+    outcomes_of_manifest,
     read_plan,
     read_success,
 )
-from batch_scorer.records import Receipt
+from batch_scorer.records import Outcome, Receipt
 from batch_scorer.storage import ObjectInfo, ObjectMissing, Store
 
 
@@ -39,9 +40,9 @@ class OutputState:
         return current_manifest(self.store)
 
     @cached_property
-    def ledger(self) -> list[Segment]:
+    def ledger(self) -> list[Segment[Receipt]]:
         """What runs have recorded since that manifest, oldest first."""
-        return list(read_ledger(self.store))
+        return list(read_ledger(self.store, Receipt))
 
     @cached_property
     def receipts(self) -> dict[str, Receipt]:
@@ -49,6 +50,20 @@ class OutputState:
         newest = {receipt.output_key: receipt for receipt in self.manifest}
         for segment in self.ledger:
             newest.update((receipt.output_key, receipt) for receipt in segment.receipts)
+        return newest
+
+    @cached_property
+    def counted_ledger(self) -> list[Segment[Outcome]]:
+        """`ledger`, read as far as it is counted."""
+        return list(read_ledger(self.store, Outcome))
+
+    @cached_property
+    def outcomes(self) -> dict[str, Outcome]:
+        """`receipts`, read as far as they are counted."""
+        found = outcomes_of_manifest(self.store, Outcome)
+        newest = {outcome.output_key: outcome for outcome in found}
+        for segment in self.counted_ledger:
+            newest.update((outcome.output_key, outcome) for outcome in segment.receipts)
         return newest
 
     @cached_property

@@ -171,11 +171,12 @@ def _windows(
     job: Job, shards: Sequence[Shard], read: ReadRows
 ) -> tuple[list[_Window], list[RowError]]:
     """Rows of the first, the middle and the last shard, and why some of them are not scored."""
-    ordered = sorted(shards, key=lambda shard: shard.output_key)
+    keys = [shard.output_key for shard in shards]
+    ordered = sorted(range(len(keys)), key=keys.__getitem__)
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
     found: list[_Window] = []
     refused: list[RowError] = []
-    for part in [part for place in places for part in parts_of(ordered[place])]:
+    for part in [part for place in places for part in parts_of(shards[ordered[place]])]:
         try:
             parsed = read(part, job.config)
             window = read_apart(job.config, part.source.size_bytes, _window, job, part, parsed)

@@ -1,6 +1,6 @@
 """One shard after the other, in this process: the reference for the Ray pipeline."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
@@ -15,7 +15,7 @@ from batch_scorer.records import Receipt, Shard
 def run_here(
     job: AnyJob,
     epoch: int,
-    todo: list[Shard],
+    todo: Sequence[Shard],
     samples: Mapping[str, Sample],
     attempt: int = 1,
     make: BackendFactory | None = None,

@@ -67,7 +67,7 @@ _ITEMS_PER_WORKER = 4
 def run_on_ray(
     job: AnyJob,
     epoch: int,
-    todo: list[Shard],
+    todo: Sequence[Shard],
     samples: Mapping[str, Sample],
     attempt: int = 1,
     make: BackendFactory | None = None,
@@ -156,7 +156,7 @@ def _here(actor: type) -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(actor)
 
 
-def _items(job: AnyJob, todo: list[Shard], workers: int) -> Iterator[list[Shard]]:
+def _items(job: AnyJob, todo: Sequence[Shard], workers: int) -> Iterator[list[Shard]]:
     """Work items: one shard each, but small ones together where there are many. Shards are
     committed one by one whatever the item."""
     if job.asks_together:
@@ -172,7 +172,7 @@ def _items(job: AnyJob, todo: list[Shard], workers: int) -> Iterator[list[Shard]
 
 
 def _bundled(
-    todo: list[Shard], costs: list[int], most: int, most_shards: int
+    todo: Sequence[Shard], costs: list[int], most: int, most_shards: int
 ) -> Iterator[list[Shard]]:
     """As many shards in a row as cost no more than `most` together; at least one."""
     bundle: list[Shard] = []

@@ -7,7 +7,9 @@ O outputs of the model (1 for a scalar reward).
 from batch_scorer.records.judging import Ended, Judged, Questions, Reply
 from batch_scorer.records.receipts import (
     Commit,
+    CommitCounts,
     ModelCommit,
+    Outcome,
     PairCounts,
     Receipt,
     Reused,
@@ -47,6 +49,7 @@ from batch_scorer.records.shards import (
     Lines,
     Shard,
     Source,
+    identity_function,
     layout_from_json,
     layout_to_json,
 )
@@ -58,6 +61,7 @@ __all__ = [
     "SCALAR",
     "Codec",
     "Commit",
+    "CommitCounts",
     "Conversation",
     "Effort",
     "Embedding",
@@ -70,6 +74,7 @@ __all__ = [
     "Lines",
     "Message",
     "ModelCommit",
+    "Outcome",
     "Outputs",
     "PairCounts",
     "ParsedRows",
@@ -93,6 +98,7 @@ __all__ = [
     "TokenizedRows",
     "family_prefix",
     "gather",
+    "identity_function",
     "layout_from_json",
     "layout_to_json",
 ]

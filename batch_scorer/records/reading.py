@@ -15,6 +15,10 @@ from batch_scorer.storage import ObjectInfo, Store, printable
 T = TypeVar("T")
 
 _WHOLE_BITS = 63
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+"""All digits as one, for `bytes.translate`."""
+_MANY = b"0" * 19
+"""As many digits as the smallest number of more bits has."""
 _MOST_CHARACTERS = 100
 """Of a record's text that a message quotes."""
 
@@ -26,7 +30,8 @@ def parsed(data: str | bytes, shape: type[T]) -> T:
     JSON or of another shape, and for a whole number of more than 63 bits, which no count is.
     """
     try:
-        json.loads(data, parse_int=_whole)
+        if _has_many_digits(data):
+            json.loads(data, parse_int=_whole)
         reader = _reader(shape)  # type: ignore[arg-type]  # a type can be a key
         value: T = reader.validate_json(data, strict=True)
         return value
@@ -34,6 +39,8 @@ def parsed(data: str | bytes, shape: type[T]) -> T:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         problem = f"{place}: {first['msg']}" if place else first["msg"]
+        if first["type"] == "json_invalid":
+            problem = f"no JSON: {first['ctx']['error']}"
     except RecursionError:
         problem = "lists and objects lie too deep in each other"
     except ValueError as error:
@@ -54,6 +61,12 @@ def read_record_with_info(store: Store, key: str, shape: type[T]) -> tuple[T, Ob
 def read_lines(store: Store, key: str, shape: type[T]) -> list[T]:
     """A record with a value of this type in each line; raises as `read_record`."""
     return store.read_parsed(key, lambda data: [parsed(x, shape) for x in data.splitlines()])[0]
+
+
+def _has_many_digits(data: str | bytes) -> bool:
+    """Whether any number may be too large; few records have so many digits in a row anywhere."""
+    text = data.encode(errors="replace") if isinstance(data, str) else data
+    return _MANY in text.translate(_DIGITS)
 
 
 def _whole(digits: str) -> int:

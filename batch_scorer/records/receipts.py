@@ -1,10 +1,9 @@
 """What became of a shard: its commit, in the object's footer, and its receipt."""
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import lru_cache
 from sys import intern
 from typing import Any, Self, TypeVar
 
@@ -358,12 +357,61 @@ class Receipt:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class CommitCounts:
+    """The counts of a `Commit`."""
+
+    rows_scored: int
+    rows_marked: int
+    marked: dict[str, int]
+    sequences: int
+    tokens: int
+    rows_not_asked: int = 0
+    judged: Judged | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCounts:
+    """A `Stored` with nothing but the counts of its commit."""
+
+    commit: CommitCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A receipt, read as far as it is counted. `status` counts all shards of an output, and to read
+    the rest of their receipts takes most of the time."""
+
+    output_key: str
+    input: str
+    num_rows: int
+    status: Status
+    stored: StoredCounts | None = None
+    reason: ShardReason | None = None
+    detail: str = ""
+    engine: str = ""
+    estimated_tokens: int = 0
+    reused: Reused = field(default_factory=Reused)
+    spent: Spent = field(default_factory=Spent)
+    rows_not_asked: int = 0
+
+    @property
+    def commit(self) -> CommitCounts | None:
+        return None if self.stored is None else self.stored.commit
+
+    def compact(self) -> Self:
+        """As of a `Receipt`: this one holds little."""
+        return self
+
+
 def _shared(value: T) -> T:
     """A value equal to this one, which nobody changes: the outputs of a run have few of them."""
-    shared: T = _parsed(json.dumps(value))
-    return shared
+    for known in tuple(_alike):
+        if known == value:
+            same: T = known
+            return same
+    _alike.appendleft(value)
+    return value
 
 
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> Any:
-    return json.loads(text)
+_alike: deque[Any] = deque(maxlen=16)

@@ -1,12 +1,13 @@
 """An input file, and a shard: a row range of one."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from batch_scorer.records.digest import digest_of
+from batch_scorer.records.digest import json_text
 from batch_scorer.records.rows import DEFAULT_BOUNDS, Format, Layout, ReadBounds, TextStyle
 from batch_scorer.storage import Version
 
@@ -111,18 +112,32 @@ class Shard:
 
     def identity(self, fingerprint: str, column_prefix: str) -> str:
         """Digest of what this shard's scores are made of: equal identities, equal scores."""
-        return digest_of(
-            {
-                "input": self.source.key,
-                "etag": self.source.version.etag,
-                "size_bytes": self.source.size_bytes,
-                "rows": [self.first_row, self.num_rows, self.rows_not_asked],
-                "where": self.where,
-                "layout": layout_to_json(self.layout),
-                "column_prefix": column_prefix,
-                "fingerprint": fingerprint,
-            }
+        identity = identity_function(fingerprint, column_prefix, self.layout, self.where)
+        return identity(self.source, self.first_row, self.num_rows, self.rows_not_asked)
+
+
+def identity_function(
+    fingerprint: str, column_prefix: str, layout: Layout, where: str | None
+) -> Callable[[Source, int, int, int], str]:
+    """What gives the identity of shards that have all of this alike, from the source, the first
+    row, and the numbers of rows and of those not asked for.
+
+    It is `digest_of` an object with these keys. What is alike is written once: a plan has the
+    identities of all its shards.
+    """
+    prefix, mark = json_text(column_prefix), json_text(fingerprint)
+    read, chosen = json_text(layout_to_json(layout)), json_text(where)
+
+    def identity(source: Source, first_row: int, num_rows: int, rows_not_asked: int) -> str:
+        text = (
+            f'{{"column_prefix":{prefix},"etag":{json_text(source.version.etag)},'
+            f'"fingerprint":{mark},"input":{json_text(source.key)},"layout":{read},'
+            f'"rows":[{first_row},{num_rows},{rows_not_asked}],'
+            f'"size_bytes":{source.size_bytes},"where":{chosen}}}'
         )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    return identity
 
 
 def layout_from_json(stored: Mapping[str, Any]) -> Layout:

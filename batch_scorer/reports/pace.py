@@ -38,24 +38,25 @@ class Started:
 
 def started(work: Work) -> Started:
     plan = work.plan
+    keys = [source.key for source in plan.files.sources]
     layouts: dict[str, tuple[str, ...]] = {}
-    for file in plan.files:
-        what = formats.describe(file.layout, file.schema)
-        layouts[what] = (*layouts.get(what, ()), file.source.key)
+    for alike, places in plan.files.by_alike():
+        what = formats.describe(alike.layout, alike.schema)
+        layouts[what] = (*layouts.get(what, ()), *(keys[at] for at in places.tolist()))
     return Started(
         files=len(plan.files),
         shards=len(plan.shards),
         rows=plan.num_rows,
         shards_done=len(work.done),
         todo_shards=len(work.todo),
-        todo_rows=sum(shard.num_rows for shard in work.todo),
-        todo_tokens=sum(shard.estimated_tokens for shard in work.todo),
+        todo_rows=work.todo.total("num_rows"),
+        todo_tokens=work.todo.total("estimated_tokens"),
         layouts=layouts,
         failed=tuple(map(failed_shard, plan.failed)),
         input_gone=tuple(receipt.output_key for receipt in work.gone),
         rows_not_asked=plan.rows_not_asked,
         skipped=tuple(plan.skipped),
-        shards_again=sum(shard.retries > 0 for shard in work.todo),
+        shards_again=sum(shard.retries > 0 for shard in work.todo.changed.values()),
     )
 
 

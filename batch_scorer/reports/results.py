@@ -5,10 +5,11 @@ in the values that they hold.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from batch_scorer import formats
 from batch_scorer.errors import ExitCode
@@ -112,27 +113,30 @@ class PlanReport:
 
 def plan_report(ahead: Outlook) -> PlanReport:
     plan = ahead.plan
-    shards: dict[str, int] = defaultdict(int)
-    rows: dict[str, int] = defaultdict(int)
-    tokens: dict[str, int] = defaultdict(int)
-    for shard in plan.shards:
-        shards[shard.source.url] += 1
-        rows[shard.source.url] += shard.num_rows
-        tokens[shard.source.url] += shard.estimated_tokens
+    of_files = plan.shards.numbers
+    shards, rows, tokens = (
+        np.bincount(of_files["file"], weights, len(plan.files)).astype(np.int64).tolist()
+        for weights in (None, of_files["num_rows"], of_files["estimated_tokens"])
+    )
+    all_rows, facts = plan.files.num_rows.tolist(), plan.files.facts
+    rows_are = [formats.describe(alike.layout, alike.schema) for alike in facts.alike]
+    layouts = [layout_to_json(alike.layout) for alike in facts.alike]
     return PlanReport(
         files=tuple(
             PlannedFile(
-                key=file.source.key,
-                url=file.source.url,
-                rows=rows[file.source.url],
-                rows_not_asked=file.num_rows - rows[file.source.url],
-                shards=shards[file.source.url],
-                tokens=tokens[file.source.url],
-                rows_are=formats.describe(file.layout, file.schema),
-                layout=layout_to_json(file.layout),
-                lost_types=file.lost_types,
+                key=source.key,
+                url=source.url,
+                rows=rows[at],
+                rows_not_asked=all_rows[at] - rows[at],
+                shards=shards[at],
+                tokens=tokens[at],
+                rows_are=rows_are[which],
+                layout=layouts[which],
+                lost_types=facts.alike[which].lost_types,
             )
-            for file in plan.files
+            for at, (source, which) in enumerate(
+                zip(plan.files.sources, facts.which.tolist(), strict=True)
+            )
         ),
         shards=len(plan.shards),
         rows=plan.num_rows,

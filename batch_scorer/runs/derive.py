@@ -22,6 +22,7 @@ from batch_scorer.errors import (
 )
 from batch_scorer.fingerprint import Fingerprint, score_fingerprint
 from batch_scorer.formats.kinds import BESIDE_NAMES
+from batch_scorer.inputs.known import KnownFiles
 from batch_scorer.inputs.plan import Choice, Plan, make_plan
 from batch_scorer.job import (
     AnyJob,
@@ -51,6 +52,7 @@ from batch_scorer.models.hub import repository_of
 from batch_scorer.models.kept import kept
 from batch_scorer.models.registry import JUDGE, NAMED
 from batch_scorer.outputs.claim import claimed, claimed_parts
+from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.pipeline.session import RaySession, has_gpus, on_worker, worker_pool
 from batch_scorer.records import Format, TextStyle, TokenizedRows
 from batch_scorer.render import Probe, max_tokens_of, rendering_of
@@ -265,7 +267,13 @@ def plan_for(config: Config, members: Members, choose: Choice | None = None) -> 
         choose,
         beside=next(filter(None, (model.prompt.column_beside for model in models)), None),
         fields=models[0].columns_beside,  # of a judge, which is alone
+        known=known_files(config),
     )
+
+
+def known_files(config: Config) -> KnownFiles | None:
+    """What is known of input files at the output, if the settings name one."""
+    return KnownFiles(config, f"{RECORDS}/inputs") if config.output else None
 
 
 def as_begun(config: Config, members: Members, output: Store) -> AnyJob | None:
@@ -452,14 +460,14 @@ def require_answers(job: Job, plan: Plan) -> None:
     begins."""
     if not job.model.prompt.answer:
         return
-    for file in plan.files:
-        layout = file.layout
+    for alike, places in plan.files.by_alike():
+        layout = alike.layout
         is_one = layout.format in (Format.TEXT, Format.TOKEN_IDS)
         if is_one or (layout.text_style is TextStyle.RENDERED and "prompt" not in layout.columns):
             raise ConfigError(
-                f"{file.source.key}: {layout.format.value}: an implicit reward is of the answer "
-                "alone, and these rows do not show where it begins; give prompt and answer in "
-                "columns of their own, or conversations"
+                f"{plan.files.sources[places[0]].key}: {layout.format.value}: an implicit reward "
+                "is of the answer alone, and these rows do not show where it begins; give prompt "
+                "and answer in columns of their own, or conversations"
             )
 
 
@@ -468,5 +476,6 @@ def require_template(job: Job, plan: Plan) -> None:
     if job.model.is_served:
         return
     needs_none = {Format.TEXT, Format.TOKEN_IDS}
-    if job.probe is None and any(f.layout.format not in needs_none for f in plan.files):
+    alike = plan.files.facts.alike
+    if job.probe is None and any(each.layout.format not in needs_none for each in alike):
         raise ModelError(rendering_of(job.config, job.model).problem)

@@ -75,21 +75,21 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
     """
     engine = ENGINES[supported_engines(config, model)[0]]
     shares = shares_prefixes(config, model, engine)
-    shards = [shard for shard in shards if shard.num_rows]
-    num_groups = min(SAMPLE_SHARDS, len(shards))
+    num_rows = np.array([shard.num_rows for shard in shards], np.int64)
+    filled = np.flatnonzero(num_rows)
+    num_groups = min(SAMPLE_SHARDS, len(filled))
     sampled_rows = covered_rows = 0
     sums = np.zeros(3)  # as the fields of RowWork
     parts: list[TokenizedRows] = []
     apart = 0.0  # computed tokens of the parts, each for itself
-    for places in np.array_split(np.arange(len(shards)), num_groups) if shards else ():
-        group = [shards[place] for place in places]
-        part = _first_rows(group[len(group) // 2], num_groups)
+    for group in np.array_split(filled, num_groups) if num_groups else ():
+        part = _first_rows(shards[int(group[len(group) // 2])], num_groups)
         try:
             (rows,) = read_shard(part, [Member(config, model)]).rows
         except ShardError as error:
             log.warning("%s: not sampled: %s", part.source.key, error)
             continue
-        group_rows = sum(shard.num_rows for shard in group)
+        group_rows = int(num_rows[group].sum())
         work = work_of(rows, shares=shares, is_causal=is_causal(model))
         scale = group_rows / part.num_rows
         sums += scale * np.array([work.row_tokens, work.computed_tokens, work.attended_pairs])
@@ -99,9 +99,7 @@ def estimate(config: Config, model: ModelFacts, shards: Sequence[Shard]) -> Esti
         covered_rows += group_rows
     if not sums[0]:
         return None
-    row_tokens, computed_tokens, pairs = (
-        sums * sum(shard.num_rows for shard in shards) / covered_rows
-    ).tolist()
+    row_tokens, computed_tokens, pairs = (sums * num_rows.sum() / covered_rows).tolist()
     cost = model.cost if engine.runs_model else None
     together = build_trie(TokenizedRows.joined(parts)).num_tokens if shares else apart
     return Estimate(

@@ -14,7 +14,7 @@ from pydantic import FiniteFloat
 from batch_scorer.models.cost import ModelCost
 from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.puts import put
-from batch_scorer.records import Effort, Receipt
+from batch_scorer.records import Effort, Outcome, Receipt
 from batch_scorer.records.reading import read_record
 from batch_scorer.storage import Store
 
@@ -88,13 +88,13 @@ class Metrics:
     """When the newest shard was committed."""
 
     @classmethod
-    def of(cls, receipts: Iterable[Receipt]) -> Self:
+    def of(cls, receipts: Iterable[Receipt | Outcome]) -> Self:
         metrics = cls()
         for receipt in receipts:
             metrics.add(receipt)
         return metrics
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, receipt: Receipt | Outcome) -> None:
         """Count a shard that has ended; one that is not committed leaves only its estimate."""
         self.estimated_tokens += receipt.estimated_tokens
         if receipt.commit is None:

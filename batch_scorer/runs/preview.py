@@ -12,6 +12,7 @@ from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sampl
 from batch_scorer.pipeline.session import on_worker, ray_session
 from batch_scorer.runs.derive import (
     derive,
+    known_files,
     look_at_model,
     look_at_models,
     plan_for,
@@ -67,11 +68,11 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
     ModelError for a model that is at hand and cannot score.
     """
     if not with_model:
-        return Outlook(make_plan(config))
+        return Outlook(make_plan(config, known=known_files(config)))
     try:
         members = look_at_models(config, with_weights=False)
     except NotHereError as error:
-        return Outlook(make_plan(config), unknown=str(error))
+        return Outlook(make_plan(config, known=known_files(config)), unknown=str(error))
     plan = plan_for(config, members)
     if any(member.model.is_served for member in members.values()):
         return Outlook(plan, unknown="a served judge's tokens are counted by its server")

@@ -5,10 +5,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
+
+import numpy as np
 
 from batch_scorer.errors import LeaseLostError, ShardReason
 from batch_scorer.failpoints import failpoint
 from batch_scorer.inputs.plan import Plan
+from batch_scorer.inputs.tables import ShardTable
 from batch_scorer.job import AnyJob
 from batch_scorer.outputs.manifest import committed
 from batch_scorer.outputs.reuse import Earlier, keep, kept, nearest
@@ -47,7 +51,7 @@ class Work:
     """
 
     plan: Plan
-    todo: list[Shard]
+    todo: ShardTable
     done: list[Receipt]
     gone: list[Receipt]
     failed: list[Receipt]
@@ -73,19 +77,16 @@ def remaining(
     as they are. Raises, for a run that holds the lease at `epoch`, LeaseLostError where a newer run
     has cut a file differently.
     """
-    wanted = {shard.output_key: shard for shard in plan.shards}
-    fingerprint, prefix = job.fingerprint.digest, job.config.column_prefix
-    identities = {key: shard.identity(fingerprint, prefix) for key, shard in wanted.items()}
-    inputs = {part.input for part in plan.not_asked} | {s.source.key for s in plan.shards}
+    index = _Index(plan, job)
     unusable = {receipt.input for receipt in plan.failed}
     retried = set(job.config.retry_marked)
 
     def fate_of(key: str, commit: Commit) -> Fate:
-        if key in wanted:
-            if commit.identity != identities[key]:
+        if (place := index.shards.get(key)) is not None:
+            if commit.identity != index.identities[place]:
                 return Fate.STALE
             return Fate.DONE if retried.isdisjoint(commit.reasons) else Fate.RETRIED
-        if commit.input in inputs:
+        if commit.input in index.roots:
             return Fate.OUTDATED
         if commit.input in plan.aside:
             return Fate.ASIDE
@@ -93,43 +94,52 @@ def remaining(
 
     found: dict[Fate, list[Receipt]] = {fate: [] for fate in Fate}
     state = OutputState(output)
-    in_the_way: dict[str, Receipt] = {}
+    in_the_way: dict[int, Receipt] = {}
     for info, receipt in state.shards():
         if receipt is not None and receipt.commit is not None:
             found[fate_of(info.key, receipt.commit)].append(receipt)
-        elif info.key in wanted:
+        elif (place := index.shards.get(info.key)) is not None:
             detail = f"{output.url(info.key)} was not written by this program, or is damaged"
             reason = ShardReason.OBJECT_IN_THE_WAY
-            failed = Receipt.of_shard(wanted[info.key], Status.FAILED, reason, detail)
-            in_the_way[info.key] = failed
+            failed = Receipt.of_shard(plan.shards[place], Status.FAILED, reason, detail)
+            in_the_way[place] = failed
         else:
             log.warning("%s is not ours; left alone", output.url(info.key))
     if epoch is not None and any(r.commit and r.commit.epoch > epoch for r in found[Fate.OUTDATED]):
         raise LeaseLostError(f"{output.root}: a newer run works here; this one stops")
 
-    roots = {shard.source.key: shard.source.root for shard in plan.shards}
-    roots |= {key: source.root for key, source in plan.aside.items()}
-    finished = {receipt.output_key for fate in (Fate.DONE, Fate.RETRIED) for receipt in found[fate]}
-    undone = [s for key, s in wanted.items() if key not in finished and key not in in_the_way]
-    stop = len(wanted) if max_shards is None else max_shards
-    todo, left = undone[:stop], undone[stop:]
+    is_undone = np.ones(len(plan.shards), np.bool_)
+    is_undone[[*in_the_way]] = False
+    for fate in (Fate.DONE, Fate.RETRIED):
+        is_undone[[index.shards[receipt.output_key] for receipt in found[fate]]] = False
+    undone = np.flatnonzero(is_undone)
+    stop = len(plan.shards) if max_shards is None else max_shards
+    now, left = undone[:stop], plan.shards.take(undone[stop:])
     tried = sorted(found[Fate.RETRIED], key=_retries)
-    again, later = tried[: stop - len(todo)], tried[stop - len(todo) :]
-    done, aside = (
-        [replace(r, status=Status.COMMITTED, input_root=roots[r.input]) for r in receipts]
-        for receipts in (found[Fate.DONE] + later, found[Fate.ASIDE])
-    )
-    todo += [replace(wanted[r.output_key], retries=_retries(r) + 1) for r in again]
+    again, later = tried[: stop - len(now)], tried[stop - len(now) :]
+    done = [_committed(r, index.roots[r.input]) for r in found[Fate.DONE] + later]
+    aside = [_committed(r, plan.aside[r.input].root) for r in found[Fate.ASIDE]]
+    places = [*now.tolist(), *(index.shards[r.output_key] for r in again)]
+    todo = plan.shards.take(np.array(places, np.intp))
     stale = {receipt.output_key: receipt for receipt in [*found[Fate.STALE], *again]}
-    replaced = [stale[shard.output_key] for shard in todo if shard.output_key in stale]
-    versions = {r.output_key: r.stored.version for r in replaced if r.stored is not None}
+    replaced: list[Receipt] = []
+    changed: dict[int, Shard] = {}
+    for place, key in enumerate(todo.output_keys if stale else ()):
+        if (old := stale.get(key)) is not None:
+            replaced.append(old)
+            changed[place] = replace(
+                todo[place],
+                replaces=None if old.stored is None else old.stored.version,
+                retries=_retries(old) + 1 if place >= len(now) else 0,
+            )
     # A file that waits as a whole keeps its old pieces: nothing comes in their place yet.
-    waiting = {shard.source.key for shard in left} - {shard.source.key for shard in todo}
-    waiting -= {receipt.input for receipt in done}
+    waiting: set[str] = set()
+    if left:
+        waiting = left.input_keys - todo.input_keys - {receipt.input for receipt in done}
     begun = _begun(aside, state.manifest) if plan.aside else set()
     return Work(
         plan=plan,
-        todo=[replace(shard, replaces=versions.get(shard.output_key)) for shard in todo],
+        todo=todo.with_changed(changed),
         done=done + aside,
         failed=[*plan.failed, *in_the_way.values()],
         gone=[replace(receipt, status=Status.INPUT_GONE) for receipt in found[Fate.GONE]],
@@ -146,6 +156,38 @@ def remaining(
     )
 
 
+class _Index:
+    """Where a plan has a shard, and whose root a file has, by name. Each is made when it is first
+    asked for: an output that was just begun has nothing to compare."""
+
+    def __init__(self, plan: Plan, job: AnyJob) -> None:
+        self._plan = plan
+        self._job = job
+
+    @cached_property
+    def shards(self) -> dict[str, int]:
+        """The place of each shard by its output key."""
+        return {key: place for place, key in enumerate(self._plan.shards.output_keys)}
+
+    @cached_property
+    def identities(self) -> list[str]:
+        """Of each shard."""
+        prefix = self._job.config.column_prefix
+        return list(self._plan.shards.identities(self._job.fingerprint.digest, prefix))
+
+    @cached_property
+    def roots(self) -> dict[str, str]:
+        """The root of each file of the plan by its key."""
+        return {source.key: source.root for source in self._plan.files.sources}
+
+
+def _committed(receipt: Receipt, root: str) -> Receipt:
+    """The receipt, as that of a shard of this plan."""
+    if receipt.status is Status.COMMITTED and receipt.input_root == root:
+        return receipt
+    return replace(receipt, status=Status.COMMITTED, input_root=root)
+
+
 def _retries(receipt: Receipt) -> int:
     return 0 if receipt.commit is None else receipt.commit.retries
 
@@ -157,7 +199,7 @@ def make_room(work: Work, job: AnyJob, output: Store, donors: Iterable[Earlier] 
     Under the lease. What a crash leaves behind is found again by `remaining`.
     """
     fingerprints = {member.fingerprint.digest for member in job.members.values()}
-    rewritten = {shard.source.key for shard in work.todo}
+    rewritten = work.todo.input_keys if work.outdated else set()
     doomed = [receipt for receipt in work.outdated if receipt.input in rewritten]
     copies = keep(output, [*work.replaced, *doomed])
     failpoint("room.before_delete")
@@ -173,13 +215,12 @@ def make_room(work: Work, job: AnyJob, output: Store, donors: Iterable[Earlier] 
     candidates: dict[str, list[Earlier]] = defaultdict(list)
     for earlier in [*aside, *donors]:
         candidates[earlier.commit.input].append(earlier)
-    todo = [
-        replace(shard, earlier=nearest(shard, candidates[shard.source.key], fingerprints))
+    changed = {
+        place: replace(shard, earlier=nearest(shard, candidates[shard.source.key], fingerprints))
+        for place, shard in enumerate(work.todo if candidates else ())
         if shard.source.key in candidates
-        else shard
-        for shard in work.todo
-    ]
-    return replace(work, todo=todo, aside=aside)
+    }
+    return replace(work, todo=work.todo.with_changed(changed), aside=aside)
 
 
 def remove_strays(epoch: int, output: Store, receipts: Sequence[Receipt]) -> None:

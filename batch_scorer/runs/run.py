@@ -7,11 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from batch_scorer import logs
 from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.config import Config
 from batch_scorer.errors import LeaseLostError, ShardReason, StorageError
 from batch_scorer.inputs.plan import Plan
+from batch_scorer.inputs.tables import ShardTable
 from batch_scorer.job import AnyJob, Members
 from batch_scorer.outputs.claim import claim_output, refuse_nights
 from batch_scorer.outputs.lease import Lease, SeenLease, see_lease
@@ -139,6 +142,8 @@ def score_plan(
             output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
             found = replace(found, success=None)
         work = make_room(work, job, output, donors)
+        if plan.known is not None:
+            plan.known.keep(plan.files, plan.aside.values())
         record_plan(output, len(plan.shards), plan.num_rows, plan.estimated_tokens)
         run = _set_out(job, lease.epoch, work)
         if work.todo:
@@ -170,8 +175,8 @@ def _set_out(job: AnyJob, epoch: int, work: Work) -> Run:
     return Run(
         epoch=epoch,
         shards=len(work.todo),
-        rows=sum(shard.num_rows for shard in work.todo),
-        estimated_tokens=sum(shard.estimated_tokens for shard in work.todo),
+        rows=work.todo.total("num_rows"),
+        estimated_tokens=work.todo.total("estimated_tokens"),
         workers=workers,
         devices=workers * job.config.devices_per_worker,
         cost=costs.pop("", None),
@@ -249,7 +254,7 @@ def _changes(job: AnyJob, samples: Mapping[str, Sample]) -> Iterator[str]:
                 yield f"{said}{change}"
 
 
-def _samples(job: AnyJob, todo: list[Shard]) -> dict[str, Sample]:
+def _samples(job: AnyJob, todo: Sequence[Shard]) -> dict[str, Sample]:
     """The rows on which every worker has to agree with plain Hugging Face, by model."""
     samples: dict[str, Sample] = {}
     for name, member in job.members.items():
@@ -266,7 +271,7 @@ def _samples(job: AnyJob, todo: list[Shard]) -> dict[str, Sample]:
 def _attempt_all(
     job: AnyJob,
     epoch: int,
-    todo: list[Shard],
+    todo: ShardTable,
     samples: Mapping[str, Sample],
     make: BackendFactory | None,
 ) -> Iterator[Receipt]:
@@ -274,8 +279,7 @@ def _attempt_all(
     run_all = run_on_ray if job.config.use_ray else run_here
     for attempt in range(1, job.config.attempts + 1):
         again: set[str] = set()
-        # Longest first, so that the last shards to finish are short ones.
-        todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
+        todo = todo.longest_first()
         for receipt in run_all(job, epoch, todo, samples, attempt, make):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
                 with logs.fields(shard=receipt.output_key, attempt=receipt.spent.retries + 1):
@@ -283,4 +287,5 @@ def _attempt_all(
                 again.add(receipt.output_key)
             else:
                 yield receipt
-        todo = [shard for shard in todo if shard.output_key in again]
+        places = [place for place, key in enumerate(todo.output_keys) if key in again]
+        todo = todo.take(np.array(places, np.intp))

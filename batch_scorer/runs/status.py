@@ -9,7 +9,7 @@ from typing import Any
 from batch_scorer.config import expanded
 from batch_scorer.outputs.claim import open_scored
 from batch_scorer.outputs.lease import LeaseState
-from batch_scorer.outputs.manifest import Planned, total
+from batch_scorer.outputs.manifest import Planned, counted
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.records import Status
 from batch_scorer.runs.metrics import Metrics, newest_run
@@ -59,8 +59,8 @@ def read_status(output: str | Path, store_options: Mapping[str, str] | None = No
     output = expanded(output)
     store, claim = open_scored(output, store_options or {})
     state = OutputState(store)
-    holder, receipts = state.holder, state.receipts.values()
-    totals = total(receipts)
+    holder, outcomes = state.holder, state.outcomes.values()
+    totals = counted(outcomes)
     metrics, left_s = _pace(state)
     plan = state.plan or Planned(shards=0, rows=0, estimated_tokens=0)
     if state.success is not None:
@@ -87,7 +87,7 @@ def read_status(output: str | Path, store_options: Mapping[str, str] | None = No
         marked=totals["marked"],
         failed=[
             {"input": r.input, "reason": r.reason, "detail": r.detail}
-            for r in receipts
+            for r in outcomes
             if r.status is Status.FAILED
         ],
         tokens=totals["tokens"],
@@ -112,7 +112,8 @@ def _pace(state: OutputState) -> tuple[dict[str, Any] | None, float | None]:
     if figures is not None:
         return figures, None
     lease, holder = state.lease, state.holder
-    ours = [segment for segment in state.ledger if lease and segment.holder_id == lease.holder_id]
+    segments = state.counted_ledger
+    ours = [segment for segment in segments if lease and segment.holder_id == lease.holder_id]
     so_far = Metrics.of(receipt for segment in ours for receipt in segment.receipts)
     left_s = so_far.left_s(run.estimated_tokens)
     if left_s is None or holder is None or not ours:

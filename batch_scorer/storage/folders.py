@@ -14,7 +14,7 @@ from pathlib import Path
 
 _HIDDEN = re.compile("[^#]*#[0-9]+")
 """Names of obstore's own unfinished files; it shows them nowhere."""
-_CONTROL = re.compile("[\x00-\x1f\x7f]")
+_UNSPEAKABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _MOST_NAMES = 1000
 """Under so many names the files of one folder are listed: links that fork at each of some thirty
 folders would name every file a billion times."""
@@ -43,12 +43,13 @@ def printable(text: str) -> str:
 
 def is_speakable(text: str) -> bool:
     """Whether a path can be named in a store and in a line: no control characters, and UTF-8."""
-    return not _CONTROL.search(text) and not any("\ud800" <= c <= "\udfff" for c in text)
+    return not _UNSPEAKABLE.search(text)
 
 
-def walk(root: Path, prefix: str) -> Iterator[str | Unusable]:
-    """The keys of all files below the folder `prefix` of `root`, links followed, and what cannot be
-    used. Nothing is opened. Raises OSError where the folder itself cannot be read."""
+def walk(root: Path, prefix: str) -> Iterator[tuple[str, os.stat_result] | Unusable]:
+    """All files below the folder `prefix` of `root`, links followed, each with its key and what the
+    system says of it; and what cannot be used. Nothing is opened. Raises OSError where the folder
+    itself cannot be read."""
     names: Counter[tuple[int, int]] = Counter()
     top = root / prefix
     try:
@@ -85,7 +86,7 @@ def walk(root: Path, prefix: str) -> Iterator[str | Unusable]:
                 continue
             itself = (about.st_dev, about.st_ino)
             if stat.S_ISREG(about.st_mode):
-                yield key
+                yield key, about
             elif not stat.S_ISDIR(about.st_mode):
                 yield Unusable(printable(key), "is a device, a pipe or a socket", False)
             elif itself in above:

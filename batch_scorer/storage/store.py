@@ -37,7 +37,7 @@ from batch_scorer.storage.faults import (
     translated,
 )
 from batch_scorer.storage.folders import Unusable, is_speakable, printable, walk
-from batch_scorer.storage.versions import ObjectInfo, Version, info_of, version_of
+from batch_scorer.storage.versions import ObjectInfo, Version, info_of, info_of_file, version_of
 
 log = logging.getLogger("batch_scorer")
 
@@ -159,13 +159,20 @@ class Store:
         return self._stored(prefix) if self._local is None else self._walked(self._local, prefix)
 
     def _walked(self, folder: Path, prefix: str) -> Iterator[ObjectInfo | Unusable]:
+        # What a request would show is reckoned from what the system says of a file: a request for
+        # each took nine tenths of a listing. The first one is asked for, to see that both agree.
+        agrees: bool | None = None
         with self._translated(prefix):
             for found in walk(folder, prefix):
                 if isinstance(found, Unusable):
                     yield found
-                else:
-                    with suppress(ObjectMissing):  # removed in the meantime
-                        yield self.head(found)
+                    continue
+                key, about = found
+                info = info_of_file(key, about)
+                with suppress(ObjectMissing):  # removed in the meantime
+                    if agrees is None:
+                        agrees = self.head(key) == info
+                    yield info if agrees else self.head(key)
 
     def _stored(self, prefix: str) -> Iterator[ObjectInfo]:
         seen: set[str] = set()

@@ -6,9 +6,12 @@ generation, with every answer but the listing (docs/commit-protocol.md has the t
 entity tag, in quotes, is what a version *is*; the rest only helps with requests.
 """
 
+import os
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +55,11 @@ def version_of(answer: Any) -> Version:
 def info_of(meta: Any) -> ObjectInfo:
     """The object in obstore's answer to a head, a read or a listing."""
     return ObjectInfo(meta["path"], meta["size"], version_of(meta), meta["last_modified"])
+
+
+def info_of_file(key: str, about: os.stat_result) -> ObjectInfo:
+    """What obstore's local store shows of a file of which the system says this."""
+    changed_us = about.st_mtime_ns // 1000
+    tag = f"{about.st_ino:x}-{max(0, changed_us):x}-{about.st_size:x}"
+    changed = _EPOCH + timedelta(microseconds=changed_us)
+    return ObjectInfo(key, about.st_size, Version(tag), changed)

@@ -50,13 +50,12 @@ def test_a_row_that_is_lost_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def shorter(*args: Any) -> Plan:
         plan = make_plan(*args)
-        shards = [
-            shard
-            if shard.source.key == trials.HEALTHY
-            else replace(shard, num_rows=shard.num_rows - 1)
-            for shard in plan.shards
-        ]
-        return replace(plan, shards=shards)
+        changed = {
+            place: replace(shard, num_rows=shard.num_rows - 1)
+            for place, shard in enumerate(plan.shards)
+            if shard.source.key != trials.HEALTHY
+        }
+        return replace(plan, shards=plan.shards.with_changed(changed))
 
     monkeypatch.setattr(trials, "make_plan", shorter)
     trial = trials.trial_of("jsonl", tmp_path, None)

@@ -1,5 +1,6 @@
 """The same promises on a local disk and on a real S3 server."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from batch_scorer.errors import ConfigError, StorageError
 from batch_scorer.storage import (
     AccessDenied,
     ObjectChanged,
+    ObjectInfo,
     ObjectMissing,
     Store,
     Version,
@@ -188,3 +190,28 @@ def test_a_hub_that_cannot_be_reached_is_a_failed_store() -> None:
     """The HTTP library's error came through and ended the program with a traceback."""
     with pytest.raises(StorageError, match="hf://datasets/a/b: "), translated("hf://datasets/a/b"):
         get_session().get("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("changed_s", [0, 1, 1.9999995, 1e9 + 0.123456789, -3.5])
+def test_a_local_listing_shows_what_a_request_would(tmp_path: Path, changed_s: float) -> None:
+    """It is reckoned from what the system says of a file, without a request for each."""
+    store = Store(str(tmp_path), {})
+    for name in ("a.txt", "b/c d.txt", "é.txt"):
+        store.create(name, b"x" * len(name))
+        os.utime(tmp_path / name, (changed_s, changed_s))
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    listed = list(store.list())
+    assert len(listed) == 4
+    assert listed == [store.head(info.key) for info in listed]
+
+
+def test_where_it_would_show_something_else_each_file_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path), {})
+    for name in "abc":
+        store.create(name, b"x")
+    shown = [store.head(name) for name in "abc"]
+    other = ObjectInfo("a", 9, Version("9"), shown[0].last_modified)
+    monkeypatch.setattr("batch_scorer.storage.store.info_of_file", lambda key, about: other)
+    assert sorted(store.list(), key=lambda info: info.key) == shown

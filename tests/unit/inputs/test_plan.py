@@ -13,8 +13,9 @@ from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, InputError, ShardReason
 from batch_scorer.inputs import files
 from batch_scorer.inputs.files import read_lines, read_rows
-from batch_scorer.inputs.plan import InputFile, cut, make_plan
+from batch_scorer.inputs.plan import make_plan
 from batch_scorer.inputs.sources import list_inputs
+from batch_scorer.inputs.tables import FileTable, InputFile, cut
 from batch_scorer.records import Format, Layout, Source
 from batch_scorer.storage import Version, open_store
 
@@ -38,10 +39,10 @@ def _config(*inputs: Path | str, **settings: Any) -> Config:
     return load_config(model="m", inputs=tuple(map(str, inputs)), **settings)
 
 
-def _file(groups: list[tuple[int, int]]) -> InputFile:
+def _file(groups: list[tuple[int, int]]) -> FileTable:
     source = Source("/data", "a/b.parquet", 1, Version("e"))
     layout = Layout(Format.TEXT, {"text": "text"})
-    return InputFile(source, pa.schema([]), layout, tuple(groups))
+    return FileTable.of([InputFile(source, pa.schema([]), layout, tuple(groups))])
 
 
 @given(
@@ -65,7 +66,7 @@ def test_every_row_is_in_exactly_one_shard(
         held = sum(rows for rows, _ in groups[start:stop])
         assert before + shard.skip_rows == shard.first_row or shard.num_rows == 0
         assert shard.skip_rows + shard.num_rows <= held
-    assert next_row == file.num_rows
+    assert next_row == file.num_rows.sum()
     assert len({shard.output_key for shard in shards}) == len(shards)
 
 

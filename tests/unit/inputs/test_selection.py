@@ -19,8 +19,9 @@ from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, InputError, ShardReason
 from batch_scorer.inputs import files
 from batch_scorer.inputs.files import row_numbers, rows_of_shard
-from batch_scorer.inputs.plan import InputFile, Plan, cut, make_plan
+from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.inputs.selection import kept_columns, kept_of, spread
+from batch_scorer.inputs.tables import FileTable, InputFile, cut
 from batch_scorer.quarantine import Bounds, apart
 from batch_scorer.records import Format, Layout, Shard, Source, Status
 from batch_scorer.storage import Store, Version
@@ -117,7 +118,7 @@ def test_every_row_is_asked_for_in_one_shard_or_counted_with_one(
         Source("/data", "a.parquet", 1, Version("e")), pa.schema([]), Layout(Format.TEXT, {}),
         tuple(groups), where="w" if bits is not None else None, matching=bits, limit=limit,
     )  # fmt: skip
-    shards = list(cut(file, shard_rows, shard_tokens))
+    shards = list(cut(FileTable.of([file]), shard_rows, shard_tokens))
     if num_rows and not asked:
         assert not shards
         return

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from batch_scorer.inputs.plan import InputFile, Plan
+from batch_scorer.inputs.plan import Plan
+from batch_scorer.inputs.tables import FileTable, InputFile, cut
 from batch_scorer.reports.pace import Tally, started
 from batch_scorer.reports.progress import ProgressView
 from batch_scorer.runs.remaining import Work
@@ -26,14 +27,12 @@ LONG = replace(
 
 def work_of(*names: str, tokens: int = 1) -> Work:
     """A shard to do for each name."""
-    shards = [
-        replace(
-            SHARD, source=replace(SHARD.source, key=name), output_key=name, estimated_tokens=tokens
-        )
-        for name in names
-    ]
     schema = pa.schema({"chosen": pa.string(), "rejected": pa.string()})
-    files = [InputFile(shard.source, schema, shard.layout, ((10, 500),)) for shard in shards]
+    sources = [replace(SHARD.source, key=name) for name in names]
+    files = FileTable.of(
+        [InputFile(source, schema, SHARD.layout, ((10, tokens),)) for source in sources]
+    )
+    shards = cut(files, shard_rows=10, shard_tokens=tokens)
     failed = [replace(FAILED, input=name) for name in names]
     gone = [replace(DONE, output_key=name) for name in names]
     return Work(Plan(files, shards, failed), todo=shards, done=[], gone=gone, failed=failed)
