@@ -14,7 +14,10 @@ Seconds are of wall clocks, without the imports; CPU seconds are of all processe
 largest resident set of the one that plans (the driver), imports included.
 
     python -m benchmarks.plans --against c13ec54
-    python -m benchmarks.plans --shards 1000000
+    python -m benchmarks.plans --shards 1000000 --known
+
+With `--known` it begins at the second plan: what looking into the files would show is written down
+for all of them by what it shows of one.
 """
 
 import argparse
@@ -40,7 +43,8 @@ ROWS = 4
 _FILES_A_FOLDER = 1_000
 _STEP_OF_A_TREE = str(ROOT / "benchmarks" / "trees" / "planning.py")
 STEPS = ("plan", "commit half", "second plan", "resume", "status")
-NOT_TIMED = "commit half"
+STEPS_OF_KNOWN = ("know", *STEPS[1:])
+NOT_TIMED = ("know", "commit half")
 FIGURES = ("seconds", "cpu_s", "peak_mb")
 
 
@@ -70,8 +74,11 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--against", metavar="COMMIT", help="an older commit of this repository")
     parser.add_argument("--shards", type=int, help=f"of the plan ({SHARDS:,})")
+    parser.add_argument("--known", action="store_true", help="no file is looked into; one tree")
     parser.add_argument("--rounds", type=int, default=1, help="of all steps but the untimed one")
     asked = parser.parse_args()
+    if asked.known and asked.against:
+        parser.error("--known: the other tree knows no files")
     shards = asked.shards or (TINY_SHARDS if asked.tiny else SHARDS)
     with tempfile.TemporaryDirectory(prefix="bs", dir="/tmp") as name, ExitStack() as stack:
         home = Path(name)
@@ -84,7 +91,7 @@ def main() -> None:
             write_inputs(tree.home / "in", shards)
         result = measure(trees, model_dir, asked)
     show(result, [tree.name for tree in trees])
-    figures = {"against": asked.against, "shards": shards, "load": os.getloadavg(), **result}
+    figures = {"against": asked.against, "shards": shards, **result}
     report("plans", asked, figures)
 
 
@@ -102,13 +109,13 @@ def measure(
 ) -> dict[str, dict[str, list[dict[str, float]]]]:
     """What each step took in each tree, in every round."""
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for step in STEPS:
-        for number in range(1 if step == NOT_TIMED else asked.rounds):
+    for step in STEPS_OF_KNOWN if asked.known else STEPS:
+        for number in range(1 if step in NOT_TIMED else asked.rounds):
             for tree in trees[:: -1 if number % 2 else 1]:
                 took = tree.do(step, model_dir)
                 print(f"{step}, {tree.name}: {took}", flush=True)
-                found.setdefault(step, {}).setdefault(tree.name, []).append(took)
-    del found[NOT_TIMED]
+                if step not in NOT_TIMED:
+                    found.setdefault(step, {}).setdefault(tree.name, []).append(took)
     return found
 
 

@@ -11,18 +11,17 @@ believed as far as the ledger is: whoever can write there can as well store scor
 """
 
 import base64
-import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from hashlib import blake2b, sha256
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_scorer.config import Config
 from batch_scorer.errors import StorageError
@@ -48,6 +47,8 @@ from batch_scorer.storage import (
 
 log = logging.getLogger("batch_scorer")
 
+Names: TypeAlias = npt.NDArray[np.uint64]
+
 _SUFFIX = ".files"
 _NAMED = 16
 """Letters of the question in an object's name."""
@@ -55,7 +56,7 @@ _MOST_BYTES = 1 << 30
 """Of a stored object."""
 _BOUNDS = Bounds(seconds=600.0, memory_bytes=1 << 31)
 _LARGEST = 1 << 40
-"""Rows, tokens or bytes of one part: what a million of them have together is still a number."""
+"""Rows or tokens of one part: what a million of them have together is still a number."""
 _RUN = pa.struct(
     {
         "start": pa.int64(),
@@ -66,11 +67,10 @@ _RUN = pa.struct(
         "is_too_large": pa.bool_(),
     }
 )
+_NAME = pa.binary(16)
 _COLUMNS = pa.schema(
     {
-        "url": pa.large_string(),
-        "etag": pa.large_string(),
-        "size_bytes": pa.int64(),
+        "name": _NAME,
         "alike": pa.int32(),
         "rows": pa.large_list(pa.int64()),
         "tokens": pa.large_list(pa.int64()),
@@ -79,9 +79,9 @@ _COLUMNS = pa.schema(
         "matching": pa.large_binary(),
     }
 )
-"""A row for each file, with the rows and estimated tokens of its parts. `alike` and `lines` are
-places in the lists of the head; `lines` is null for a file that is none of lines, `matching` where
-all rows are asked for. A digest of all of it stands before it in the object."""
+"""A row for each file (`_names_of`), with the rows and estimated tokens of its parts. `alike` and
+`lines` are places in the lists of the head; `lines` is null for a file that is none of lines,
+`matching` where all rows are asked for. A digest of all of it stands before it in the object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,48 +115,35 @@ class _Head:
 class _Kept:
     """F files that were looked at: which they were, and what was found out."""
 
-    urls: pa.Array
-    etags: pa.Array
-    sizes: pa.Array
+    names: Names  # [F, 2]
     facts: Facts
 
-    @classmethod
-    def of(cls, sources: Sequence[Source], facts: Facts) -> "_Kept":
-        return cls(
-            pa.array([source.url for source in sources], pa.large_string()),
-            pa.array([source.version.etag or None for source in sources], pa.large_string()),
-            pa.array([source.size_bytes for source in sources], pa.int64()),
-            facts,
-        )
-
     def take(self, places: Numbers) -> "_Kept":
-        at = pa.array(places)
-        urls, etags, sizes = (each.take(at) for each in (self.urls, self.etags, self.sizes))
-        return _Kept(urls, etags, sizes, self.facts.take(places))
+        return _Kept(self.names[places], self.facts.take(places))
 
     def places(self, sources: Sequence[Source]) -> Numbers:
         """int64[len(sources)]: where these very files are, -1 for those that are not."""
-        asked = _Kept.of(sources, self.facts)
-        places = pc.index_in(asked.urls, value_set=self.urls)
-        is_same = pc.and_(
-            pc.equal(self.etags.take(places), asked.etags),
-            pc.equal(self.sizes.take(places), asked.sizes),
-        )
-        known = pc.if_else(pc.fill_null(is_same, False), pc.cast(places, pa.int64()), -1)
-        return np.array(known.to_numpy(zero_copy_only=False), np.int64)
+        if not len(self.names):
+            return np.full(len(sources), -1)
+        asked = _names_of(sources)
+        order = np.argsort(self.names[:, 0], kind="stable")
+        found = np.searchsorted(self.names[order, 0], asked[:, 0])
+        places = order[np.minimum(found, len(order) - 1)]
+        return np.where((self.names[places] == asked).all(axis=1), places, -1)
+
+
+def _names_of(sources: Sequence[Source]) -> Names:
+    """What tells files apart: a digest of URL, entity tag and size. 128 bits: no two of all files
+    that anybody has are taken for one another."""
+    texts = (f"{each.url}\n{each.version.etag}\n{each.size_bytes}" for each in sources)
+    digests = b"".join(blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
 
 def _joined(parts: Sequence[_Kept]) -> _Kept:
     """All of them; of a file that is there twice the first counts."""
-    if len(parts) == 1:
-        return parts[0]
-    parts = [_Kept.of([], Facts.of([])), *parts]
-    return _Kept(
-        pa.concat_arrays([part.urls for part in parts]),
-        pa.concat_arrays([part.etags for part in parts]),
-        pa.concat_arrays([part.sizes for part in parts]),
-        Facts.joined([part.facts for part in parts]),
-    )
+    names = [np.zeros((0, 2), np.uint64), *(part.names for part in parts)]
+    return _Kept(np.concatenate(names), Facts.joined([part.facts for part in parts]))
 
 
 class KnownFiles:
@@ -213,15 +200,15 @@ class KnownFiles:
             return
         others = kept.places([*aside])
         others = others[others >= 0]
-        is_known = len(files) == self._recalled and len(files) + len(others) == len(kept.urls)
+        is_known = len(files) == self._recalled and len(files) + len(others) == len(kept.names)
         if is_known and self._is_sound and len(self._there) == 1:
             return
         tagged = np.flatnonzero([bool(source.version.etag) for source in files.sources])
         sources = [files.sources[at] for at in tagged.tolist()]
-        now = _joined([_Kept.of(sources, files.facts.take(tagged)), kept.take(others)])
-        if not len(now.urls):
+        if not sources and not len(others):
             return
-        data = _written(now, self._question)
+        now = _Kept(_names_of(sources), files.facts.take(tagged))
+        data = _written(_joined([now, kept.take(others)]), self._question)
         # A name of its own: another run may store its own at this moment.
         key = f"{self._folder}/{self._question[:_NAMED]}-{uuid4().hex}{_SUFFIX}"
         try:
@@ -237,14 +224,12 @@ class KnownFiles:
 
 
 def _written(kept: _Kept, question: str) -> bytes:
-    facts = kept.facts
-    which: list[int | None] = [None] * len(facts)
-    runs: list[list[dict[str, Any]]] = [[]] * len(facts)
+    facts, files = kept.facts, range(len(kept.facts))
     heads: dict[_Lines, int] = {}
+    which: dict[int, int] = {}
     for at, lines in facts.lines.items():
         head = _Lines(_text_of(lines.schema), lines.codec, lines.delimiter)
         which[at] = heads.setdefault(head, len(heads))
-        runs[at] = [asdict(run) for run in lines.runs]
     head_text = json.dumps(
         {
             "question": question,
@@ -259,22 +244,23 @@ def _written(kept: _Kept, question: str) -> bytes:
             "lines": [asdict(head) for head in heads],
         }
     )
+    runs = (facts.lines[at].runs if at in facts.lines else () for at in files)
     columns = [
-        *(kept.urls, kept.etags, kept.sizes, pa.array(facts.which, pa.int32())),
+        pa.FixedSizeBinaryArray.from_buffers(_NAME, len(files), [None, pa.py_buffer(kept.names)]),
+        pa.array(facts.which, pa.int32()),
         pa.LargeListArray.from_arrays(pa.array(facts.offsets), pa.array(facts.rows)),
         pa.LargeListArray.from_arrays(pa.array(facts.offsets), pa.array(facts.tokens)),
-        pa.array(which, pa.int32()),
-        pa.array(runs, pa.large_list(_RUN)),
-        pa.array(map(facts.matching.get, range(len(facts))), pa.large_binary()),
+        pa.array(map(which.get, files), pa.int32()),
+        pa.array(([asdict(run) for run in some] for some in runs), pa.large_list(_RUN)),
+        pa.array(map(facts.matching.get, files), pa.large_binary()),
     ]
     schema = _COLUMNS.with_metadata({"head": head_text})
-    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_file(sink, schema, options=options) as file:
-        file.write_batch(batch)
+        file.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     data: bytes = sink.getvalue().to_pybytes()
-    return hashlib.sha256(data).digest() + data
+    return sha256(data).digest() + data
 
 
 def _read(store: Store, info: ObjectInfo, question: str, bounds: ReadBounds) -> _Kept:
@@ -283,13 +269,15 @@ def _read(store: Store, info: ObjectInfo, question: str, bounds: ReadBounds) -> 
     if info.size_bytes > _MOST_BYTES:
         raise ValueError(f"{info.size_bytes} bytes are too many")
     stored = store.read_whole(info.key, info.version, info.size_bytes)
-    data = pa.py_buffer(stored).slice(hashlib.sha256().digest_size)
-    _require(stored.startswith(hashlib.sha256(data).digest()), "digest")
+    data = pa.py_buffer(stored).slice(sha256().digest_size)
+    _require(stored.startswith(sha256(data).digest()), "digest")
     with pa.ipc.open_file(data) as file:
-        _require(file.schema.equals(_COLUMNS) and file.num_record_batches == 1, "columns")
+        _require(file.schema.equals(_COLUMNS), "columns")
         head_text = (file.schema.metadata or {}).get(b"head", b"")
-        batch = file.get_batch(0)
-    batch.validate(full=True)
+        table = file.read_all()
+    table.validate(full=True)
+    _require(len(table) > 0, "files")
+    (batch,) = table.combine_chunks().to_batches()
     head = parsed(head_text, _Head)
     _require(head.question == question, "question")
     column = dict(zip(batch.schema.names, batch.columns, strict=True))
@@ -298,9 +286,8 @@ def _read(store: Store, info: ObjectInfo, question: str, bounds: ReadBounds) -> 
     rows, offsets = _parts(column["rows"])
     tokens, offsets_again = _parts(column["tokens"])
     _require(np.array_equal(offsets, offsets_again), "tokens")
-    which, sizes = column["alike"].to_numpy(), column["size_bytes"].to_numpy()
+    which = column["alike"].to_numpy()
     _require(_are_between(which, len(head.alike) - 1), "alike")
-    _require(_are_between(sizes, _LARGEST), "size_bytes")
     alike = [
         Alike(_schema_of(each.schema), replace(each.layout, bounds=bounds), each.lost_types)
         for each in head.alike
@@ -324,7 +311,9 @@ def _read(store: Store, info: ObjectInfo, question: str, bounds: ReadBounds) -> 
     for at, lines in facts.lines.items():
         start, stop = offsets[at : at + 2]
         _require(rows[start:stop].tolist() == [run.num_rows for run in lines.runs], "runs")
-    return _Kept(column["url"], column["etag"], column["size_bytes"], facts)
+    names = np.frombuffer(column["name"].buffers()[1], np.uint64).reshape(-1, 2)
+    _require(len(names) == len(facts), "name")
+    return _Kept(names, facts)
 
 
 def _parts(column: pa.Array) -> tuple[Numbers, Numbers]:

@@ -527,10 +527,15 @@ def _refuse_collisions(shards: ShardTable, unused: Iterable[Source]) -> None:
     """Raise InputError where two files would be written to one object; of `unused` ones there is
     nothing to write, and their receipts have their own keys."""
     sources = shards.files.sources
-    written = zip(shards.output_keys, shards.numbers["file"].tolist(), strict=True)
-    names = ((key, sources[file]) for key, file in written)
+
+    def names() -> Iterator[tuple[str, Source]]:
+        written = zip(shards.output_keys, shards.numbers["file"].tolist(), strict=True)
+        return ((key, sources[file]) for key, file in written)
+
+    if all(key == source.key for key, source in names()):
+        return  # no two files have one name
     seen: dict[str, Source] = {}
-    for key, source in chain(names, ((source.key, source) for source in unused)):
+    for key, source in chain(names(), ((source.key, source) for source in unused)):
         other = seen.setdefault(key, source)
         if other is not source:
             raise InputError(

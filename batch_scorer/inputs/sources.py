@@ -105,21 +105,19 @@ def list_inputs(config: Config) -> Listing:
         """The key of a file; without a common root its URL stands for it, as these are sorted."""
         return url if base is None else url.removeprefix(f"{base.rstrip('/')}/")
 
-    named: dict[str, tuple[str, ObjectInfo]] = {}
-    while expanded:  # there may be a million: what is not needed any more is let go
-        root, infos = expanded.pop(0)
+    named: dict[str, tuple[Source, datetime]] = {}
+    for root, infos in expanded:
         folder = root.rstrip("/")
-        for info in infos:
+        while infos:  # there may be a million: what is not needed any more is let go
+            info = infos.pop()
             url = f"{folder}/{info.key}"
             if not (output and url.startswith(f"{output}/")):
-                named[info.key if root == base else below(url)] = (root, info)
+                name = info.key if root == base else below(url)
+                key = info.key if base is None else name
+                source = Source(base or root, key, info.size_bytes, info.version)
+                named[name] = (source, info.last_modified)
     others = sorted(url for url in skipped if below(url) not in named)
-    sources = []
-    for name in sorted(named):
-        root, info = named.pop(name)
-        key = info.key if base is None else name
-        source = Source(base or root, key, info.size_bytes, info.version)
-        sources.append((source, info.last_modified))
+    sources = [named.pop(name) for name in sorted(named)]
     if not sources:
         raise InputError(f"{', '.join(config.inputs)}: nothing to score there")
     return Listing(

@@ -19,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from batch_scorer import shard as steps
 from batch_scorer.config import load_config
 from batch_scorer.storage import open_store
@@ -97,6 +99,19 @@ def status(config: Any) -> dict[str, int]:
     return {"shards": found.planned_shards, "done": found.shards_committed}
 
 
+def know(config: Any) -> dict[str, int]:
+    """Store what looking into all files would show; they are one file. In this tree alone."""
+    planning, tables = of_tree("inputs.plan", ""), of_tree("inputs.tables", "")
+    sources = [source for source, _ in of_tree("inputs.sources", "").list_inputs(config).found]
+    first = planning.make_plan(config.model_copy(update={"inputs": (sources[0].url,)}))
+    everything = first.files.facts.take(np.zeros(len(sources), np.int64))
+    known = of_tree("runs.derive", "").known_files(config)
+    open_store(config.output, config.store_options, create=True)
+    known.recall(planning._question(config, planning.SCALAR, None, ()), sources)
+    known.keep(tables.FileTable(sources, everything), ())
+    return {"shards": len(sources)}
+
+
 def commit_half(config: Any) -> dict[str, int]:
     """Begin the output, and put the shard that was scored first in place of half of them all."""
     until = Until("finished")
@@ -122,6 +137,7 @@ STEPS: dict[str, Callable[[Any], dict[str, int]]] = {
     "second plan": plan,
     "resume": resume,
     "status": status,
+    "know": know,
     "commit half": commit_half,
 }
 
