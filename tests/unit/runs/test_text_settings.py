@@ -108,7 +108,7 @@ def test_later_nights_keep_the_date(config: Config, clock: type[Clock], tmp_path
     first = run_night(config, Night())
     clock.day = 2
     add(tmp_path / "in" / "b.parquet")
-    (prospect,) = foresee_night(config, Night())
+    prospect = foresee_night(config, Night())
     second = run_night(config, Night())
     assert first.record and second.record
     assert second.record.latest == first.record.latest == {"main": prospect.path}
