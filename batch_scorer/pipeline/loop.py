@@ -1,6 +1,7 @@
 """One shard after the other, in this process: the reference for the Ray pipeline."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
@@ -16,18 +17,19 @@ def run_here(
     job: Job,
     epoch: int,
     todo: list[Shard],
-    sample: Sample | None = None,
+    sample: Future[Sample | None],
     attempt: int = 1,
     make: BackendFactory | None = None,
 ) -> Iterator[Receipt]:
     """Score the shards one after the other: the reference for `run_on_ray`.
 
-    With a `sample` the engine has to agree with plain Hugging Face first (`parity`). `attempt` is
-    the number of this try, from 1. `make` builds another engine in place of the job's.
+    With a `sample` the engine has to agree with plain Hugging Face first (`parity`); what kept it
+    from being chosen is raised. `attempt` is the number of this try, from 1. `make` builds another
+    engine in place of the job's.
     """
     if not todo:
         return
-    scorer = Scorer(job, sample, make)
+    scorer = Scorer(job, sample.result, make)
     try:
         for shard in todo:
             with logs.fields(attempt=attempt):

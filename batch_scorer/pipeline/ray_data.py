@@ -10,10 +10,12 @@ counted by `Attempts`, because Ray itself would start a crashing item again fore
 remembers which rows were being scored (`isolation`).
 """
 
+import asyncio
 import logging
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -51,6 +53,7 @@ _BUNDLE_WRITTEN = 1 << 21
 """Tokens that a judge may write about the shards of an item: minutes of work, which are lost if its
 worker is, and enough replies for an engine that writes hundreds at a time."""
 _ITEMS_PER_WORKER = 4
+_LOOK_S = 0.02
 
 
 # On Ray Data
@@ -60,16 +63,18 @@ def run_on_ray(
     job: Job,
     epoch: int,
     todo: list[Shard],
-    sample: Sample | None = None,
+    sample: Future[Sample | None],
     attempt: int = 1,
     make: BackendFactory | None = None,
 ) -> Iterator[Receipt]:
     """Score the shards on the cluster; receipts come as shards are committed, in no order.
 
-    With a `sample` every worker has to agree with plain Hugging Face first (`parity`). `attempt`
-    and `make` are as for `run_here`; deaths of processes are retries on top of it.
+    With a `sample` every worker has to agree with plain Hugging Face first (`parity`); they start
+    while it is chosen. `attempt` and `make` are as for `run_here`; deaths of processes are retries
+    on top of it.
 
-    Raises what stops every shard alike: a model that does not load, a cluster that is lost.
+    Raises what stops every shard alike: a model that does not load, a sample that cannot be chosen,
+    a cluster that is lost.
     """
     if not todo:
         return
@@ -84,7 +89,8 @@ def run_on_ray(
     patience_s = max(_NO_PROGRESS_S, _NO_PROGRESS_HANGS * job.config.hang_s)
     context.execution_no_progress_timeout_s = patience_s
     context.max_consecutive_actor_init_deaths = job.config.attempts
-    attempts = _here(Attempts).remote(job.config.attempts)
+    attempts = _here(_Desk).remote(job.config.attempts)
+    sample.add_done_callback(lambda chosen: attempts.give_sample.remote(_outcome(chosen)))
     stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
     pool, over_nodes = worker_pool(job), is_over_nodes(job)
     bundles = [pickle.dumps(bundle) for bundle in _items(job, todo, pool.most)]
@@ -102,7 +108,6 @@ def run_on_ray(
                 | {
                     "pool": pool,
                     "over_nodes": over_nodes,
-                    "sample": sample,
                     "make": make,
                 },
                 # Ray Data adds workers where nearly all have a second item waiting and the cluster
@@ -126,6 +131,8 @@ def run_on_ray(
             for row in dataset.iter_rows():
                 receipts = pickle.loads(row["item"])
                 if isinstance(receipts, BatchScorerError):
+                    if sample.done():
+                        sample.result()  # raises what workers were told in short
                     raise receipts
                 for receipt in receipts:
                     receipt.spent.retries += attempt - 1
@@ -135,6 +142,41 @@ def run_on_ray(
         finally:
             if over_nodes:
                 give_up_all()
+
+
+class _Desk(Attempts):
+    """`Attempts`, and the sample, for which workers wait here."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__(patience)
+        self._outcome: list[Sample | BatchScorerError | None] = []
+
+    def give_sample(self, outcome: Sample | BatchScorerError | None) -> None:
+        self._outcome.append(outcome)
+
+    async def sample(self) -> Sample | BatchScorerError | None:
+        while not self._outcome:
+            await asyncio.sleep(_LOOK_S)
+        return self._outcome[0]
+
+
+def _outcome(chosen: Future[Sample | None]) -> Sample | BatchScorerError | None:
+    """The sample, or in short why there is none."""
+    try:
+        return chosen.result()
+    except BatchScorerError as error:
+        return error
+    except BaseException as error:  # workers wait for an answer, whatever it is
+        return IncompleteError(in_short(error))
+
+
+def _sample_from(desk: Any) -> Sample | None:
+    import ray
+
+    outcome: Sample | BatchScorerError | None = ray.get(desk.sample.remote())
+    if isinstance(outcome, BatchScorerError):
+        raise outcome
+    return outcome
 
 
 def _here(actor: type) -> Any:
@@ -223,7 +265,6 @@ class _ScoreStage:
         carried: logs.Carried,
         pool: Pool,
         over_nodes: bool,
-        sample: Sample | None,
         make: BackendFactory | None,
     ) -> None:
         import ray
@@ -245,7 +286,7 @@ class _ScoreStage:
             job = job.on_this_node()
             if over_nodes:
                 job = replace(job, placement_group=reserve(job.config))
-            self._scorer = Scorer(job, sample, make)
+            self._scorer = Scorer(job, lambda: _sample_from(attempts), make)
         except BatchScorerError as error:
             self._failure = error
         except Exception as error:  # a defect of a library must reach the user by its own words

@@ -15,7 +15,7 @@ from batch_scorer.backends.watchdog import watch
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.job import Job
 from batch_scorer.outputs.commit import commit_shard
-from batch_scorer.parity import Sample, proven_backend
+from batch_scorer.parity import Sampled, proven_backend
 from batch_scorer.pipeline.isolation import Search, without
 from batch_scorer.records import (
     Receipt,
@@ -112,9 +112,9 @@ class _Peak:
 class Scorer:
     """An engine at work, and the time for which it had nothing to do."""
 
-    def __init__(self, job: Job, sample: Sample | None, make: BackendFactory | None = None) -> None:
+    def __init__(self, job: Job, sampled: Sampled, make: BackendFactory | None = None) -> None:
         self._job = job
-        self._backend = proven_backend(job, sample, make)
+        self._backend = proven_backend(job, sampled, make)
         self._peak = _Peak(job)  # after loading: an engine may set the number of threads
         self._ended: float | None = None
 
@@ -247,5 +247,5 @@ def commit_item(job: Job, epoch: int, item: Item[ScoredRows]) -> Receipt:
     )
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     return logs.mask(f"{type(error).__name__}: {error}")[:500]

@@ -1,9 +1,12 @@
 """A run, from settings to totals: check the model, plan, subtract what is done, score, publish."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -191,7 +194,7 @@ def _run(
     receipts = [*work.done, *work.gone, *work.left, *work.failed, *work.plan.not_asked]
     fresh: list[Receipt] = []
     metrics = Metrics()
-    sample = _sample(job, work.todo)
+    sample = _sampled(job, work.todo)
     try:
         for receipt in _attempt_all(job, lease.epoch, work.todo, sample, make):
             lease.check()
@@ -213,7 +216,7 @@ def _run(
     conclude(output, totals, found)
     clear(work, output, receipts + fresh)
     ours = [receipt for receipt in fresh if receipt.commit]
-    facts = job.template_facts
+    facts, chosen = job.template_facts, sample.result()
     return Summary(
         output=output.root,
         totals=totals,
@@ -222,8 +225,22 @@ def _run(
         run=run,
         metrics=metrics,
         parity=read_engine(output, ours[0].engine).get("parity") if ours else None,
-        template=facts.changes(sample.covered, job.config.reasoning) if facts and sample else (),
+        template=facts.changes(chosen.covered, job.config.reasoning) if facts and chosen else (),
     )
+
+
+def _sampled(job: Job, todo: list[Shard]) -> Future[Sample | None]:
+    """`_sample`, in a thread, while workers start. A run that is stopped does not wait for it."""
+    chosen: Future[Sample | None] = Future()
+
+    def choose() -> None:
+        try:
+            chosen.set_result(_sample(job, todo))
+        except BaseException as error:  # raised again where the sample is asked for
+            chosen.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=[choose], name="sample", daemon=True).start()
+    return chosen
 
 
 def _sample(job: Job, todo: list[Shard]) -> Sample | None:
@@ -240,15 +257,17 @@ def _attempt_all(
     job: Job,
     epoch: int,
     todo: list[Shard],
-    sample: Sample | None,
+    sample: Future[Sample | None],
     make: BackendFactory | None,
 ) -> Iterator[Receipt]:
     """The final receipt of every shard; what the store refused is tried again after the rest."""
     run_all = run_on_ray if job.config.use_ray else run_here
     for attempt in range(1, job.config.attempts + 1):
         again: set[str] = set()
-        # Longest first, so that the last shards to finish are short ones.
+        # Longest first, so that the last shards to finish are short ones; but before all others the
+        # shortest, so that what is wrong with the commits shows soon.
         todo = sorted(todo, key=lambda shard: (-shard.estimated_tokens, shard.output_key))
+        todo = todo[-1:] + todo[:-1]
         for receipt in run_all(job, epoch, todo, sample, attempt, make):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
                 with logs.fields(shard=receipt.output_key, attempt=receipt.spent.retries + 1):

@@ -43,7 +43,7 @@ class Delicate(FakeBackend):
 def scorer(backend: FakeBackend) -> Scorer:
     config = SimpleNamespace(hang_s=60.0)
     job: Any = SimpleNamespace(engine=ENGINES["fake"], config=config, judging=None)
-    return Scorer(job, None, lambda _: backend)
+    return Scorer(job, lambda: None, lambda _: backend)
 
 
 def item(*tokens: int) -> Item[TokenizedRows]:
