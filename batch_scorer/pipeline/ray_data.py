@@ -46,14 +46,16 @@ _CELL = pa.large_binary()
 _NO_PROGRESS_S = 1800.0
 _NO_PROGRESS_HANGS = 20
 """All that a search may take in a row, before a run in which nothing moves is given up."""
-_BUNDLE_TOKENS = 20_000
 _BUNDLE_SHARDS = 32
-_BUNDLE_FROM = 256
 _BUNDLE_WRITTEN = 1 << 21
 """Tokens that a judge may write about the shards of an item: minutes of work, which are lost if its
 worker is, and enough replies for an engine that writes hundreds at a time."""
-_ITEMS_PER_WORKER = 4
+_ITEMS_PER_WORKER, _WRITTEN_ITEMS_PER_WORKER = 16, 4
+"""At least, so that all workers end at about the same time."""
 _LOOK_S = 0.02
+_MOST_WAITING = 10_000
+"""Workers that may wait for the sample at once: where as many calls as are allowed wait, none that
+brings it would be let in."""
 
 
 # On Ray Data
@@ -89,7 +91,7 @@ def run_on_ray(
     patience_s = max(_NO_PROGRESS_S, _NO_PROGRESS_HANGS * job.config.hang_s)
     context.execution_no_progress_timeout_s = patience_s
     context.max_consecutive_actor_init_deaths = job.config.attempts
-    attempts = _here(_Desk).remote(job.config.attempts)
+    attempts = _here(_Desk, _MOST_WAITING).remote(job.config.attempts)
     sample.add_done_callback(lambda chosen: attempts.give_sample.remote(_outcome(chosen)))
     stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
     pool, over_nodes = worker_pool(job), is_over_nodes(job)
@@ -179,28 +181,29 @@ def _sample_from(desk: Any) -> Sample | None:
     return outcome
 
 
-def _here(actor: type) -> Any:
+def _here(actor: type, max_concurrency: int) -> Any:
     """The actor, to be started on the driver's machine: it is lost with the driver, not before."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(actor)
+    options = {"num_cpus": 0, "max_concurrency": max_concurrency, "scheduling_strategy": here}
+    return ray.remote(**options)(actor)
 
 
 def _items(job: Job, todo: list[Shard], workers: int) -> Iterator[list[Shard]]:
-    """Work items: one shard each, but small ones together where there are many. Shards are
-    committed one by one whatever the item."""
+    """Work items: one shard each, but small ones together where there are many, because Ray takes
+    some 30 ms of the driver for each item. Shards are scored and committed one by one whatever the
+    item, which costs no more than a shard may."""
     if job.asks_together:
         assert job.model.judge is not None
         tokens_of_row = job.model.judge.generation.most_tokens
         costs = [shard.num_rows * tokens_of_row for shard in todo]
-        # Every worker gets several items, so that they end at about the same time.
-        most_shards = min(_BUNDLE_SHARDS, len(todo) // (_ITEMS_PER_WORKER * workers))
-        return _bundled(todo, costs, _BUNDLE_WRITTEN, most_shards)
-    # Ray takes some 30 ms of the driver for each item.
-    most_shards = _BUNDLE_SHARDS if len(todo) >= _BUNDLE_FROM else 1
-    return _bundled(todo, [shard.estimated_tokens for shard in todo], _BUNDLE_TOKENS, most_shards)
+        most, items = _BUNDLE_WRITTEN, _WRITTEN_ITEMS_PER_WORKER * workers
+    else:
+        costs = [shard.estimated_tokens for shard in todo]
+        most, items = job.config.shard_tokens, _ITEMS_PER_WORKER * workers
+    return _bundled(todo, costs, most, min(_BUNDLE_SHARDS, len(todo) // items))
 
 
 def _bundled(

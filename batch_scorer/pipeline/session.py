@@ -243,9 +243,13 @@ def worker_resources(job: Job, workers: int) -> dict[str, Any]:
             return {"num_cpus": 1, **beside_gpus(), **environment}
         # All of one machine, as Ray gives them.
         return {"num_gpus": job.config.devices_per_worker, **environment}
-    cpus = {"num_cpus": cpus_per_worker(_machine_cpus(), workers)}
-    # With an environment of its own Ray starts a process, and that twice, in place of an idle one.
-    return cpus if _is_private else {**cpus, "runtime_env": {"env_vars": CPU_ENVIRONMENT}}
+    # For an environment Ray starts a process, and that twice, where it has an idle one without. An
+    # empty one is none, and yet Ray Data does not take the stage for one that asks for the same as
+    # that before it: it would join them, and the worker would read while it could score.
+    return {
+        "num_cpus": cpus_per_worker(_machine_cpus(), workers),
+        "runtime_env": {} if _is_private else {"env_vars": CPU_ENVIRONMENT},
+    }
 
 
 def cpus_per_worker(machines: Sequence[float], workers: int) -> float:
