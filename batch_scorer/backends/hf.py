@@ -42,7 +42,7 @@ from batch_scorer.backends.packing import (
     Int64Array,
     TokenTrie,
     build_trie,
-    longest_first,
+    in_scoring_order,
     pad,
     rectangle_stop,
 )
@@ -262,7 +262,7 @@ class HFBackend:
     ) -> "_Part":
         """The outputs of some sequences, in rectangles."""
         part = _Part()
-        sequences = sequences[longest_first(rows.lengths[sequences])]
+        sequences = sequences[in_scoring_order(rows.lengths[sequences])]
         lengths = rows.lengths[sequences]
         start = 0
         while start < len(sequences):

@@ -1,8 +1,9 @@
-"""Plain Hugging Face, one sequence at a time: the reference for every faster scoring path."""
+"""Plain Hugging Face, every sequence by itself: the reference for every faster scoring path."""
 
+import copy
 import gc
+from collections import deque
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.hf_loader import Loader, has_own_forward
+from batch_scorer.backends.lanes import Lanes
+from batch_scorer.backends.packing import in_scoring_order
 from batch_scorer.backends.plain_answers import plain_answers, plain_verdicts
 from batch_scorer.backends.streaming import can_stream, streamed_scores
 from batch_scorer.models.registry import choose_adapter
@@ -19,6 +22,8 @@ from batch_scorer.records import Scores, TokenizedRows
 
 _ROOM = 1.25
 """Factor on the weights' size, for what one short sequence needs beside them."""
+_MOST_TOGETHER = 1024
+"""Tokens of a sequence that runs beside others: eager attention takes their square in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,8 @@ def reference_road(settings: EngineSettings) -> Road:
 
 
 def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
-    """Scores with eager attention, no packing, no padding, every sequence on its own.
+    """Scores with eager attention, no packing, no padding, every sequence on its own, several at a
+    time on as many cores.
 
     A stock sequence classifier is scored by transformers' own forward, head and pooling
     included, and what is read off a vocabulary comes from transformers' own language model. It has
@@ -78,16 +84,31 @@ def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
         backend.close()
 
 
-@torch.inference_mode()
 def _own_forward(loader: Loader, rows: TokenizedRows, dtype: str, device: str) -> Scores:
     model: Any = loader.load(dtype, "eager")
     model.to(device)
     scores = Scores(np.full((rows.num_sequences, 1), np.nan, dtype=np.float32))
-    bounds = rows.sequence_offsets.tolist()
-    for sequence, (start, stop) in enumerate(pairwise(bounds)):
-        if stop > start:
-            ids = torch.from_numpy(rows.token_ids[start:stop]).long()[None].to(device)
-            scores.values[sequence] = model(input_ids=ids).logits[0].float().cpu().numpy()
+    lanes = Lanes(torch.device(device))
+    # Some models keep what they made of the last sequence's length: each lane has a copy of that,
+    # and the weights in common with the others.
+    weights = {id(weight): weight for weight in model.parameters()}
+    idle = [copy.deepcopy(model, dict(weights)) for _ in range(lanes.count)]
+
+    @torch.inference_mode()
+    def score(sequence: int) -> None:
+        own = idle.pop()
+        start, stop = rows.sequence_offsets[sequence : sequence + 2].tolist()
+        ids = torch.from_numpy(rows.token_ids[start:stop]).long()[None].to(device)
+        scores.values[sequence] = own(input_ids=ids).logits[0].float().cpu().numpy()
+        idle.append(own)
+
+    ordered = in_scoring_order(rows.lengths)
+    is_short = rows.lengths[ordered] <= _MOST_TOGETHER
+    for sequence in ordered[~is_short].tolist():
+        score(sequence)
+    deque(lanes.map(score, ordered[is_short].tolist()), maxlen=0)
+    lanes.close()
+    idle.clear()
     del model
     gc.collect()
     if device == "cuda":

@@ -59,10 +59,17 @@ def settings_of(job: Job) -> EngineSettings:
     )
 
 
-def make_backend(job: Job) -> Backend:
-    """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
+def import_engine(job: Job) -> MakeBackend:
+    """The engine's class; torch and others are imported with it, which takes seconds. Raises
+    MissingExtraError for what is not installed."""
     suffix = "_generation" if job.writes and job.engine.runs_model else ""
     make: MakeBackend = import_module(f"batch_scorer.backends.{job.backend}{suffix}").BACKEND
+    return make
+
+
+def make_backend(job: Job) -> Backend:
+    """The engine of this run. Raises ModelError, or MissingExtraError for what is not installed."""
+    make = import_engine(job)
     with reading(job.model_dir):
         return make(settings_of(job))
 

@@ -347,12 +347,12 @@ class ShardTable(Sequence[Shard]):
         """The same with these shards in their places."""
         return replace(self, changed={**self.changed, **changed})
 
-    def longest_first(self) -> "ShardTable":
-        """The same in the order in which they are scored, so that the last ones to finish are short
-        ones."""
+    def in_scoring_order(self) -> "ShardTable":
+        """The same in the order in which they are scored: the last ones to finish are short ones;
+        and before all others the shortest, so that what is wrong with the commits shows soon."""
         keys, tokens = list(self.output_keys), self.numbers["estimated_tokens"].tolist()
         order = sorted(range(len(self)), key=lambda place: (-tokens[place], keys[place]))
-        return self.take(np.array(order, np.intp))
+        return self.take(np.roll(np.array(order, np.intp), 1))
 
     def total(self, number: str) -> int:
         """The sum of a number over all shards."""

@@ -13,17 +13,21 @@ rounding. How much rounding is usual is measured: plain Hugging Face runs in the
 Of a judge that writes, tokens are compared in place of scores (`replies`).
 """
 
-from batch_scorer.parity.gate import ScoresReport, check_engine, proven_backend
+from batch_scorer.parity.gate import Sampled, Samples, ScoresReport, check_engine, proven_backend
 from batch_scorer.parity.replies import RepliesReport
 from batch_scorer.parity.report import ParityReport
-from batch_scorer.parity.sample import Sample, choose_sample
+from batch_scorer.parity.sample import Sample, Seen, choose_sample, look_at_first
 
 __all__ = [
     "ParityReport",
     "RepliesReport",
     "Sample",
+    "Sampled",
+    "Samples",
     "ScoresReport",
+    "Seen",
     "check_engine",
     "choose_sample",
+    "look_at_first",
     "proven_backend",
 ]

@@ -6,19 +6,19 @@ Legend: S sampled sequences, O outputs, E errors as a share of the scores' sprea
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_scorer.backends.base import Backend, WritingBackend
 from batch_scorer.backends.device import device_name
-from batch_scorer.backends.registry import BackendFactory, make_backend, settings_of
+from batch_scorer.backends.registry import BackendFactory, import_engine, make_backend, settings_of
 from batch_scorer.job import Job
 from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.kept import kept
@@ -98,6 +98,11 @@ class _Kept:
             step_offsets=array(self.step_offsets, np.int64),
         )
 
+
+Sampled: TypeAlias = Callable[[], Sample | None]
+"""Waits for the sample; None: nothing is compared."""
+Samples: TypeAlias = Mapping[str, Sample]
+"""The samples of a job's models by name; of one without, nothing is compared."""
 
 K = TypeVar("K", _Kept, WrittenReference)
 
@@ -196,13 +201,17 @@ def check_engine(job: Job, sample: Sample) -> ParityReport:
         backend.close()
 
 
-def proven_backend(job: Job, sample: Sample | None, make: BackendFactory | None = None) -> Backend:
+def proven_backend(job: Job, sampled: Sampled, make: BackendFactory | None = None) -> Backend:
     """The job's engine, after it has agreed with plain Hugging Face on the sample.
 
     `make` builds another engine in its place. The report is in its provenance as `parity`; without
-    a sample nothing is compared. Raises ParityError under `parity_check: stop`.
+    a sample nothing is compared. Raises ParityError under `parity_check: stop`, and what `sampled`
+    raises.
     """
-    make = make or make_backend
+    if make is None:
+        import_engine(job)  # the sample may still be on its way
+        make = make_backend
+    sample = sampled()
     if sample is None:
         return make(job)
     reference = reference_of(job, sample)

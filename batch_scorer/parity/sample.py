@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,6 @@ from batch_scorer.render.rows import tokenized
 from batch_scorer.shard import parse_shard
 from batch_scorer.storage import open_store
 
-if TYPE_CHECKING:
-    from batch_scorer.backends.plain_tokenizer import PlainTokenizer
-
 log = logging.getLogger("batch_scorer")
 
 SAMPLE_ROWS = 10
@@ -51,20 +48,15 @@ ReadRows: TypeAlias = Callable[[Shard, Config], ParsedRows]
 class Sample:
     """S of the job's sequences: their places, token ids, and which are pairs.
 
-    `shown` is the first sequence's text with special tokens visible, `pooled` those of its
-    tokens that the head reads (() where the model pools by itself), `leading_bos` how many BOS
-    ids it starts with, None for a tokenizer without one. `marked` counts the sequences that were
-    read and have no score, by reason. `compared` is how many rows had the right token ids,
-    `covered` counts them by what they hold (`cover.traits_of`), and `explained` their sequences
-    that differ from transformers' own call, by the setting that is why.
+    `marked` counts the sequences that were read and have no score, by reason. `compared` is how
+    many rows had the right token ids, `covered` counts them by what they hold (`cover.traits_of`),
+    and `explained` their sequences that differ from transformers' own call, by the setting that is
+    why.
     """
 
     names: tuple[str, ...]
     rows: TokenizedRows
     pairs: tuple[tuple[int, int], ...]
-    shown: str
-    pooled: tuple[str, ...]
-    leading_bos: int | None
     marked: dict[str, int]
     compared: int
     covered: dict[str, int]
@@ -118,10 +110,10 @@ class _Window:
 def choose_sample(job: Job, shards: Sequence[Shard], read: ReadRows = parse_shard) -> Sample | None:
     """Rows that cover what the job holds, out of a few shards; None if none there can be scored.
 
-    `read` is how the product reads a shard's rows. Raises ModelError if the chat template refuses
-    every row, and ParityError if token ids are not those of the tokenizer's call on the raw row.
+    `read` is how the product reads a shard's rows. Tokenizers are loaded in a process apart: they
+    take seconds, and hundreds of MB. Raises ModelError if the chat template refuses every row, and
+    ParityError if token ids are not those of the tokenizer's call on the raw row.
     """
-    renderer = renderer_of(job.config, job.model)
     windows, refused = _windows(job, shards, read)
     candidates = [_candidate(windows, part, row) for part, w in enumerate(windows) for row in w.raw]
     if not candidates:
@@ -136,9 +128,7 @@ def choose_sample(job: Job, shards: Sequence[Shard], read: ReadRows = parse_shar
     # Every window counts as something to cover.
     by_window = [replace(c, traits=c.traits | {f"window {c.part}"}) for c in candidates]
     compared = choose(by_window, _ROWS_COMPARED, _TOKENS_COMPARED)
-    explained = compare_rows(
-        _plain_tokenizer(job), (windows[each.part].compared(each.row) for each in compared)
-    )
+    explained = _compared(job, [windows[each.part].compared(each.row) for each in compared])
     parts = [(windows[c.part].name(c.row), _take(windows[c.part].rows, c.row)) for c in chosen]
     rows = join_rows([ids for _, ids in parts])
     names = [
@@ -147,16 +137,12 @@ def choose_sample(job: Job, shards: Sequence[Shard], read: ReadRows = parse_shar
         for place in range(ids.num_sequences)
     ]
     firsts = rows.row_offsets[:-1][np.diff(rows.row_offsets) > 1].tolist()
-    first = rows.token_ids[: rows.sequence_offsets[1]]
     traits = {(c.part, c.row): c.traits for c in candidates}
     covered = Counter(trait for each in compared for trait in traits[each.part, each.row])
     return Sample(
         names=tuple(names),
         rows=rows,
         pairs=tuple((first, first + 1) for first in firsts),
-        shown=renderer.visible(first),
-        pooled=_pooled(job, adapter_named(job.adapter), first),
-        leading_bos=_leading(first, renderer.bos_id),
         marked=dict(Counter(error.reason.value for error in refused)),
         compared=len(compared),
         covered=dict(sorted(covered.items())),
@@ -266,14 +252,49 @@ def _candidate(windows: Sequence[_Window], part: int, row: int) -> Candidate:
     return Candidate(part, row, int(tokens), traits)
 
 
-def _plain_tokenizer(job: Job) -> "PlainTokenizer":
+def _compared(job: Job, rows: Sequence[ComparedRow]) -> dict[str, int]:
+    """`compare_rows` with transformers' own call. Raises ModelError where its process dies."""
+    try:
+        return read_apart(job.config, 0, _explained, job, rows)
+    except ShardError as error:
+        path = job.model.tokenizer_path
+        raise ModelError(f"{path}: its tokenizer cannot be run: {error}") from None
+
+
+def _explained(job: Job, rows: Sequence[ComparedRow]) -> dict[str, int]:
     from batch_scorer.backends.plain_tokenizer import PlainTokenizer
 
-    return PlainTokenizer(
+    plain = PlainTokenizer(
         job.model.tokenizer_path,
         job.model.prompt,
         config_dir=job.model.path,
         trust_remote_code=job.config.trust_remote_code,
+    )
+    return compare_rows(plain, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the model sees of the sample's first sequence.
+
+    `text` has special tokens visible, `pooled` are those tokens that the head reads (() where the
+    model pools by itself), `leading_bos` is how many BOS ids it starts with, None for a tokenizer
+    without one.
+    """
+
+    text: str
+    pooled: tuple[str, ...]
+    leading_bos: int | None
+
+
+def look_at_first(job: Job, sample: Sample) -> Seen:
+    """Load tokenizer and model family, and see with them. Raises ModelError."""
+    renderer = renderer_of(job.config, job.model)
+    first = sample.rows.token_ids[: sample.rows.sequence_offsets[1]]
+    return Seen(
+        text=renderer.visible(first),
+        pooled=_pooled(job, adapter_named(job.adapter), first),
+        leading_bos=_leading(first, renderer.bos_id),
     )
 
 

@@ -1,13 +1,14 @@
 """One shard after the other, in this process: the reference for the Ray pipeline."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 from batch_scorer import logs
 from batch_scorer.backends.base import EngineDied
 from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.errors import IncompleteError
 from batch_scorer.job import AnyJob
-from batch_scorer.parity import Sample
+from batch_scorer.parity import Samples
 from batch_scorer.pipeline.worker import commit_items, prepare_items, scorers_of
 from batch_scorer.records import Receipt, Shard
 
@@ -16,19 +17,19 @@ def run_here(
     job: AnyJob,
     epoch: int,
     todo: Sequence[Shard],
-    samples: Mapping[str, Sample],
+    samples: Future[Samples],
     attempt: int = 1,
     make: BackendFactory | None = None,
 ) -> Iterator[Receipt]:
     """Score the shards one after the other: the reference for `run_on_ray`.
 
-    A model with one of the `samples`, by its name, has to agree with plain Hugging Face first
-    (`parity`). `attempt` is the number of this try, from 1. `make` builds another engine in place
-    of the job's.
+    A model with one of the `samples` has to agree with plain Hugging Face first (`parity`); what
+    kept them from being chosen is raised. `attempt` is the number of this try, from 1. `make`
+    builds another engine in place of the job's.
     """
     if not todo:
         return
-    scorers = scorers_of(job.members, samples, make)
+    scorers = scorers_of(job.members, samples.result, make)
     try:
         for shard in todo:
             with logs.fields(attempt=attempt):

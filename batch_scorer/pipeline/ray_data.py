@@ -10,10 +10,12 @@ counted by `Attempts`, because Ray itself would start a crashing item again fore
 remembers which rows were being scored (`isolation`).
 """
 
+import asyncio
 import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -31,7 +33,7 @@ from batch_scorer.errors import (
     ShardReason,
 )
 from batch_scorer.job import AnyJob, Ensemble
-from batch_scorer.parity import Sample
+from batch_scorer.parity import Samples
 from batch_scorer.pipeline.isolation import Attempts, Try
 from batch_scorer.pipeline.placement import give_up_all, reserve
 from batch_scorer.pipeline.session import Pool, is_over_nodes, worker_pool, worker_resources
@@ -52,13 +54,16 @@ _CELL = pa.large_binary()
 _NO_PROGRESS_S = 1800.0
 _NO_PROGRESS_HANGS = 20
 """All that a search may take in a row, before a run in which nothing moves is given up."""
-_BUNDLE_TOKENS = 20_000
 _BUNDLE_SHARDS = 32
-_BUNDLE_FROM = 256
 _BUNDLE_WRITTEN = 1 << 21
 """Tokens that a judge may write about the shards of an item: minutes of work, which are lost if its
 worker is, and enough replies for an engine that writes hundreds at a time."""
-_ITEMS_PER_WORKER = 4
+_ITEMS_PER_WORKER, _WRITTEN_ITEMS_PER_WORKER = 16, 4
+"""At least, so that all workers end at about the same time."""
+_LOOK_S = 0.02
+_MOST_WAITING = 10_000
+"""Workers that may wait for the samples at once: where as many calls as are allowed wait, none that
+brings it would be let in."""
 
 
 # On Ray Data
@@ -68,16 +73,18 @@ def run_on_ray(
     job: AnyJob,
     epoch: int,
     todo: Sequence[Shard],
-    samples: Mapping[str, Sample],
+    samples: Future[Samples],
     attempt: int = 1,
     make: BackendFactory | None = None,
 ) -> Iterator[Receipt]:
     """Score the shards on the cluster; receipts come as shards are committed, in no order.
 
-    `samples`, `attempt` and `make` are as for `run_here`; every worker has to agree with plain
-    Hugging Face, and deaths of processes are retries on top of the attempts.
+    With one of the `samples` every worker has to agree with plain Hugging Face first (`parity`);
+    they start while these are chosen. `attempt` and `make` are as for `run_here`; deaths of
+    processes are retries on top of it.
 
-    Raises what stops every shard alike: a model that does not load, a cluster that is lost.
+    Raises what stops every shard alike: a model that does not load, samples that cannot be chosen,
+    a cluster that is lost.
     """
     if not todo:
         return
@@ -92,7 +99,8 @@ def run_on_ray(
     patience_s = max(_NO_PROGRESS_S, _NO_PROGRESS_HANGS * job.config.hang_s)
     context.execution_no_progress_timeout_s = patience_s
     context.max_consecutive_actor_init_deaths = job.config.attempts
-    attempts = _here(Attempts).remote(job.config.attempts)
+    attempts = _here(_Desk, _MOST_WAITING).remote(job.config.attempts)
+    samples.add_done_callback(lambda chosen: attempts.give_samples.remote(_outcome(chosen)))
     stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
     pool, over_nodes = worker_pool(job), is_over_nodes(job)
     bundles = [pickle.dumps(bundle) for bundle in _items(job, todo, pool.most)]
@@ -113,7 +121,6 @@ def run_on_ray(
                     "models": models,
                     "pool": pool,
                     "over_nodes": over_nodes,
-                    "samples": samples,
                     "make": make,
                 },
                 # Ray Data adds workers where nearly all have a second item waiting and the cluster
@@ -136,6 +143,8 @@ def run_on_ray(
             for row in dataset.iter_rows():
                 receipts = pickle.loads(row["item"])
                 if isinstance(receipts, BatchScorerError):
+                    if samples.done():
+                        samples.result()  # raises what workers were told in short
                     raise receipts
                 for receipt in receipts:
                     receipt.spent.retries += attempt - 1
@@ -147,28 +156,64 @@ def run_on_ray(
                 give_up_all()
 
 
-def _here(actor: type) -> Any:
+class _Desk(Attempts):
+    """`Attempts`, and the samples, for which workers wait here."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__(patience)
+        self._outcome: list[Samples | BatchScorerError] = []
+
+    def give_samples(self, outcome: Samples | BatchScorerError) -> None:
+        self._outcome.append(outcome)
+
+    async def samples(self) -> Samples | BatchScorerError:
+        while not self._outcome:
+            await asyncio.sleep(_LOOK_S)
+        return self._outcome[0]
+
+
+def _outcome(chosen: Future[Samples]) -> Samples | BatchScorerError:
+    """The samples, or in short why there are none."""
+    try:
+        return chosen.result()
+    except BatchScorerError as error:
+        return error
+    except BaseException as error:  # workers wait for an answer, whatever it is
+        return IncompleteError(in_short(error))
+
+
+def _samples_from(desk: Any) -> Samples:
+    import ray
+
+    outcome: Samples | BatchScorerError = ray.get(desk.samples.remote())
+    if isinstance(outcome, BatchScorerError):
+        raise outcome
+    return outcome
+
+
+def _here(actor: type, max_concurrency: int) -> Any:
     """The actor, to be started on the driver's machine: it is lost with the driver, not before."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(actor)
+    options = {"num_cpus": 0, "max_concurrency": max_concurrency, "scheduling_strategy": here}
+    return ray.remote(**options)(actor)
 
 
 def _items(job: AnyJob, todo: Sequence[Shard], workers: int) -> Iterator[list[Shard]]:
-    """Work items: one shard each, but small ones together where there are many. Shards are
-    committed one by one whatever the item."""
+    """Work items: one shard each, but small ones together where there are many, because Ray takes
+    some 30 ms of the driver for each item. Shards are scored and committed one by one whatever the
+    item, which costs no more than a shard may."""
     if job.asks_together:
         assert not isinstance(job, Ensemble) and job.model.judge is not None
         tokens_of_row = job.model.judge.generation.most_tokens
         costs = [shard.num_rows * tokens_of_row for shard in todo]
-        # Every worker gets several items, so that they end at about the same time.
-        most_shards = min(_BUNDLE_SHARDS, len(todo) // (_ITEMS_PER_WORKER * workers))
-        return _bundled(todo, costs, _BUNDLE_WRITTEN, most_shards)
-    # Ray takes some 30 ms of the driver for each item.
-    most_shards = _BUNDLE_SHARDS if len(todo) >= _BUNDLE_FROM else 1
-    return _bundled(todo, [shard.estimated_tokens for shard in todo], _BUNDLE_TOKENS, most_shards)
+        most, items = _BUNDLE_WRITTEN, _WRITTEN_ITEMS_PER_WORKER * workers
+    else:
+        costs = [shard.estimated_tokens for shard in todo]
+        most, items = job.config.shard_tokens, _ITEMS_PER_WORKER * workers
+    return _bundled(todo, costs, most, min(_BUNDLE_SHARDS, len(todo) // items))
 
 
 def _bundled(
@@ -237,7 +282,6 @@ class _ScoreStage:
         models: Sequence[str],
         pool: Pool,
         over_nodes: bool,
-        samples: Mapping[str, Sample],
         make: BackendFactory | None,
     ) -> None:
         import ray
@@ -262,7 +306,7 @@ class _ScoreStage:
             if over_nodes:
                 group = reserve(job.config)
                 members = {n: replace(own, placement_group=group) for n, own in members.items()}
-            self._scorers = scorers_of(members, samples, make)
+            self._scorers = scorers_of(members, lambda: _samples_from(attempts), make)
         except BatchScorerError as error:
             self._failure = error
         except Exception as error:  # a defect of a library must reach the user by its own words

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Self, TypeVar
 
 from batch_scorer import logs
@@ -25,6 +26,8 @@ _CONNECT_TIMEOUT_S = 5.0
 _SPARE_CPUS = 3
 """Logical CPUs beside the scoring workers: Ray Data's source keeps one for the whole run, prepare
 and commit need one each."""
+_is_private = False
+"""Whether Ray was started in here, so that all of its processes have CPU_ENVIRONMENT."""
 
 
 @contextmanager
@@ -42,21 +45,48 @@ def ray_session(config: Config) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        if address:
-            _require_listener(address)
-            ray.init(address=address, **quiet)
-        else:
-            cpus = (os.cpu_count() or 1) + _SPARE_CPUS
-            with _native_log_off():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        with _importing("ray.data"):
+            if address:
+                _require_listener(address)
+                ray.init(address=address, **quiet)
+            else:
+                cpus = (os.cpu_count() or 1) + _SPARE_CPUS
+                with _environment_for_workers(), _native_log_off():
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as error:  # a start that takes Ray too long ends in one without a class
         raise ConfigError(f"cannot join Ray at {address or 'this machine'}: {error}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in place, which aborts
+    global _is_private
+    _is_private = not address
     try:
         yield
     finally:
+        _is_private = False
         ray.shutdown()
+
+
+@contextmanager
+def _importing(module: str) -> Iterator[None]:
+    """Import it in a thread while the context lasts, which for Ray mostly waits for processes."""
+    thread = threading.Thread(target=import_module, args=[module])
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@contextmanager
+def _environment_for_workers() -> Iterator[None]:
+    """What a private Ray starts in here has CPU_ENVIRONMENT."""
+    missing = CPU_ENVIRONMENT.keys() - os.environ.keys()
+    os.environ.update({name: CPU_ENVIRONMENT[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 class RaySession:
@@ -226,9 +256,12 @@ def worker_resources(job: AnyJob, workers: int) -> dict[str, Any]:
             return {"num_cpus": 1, **beside_gpus(), **environment}
         # All of one machine, as Ray gives them.
         return {"num_gpus": job.config.devices_per_worker, **environment}
+    # For an environment Ray starts a process, and that twice, where it has an idle one without. An
+    # empty one is none, and yet Ray Data does not take the stage for one that asks for the same as
+    # that before it: it would join them, and the worker would read while it could score.
     return {
         "num_cpus": cpus_per_worker(_machine_cpus(), workers * len(job.stages)),
-        "runtime_env": {"env_vars": CPU_ENVIRONMENT},
+        "runtime_env": {} if _is_private else {"env_vars": CPU_ENVIRONMENT},
     }
 
 

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
 from batch_scorer import logs
@@ -15,7 +16,7 @@ from batch_scorer.backends.watchdog import watch
 from batch_scorer.errors import RowReason, ShardError, ShardReason
 from batch_scorer.job import AnyJob, Job
 from batch_scorer.outputs.commit import commit_shard
-from batch_scorer.parity import Sample, proven_backend
+from batch_scorer.parity import Sample, Sampled, Samples, proven_backend
 from batch_scorer.pipeline.isolation import Search, without
 from batch_scorer.records import (
     Receipt,
@@ -138,12 +139,12 @@ class Scorer:
     def __init__(
         self,
         job: Job,
-        sample: Sample | None,
+        sampled: Sampled,
         make: BackendFactory | None = None,
         clock: _Clock | None = None,
     ) -> None:
         self._job = job
-        self._backend = proven_backend(job, sample, make)
+        self._backend = proven_backend(job, sampled, make)
         self._peak = _Peak(job)  # after loading: an engine may set the number of threads
         self._clock = clock or _Clock()
 
@@ -261,12 +262,17 @@ def _reason_of(error: Exception) -> RowReason:
 
 def scorers_of(
     members: Mapping[str, Job],
-    samples: Mapping[str, Sample],
+    samples: Callable[[], Samples],
     make: BackendFactory | None = None,
 ) -> dict[str, Scorer]:
-    """The engines of these models in one worker, by name; `samples` as in `run_here`."""
+    """The engines of these models in one worker, by name; `samples` are asked for as late as can
+    be."""
     clock = _Clock()
-    return {name: Scorer(own, samples.get(name), make, clock) for name, own in members.items()}
+
+    def sampled(name: str) -> Sample | None:
+        return samples().get(name)
+
+    return {name: Scorer(own, partial(sampled, name), make, clock) for name, own in members.items()}
 
 
 def commit_items(job: AnyJob, epoch: int, items: ScoredItems) -> Receipt:
@@ -300,5 +306,5 @@ def _together(items: ScoredItems) -> Item[ScoredRows]:
     return Item(first.shard, error=next(errors, None), spent=spent)
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     return logs.mask(f"{type(error).__name__}: {error}")[:500]

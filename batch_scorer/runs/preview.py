@@ -8,7 +8,14 @@ from batch_scorer.errors import ConfigError, InputError, ModelError
 from batch_scorer.inputs.plan import Plan, make_plan
 from batch_scorer.job import Job, Member
 from batch_scorer.models.hub import NotHereError
-from batch_scorer.parity import ParityReport, Sample, check_engine, choose_sample
+from batch_scorer.parity import (
+    ParityReport,
+    Sample,
+    Seen,
+    check_engine,
+    choose_sample,
+    look_at_first,
+)
 from batch_scorer.pipeline.session import on_worker, ray_session
 from batch_scorer.runs.derive import (
     derive,
@@ -24,10 +31,12 @@ from batch_scorer.runs.estimate import Estimate, estimate
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What `check` found: the settings it derived, the sample, and the comparison."""
+    """What `check` found: the settings it derived, the sample, what the model sees of its first
+    sequence, and the comparison."""
 
     job: Job
     sample: Sample
+    seen: Seen
     report: ParityReport
 
 
@@ -49,7 +58,8 @@ def check(config: Config) -> Checked:
         sample = choose_sample(job, plan.shards)
         if sample is None:
             raise InputError(f"{', '.join(config.inputs)}: none of the first rows can be scored")
-        return Checked(job, sample, on_worker(job, partial(check_engine, sample=sample)))
+        report = on_worker(job, partial(check_engine, sample=sample))
+        return Checked(job, sample, look_at_first(job, sample), report)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,12 @@
 """A run, from settings to totals: check the model, plan, subtract what is done, score, publish."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -29,7 +32,7 @@ from batch_scorer.outputs.manifest import (
     record_plan,
 )
 from batch_scorer.outputs.reuse import Earlier
-from batch_scorer.parity import Sample, choose_sample
+from batch_scorer.parity import Sample, Samples, choose_sample
 from batch_scorer.pipeline.loop import run_here
 from batch_scorer.pipeline.ray_data import run_on_ray
 from batch_scorer.pipeline.session import Pool, RaySession, worker_pool
@@ -201,7 +204,7 @@ def _run(
     receipts = [*work.done, *work.gone, *work.left, *work.failed, *work.plan.not_asked]
     fresh: list[Receipt] = []
     metrics = Metrics()
-    samples = _samples(job, work.todo)
+    samples = _sampled(job, work.todo)
     try:
         for receipt in _attempt_all(job, lease.epoch, work.todo, samples, make):
             lease.check()
@@ -232,7 +235,7 @@ def _run(
         run=run,
         metrics=metrics,
         parity=_parity(engine),
-        template=tuple(dict.fromkeys(_changes(job, samples))),
+        template=tuple(dict.fromkeys(_changes(job, samples.result()))),
     )
 
 
@@ -244,7 +247,7 @@ def _parity(engine: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"models": found} if found else None
 
 
-def _changes(job: AnyJob, samples: Mapping[str, Sample]) -> Iterator[str]:
+def _changes(job: AnyJob, samples: Samples) -> Iterator[str]:
     """What the models' chat templates do to the sampled rows without a word."""
     for name, sample in samples.items():
         member = job.members[name]
@@ -254,7 +257,21 @@ def _changes(job: AnyJob, samples: Mapping[str, Sample]) -> Iterator[str]:
                 yield f"{said}{change}"
 
 
-def _samples(job: AnyJob, todo: Sequence[Shard]) -> dict[str, Sample]:
+def _sampled(job: AnyJob, todo: Sequence[Shard]) -> Future[Samples]:
+    """`_samples`, in a thread, while workers start. A run that is stopped does not wait for it."""
+    chosen: Future[Samples] = Future()
+
+    def choose() -> None:
+        try:
+            chosen.set_result(_samples(job, todo))
+        except BaseException as error:  # raised again where the samples are asked for
+            chosen.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=[choose], name="sample", daemon=True).start()
+    return chosen
+
+
+def _samples(job: AnyJob, todo: Sequence[Shard]) -> Samples:
     """The rows on which every worker has to agree with plain Hugging Face, by model."""
     samples: dict[str, Sample] = {}
     for name, member in job.members.items():
@@ -272,14 +289,14 @@ def _attempt_all(
     job: AnyJob,
     epoch: int,
     todo: ShardTable,
-    samples: Mapping[str, Sample],
+    samples: Future[Samples],
     make: BackendFactory | None,
 ) -> Iterator[Receipt]:
     """The final receipt of every shard; what the store refused is tried again after the rest."""
     run_all = run_on_ray if job.config.use_ray else run_here
     for attempt in range(1, job.config.attempts + 1):
         again: set[str] = set()
-        todo = todo.longest_first()
+        todo = todo.in_scoring_order()
         for receipt in run_all(job, epoch, todo, samples, attempt, make):
             if receipt.reason and receipt.reason.may_pass and attempt < job.config.attempts:
                 with logs.fields(shard=receipt.output_key, attempt=receipt.spent.retries + 1):

@@ -17,7 +17,7 @@ SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "
 # Each starts Ray or an engine several times, which takes half a minute and more.
 LEFT_TO_SLOW = {
     *("end_to_end", "engines", "judges", "numerics", "scaling", "shards", "starts", "workers"),
-    "written_tokens",
+    *("small_shards", "written_tokens"),
 }
 
 pytestmark = pytest.mark.e2e

@@ -444,7 +444,7 @@ def test_settings_apply_to_the_other_answer_too(
     """The gate has each of them in code of its own, so that only both together can be wrong."""
     done = check(config_of(preference, tmp_path, [row], **settings))
     assert done.report.agrees and done.sample.compared == 1
-    assert [each for each in ("hm", "Let me see") if each in done.sample.shown] == shown
+    assert [each for each in ("hm", "Let me see") if each in done.seen.text] == shown
     ids = done.sample.rows.token_ids
     end = AutoTokenizer.from_pretrained(preference).eos_token_id
     assert (ids == end).sum() == 2  # the template's own, of both orders

@@ -186,7 +186,7 @@ def test_bos_doubled_or_lost(
         template = (copied / "chat_template.jinja").read_text()
         (copied / "chat_template.jinja").write_text("{{ bos_token }}" + template)
         model = copied
-        assert check(config_for(model, tmp_path)).sample.leading_bos == 1
+        assert check(config_for(model, tmp_path)).seen.leading_bos == 1
     read = PlainReader.ids
 
     def wrong(self: PlainReader, texts: list[str], adds: list[bool]) -> Any:

@@ -287,13 +287,13 @@ def test_other_weights_are_refused_or_warned_of(
         return VLLMGenerationBackend(replace(settings_of(job), model_dir=other))
 
     warned = replace(job, config=job.config.model_copy(update={"parity_check": "warn"}))
-    with closing(proven_backend(warned, sample, make)) as backend:
+    with closing(proven_backend(warned, lambda: sample, make)) as backend:
         report = backend.provenance["parity"]
         assert not report["agrees"] and report["tokens_compared"] > 0
         assert sum(reply["differs_at"] is not None for reply in report["compared"]) > 5
         assert isinstance(backend, WritingBackend)
         with pytest.raises(ParityError):
-            proven_backend(job, sample, lambda _: Changed(backend))
+            proven_backend(job, lambda: sample, lambda _: Changed(backend))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers import (
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.hf_loader import max_sequence_length
 from batch_scorer.backends.memory import GROW_AFTER
+from batch_scorer.backends.plain import plain_scores
 from batch_scorer.errors import ConfigError, MissingExtraError, ModelError, RowReason
 from tests.parity.tiny_models import (
     DECODERS,
@@ -344,6 +345,32 @@ def test_lanes_give_the_same_scores_side_by_side(model_dir: ModelDir) -> None:
     again = scores.effort.computed_tokens - alone.effort.computed_tokens
     assert 0 <= again <= max(map(len, sequences))
     assert scores.effort.shared_tokens == alone.effort.shared_tokens - again
+
+
+def test_the_reference_runs_sequences_side_by_side_which_keep_apart_what_they_remember(
+    tmp_path: Path,
+) -> None:
+    """With longrope a model takes other frequencies for long sequences, and remembers them."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 16,
+        "long_factor": [4.0 + place for place in range(16)],
+    }
+    build_model("llama", tmp_path / "model", rope_parameters=rope)
+    sequences = random_sequences(24, longest=120)
+    model = load_reference(tmp_path / "model")
+    expected = reference_scores(model, sequences)
+    torch.set_num_threads(2)
+    try:
+        found = plain_scores(engine_settings(tmp_path / "model"), tokenized(sequences)).values
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    plain = load_reference(tmp_path / "model", rope_parameters=rope | {"long_factor": [1.0] * 16})
+    assert np.abs(reference_scores(plain, sequences) - expected).max() > 100 * TOLERANCE
 
 
 def test_rectangles_hold_what_the_budget_allows(model_dir: ModelDir) -> None:

@@ -43,7 +43,7 @@ class Delicate(FakeBackend):
 def scorer(backend: FakeBackend) -> Scorer:
     config = SimpleNamespace(hang_s=60.0)
     job: Any = SimpleNamespace(engine=ENGINES["fake"], config=config, judging=None)
-    return Scorer(job, None, lambda _: backend)
+    return Scorer(job, lambda: None, lambda _: backend)
 
 
 def item(*tokens: int) -> Item[TokenizedRows]:
@@ -96,6 +96,28 @@ def test_a_judge_that_writes_gets_minutes_of_work_at_a_time(
     page = SimpleNamespace(generation=Generation(max_tokens=most_tokens))
     job: Any = SimpleNamespace(asks_together=True, model=SimpleNamespace(judge=page))
     todo = [shard(100) for _ in range(shards)]
+    bundles = list(_items(job, todo, workers))
+    assert [len(bundle) for bundle in bundles] == expected
+    assert [*chain(*bundles)] == todo
+
+
+@pytest.mark.parametrize(
+    ("shards", "workers", "tokens", "expected"),
+    [
+        (10_000, 2, 5_000, [32] * 312 + [16]),
+        (300, 1, 5_000, [18] * 16 + [12]),
+        (300, 64, 5_000, [1] * 300),
+        (300, 1, 100_000, [10] * 30),  # as much as a shard may have
+        (300, 1, 1_000_000, [1] * 300),
+        (20, 1, 5_000, [1] * 20),  # a shard is committed now and then
+    ],
+)
+def test_small_shards_share_an_item_where_there_are_many(
+    shards: int, workers: int, tokens: int, expected: list[int]
+) -> None:
+    config = SimpleNamespace(shard_tokens=1_000_000)
+    job: Any = SimpleNamespace(asks_together=False, config=config)
+    todo = [replace(SHARD, estimated_tokens=tokens) for _ in range(shards)]
     bundles = list(_items(job, todo, workers))
     assert [len(bundle) for bundle in bundles] == expected
     assert [*chain(*bundles)] == todo

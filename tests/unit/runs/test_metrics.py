@@ -204,7 +204,7 @@ def test_waits_and_scores_of_a_worker_add_up_to_its_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(worker, "score_shard", score_shard)
     config = SimpleNamespace(hang_s=60.0)
     job: Any = SimpleNamespace(engine=ENGINES["fake"], config=config, judging=None)
-    scorer = worker.Scorer(job, None, lambda job: FakeBackend())
+    scorer = worker.Scorer(job, lambda: None, lambda job: FakeBackend())
     nothing = np.zeros(2, np.int64)
     rows = TokenizedRows(
         np.zeros(0, np.int32), nothing, np.arange(2), np.zeros(1, np.int32), {}, {}

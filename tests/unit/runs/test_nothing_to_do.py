@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,14 @@ def test_another_template_is_seen(place: Place) -> None:
     file.write_text(TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))
     with pytest.raises(AssertionError, match="template_probe"):
         place.run("score")
+
+
+def test_a_second_start_loads_no_library_of_models_where_it_plans(
+    place: Place, ray_home: Path
+) -> None:
+    """Neither to know the model nor to choose the gate's sample."""
+    place.run("score", "--no-ray")
+    shutil.rmtree(place.folder / "score")
+    again, loaded = place.run("score", RAY_TMPDIR=str(ray_home))
+    assert again["rows_scored"] == 6 and again["parity"]["agrees"]
+    assert loaded == ["ray", "pandas"]  # Ray Data brings pandas
