@@ -35,7 +35,7 @@ from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, Judged, ModelCommit, PairCounts, Receipt, Status, Stored
+from batch_scorer.records import Commit, Judged, ModelCounts, PairCounts, Receipt, Status, Stored
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed, read_record
 from batch_scorer.storage import (
@@ -267,7 +267,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
     judged: Judged | None = None
-    models: dict[str, ModelCommit] = {}
+    models: dict[str, ModelCounts] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -299,7 +299,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
         if commit.judged is not None:
             judged = commit.judged if judged is None else judged + commit.judged
         for name, own in commit.models.items():
-            models[name] = models[name] + own if name in models else own
+            models[name] = models[name] + own.counts if name in models else own.counts
     if judged is not None:
         totals["judged"] = asdict(judged)
     if models:
