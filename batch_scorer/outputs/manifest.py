@@ -39,7 +39,7 @@ from batch_scorer.quarantine import Bounds, Died, apart
 from batch_scorer.records import (
     Commit,
     Judged,
-    ModelCommit,
+    ModelCounts,
     Outcome,
     PairCounts,
     Receipt,
@@ -280,7 +280,7 @@ def total(receipts: Collection[Receipt]) -> dict[str, Any]:
     models: of each one the marked rows, and its pairs."""
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
-    models: dict[str, ModelCommit] = {}
+    models: dict[str, ModelCounts] = {}
     for receipt in receipts:
         commit = receipt.commit
         if commit is None or receipt.status is Status.INPUT_GONE:
@@ -290,7 +290,7 @@ def total(receipts: Collection[Receipt]) -> dict[str, Any]:
         for source, counts in commit.pairs.items():
             pairs[source] = pairs.get(source, PairCounts()) + counts
         for name, own in commit.models.items():
-            models[name] = models[name] + own if name in models else own
+            models[name] = models[name] + own.counts if name in models else own.counts
     totals = counted(receipts) | {
         "notes": notes,
         "pairs": {source: asdict(counts) for source, counts in pairs.items()},

@@ -58,23 +58,31 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCommit:
-    """What a scored shard holds of one of several models: the fingerprint of its scores, its marked
-    rows by reason, and its pairs by source. Adds up over shards."""
+class ModelCounts:
+    """What one of several models made of rows: how many it marked, by reason, and its pairs by
+    source. Adds up over shards."""
 
-    fingerprint: str
     rows_marked: int
     marked: dict[str, int]
     pairs: dict[str, PairCounts]
 
-    def __add__(self, other: "ModelCommit") -> "ModelCommit":
+    def __add__(self, other: "ModelCounts") -> "ModelCounts":
         pairs = {
             source: self.pairs.get(source, PairCounts()) + other.pairs.get(source, PairCounts())
             for source in sorted({*self.pairs, *other.pairs})
         }
         marked = Counter(self.marked) + Counter(other.marked)
-        rows_marked = self.rows_marked + other.rows_marked
-        return ModelCommit(self.fingerprint, rows_marked, dict(marked), pairs)
+        return ModelCounts(self.rows_marked + other.rows_marked, dict(marked), pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCommit:
+    """What a scored shard holds of one of several models: the fingerprint of its scores, its
+    counts, and how its scores spread, by source."""
+
+    fingerprint: str
+    counts: ModelCounts
+    spread: dict[str, Spread]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +161,10 @@ class Commit:
     @property
     def reasons(self) -> set[str]:
         """Why a model gave no score to rows: of each model, whichever was the first one."""
-        return {*self.marked, *(reason for own in self.models.values() for reason in own.marked)}
+        return {
+            *self.marked,
+            *(reason for own in self.models.values() for reason in own.counts.marked),
+        }
 
     def footer(self) -> dict[bytes, bytes]:
         held = asdict(self)

@@ -19,7 +19,7 @@ from batch_scorer.nightly.night import Ended
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
-from batch_scorer.records import Judged, ModelCommit, PairCounts, Receipt, Status, layout_to_json
+from batch_scorer.records import Judged, ModelCounts, PairCounts, Receipt, Status, layout_to_json
 from batch_scorer.records.reading import parsed
 from batch_scorer.render import TemplateFacts
 from batch_scorer.runs.estimate import Estimate
@@ -260,10 +260,10 @@ class RunReport:
         return {source: PairCounts(**numbers) for source, numbers in counts}
 
     @property
-    def models(self) -> dict[str, ModelCommit]:
+    def models(self) -> dict[str, ModelCounts]:
         """Of several models the rows that each one marked, and its pairs, by name."""
         found = self.totals.get("models", {})
-        return {name: parsed(json.dumps(own), ModelCommit) for name, own in found.items()}
+        return {name: parsed(json.dumps(own), ModelCounts) for name, own in found.items()}
 
     @property
     def judged(self) -> Judged | None:
