@@ -99,11 +99,22 @@ def _score(config: Config, *, as_json: bool) -> None:
     if not as_json:
         say(out(), f"The scored shards are in {summary.output}")
         say(out(), f"Check them against their inputs:  {program_name()} verify {summary.output}")
+    if config.report:
+        _write_beside(summary.output, config, as_json=as_json)
     if not summary.is_complete:
         raise IncompleteError(
             f"{summary.totals['shards_failed']} of {summary.totals['shards']} shards are not "
             "scored (reasons above); fix the inputs and run the same command again"
         )
+
+
+def _write_beside(output: str, config: Config, *, as_json: bool) -> None:
+    """The page that `report` asks for."""
+    from batch_scorer.reports.page.write import write_beside
+
+    url = write_beside(output, config.store_options)
+    if url and not as_json:
+        say(out(), f"The page is {url}")
 
 
 @app.command(cls=Command)
@@ -192,6 +203,8 @@ def nightly(
 
     ended = run_night(config, night, listen)
     show(nightly_report(ended), as_json=as_json)
+    if config.report and ended.held_by is None:
+        _write_beside(ended.root, config, as_json=as_json)
     if not ended.is_complete:
         failed = sum(summary.totals["shards_failed"] for summary in ended.summaries)
         raise IncompleteError(
@@ -290,8 +303,8 @@ def verify(
 ) -> None:
     """Recount an output from its data, and compare every digest with what was committed.
 
-    An output of `select` or `decontaminate` is also made again, where what it was made of is still
-    the same.
+    An output of `select` or `decontaminate` is also made again, where what it was
+    made of is still the same.
     """
     from batch_scorer.decontamination.decontaminate import KIND as DECONTAMINATION
     from batch_scorer.decontamination.verify import verify_decontamination
@@ -363,7 +376,7 @@ def evaluate(
             help="Weigh RewardBench's two xstest subsets as before 2024-09-10.",
         ),
     ] = False,
-    report: Annotated[
+    to: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the result here too, as JSON.")
     ] = None,
     as_json: AsJson = False,
@@ -388,8 +401,8 @@ def evaluate(
     else:
         output = _scored_output(config)
         result = evaluate_output(output, config.store_options, benchmark, legacy_xstest_weights)
-    if report is not None:
-        result.save(report)
+    if to is not None:
+        result.save(to)
     show(result, as_json=as_json)
 
 
@@ -422,6 +435,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page about a scored OUTPUT: scores, pairs, length, marked rows, cost.
+
+    Of a nightly OUTPUT, about its newest generation and the nights.
 
     The page asks for nothing outside of itself. Each drawing has its values in a table.
     """

@@ -221,7 +221,8 @@ def decontaminated(text: str) -> Decontaminated:
 
 def page(text: str) -> PageReport:
     counts = {"rows": 5, "rows_scored": 3, "rows_marked": 1, "rows_not_asked": 1}
-    return PageReport(text, 999, ScoredPage(text, text, counts, (), {}, (), (), (), (), (), {}))
+    shown = ScoredPage(text, "", text, counts, (), {}, (), (), (), (), (), (), {})
+    return PageReport(text, 999, shown)
 
 
 def drift(text: str) -> DriftReport:
