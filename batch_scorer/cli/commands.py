@@ -27,6 +27,7 @@ from batch_scorer.cli.flags import (
     with_settings,
 )
 from batch_scorer.cli.help import Command
+from batch_scorer.cli.normalize import normalize
 from batch_scorer.cli.select import select
 from batch_scorer.cli.terminal import err, fail, for_progress, out, program_name, say, show
 from batch_scorer.config import (
@@ -253,7 +254,7 @@ def status(
 ) -> None:
     """Show an output's progress, or a nightly OUTPUT's newest generations and last run.
 
-    Of an output of `select` or `decontaminate`, what it was made of, and every count.
+    Of an output of `select`, `normalize` or `decontaminate`, what it was made of, and every count.
     """
     from batch_scorer.derived.state import derived_store, read_derived_status
     from batch_scorer.nightly.history import newest_record
@@ -303,12 +304,14 @@ def verify(
 ) -> None:
     """Recount an output from its data, and compare every digest with what was committed.
 
-    An output of `select` or `decontaminate` is also made again, where what it was
+    An output of `select`, `normalize` or `decontaminate` is also made again, where what it was
     made of is still the same.
     """
     from batch_scorer.decontamination.decontaminate import KIND as DECONTAMINATION
     from batch_scorer.decontamination.verify import verify_decontamination
     from batch_scorer.derived.state import derived_store
+    from batch_scorer.normalization.normalize import KIND as NORMALIZATION
+    from batch_scorer.normalization.verify import verify_normalization
     from batch_scorer.outputs.repair import find_strays, remove
     from batch_scorer.outputs.verify import verify as check
     from batch_scorer.reports.results import VerifyReport
@@ -316,8 +319,8 @@ def verify(
 
     options = mapping("store_options", store_option) or {}
     if (derived := derived_store(expanded(output), options)) is not None:
-        is_clean = derived[1].kind == DECONTAMINATION
-        found = (verify_decontamination if is_clean else verify_selection)(*derived, options)
+        of_kind = {DECONTAMINATION: verify_decontamination, NORMALIZATION: verify_normalization}
+        found = of_kind.get(derived[1].kind, verify_selection)(*derived, options)
         show(found, as_json=as_json)
         raise typer.Exit(found.exit_code)
     if repair:
@@ -450,6 +453,7 @@ def report(
 
 
 app.command(cls=Command)(select)
+app.command(cls=Command)(normalize)
 
 
 @app.command(cls=Command)

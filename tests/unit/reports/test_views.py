@@ -38,6 +38,7 @@ from batch_scorer.nightly.record import (
     ShardCounts,
 )
 from batch_scorer.nightly.status import NightlyStatus
+from batch_scorer.normalization.result import FamilyCounts, Normalized
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import RepliesReport, ScoresReport
 from batch_scorer.parity.gate import Compared
@@ -225,6 +226,11 @@ def page(text: str) -> PageReport:
     return PageReport(text, 999, shown)
 
 
+def normalized(text: str) -> Normalized:
+    counts = FamilyCounts(scores=9, normalized=7, groups=3, groups_without_spread=1)
+    return Normalized(text, (text,), {}, {text: counts}, selected(text).totals)
+
+
 def drift(text: str) -> DriftReport:
     mover = Mover(text, 3, 1, 1.0, 3.0, 0.0, 1.0)
     return DriftReport(
@@ -285,6 +291,7 @@ EXAMPLES: dict[type, Callable[[str], Any]] = {
         text, "select", 3, 500, 3, [text], [text], selected(text).totals.counts
     ),
     Decontaminated: decontaminated,
+    Normalized: normalized,
     PageReport: page,
 }
 WITHOUT_FOREIGN_TEXT = {Pace}
