@@ -5,16 +5,16 @@ prefix: `helpful_score_chosen`, `helpful_score_error`. What is made of several m
 `std_`) has scores and no errors of its own, and is no family.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-ERROR = "score_error"
+_ERROR = "score_error"
 DISAGREEMENT = "rank_disagreement"
-"""The column of a row's share of pairs of answers that two members order differently."""
-SPREAD = "std_"
-"""The prefix of the standard deviation over members."""
-AGGREGATES = ("mean_", "min_", SPREAD, "z_")
-"""The prefixes of what is made of several members."""
+"""Behind the prefix of the output, the share of a row's pairs of answers that members order
+differently."""
+MEAN, SPREAD = "mean_", "std_"
+"""Before the names of mean and standard deviation over members."""
+_AGGREGATES = (MEAN, "min_", SPREAD, "z_")
 _VALUES = tuple(f"score{many}{side}" for many in ("", "s") for side in ("", "_chosen", "_rejected"))
 
 
@@ -34,8 +34,24 @@ class Family:
 def families_of(names: Collection[str], values: Collection[str] = _VALUES) -> Iterator[Family]:
     """In the order of their error columns among the `names` of an output's columns. `values` are
     the score columns that a row can have, without prefix."""
-    for name in names:
-        if name.endswith(ERROR):
-            prefix = name.removesuffix(ERROR)
-            if columns := tuple(prefix + value for value in values if prefix + value in names):
-                yield Family(prefix, columns)
+    for prefix in _error_prefixes(names):
+        if columns := tuple(prefix + value for value in values if prefix + value in names):
+            yield Family(prefix, columns)
+
+
+def prefixes_of(names: Collection[str]) -> list[str]:
+    """All prefixes that score columns can have, also those of what is made of several members."""
+    own = list(_error_prefixes(names))
+    return [*own, *(prefix + aggregate for prefix in own for aggregate in _AGGREGATES)]
+
+
+def headline_prefix(added: Sequence[str], values: Collection[str]) -> str:
+    """The prefix of the scores that stand for a row, of the columns that scoring `added`: the first
+    error column's; of several members, whose common one has no scores, that of their mean."""
+    prefix = next(_error_prefixes(added), "")
+    is_common = not {prefix + value for value in values} <= set(added)
+    return prefix + MEAN if is_common else prefix
+
+
+def _error_prefixes(names: Collection[str]) -> Iterator[str]:
+    return (name.removesuffix(_ERROR) for name in names if name.endswith(_ERROR))

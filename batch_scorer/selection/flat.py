@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from batch_scorer.derived.parts import OpenPart, Part
 from batch_scorer.formats.kinds import KNOWN_NAMES
 from batch_scorer.formats.values import is_list
-from batch_scorer.outputs.families import AGGREGATES, families_of
+from batch_scorer.outputs.families import prefixes_of
 from batch_scorer.records import Format
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -118,8 +118,7 @@ class FlatPart:
     def _one_of(self) -> dict[str, str]:
         """The names that columns with one value for each response can have, and those when flat."""
         names = self._stored.names
-        prefixes = [self.prefix, *(family.prefix for family in families_of(names))]
-        prefixes += AGGREGATES
+        prefixes = [self.prefix, *prefixes_of(names)]
         prefixes += [
             prefix + other.commit.column_prefix
             for prefix, other in self._part.beside

@@ -52,12 +52,16 @@ def ensemble_rows(count: int, start: int = 0) -> list[dict[str, Any]]:
             row[f"{name}_scores"] = each
             row[f"{name}_score_error"] = "non_finite_score" if None in each else None
             row[f"{name}_num_tokens"] = [10 + 7 * k for k in range(answers)]
-        whole = [None if is_marked and k == 0 else k for k in range(answers)]
-        stds = np.std(complete, axis=0)
-        row["mean_scores"] = [
-            None if k is None else float(np.mean(complete, axis=0)[k]) for k in whole
-        ]
-        row["std_scores"] = [None if k is None else float(stds[k]) for k in whole]
+        together = {
+            "mean": np.mean(complete, axis=0),
+            "min": np.min(complete, axis=0),
+            "std": np.std(complete, axis=0),
+        }
+        for name, values in together.items():
+            row[f"{name}_scores"] = values.tolist()
+            if is_marked:
+                row[f"{name}_scores"][0] = None
+        row["score_error"] = "non_finite_score" if is_marked else None
         row["rank_disagreement"] = None if is_marked else disagreement_of(complete)
         rows.append(row)
     return rows
@@ -66,11 +70,12 @@ def ensemble_rows(count: int, start: int = 0) -> list[dict[str, Any]]:
 def ensemble_table(rows: list[dict[str, Any]]) -> pa.Table:
     lists, texts = pa.list_(pa.float32()), pa.list_(pa.string())
     kinds = {"prompt": pa.string(), "responses": texts, "source": pa.string()}
+    kinds |= {"score_error": pa.string(), "mean_scores": lists, "min_scores": lists}
+    kinds |= {"std_scores": lists, "rank_disagreement": pa.float32()}
     for name in MEMBERS:
         kinds[f"{name}_scores"] = lists
         kinds[f"{name}_score_error"] = pa.string()
         kinds[f"{name}_num_tokens"] = pa.list_(pa.int32())
-    kinds |= {"mean_scores": lists, "std_scores": lists, "rank_disagreement": pa.float32()}
     return pa.Table.from_pylist(rows, pa.schema(kinds))
 
 

@@ -13,6 +13,7 @@ from batch_scorer.fingerprint import Fingerprint
 from batch_scorer.formats.shape import shape_of
 from batch_scorer.outputs.by_source import LEVELS, pair_counts, row_sources
 from batch_scorer.outputs.claim import claim_output
+from batch_scorer.outputs.families import headline_prefix
 from batch_scorer.outputs.manifest import conclude, publish, published
 from batch_scorer.records import (
     SCALAR,
@@ -36,7 +37,7 @@ def write_scored(
     provenance: dict[str, Any] | None = None,
 ) -> None:
     """A complete output of these shards, by name. `added` are their columns that scoring would have
-    added; the first that ends in `score_error` says whose prefix the output has."""
+    added."""
     fingerprint = Fingerprint({"model": "none"})
     made = {"model": "/models/written", "batch_scorer": "0", **(provenance or {})}
     claim_output(store, fingerprint, {"column_prefix": ""}, made)
@@ -65,8 +66,8 @@ def _commit(
     key: str, table: pa.Table, layout: Layout, added: Sequence[str], fingerprint: Fingerprint
 ) -> Commit:
     error = next(name for name in added if name.endswith("score_error"))
-    prefix = error.removesuffix("score_error")
     (names,) = shape_of(layout.format).value_columns(SCALAR)
+    prefix = headline_prefix(added, names)
     reasons = table[error].drop_null().to_pylist()
     sources = row_sources(table)
     columns = [table[prefix + name].combine_chunks() for name in names]

@@ -20,7 +20,13 @@ from batch_scorer.formats.shape import RowShape, shape_of
 from batch_scorer.formats.values import is_text, texts_of
 from batch_scorer.inputs.files import open_parquet
 from batch_scorer.outputs.by_source import Sources, row_sources
-from batch_scorer.outputs.families import DISAGREEMENT, SPREAD, Family, families_of
+from batch_scorer.outputs.families import (
+    DISAGREEMENT,
+    SPREAD,
+    Family,
+    families_of,
+    headline_prefix,
+)
 from batch_scorer.records import SCALAR, Commit, Format, Source, TextStyle
 from batch_scorer.storage import Store
 
@@ -79,21 +85,28 @@ def read_values(store: Store, source: Source, commit: Commit) -> ShardValues:
     """Called in a process that may die of the file."""
     file = open_parquet(store, source)
     schema = file.schema_arrow
-    layout, prefix = commit.layout, commit.column_prefix
+    layout, added = commit.layout, commit.added_columns
     format = Format(layout["format"])
     shape = shape_of(format)
     (score_names,) = shape.value_columns(SCALAR)
-    names = [prefix + name for name in score_names]
-    token_names = [f"{prefix}num_tokens{suffix}" for suffix in shape.suffixes]
-    has_scores = set(names) <= set(commit.added_columns)
-    columns = [commit.error_column, *token_names]
+    # Of several members the mean stands for a row; all of them have read the same tokens.
+    names = [headline_prefix(added, score_names) + name for name in score_names]
+    token_names = [
+        next(name for name in added if name.endswith(f"num_tokens{suffix}"))
+        for suffix in shape.suffixes
+    ]
+    notes = [name for name in added if name.endswith("score_notes")]
+    has_scores = set(names) <= set(added)
+    columns = [commit.error_column, *token_names, *notes]
     families: list[Family] = []
     writers: tuple[str, ...] = ()
     if has_scores:
         families = _members_of(schema, score_names)
         writers = _writers_of(schema, format)
         columns += [*names, *writers, *(name for each in families for name in each.columns)]
-    wanted = ("source", f"{prefix}score_notes", DISAGREEMENT, *(SPREAD + n for n in score_names))
+    spread = tuple(commit.column_prefix + SPREAD + name for name in score_names)
+    disagreement = commit.column_prefix + DISAGREEMENT
+    wanted = ("source", disagreement, *spread)
     columns += [name for name in wanted if name in schema.names]
     table = file.read(columns=list(dict.fromkeys(columns)), use_threads=False)
     if has_scores:
@@ -113,9 +126,11 @@ def read_values(store: Store, source: Source, commit: Commit) -> ShardValues:
         marked=list(zip(places, reasons.drop_null().to_pylist(), strict=True)),
         sides=2 if format is Format.PREFERENCE_PAIR and has_scores else 1,
         is_group=format is Format.ROLLOUT_GROUP and has_scores,
-        same_tokens=_same_tokens(table, f"{prefix}score_notes"),
+        same_tokens=_same_tokens(table, notes),
         models=_models(table, writers, rows) if writers else (),
-        members=_members(table, shape, score_names, families) if len(families) > 1 else None,
+        members=_members(table, shape, families, spread, disagreement)
+        if len(families) > 1
+        else None,
     )
 
 
@@ -125,9 +140,10 @@ def places_of(rows: IntArray) -> IntArray:
     return np.asarray((rows << 32) + np.arange(len(rows)) - np.repeat(firsts, sizes))
 
 
-def _same_tokens(table: pa.Table, name: str) -> npt.NDArray[np.bool_]:
+def _same_tokens(table: pa.Table, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """bool[R]: the rows with that note in one of these columns."""
     found = np.zeros(table.num_rows, dtype=bool)
-    if name in table.column_names:
+    for name in names:
         notes = table[name].combine_chunks()
         rows = pc.list_parent_indices(notes).to_numpy(zero_copy_only=False)
         is_same = pc.equal(notes.flatten(), RowNote.SAME_TOKENS.value)
@@ -177,31 +193,35 @@ def _members_of(schema: pa.Schema, score_names: Sequence[str]) -> list[Family]:
 
 
 def _members(
-    table: pa.Table, shape: RowShape, score_names: Sequence[str], families: Sequence[Family]
+    table: pa.Table,
+    shape: RowShape,
+    families: Sequence[Family],
+    spread: Sequence[str],
+    disagreement: str,
 ) -> MemberValues:
+    """`spread` and `disagreement` name the columns of both, which need not be there."""
     # A row of which one member has no score at all may have no list of it: answers are found by
     # their place.
     columns = [family.columns for family in families]
-    spread = tuple(SPREAD + name for name in score_names)
     has_spread = set(spread) <= set(table.column_names)
     found = []
-    for names in [*columns, *([spread] if has_spread else [])]:
+    for names in [*columns, *([tuple(spread)] if has_spread else [])]:
         values, rows = shape.flatten([table[name].combine_chunks() for name in names])
         found.append((places_of(rows), values.to_numpy(zero_copy_only=False).astype(np.float64)))
     places = np.unique(np.concatenate([own for own, _ in found]))
     scores = np.full((len(places), len(families) + 1), np.nan)
     for member, (own, values) in enumerate(found):
         scores[np.searchsorted(places, own), member] = values
-    disagreement = np.full(table.num_rows, np.nan)
-    if DISAGREEMENT in table.column_names:
-        values = table[DISAGREEMENT].combine_chunks().to_numpy(zero_copy_only=False)
-        disagreement = values.astype(np.float64)
+    by_row = np.full(table.num_rows, np.nan)
+    if disagreement in table.column_names:
+        values = table[disagreement].combine_chunks().to_numpy(zero_copy_only=False)
+        by_row = values.astype(np.float64)
     return MemberValues(
         names=tuple(family.name for family in families),
         rows=places >> 32,
         scores=scores[:, :-1],
         stds=scores[:, -1],
-        disagreement=disagreement,
+        disagreement=by_row,
     )
 
 

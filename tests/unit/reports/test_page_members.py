@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_scorer.outputs.families import families_of
+from batch_scorer.outputs.families import families_of, headline_prefix
 from batch_scorer.records import Format, Layout
 from batch_scorer.reports.page.page import ScoredPage, read_page
 from tests.helpers.ensembles import MEMBERS, ensemble_output
@@ -19,6 +19,7 @@ from tests.helpers.scored import CANARY
 from tests.helpers.written import write_scored
 
 Rows = list[dict[str, Any]]
+Tables = Mapping[str, list[list[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoredPage, Rows]
 
 
 @pytest.fixture(scope="module")
-def tables(written: tuple[ScoredPage, Rows]) -> Mapping[str, list[list[str]]]:
+def tables(written: tuple[ScoredPage, Rows]) -> Tables:
     return tables_of(written[0].to_html())
 
 
@@ -41,9 +42,7 @@ def values_of(rows: Rows, member: str) -> list[float | None]:
     return [value for row in rows for value in row[f"{member}_scores"]]
 
 
-def test_each_member_is_counted_by_itself(
-    tables: Mapping[str, list[list[str]]], rows: Rows
-) -> None:
+def test_each_member_is_counted_by_itself(tables: Tables, rows: Rows) -> None:
     head, *lines = tables["members"]
     assert [line[0] for line in lines] == [*MEMBERS]
     for place, line in enumerate(lines):
@@ -60,9 +59,7 @@ def test_each_member_is_counted_by_itself(
         assert numbers(histogram, "answers") == np.histogram(values, edges)[0].tolist()
 
 
-def test_members_are_correlated_over_the_answers_that_both_have(
-    tables: Mapping[str, list[list[str]]], rows: Rows
-) -> None:
+def test_members_are_correlated_over_the_answers_that_both_have(tables: Tables, rows: Rows) -> None:
     scores = [np.array([np.nan if v is None else v for v in values_of(rows, m)]) for m in MEMBERS]
     complete = ~np.isnan(scores).any(axis=0)
     shown = {line[0]: line[1:] for line in tables["member-correlation"][1:]}
@@ -83,9 +80,7 @@ def test_members_are_correlated_over_the_answers_that_both_have(
         assert spearman == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-4)
 
 
-def test_disagreement_is_counted_by_row_and_by_source(
-    tables: Mapping[str, list[list[str]]], rows: Rows
-) -> None:
+def test_disagreement_is_counted_by_row_and_by_source(tables: Tables, rows: Rows) -> None:
     found = [row for row in rows if row["rank_disagreement"] is not None]
     values = np.array([row["rank_disagreement"] for row in found])
     assert sum(numbers(tables["disagreement"], "rows")) == len(values)
@@ -155,3 +150,12 @@ def test_aggregates_are_no_family() -> None:
     assert [(f.prefix, f.name, f.columns) for f in families_of(names)] == [
         ("a_", "a", ("a_score_chosen",))
     ]
+
+
+def test_the_mean_of_the_members_stands_for_a_row(tables: Tables, rows: Rows) -> None:
+    values = [value for row in rows for value in row["mean_scores"] if value is not None]
+    table = tables["scores"]
+    edges = [*numbers(table, "from"), numbers(table, "to before")[-1]]
+    assert numbers(table, "answers") == np.histogram(values, edges)[0].tolist()
+    assert headline_prefix(["x_score_error", "x_mean_score", "x_a_score"], ["score"]) == "x_mean_"
+    assert headline_prefix(["x_score", "x_score_error", "a_score_error"], ["score"]) == "x_"
