@@ -136,7 +136,9 @@ class Moments:
             return cls()
         mean_x, mean_y = float(x.mean()), float(y.mean())
         dx, dy = x - mean_x, y - mean_y
-        return cls(len(x), mean_x, mean_y, float(dx @ dx), float(dy @ dy), float(dx @ dy))
+        # Not `dx @ dx`: BLAS wakes its threads for it, which takes longer than the sum.
+        xx, yy, xy = (float((a * b).sum()) for a, b in ((dx, dx), (dy, dy), (dx, dy)))
+        return cls(len(x), mean_x, mean_y, xx, yy, xy)
 
     def __add__(self, other: "Moments") -> "Moments":
         n = self.n + other.n

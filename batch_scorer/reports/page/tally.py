@@ -11,10 +11,11 @@ Legend: S sequences (answers), P pairs.
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from batch_scorer.evaluation.pairs import CalibrationSums
 from batch_scorer.outputs.by_source import ALL_SOURCES, Sources
@@ -308,8 +309,10 @@ def random_of(key: str) -> np.random.Generator:
 
 def _count(spreads: dict[Any, Spread], groups: Any, tokens: FloatArray, scores: FloatArray) -> None:
     """Count S scores by their group."""
-    for group in sorted(set(groups.tolist())):
-        here = groups == group
+    encoded = pa.array(groups).dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    for group, code in sorted((g, c) for c, g in enumerate(encoded.dictionary.to_pylist())):
+        here = codes == code
         spreads.setdefault(group, Spread()).add(tokens[here], scores[here])
 
 
@@ -327,9 +330,8 @@ def _within(rows: IntArray, tokens: FloatArray, scores: FloatArray) -> Moments:
     _, places, sizes = np.unique(rows, return_inverse=True, return_counts=True)
     dx = tokens - (np.bincount(places, tokens) / sizes)[places]
     dy = scores - (np.bincount(places, scores) / sizes)[places]
-    return Moments(
-        n=int(sizes[sizes > 1].sum()), xx=float(dx @ dx), yy=float(dy @ dy), xy=float(dx @ dy)
-    )
+    left = Moments.of(dx, dy)  # whose means are 0 already, up to rounding
+    return replace(left, n=int(sizes[sizes > 1].sum()), mean_x=0.0, mean_y=0.0)
 
 
 def _best_of(size: int, most: int) -> FloatArray:
