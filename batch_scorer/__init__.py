@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from batch_scorer.decontamination.decontaminate import decontaminate
     from batch_scorer.evaluation.evaluate import evaluate
     from batch_scorer.inputs.plan import make_plan
+    from batch_scorer.normalization.normalize import normalize
+    from batch_scorer.normalization.recipe import Normalization
     from batch_scorer.outputs.verify import Verdict, verify
     from batch_scorer.runs.run import Summary
     from batch_scorer.runs.status import read_status
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Config": "config",
+    "Normalization": "normalization.recipe",
     "Selection": "selection.recipe",
     "Summary": "runs.run",
     "Verdict": "outputs.verify",
@@ -31,6 +34,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "load_config": "config",
     "make_plan": "inputs.plan",
+    "normalize": "normalization.normalize",
     "read_status": "runs.status",
     "select": "selection.select",
     "score": "api",
@@ -40,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Config",
+    "Normalization",
     "Selection",
     "Summary",
     "Verdict",
@@ -47,6 +52,7 @@ __all__ = [
     "evaluate",
     "load_config",
     "make_plan",
+    "normalize",
     "read_status",
     "score",
     "score_rows",

@@ -23,6 +23,7 @@ from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, IncompleteError, InputError, IntegrityError, ShardError
 from batch_scorer.inputs.files import open_parquet, read_apart
 from batch_scorer.records import Receipt, Source
+from batch_scorer.reports.page.write import write_beside
 from batch_scorer.reports.progress import progress_listener
 from batch_scorer.runs.run import Listener, Summary
 from batch_scorer.runs.run import score as run
@@ -32,7 +33,7 @@ R = TypeVar("R")
 
 _OF_FILES = (
     *("inputs", "exclude", "output", "where", "limit", "keep_columns", "drop_columns"),
-    *("use_ray", "ray_address", "store_options", "retry_marked"),
+    *("use_ray", "ray_address", "store_options", "retry_marked", "report"),
 )
 """Settings that say which files and rows are read, what is written, and where."""
 
@@ -43,14 +44,18 @@ def score(
     make: BackendFactory | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Score all inputs into the output, as `runs.run.score`; with `progress`, show how far it is.
+    """Score all inputs into the output, as `runs.run.score`, and write the page if `config.report`
+    asks for it; with `progress`, show how far it is.
 
     A terminal has a bar on stderr; a notebook, and stderr that is a file, have plain lines.
     """
     with ExitStack() as stack:
         if progress:
             listeners = (*listeners, stack.enter_context(progress_listener(_console())))
-        return run(config, *listeners, make=make)
+        summary = run(config, *listeners, make=make)
+    if config.report:
+        write_beside(config.output, config.store_options)
+    return summary
 
 
 def _console() -> Console:

@@ -27,6 +27,7 @@ from batch_scorer.cli.flags import (
     with_settings,
 )
 from batch_scorer.cli.help import Command
+from batch_scorer.cli.normalize import normalize
 from batch_scorer.cli.select import select
 from batch_scorer.cli.terminal import err, fail, for_progress, out, program_name, say, show
 from batch_scorer.config import (
@@ -99,11 +100,22 @@ def _score(config: Config, *, as_json: bool) -> None:
     if not as_json:
         say(out(), f"The scored shards are in {summary.output}")
         say(out(), f"Check them against their inputs:  {program_name()} verify {summary.output}")
+    if config.report:
+        _write_beside(summary.output, config, as_json=as_json)
     if not summary.is_complete:
         raise IncompleteError(
             f"{summary.totals['shards_failed']} of {summary.totals['shards']} shards are not "
             "scored (reasons above); fix the inputs and run the same command again"
         )
+
+
+def _write_beside(output: str, config: Config, *, as_json: bool) -> None:
+    """The page that `report` asks for."""
+    from batch_scorer.reports.page.write import write_beside
+
+    url = write_beside(output, config.store_options)
+    if url and not as_json:
+        say(out(), f"The page is {url}")
 
 
 @app.command(cls=Command)
@@ -192,6 +204,8 @@ def nightly(
 
     ended = run_night(config, night, listen)
     show(nightly_report(ended), as_json=as_json)
+    if config.report and ended.held_by is None:
+        _write_beside(ended.root, config, as_json=as_json)
     if not ended.is_complete:
         failed = ended.summary.totals["shards_failed"] if ended.summary else 0
         raise IncompleteError(
@@ -240,7 +254,7 @@ def status(
 ) -> None:
     """Show an output's progress, or a nightly OUTPUT's newest generations and last run.
 
-    Of an output of `select` or `decontaminate`, what it was made of, and every count.
+    Of an output of `select`, `normalize` or `decontaminate`, what it was made of, and every count.
     """
     from batch_scorer.derived.state import derived_store, read_derived_status
     from batch_scorer.nightly.history import newest_record
@@ -290,12 +304,14 @@ def verify(
 ) -> None:
     """Recount an output from its data, and compare every digest with what was committed.
 
-    An output of `select` or `decontaminate` is also made again, where what it was made of is still
-    the same.
+    An output of `select`, `normalize` or `decontaminate` is also made again, where what it was
+    made of is still the same.
     """
     from batch_scorer.decontamination.decontaminate import KIND as DECONTAMINATION
     from batch_scorer.decontamination.verify import verify_decontamination
     from batch_scorer.derived.state import derived_store
+    from batch_scorer.normalization.normalize import KIND as NORMALIZATION
+    from batch_scorer.normalization.verify import verify_normalization
     from batch_scorer.outputs.repair import find_strays, remove
     from batch_scorer.outputs.verify import verify as check
     from batch_scorer.reports.results import VerifyReport
@@ -303,8 +319,8 @@ def verify(
 
     options = mapping("store_options", store_option) or {}
     if (derived := derived_store(expanded(output), options)) is not None:
-        is_clean = derived[1].kind == DECONTAMINATION
-        found = (verify_decontamination if is_clean else verify_selection)(*derived, options)
+        of_kind = {DECONTAMINATION: verify_decontamination, NORMALIZATION: verify_normalization}
+        found = of_kind.get(derived[1].kind, verify_selection)(*derived, options)
         show(found, as_json=as_json)
         raise typer.Exit(found.exit_code)
     if repair:
@@ -363,7 +379,7 @@ def evaluate(
             help="Weigh RewardBench's two xstest subsets as before 2024-09-10.",
         ),
     ] = False,
-    report: Annotated[
+    to: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the result here too, as JSON.")
     ] = None,
     as_json: AsJson = False,
@@ -392,8 +408,8 @@ def evaluate(
         result = evaluate_output(
             output, config.store_options, benchmark, legacy_xstest_weights, prefix
         )
-    if report is not None:
-        result.save(report)
+    if to is not None:
+        result.save(to)
     show(result, as_json=as_json)
 
 
@@ -427,6 +443,8 @@ def report(
 ) -> None:
     """Write one HTML page about a scored OUTPUT: scores, pairs, length, marked rows, cost.
 
+    Of a nightly OUTPUT, about its newest generation and the nights.
+
     The page asks for nothing outside of itself. Each drawing has its values in a table.
     """
     quarantine.prepare()
@@ -439,6 +457,7 @@ def report(
 
 
 app.command(cls=Command)(select)
+app.command(cls=Command)(normalize)
 
 
 @app.command(cls=Command)

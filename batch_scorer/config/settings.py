@@ -575,6 +575,11 @@ class Config(BaseModel):
     """Seconds without a renewal after which a run is considered dead, and another may take over its
     output."""
 
+    report: bool = _setting(False, "runtime")
+    """Whether `score` and `nightly` end with writing the page about their output into it, as
+    `_report.html` (docs/report.md): `--report` on the command line, `report: true` in YAML. A page
+    that cannot be written costs a warning and no more."""
+
     store_options: dict[str, str] = _setting({}, "runtime")
     """For the object store: `--store-option region=eu-central-1` on the command line,
     `store_options: {region: eu-central-1}` in YAML; also endpoint, allow_http (an `http://`

@@ -49,11 +49,6 @@ JUDGEBENCH_COLUMNS = {"chosen": "response_A", "rejected": "response_B"}
 """How JudgeBench's pairs are scored: A as chosen. The label decides which one is right."""
 
 
-WRITERS = {f"{side}_model": (f"{side}_model", f"{side}-model") for side in ("chosen", "rejected")}
-"""The columns that name the model that wrote an answer, as RewardBench and UltraFeedback's cleaned
-pairs spell them."""
-
-
 @dataclass(frozen=True, slots=True)
 class File:
     """What is known of an input file or of its scored shard, without its rows.
@@ -127,6 +122,8 @@ def _score(config: Config, wanted: Benchmark | None, listeners: Sequence[Listene
     if wanted is Benchmark.JUDGEBENCH:
         columns = {**JUDGEBENCH_COLUMNS, **config.columns}
         config = config.model_copy(update={"columns": columns})
+    if config.report:
+        raise ConfigError("report: `score` and `nightly` write the page; here, leave it out")
     files = files_of_plan(make_plan(config), config)
     find_benchmark(files, wanted)  # before hours of scoring, not after
     score(config, *listeners)
@@ -283,7 +280,7 @@ _RULES: Mapping[Benchmark, _Rules] = {
         evaluate=rewardbench.evaluate,
         known=lambda subset: subset in rewardbench.SUBSETS,
         by_label=_chosen_and_rejected,
-        optional=WRITERS,
+        optional=pairs.WRITERS,
     ),
     Benchmark.REWARDBENCH_2: _Rules(
         needs="best-of-n rows with columns id and subset",
@@ -312,7 +309,7 @@ _RULES: Mapping[Benchmark, _Rules] = {
         evaluate=pairs.evaluate,
         known=lambda _: True,
         by_label=_chosen_and_rejected,
-        optional={**WRITERS, "source": ("source",)},
+        optional={**pairs.WRITERS, "source": ("source",)},
     ),
 }
 

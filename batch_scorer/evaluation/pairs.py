@@ -4,8 +4,9 @@ of how sure that is, and whose answers they prefer. Pure functions.
 Legend: P pairs. `right` is the answer that the label prefers, `wrong` the other one.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,11 @@ from batch_scorer.outputs.by_source import ALL_SOURCES, MAX_SOURCES
 
 ACCURACY = "Accuracy"
 UNSCORED = "Without a score"
+WRITERS: Mapping[str, tuple[str, ...]] = {
+    f"{side}_model": (f"{side}_model", f"{side}-model") for side in ("chosen", "rejected")
+}
+"""The columns that name the model that wrote an answer, as RewardBench and UltraFeedback's cleaned
+pairs spell them."""
 _BINS = np.linspace(0.5, 1.0, 11)
 
 
@@ -38,11 +44,12 @@ def evaluate(table: pa.Table) -> Evaluation:
     """Accuracy of P pairs, in any order, and by `source`.
 
     `table` has `score_chosen` and `score_rejected`, and `source` (null where rows have none). A
-    pair earns 1 if chosen scores higher, half for a tie, and nothing if it lacks a score.
+    pair earns 1 if chosen scores strictly higher and nothing else: not for a tie, which is counted
+    beside it, and not without a score.
     """
     right, wrong = floats(table, "score_chosen"), floats(table, "score_rejected")
     is_unscored = np.isnan(right - wrong)
-    credits = _wins(right, wrong)
+    credits = (right > wrong).astype(np.float64)
     subsets = subsets_of(
         sources := _sources(table),
         credits,
@@ -81,45 +88,90 @@ def _sources(table: pa.Table) -> npt.NDArray[np.str_]:
 # How sure, and how often right
 
 
+@dataclass(slots=True)
+class CalibrationSums:
+    """What scores say of how sure they are, against labels, added up some pairs at a time.
+
+    `basis` is what the probabilities are made of, `probability` makes that of the right answer of
+    the scores of both, float64[P] each. `bins` is float64[3, B]: pairs, the sum of how sure they
+    are, and of how often the label agrees (a tie is half: no side is preferred, and the
+    probability is a half), by the former. `squares` is the sum of the squared distances of the
+    right answer's probability from 1.
+    """
+
+    basis: str
+    probability: Callable[[FloatArray, FloatArray], FloatArray]
+    bins: FloatArray = field(default_factory=lambda: np.zeros((3, len(_BINS) - 1)))
+    squares: float = 0.0
+
+    @classmethod
+    def of_scores(cls, judge: Mapping[str, Any] | None) -> Self | None:
+        """Without any pair yet; None for scores that say nothing of how sure they are.
+
+        `judge` is a judge's page as JSON, None for a reward model. A pairwise judge's score is the
+        probability that an answer is the better one. A reward model's margin is taken for the log
+        odds of that, as Bradley and Terry have it, and so are the log odds of a judge's Yes to one
+        answer less those to the other. Other grades of single answers say how good each is, and not
+        how sure it is that one is better.
+        """
+        if judge is None:
+            return cls("the sigmoid of the margin", _of_margins)
+        if judge["mode"] == "pairwise":
+            return cls("the judge's score", _of_right)
+        if judge["mode"] == "pointwise" and _is_yes_or_no(judge["verdict"]):
+            return cls("the odds of Yes", _of_odds)
+        return None
+
+    def add(self, right: FloatArray, wrong: FloatArray) -> None:
+        """Count P pairs; those without both scores (NaN) are left out."""
+        is_scored = ~np.isnan(right - wrong)
+        found = self.probability(right[is_scored], wrong[is_scored])
+        sure = np.maximum(found, 1 - found)
+        places = np.clip(np.searchsorted(_BINS, sure, side="right") - 1, 0, len(_BINS) - 2)
+        for line, weights in enumerate((np.ones(len(sure)), sure, _wins(found, 1 - found))):
+            self.bins[line] += np.bincount(places, weights, minlength=len(_BINS) - 1)
+        self.squares += float(((1 - found) ** 2).sum())
+
+    def result(self) -> Calibration | None:
+        """None before any pair."""
+        if not (total := int(self.bins[0].sum())):
+            return None
+        bins = []
+        for place, (pairs, sure, right) in enumerate(self.bins.T.tolist()):
+            if pairs:
+                low, high = (round(float(edge), 2) for edge in _BINS[place : place + 2])
+                share = wilson(right / pairs, int(pairs))
+                bins.append(Bin(low, high, int(pairs), sure / pairs, share))
+        return Calibration(
+            basis=self.basis,
+            pairs=total,
+            bins=bins,
+            expected_error=sum(b.pairs * abs(b.right.value - b.sure) for b in bins) / total,
+            brier=self.squares / total,
+        )
+
+
 def calibration_of(
     right: FloatArray, wrong: FloatArray, judge: Mapping[str, Any] | None
 ) -> Calibration | None:
-    """What P scores say of how sure they are, against the labels; None where they say nothing.
+    """What P scores say of how sure they are, as `CalibrationSums` has it; None where they say
+    nothing."""
+    if (sums := CalibrationSums.of_scores(judge)) is None:
+        return None
+    sums.add(right, wrong)
+    return sums.result()
 
-    `judge` is a judge's page as JSON, None for a reward model. A pairwise judge's score is the
-    probability that an answer is the better one. A reward model's margin is taken for the log odds
-    of that, as Bradley and Terry have it, and so are the log odds of a judge's Yes to one answer
-    less those to the other. Other grades of single answers say how good each is, and not how sure
-    it is that one is better.
-    """
-    is_scored = ~np.isnan(right - wrong)
-    right, wrong = right[is_scored], wrong[is_scored]
-    if not len(right):
-        return None
-    if judge is None:
-        basis, found = "the sigmoid of the margin", _sigmoid(right - wrong)
-    elif judge["mode"] == "pairwise":
-        basis, found = "the judge's score", right
-    elif judge["mode"] == "pointwise" and _is_yes_or_no(judge["verdict"]):
-        basis, found = "the odds of Yes", _sigmoid(_log_odds(right) - _log_odds(wrong))
-    else:
-        return None
-    sure = np.maximum(found, 1 - found)
-    is_right = _wins(found, 1 - found)
-    places = np.clip(np.searchsorted(_BINS, sure, side="right") - 1, 0, len(_BINS) - 2)
-    bins = []
-    for place in np.unique(places).tolist():
-        here = places == place
-        share = wilson(float(is_right[here].mean()), int(here.sum()))
-        low, high = (round(float(edge), 2) for edge in _BINS[place : place + 2])
-        bins.append(Bin(low, high, int(here.sum()), float(sure[here].mean()), share))
-    return Calibration(
-        basis=basis,
-        pairs=len(found),
-        bins=bins,
-        expected_error=sum(b.pairs * abs(b.right.value - b.sure) for b in bins) / len(found),
-        brier=float(((1 - found) ** 2).mean()),
-    )
+
+def _of_margins(right: FloatArray, wrong: FloatArray) -> FloatArray:
+    return _sigmoid(right - wrong)
+
+
+def _of_right(right: FloatArray, wrong: FloatArray) -> FloatArray:
+    return right
+
+
+def _of_odds(right: FloatArray, wrong: FloatArray) -> FloatArray:
+    return _sigmoid(_log_odds(right) - _log_odds(wrong))
 
 
 def _is_yes_or_no(rule: Mapping[str, Any]) -> bool:

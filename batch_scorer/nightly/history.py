@@ -62,10 +62,15 @@ def newest_record(root: Store) -> NightlyRecord | None:
     return next((read_record(root, number) for number in numbers(root)), None)
 
 
+def read_drift(root: Store, number: int) -> DriftReport:
+    """The drift report of a nightly run. Raises ObjectDamaged."""
+    return read_one(root, f"{_FOLDER}/{number:05d}-drift.json", DriftReport)
+
+
 def newest_drift(root: Store) -> DriftReport:
     """The newest drift report. Raises OutputError where there is none."""
     for number in numbers(root):
-        return read_one(root, f"{_FOLDER}/{number:05d}-drift.json", DriftReport)
+        return read_drift(root, number)
     raise OutputError(f"{root.root}: no drift report here; name an output of `nightly`")
 
 

@@ -45,7 +45,7 @@ from batch_scorer.nightly.history import (
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.claim import claimed
 from batch_scorer.outputs.lease import Lease, lease_of
-from batch_scorer.outputs.manifest import current_manifest
+from batch_scorer.outputs.manifest import REPORT_KEY, current_manifest
 from batch_scorer.outputs.reuse import Earlier
 from batch_scorer.pipeline.session import RaySession
 from batch_scorer.records import Source
@@ -295,6 +295,7 @@ class _NightlyRun:
         )
         report = drift_report(root, number, step, described, latest)
         lease.confirm()
+        root.delete(REPORT_KEY)  # the page is of the nights before
         write(root, record, report)
         if has_moved:
             move_latest(root, step.generation, number, latest)

@@ -3,6 +3,7 @@
     OUT/<input path>[.rowsA-B].parquet     a scored shard; the object is the commit
     OUT/_SUCCESS                           JSON totals; written last
     OUT/README.md                          a card for people, where it was asked for
+    OUT/_report.html                       a page about the scores, where it was asked for
     OUT/_batch_scorer/run.json             what this output is: fingerprint, layout, provenance
                       plan.json            how much the newest run set out to do
                       runs/*.json          what each run had to do, and what it measured
@@ -63,6 +64,8 @@ from batch_scorer.storage import (
 SUCCESS_KEY = "_SUCCESS"
 CARD_KEY = "README.md"
 """The card that `score --card` writes (`runs.card`)."""
+REPORT_KEY = "_report.html"
+"""The page that `score --report` writes (`reports.page.write`)."""
 _CURRENT_KEY = f"{RECORDS}/CURRENT"
 _ENGINES = f"{RECORDS}/engines"
 _PLAN_KEY = f"{RECORDS}/plan.json"
@@ -412,7 +415,7 @@ def is_in_manifest(store: Store, key: str) -> bool:
 
 def is_record(key: str) -> bool:
     """Whether the key is one of ours that is not a scored shard."""
-    return key in (SUCCESS_KEY, CARD_KEY) or key.startswith(f"{RECORDS}/")
+    return key in (SUCCESS_KEY, CARD_KEY, REPORT_KEY) or key.startswith(f"{RECORDS}/")
 
 
 def _manifest_bytes(receipts: list[Receipt]) -> bytes:

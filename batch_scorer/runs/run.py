@@ -23,6 +23,7 @@ from batch_scorer.outputs.claim import claim_output, refuse_nights
 from batch_scorer.outputs.lease import Lease, SeenLease, see_lease
 from batch_scorer.outputs.ledger import Ledger
 from batch_scorer.outputs.manifest import (
+    REPORT_KEY,
     SUCCESS_KEY,
     Published,
     conclude,
@@ -142,7 +143,9 @@ def score_plan(
         found = published(output)
         lease.confirm()  # after the look: whoever publishes from now on takes the lease first
         if work.todo or work.left or work.failed:
-            output.delete(SUCCESS_KEY)  # while there is work to do the output is not complete
+            # While there is work to do the output is not complete, and its page is of other rows.
+            output.delete(SUCCESS_KEY)
+            output.delete(REPORT_KEY)
             found = replace(found, success=None)
         work = make_room(work, job, output, donors)
         if plan.known is not None:

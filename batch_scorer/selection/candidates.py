@@ -1,6 +1,5 @@
 """The first pass of a selection: what decides about each row, and nothing else of it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from batch_scorer.selection.flat import FlatPart, FlatRows
 from batch_scorer.selection.layouts import SIDE_FIELDS, fits, sides_of
 from batch_scorer.selection.recipe import PROMPT, Reason, Selection
 from batch_scorer.selection.stored_pairs import StoredPairs
-from batch_scorer.selection.texts import NoColumn, prompts_of, responses_of, texts_of
+from batch_scorer.selection.texts import NoColumn, joined_texts, prompts_of, responses_of, texts_of
 from batch_scorer.selection.values import Ranking, numbers_of, require
 
 _SCHEMA = pa.schema(
@@ -115,7 +114,7 @@ class _Finder:
         if selection.group_by not in ((), (PROMPT,)):
             names = selection.group_by
             keys = [prompts if name == PROMPT else texts_of(table[name]) for name in names]
-            grp = digests(_joined(keys))
+            grp = digests(joined_texts(keys))
         category = pa.nulls(len(kept), pa.string())
         if selection.top_percent:
             category = texts_of(table[selection.category])
@@ -173,11 +172,3 @@ class _Finder:
 
 def _needs_prompt(selection: Selection) -> bool:
     return PROMPT in selection.group_by or bool(selection.splits or selection.pairs)
-
-
-def _joined(keys: list[pa.Array]) -> pa.Array:
-    """string[n], the same for rows of one group only: null is another key than any text."""
-    if len(keys) == 1:
-        return keys[0]
-    rows = zip(*(key.to_pylist() for key in keys), strict=True)
-    return pa.array([json.dumps(row) for row in rows], pa.string())

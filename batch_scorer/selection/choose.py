@@ -10,18 +10,16 @@ from math import ceil
 from pathlib import Path
 from typing import TypeAlias
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from batch_scorer.derived.database import open_database
 from batch_scorer.selection.pairs import PromptCounts, count_prompts, pair_up, sample_pairs
 from batch_scorer.selection.recipe import EVERY_OTHER, NoPair, Reason, Selection
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
 
-_MEMORY = "1GB"
-_THREADS = 2
 _PLACE = "part, row, slot"
 _GROUP = "(grp >> 64)::ubigint, (grp & 18446744073709551615)::ubigint"
 """A group in two halves: in one of 128 bits, DuckDB takes twice as long to part the rows by it."""
@@ -44,17 +42,7 @@ class Candidates:
     caller's to remove."""
 
     def __init__(self, folder: Path) -> None:
-        # Not a database in a file: that takes longer to write, and this one spills too.
-        self._database = duckdb.connect(
-            config={
-                "memory_limit": _MEMORY,
-                "threads": _THREADS,
-                "temp_directory": str(folder / "spilled"),
-                "preserve_insertion_order": False,
-            },
-        )
-        # Not among the settings above: it would forbid the temp folder.
-        self._database.execute("set enable_external_access = false")
+        self._database = open_database(folder)
         self._database.execute(
             "create table candidates (part int, row int, slot int, grp uhugeint, prompt ubigint, "
             "category varchar, value double, tie ubigint, text ubigint, tokens int)"

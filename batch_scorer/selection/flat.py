@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 
 from batch_scorer.derived.parts import OpenPart, Part
 from batch_scorer.formats.kinds import KNOWN_NAMES
+from batch_scorer.formats.values import is_list
+from batch_scorer.outputs.families import prefixes_of
 from batch_scorer.records import Format
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -22,6 +24,7 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 _ONE_OF = {
     "scores": "score",
     "rewards": "rewards",
+    "normalized_scores": "normalized_score",
     "num_tokens": "num_tokens",
     "num_truncated_tokens": "num_truncated_tokens",
 }
@@ -96,6 +99,11 @@ class FlatPart:
     def _lists(self) -> dict[str, str]:
         """The columns of lists, that of the responses first, and their names when flat."""
         commit, names = self._part.commit, self._stored.names
+        values = {
+            name: one
+            for name, one in self._one_of().items()
+            if name in names and is_list(self._stored.field(name).type)
+        }
         if commit is not None:
             if commit.layout["format"] != Format.ROLLOUT_GROUP:
                 return {}
@@ -103,15 +111,21 @@ class FlatPart:
         else:
             known = [name for _, names in KNOWN_NAMES["responses"] for name in names]
             found = [name for name in known if name in names]
-            if not found or "scores" not in names:
+            if not found or not any(one.endswith("score") for one in values.values()):
                 return {}
             responses = found[0]
-        prefixes = [""] if commit is None else commit.score_prefixes
-        for prefix, other in self._part.beside:
-            if other.commit:
-                prefixes += [prefix + own for own in other.commit.score_prefixes]
-        values = {p + many: p + one for p in prefixes for many, one in _ONE_OF.items()}
-        return {responses: "response"} | {n: one for n, one in values.items() if n in names}
+        return {responses: "response"} | values
+
+    def _one_of(self) -> dict[str, str]:
+        """The names that columns with one value for each response can have, and those when flat."""
+        names = self._stored.names
+        prefixes = [self.prefix, *prefixes_of(names)]
+        prefixes += [
+            prefix + other.commit.column_prefix
+            for prefix, other in self._part.beside
+            if other.commit
+        ]
+        return {p + many: p + one for p in prefixes for many, one in _ONE_OF.items()}
 
     def _flat(self, first: int, table: pa.Table) -> FlatRows:
         """The responses alone say which rows there are; one that is null or empty stays a row. A

@@ -1,5 +1,6 @@
 """The texts of a row by which it is grouped and told from others: its prompt and its response."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,14 @@ def texts_of(column: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_nested(column.type):
         return _mapped(lambda value: value, column)
     return column.cast(pa.string()).combine_chunks()
+
+
+def joined_texts(keys: list[pa.Array]) -> pa.Array:
+    """string[n], the same for rows of one group only: null is another key than any text."""
+    if len(keys) == 1:
+        return keys[0]
+    rows = zip(*(key.to_pylist() for key in keys), strict=True)
+    return pa.array([json.dumps(row) for row in rows], pa.string())
 
 
 def _is_nested(part: FlatPart, name: str) -> bool:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.browser import Tab, browser_tab
+from tests.helpers.ensembles import ensemble_output
 from tests.helpers.in_process import run_cli
+from tests.helpers.nights import nightly_root
 from tests.helpers.places import Place
 from tests.helpers.scored import scored_output
 from tests.helpers.tiny import tiny_reward_model
@@ -49,22 +51,29 @@ class View:
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Place, Place]:
-    place = Place(str(tmp_path_factory.mktemp("output")))
-    other = tiny_reward_model(tmp_path_factory.mktemp("other") / "other", bos=True)
-    return scored_output(place, tiny_model, "a"), scored_output(place, other, "b")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_reward_model(tmp_path_factory.mktemp("other") / "other", bos=True)
 
 
-@pytest.fixture(scope="module", params=["scored", "compared"])
+@pytest.fixture(scope="module", params=["scored", "compared", "nights", "ensemble"])
 def page(
     request: pytest.FixtureRequest,
-    outputs: tuple[Place, Place],
     tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    other_model: Path,
 ) -> Path:
-    a, b = outputs
+    place = Place(str(tmp_path_factory.mktemp("output")))
+    compared: tuple[str, ...] = ()
+    if request.param == "nights":
+        output, _ = nightly_root(place, tiny_model, other_model)
+    elif request.param == "ensemble":
+        output, _ = ensemble_output(place)
+    else:
+        output = scored_output(place, tiny_model, "a")
+    if request.param == "compared":
+        compared = ("--compare", scored_output(place, other_model, "b").url)
     file = tmp_path_factory.mktemp("page") / f"{request.param}.html"
-    compared = ("--compare", b.url) if request.param == "compared" else ()
-    ended = run_cli("report", a.url, *compared, "--html", file)
+    ended = run_cli("report", output.url, *compared, "--html", file)
     assert ended.exit_code == 0, ended.err
     return file
 
@@ -136,8 +145,9 @@ def test_it_fits_asks_for_nothing_and_has_no_error(
 
 
 def test_markup_in_the_data_is_text(views: dict[tuple[int, str], View], page: Path) -> None:
-    assert "&lt;b&gt;source" in page.read_text()
-    assert "compared" in page.name or "&lt;script&gt;document.title=" in page.read_text()
+    html = page.read_text()
+    assert "&lt;b&gt;" in html and "<b>" not in html
+    assert "compared" in page.name or "&lt;script&gt;document.title=" in html
     assert {view.title.split(" of ")[0] for view in views.values()} == {"Scores"}
 
 

@@ -124,7 +124,7 @@ def test_a_scored_output_is_evaluated_to_the_same_from_the_shell_and_from_python
     one_go: Ended, bucket: Place, tmp_path: Path
 ) -> None:
     report = tmp_path / "results" / "rewardbench.json"
-    again = run_cli("evaluate", (bucket / "out").url, *bucket.flags, "--report", report)
+    again = run_cli("evaluate", (bucket / "out").url, *bucket.flags, "--to", report)
     assert again.exit_code == 0, again.err
     assert json.loads(report.read_text()) == one_go.json
     for name in ("Model", "Score", "Chat", "Chat Hard", "Safety", "Reasoning", "xstest-should"):
@@ -278,7 +278,7 @@ def test_python_scores_first_what_is_a_benchmark_and_refuses_the_rest(
 
 def test_a_report_that_cannot_be_written_is_named(disk: Place, tiny_model: Path) -> None:
     (disk / "in").write({"a.parquet": parquet(rewardbench_table())})
-    refused = run("evaluate", disk, tiny_model, "--report", f"{disk.url}/in/a.parquet/r.json")
+    refused = run("evaluate", disk, tiny_model, "--to", f"{disk.url}/in/a.parquet/r.json")
     assert refused.exit_code == 2
     assert "a.parquet/r.json: the report cannot be written" in refused.error
 

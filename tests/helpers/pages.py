@@ -1,6 +1,32 @@
-"""The tables of a page, as a reader of its HTML sees them."""
+"""Pages of small outputs; and their tables, as a reader of the HTML sees them."""
 
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from batch_scorer import Config, score
+from batch_scorer.reports.page.page import ScoredPage, read_page
+from tests.helpers.places import Place
+
+
+def page_of(
+    tmp_path: Path, model: Path, files: dict[str, bytes], **settings: Any
+) -> tuple[ScoredPage, Place]:
+    """The page of these files' output, and the output, scored without the model."""
+    place = Place(str(tmp_path))
+    (place / "in").write(files)
+    output = place / "out"
+    score(
+        Config(
+            model=str(model),
+            inputs=((place / "in").url,),
+            output=output.url,
+            backend="fake",
+            use_ray=False,
+            **settings,
+        )
+    )
+    return read_page(output.url, {}), output
 
 
 class _Tables(HTMLParser):

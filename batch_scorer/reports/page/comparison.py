@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 
 from batch_scorer.evaluation.result import wilson
+from batch_scorer.nightly.drift import ranks
 from batch_scorer.records import Commit
 from batch_scorer.reports.page.figures import Cell, Figure, Interval, Intervals, Points, Section
+from batch_scorer.reports.page.sums import Moments
 from batch_scorer.reports.page.tally import (
     LOWEST,
+    RANKED,
     SAMPLE,
-    Moments,
     Pick,
     largest_sources,
     random_of,
     shown_names,
 )
-from batch_scorer.reports.page.values import FloatArray, IntArray, ShardValues
-
-RANKED = 20_000
-"""Answers whose ranks are compared."""
+from batch_scorer.reports.page.values import FloatArray, IntArray, ShardValues, places_of
 
 
 @dataclass(slots=True)
@@ -62,7 +61,7 @@ class Comparison:
     def add(self, key: str, a: ShardValues, b: ShardValues) -> None:
         """Count a shard of the same rows; `key` is A's object."""
         # A row without any score may have no list of scores, so answers are found by their place.
-        places_a, places_b = _places(a.rows), _places(b.rows)
+        places_a, places_b = places_of(a.rows), places_of(b.rows)
         _, at_a, at_b = np.intersect1d(places_a, places_b, return_indices=True)
         x, y, rows = a.scores[at_a], b.scores[at_b], a.rows[at_a]
         both = ~np.isnan(x) & ~np.isnan(y)
@@ -80,6 +79,7 @@ class Comparison:
         self._count_rows(key, x, y, rows, a.sources)
         if a.sides == 2:
             of_both = np.bincount(rows, minlength=len(a.sources)) == 2
+            of_both &= ~(a.same_tokens | b.same_tokens)  # no model can tell these apart
             in_pairs = of_both[rows]
             sides_a, sides_b = (s[in_pairs].reshape(-1, 2) for s in (x, y))
             wrong = [(s[:, 0] <= s[:, 1]).astype(np.int64) for s in (sides_a, sides_b)]
@@ -106,12 +106,6 @@ class Comparison:
         largest = np.argsort(-apart, kind="stable")[:LOWEST]
         picks = [Pick(-float(apart[i]), key, int(owners[i])) for i in largest if apart[i] > 0]
         self.apart = sorted([*self.apart, *picks])[:LOWEST]
-
-
-def _places(rows: IntArray) -> IntArray:
-    """int64[S]: row and place in the row of each answer, as one number."""
-    _, firsts, sizes = np.unique(rows, return_index=True, return_counts=True)
-    return (rows << 32) + np.arange(len(rows)) - np.repeat(firsts, sizes)
 
 
 def _scale(commits: Iterable[Commit]) -> tuple[float, float]:
@@ -157,7 +151,7 @@ def _points(found: Comparison) -> Figure:
 
 def _correlations(found: Comparison) -> Figure:
     _, xs, ys = found.points.T
-    ranked = Moments.of(_ranks(xs), _ranks(ys))
+    ranked = Moments.of(ranks(xs), ranks(ys))
     every = found.answers["both"]
     sampled = "" if len(xs) == every else " of a random sample"
     rows: list[tuple[Cell, ...]] = [
@@ -171,13 +165,6 @@ def _correlations(found: Comparison) -> Figure:
         ("", "answers", "correlation"),
         rows,
     )
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    """float64[n] from 0, equal values at the middle of theirs."""
-    _, places, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    middles = np.cumsum(sizes) - (sizes + 1) / 2
-    return np.asarray(middles[places], np.float64)
 
 
 def _decisions(found: Comparison) -> Figure:
@@ -211,7 +198,8 @@ def _pairs(found: Comparison) -> Figure:
     return Figure(
         "ab-pairs",
         "Who is right",
-        "Of pairs that both have scores for; right is chosen strictly above rejected.",
+        "Of pairs that both have scores for and whose sides have different tokens; right is chosen "
+        "strictly above rejected.",
         ("", "pairs", "share"),
         list(zip(names, counts, shares, strict=True)),
         Intervals(

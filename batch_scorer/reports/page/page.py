@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +17,14 @@ from batch_scorer.errors import (
     ShardError,
 )
 from batch_scorer.inputs.files import read_apart
+from batch_scorer.nightly.status import latest_output, nightly_root
 from batch_scorer.outputs.claim import Claim, open_scored
 from batch_scorer.outputs.manifest import total
 from batch_scorer.outputs.state import OutputState
-from batch_scorer.records import Judged, Receipt, Source, Status
+from batch_scorer.records import Judged, PairCounts, Receipt, Source, Status
 from batch_scorer.reports.figures import figure_rows, verdict_rows
 from batch_scorer.reports.page.figures import Cell, Section, sections_of
+from batch_scorer.reports.page.nights import night_sections, read_nights
 from batch_scorer.reports.page.svg import svg_of
 from batch_scorer.reports.page.tally import EXAMPLES, Pick, Tally
 from batch_scorer.reports.page.values import read_texts, read_values
@@ -50,20 +52,24 @@ class ShownRow:
 
 @dataclass(frozen=True, slots=True)
 class ScoredPage:
-    """All that the page of a scored output shows.
+    """All that the page of a scored output shows; of a nightly root that of its newest generation,
+    whose path below it is `generation` ("" elsewhere).
 
     `totals` as in `_SUCCESS`; `examples` are marked rows by reason, `lowest` the pairs with the
-    lowest margins. `cost` and `judged` are names and values, in words. `probe` are conversations
-    that stand for the chat template, rendered. `facts` are the parts of the fingerprint, the layout
-    and what the output was begun with, by heading.
+    lowest margins, `apart` the rows whose answers members order most differently. `cost` and
+    `judged` are names and values, in words. `probe` are conversations that stand for the chat
+    template, rendered. `facts` are the parts of the fingerprint, the layout and what the output was
+    begun with, by heading.
     """
 
     output: str
+    generation: str
     model: str
     totals: Mapping[str, Any]
     sections: Sequence[Section]
     examples: Mapping[str, Sequence[ShownRow]]
     lowest: Sequence[ShownRow]
+    apart: Sequence[ShownRow]
     failed: Sequence[FailedShard]
     judged: Sequence[tuple[str, str]]
     cost: Sequence[tuple[str, str]]
@@ -77,12 +83,14 @@ class ScoredPage:
     def to_json(self) -> dict[str, Any]:
         return {
             "output": self.output,
+            "generation": self.generation,
             "totals": dict(self.totals),
             "figures": figures_json(self.sections),
             "examples": {
                 reason: [asdict(row) for row in rows] for reason, rows in self.examples.items()
             },
             "lowest": [asdict(row) for row in self.lowest],
+            "apart": [asdict(row) for row in self.apart],
         }
 
 
@@ -110,12 +118,27 @@ def figures_json(sections: Sequence[Section]) -> dict[str, Any]:
 
 
 def read_page(output: str, store_options: Mapping[str, str]) -> ScoredPage:
-    """What the page shows of an output whose last run came to its end, with or without failures.
+    """What the page shows of an output whose last run came to its end, with or without failures; of
+    a nightly root, of the newest generation that is complete, and of the nights.
 
-    Raises OutputError where there is no output, IncompleteError before any run has ended, and
-    IntegrityError where a shard is not the one that was committed.
+    Raises OutputError where there is no output, IncompleteError before any run has ended or any
+    generation is complete, and IntegrityError where a shard is not the one that was committed.
     """
     output = expanded(output)
+    if (root := nightly_root(output, store_options)) is None:
+        return _read_output(output, store_options)
+    latest = latest_output(root)
+    page = _read_output(latest, store_options)
+    nights = night_sections(read_nights(root))
+    return replace(
+        page,
+        output=output,
+        generation=latest.removeprefix(root.url("")),
+        sections=[*page.sections, *nights],
+    )
+
+
+def _read_output(output: str, store_options: Mapping[str, str]) -> ScoredPage:
     store, claim = open_scored(output, store_options)
     state = OutputState(store)
     receipts = [r for r in state.manifest if r.status is not Status.INPUT_GONE]
@@ -124,32 +147,48 @@ def read_page(output: str, store_options: Mapping[str, str]) -> ScoredPage:
             f"{output}: no run has come to its end here; run the same `score` command again"
         )
     shards = {r.output_key: r for r in receipts if r.commit is not None and r.num_rows}
-    tally = Tally.for_commits(r.commit for r in shards.values() if r.commit is not None)
+    made = claim.provenance
+    commits = [r.commit for r in shards.values() if r.commit is not None]
+    tally = Tally.for_commits(commits, made.get("judge"))
     read = partial(of_shard, store, read_values)
     values = in_threads(read, shards.values(), READERS)
     for receipt, found in zip(shards.values(), values, strict=True):
         tally.add(receipt.output_key, found)
     totals = total(receipts)
-    if tally.marked != totals["marked"]:
-        raise IntegrityError(
-            f"{output}: {tally.marked} are the marked rows, and {totals['marked']} are committed; "
-            "for details run `batch-scorer verify`"
-        )
+    committed = sum((PairCounts(**each) for each in totals["pairs"].values()), PairCounts())
+    for name, counted, there in (
+        ("the marked rows", tally.marked, totals["marked"]),
+        ("the pairs", sum(tally.pairs.values(), PairCounts()), committed),
+    ):
+        if counted != there:
+            raise IntegrityError(
+                f"{output}: {name} are {counted} in the data, and {there} are committed; for "
+                "details run `batch-scorer verify`"
+            )
     picks = [pick for found in tally.examples.values() for pick in sorted(found)[:EXAMPLES]]
-    shown = shown_rows(store, shards, [*picks, *tally.lowest])
+    apart = [] if tally.members is None else tally.members.apart
+    shown = shown_rows(store, shards, [*picks, *tally.lowest, *(pick for pick, _ in apart)])
     judged = totals.get("judged")
-    made = claim.provenance
     newest = newest_run(store)
     return ScoredPage(
         output=output,
+        generation="",
         model=str(made.get("model", "")).rstrip("/").rpartition("/")[2],
         totals=totals,
-        sections=list(sections_of(tally, has_odds=made.get("judge") is None)),
+        sections=list(sections_of(tally)),
         examples={
             reason: [shown[pick] for pick in sorted(found)[:EXAMPLES]]
             for reason, found in sorted(tally.examples.items())
         },
         lowest=[shown[pick] for pick in tally.lowest],
+        apart=[
+            replace(
+                shown[pick],
+                margin=None,
+                detail=f"rank disagreement {-pick.order:.4g}; {scores}",
+            )
+            for pick, scores in apart
+        ],
         failed=[failed_shard(r) for r in receipts if r.status is Status.FAILED],
         judged=verdict_rows(None if judged is None else Judged(**judged)),
         cost=[] if newest is None or newest[1] is None else _cost(newest[1]),

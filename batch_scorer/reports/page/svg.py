@@ -9,19 +9,27 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
-from batch_scorer.reports.page.figures import Bars, Drawing, Intervals, Points
+from batch_scorer.reports.page.figures import Bars, Drawing, Intervals, Lines, Points
 
 _WIDTH, _HEIGHT = 360.0, 220.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 18.0, 34.0
 _ROW = 30.0
 _NAME_CHARS = 42
+_LEGEND_ROW = 16.0
+_LEGEND_CHARS = 24
 
 
 class _Axis:
     """A linear or logarithmic scale from values to places, and where its ticks are."""
 
     def __init__(
-        self, values: Sequence[float], start: float, stop: float, *, is_log: bool = False
+        self,
+        values: Sequence[float],
+        start: float,
+        stop: float,
+        *,
+        is_log: bool = False,
+        is_whole: bool = False,
     ) -> None:
         low, high = min(values), max(values)
         if is_log:
@@ -31,7 +39,7 @@ class _Axis:
         self._is_log = is_log
         self._low, self._high = self._at(low), self._at(high)
         self._start, self._stop = start, stop
-        self.ticks = _powers(low, high) if is_log else _ticks(low, high)
+        self.ticks = _powers(low, high) if is_log else _ticks(low, high, 1.0 if is_whole else 0.0)
 
     def _at(self, value: float) -> float:
         return math.log2(max(value, 1.0)) if self._is_log else value
@@ -46,6 +54,9 @@ def svg_of(drawing: Drawing, title: str) -> Markup:
     if isinstance(drawing, Intervals):
         height = _TOP + _ROW * len(drawing.rows) + _BOTTOM
         parts = _intervals(drawing, height)
+    elif isinstance(drawing, Lines):
+        height = _HEIGHT + _LEGEND_ROW * math.ceil(len(drawing.lines) / 2)
+        parts = _lines(drawing)
     else:
         height = _HEIGHT
         parts = _bars(drawing) if isinstance(drawing, Bars) else _points(drawing)
@@ -71,7 +82,9 @@ def _bars(bars: Bars) -> Iterable[Markup]:
 def _points(points: Points) -> Iterable[Markup]:
     ys = [*points.ys, *points.lows, *points.highs]
     both = [*points.xs, *ys] if points.diagonal else []
-    x = _Axis([*points.xs, *both], _LEFT, _WIDTH - _RIGHT, is_log=points.is_log)
+    x = _Axis(
+        [*points.xs, *both], _LEFT, _WIDTH - _RIGHT, is_log=points.is_log, is_whole=points.is_whole
+    )
     y = _Axis([*ys, *both], _HEIGHT - _BOTTOM, _TOP)
     yield from _frame(x, y, points.x_label, points.y_label)
     if points.diagonal:
@@ -86,6 +99,22 @@ def _points(points: Points) -> Iterable[Markup]:
     yield _path(dots, "dots" if points.is_joined else "cloud")
 
 
+def _lines(drawing: Lines) -> Iterable[Markup]:
+    values = [y for ys in drawing.lines.values() for y in ys]
+    x = _Axis(drawing.xs, _LEFT, _WIDTH - _RIGHT, is_whole=True)
+    y = _Axis(values, _HEIGHT - _BOTTOM, _TOP)
+    yield from _frame(x, y, drawing.x_label, drawing.y_label)
+    for number, (name, ys) in enumerate(drawing.lines.items()):
+        kind = f"line line-{number + 1}"
+        places = [(x(a), y(b)) for a, b in zip(drawing.xs, ys, strict=True)]
+        yield _path("M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places), kind)
+        yield _path(" ".join(f"M{a:.1f} {b:.1f}h0" for a, b in places), f"{kind} dots")
+        left = _LEFT + number % 2 * (_WIDTH - _LEFT) / 2
+        middle = _HEIGHT + _LEGEND_ROW * (number // 2) + 4
+        yield _path(f"M{left:.1f} {middle}h22", kind)
+        yield _text(left + 28, middle + 4, _cut(name, _LEGEND_CHARS), "start", "name")
+
+
 def _intervals(drawing: Intervals, height: float) -> Iterable[Markup]:
     values = [end for row in drawing.rows for end in row.ends]
     x = _Axis([*values, *(drawing.limits or ())], 10.0, _WIDTH - 10.0)
@@ -98,8 +127,7 @@ def _intervals(drawing: Intervals, height: float) -> Iterable[Markup]:
         yield _path(f"M{x(drawing.reference):.1f} {_TOP}V{bottom}", "reference")
     for place, row in enumerate(drawing.rows):
         middle = _TOP + _ROW * place + 20
-        name = row.name if len(row.name) <= _NAME_CHARS else row.name[: _NAME_CHARS - 1] + "…"
-        yield _text(10, middle - 8, name, "start", "name")
+        yield _text(10, middle - 8, _cut(row.name, _NAME_CHARS), "start", "name")
         yield _path(f"M{x(row.ends[0]):.1f} {middle}H{x(row.ends[1]):.1f}", "ends")
         if row.inner is not None:
             yield _path(f"M{x(row.inner[0]):.1f} {middle}H{x(row.inner[1]):.1f}", "inner")
@@ -118,11 +146,12 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> Iterable[Markup]:
     yield _text(4, 10, y_label, "start")
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Some five round numbers."""
+def _ticks(low: float, high: float, least: float) -> list[float]:
+    """Some five round numbers, no less than `least` apart."""
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= raw * 0.999)
+    step = max(step, least)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [place * step for place in range(first, last + 1)]
 
@@ -138,6 +167,10 @@ def _number(value: float) -> str:
     if len(text) > 7:
         text = f"{value:.1e}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _cut(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _path(d: str, kind: str) -> Markup:

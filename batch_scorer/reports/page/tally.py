@@ -10,168 +10,38 @@ Legend: S sequences (answers), P pairs.
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from batch_scorer.evaluation.pairs import CalibrationSums
 from batch_scorer.outputs.by_source import ALL_SOURCES, Sources
 from batch_scorer.records import Commit, PairCounts
-from batch_scorer.reports.page.values import FloatArray, IntArray, ShardValues
+from batch_scorer.reports.page.sums import Histogram, Moments, Spread
+from batch_scorer.reports.page.values import FloatArray, IntArray, MemberValues, ShardValues
 
 SAMPLE = 1_000
 """Points of the scatter; each is a line of its table, too."""
+RANKED = 20_000
+"""Answers whose ranks are compared."""
 EXAMPLES = 3
 """Rows shown for each reason."""
 LOWEST = 5
-"""Pairs shown whose rejected answer scores highest above the chosen one."""
+"""Rows shown because they are farthest off: pairs whose rejected answer scores highest above the
+chosen one, rows whose answers members order most differently."""
 MOST_SOURCES = 20
 OTHER_SOURCES = "(all other sources)"
+MOST_MODELS = 100
+"""Names in a column of more are taken for something else than models that wrote answers."""
 MOST_MESSAGES = 10
 """Conversations of as many messages or more are counted together."""
 MOST_ANSWERS = 64
 """How far the curve of best-of-n goes."""
 _SEED = 20
-_FINEST = 1_000
-_BARS = 40
-_PAD = 1e-5
-"""The ends in a commit have six digits."""
-
-
-# Histograms
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Bins of equal width, a power of ten: bin i begins at (first + i) times ten to `power`.
-    At least a thousand of them hold the values, so that they can be put together to a few."""
-
-    power: int
-    first: int
-    size: int
-
-    @classmethod
-    def over(cls, low: float, high: float) -> "Grid":
-        pad = _PAD * max(abs(low), abs(high))
-        low, high = low - pad, high + pad
-        span = max(high - low, 1e-9)
-        power = math.floor(math.log10(span / _FINEST))
-        first = math.floor(_scaled(low, -power)) - 1
-        return cls(power, first, math.ceil(_scaled(high, -power)) + 1 - first)
-
-    @property
-    def edges(self) -> FloatArray:
-        return self.edges_at(np.arange(self.first, self.first + self.size + 1))
-
-    def edges_at(self, places: IntArray) -> FloatArray:
-        """Each is the float64 nearest to its decimal number."""
-        if self.power >= 0:
-            return np.asarray(places * 10.0**self.power, np.float64)
-        return np.asarray(places / 10.0**-self.power, np.float64)
-
-    def count(self, values: FloatArray) -> IntArray:
-        """int64[size], of finite values."""
-        places = np.searchsorted(self.edges, values, side="right") - 1
-        return np.bincount(np.clip(places, 0, self.size - 1), minlength=self.size)
-
-    def shown(self, counts: IntArray) -> tuple[FloatArray, IntArray]:
-        """Edges and counts of at most some forty bins of 1, 2 or 5 times a power of ten, from the
-        first that holds a value to the last; empty without values."""
-        held = np.flatnonzero(counts)
-        if not len(held):
-            return np.zeros(0), np.zeros(0, np.int64)
-        low, high = self.first + int(held[0]), self.first + int(held[-1]) + 1
-        widths = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
-        width = next(w for w in widths if math.ceil(high / w) - low // w <= _BARS)
-        places = np.arange(low // width, math.ceil(high / width) + 1) * width
-        before = np.concatenate([[0], np.cumsum(counts)])
-        at = np.clip(places - self.first, 0, self.size)
-        return self.edges_at(places), np.diff(before[at])
-
-    def quantiles(self, counts: IntArray, levels: Sequence[float]) -> list[float]:
-        """As exact as a bin is wide."""
-        below = np.cumsum(counts)
-        places = np.searchsorted(below, np.array(levels) * below[-1])
-        middles = (self.edges[:-1] + self.edges[1:]) / 2
-        return [float(value) for value in middles[places]]
-
-
-def _scaled(value: float, power: int) -> float:
-    return value * 10.0**power if power >= 0 else value / 10.0**-power
-
-
-# Sums
-
-
-@dataclass(slots=True)
-class Moments:
-    """Means and centred sums of x and y over n points; adds up without loss (Chan, Golub, LeVeque
-    1983)."""
-
-    n: int = 0
-    mean_x: float = 0.0
-    mean_y: float = 0.0
-    xx: float = 0.0
-    yy: float = 0.0
-    xy: float = 0.0
-
-    @classmethod
-    def of(cls, x: FloatArray, y: FloatArray) -> "Moments":
-        if not len(x):
-            return cls()
-        mean_x, mean_y = float(x.mean()), float(y.mean())
-        dx, dy = x - mean_x, y - mean_y
-        return cls(len(x), mean_x, mean_y, float(dx @ dx), float(dy @ dy), float(dx @ dy))
-
-    def __add__(self, other: "Moments") -> "Moments":
-        n = self.n + other.n
-        if not n:
-            return Moments()
-        dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
-        weight = self.n * other.n / n
-        return Moments(
-            n,
-            self.mean_x + dx * other.n / n,
-            self.mean_y + dy * other.n / n,
-            self.xx + other.xx + dx * dx * weight,
-            self.yy + other.yy + dy * dy * weight,
-            self.xy + other.xy + dx * dy * weight,
-        )
-
-    @property
-    def correlation(self) -> float | None:
-        """Pearson's; None where x or y does not vary."""
-        return correlation(self.xx, self.yy, self.xy)
-
-    @property
-    def std_y(self) -> float:
-        return math.sqrt(self.yy / self.n) if self.n else math.nan
-
-
-def correlation(xx: float, yy: float, xy: float) -> float | None:
-    # What is left of rounding is no variance.
-    return xy / math.sqrt(xx * yy) if xx > 1e-12 and yy > 1e-12 else None
-
-
-@dataclass(slots=True)
-class Spread:
-    """Scores of one group: `moments` of tokens (x) and scores (y), their ends and histogram."""
-
-    grid: Grid
-    moments: Moments = field(default_factory=Moments)
-    low: float = math.inf
-    high: float = -math.inf
-    counts: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def add(self, tokens: FloatArray, scores: FloatArray) -> None:
-        if not len(scores):
-            return
-        counted = self.grid.count(scores)
-        self.counts = self.counts + counted if len(self.counts) else counted
-        self.moments += Moments.of(tokens, scores)
-        self.low = min(self.low, float(scores.min()))
-        self.high = max(self.high, float(scores.max()))
+_ANSWERS_SHOWN = 8
 
 
 @dataclass(slots=True)
@@ -197,60 +67,136 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Pick:
-    """A row to be shown: what it is picked by (the smallest), its shard, and its place there."""
+    """A row to be shown: what it is picked by (the smallest, and of equal ones by `then`), its
+    shard, and its place there."""
 
     order: float
+    then: float = field(default=0.0, kw_only=True)
     key: str
     place: int
+
+
+@dataclass(slots=True)
+class Members:
+    """What several models or functions say of the same answers.
+
+    `spreads` are histograms and moments (y) of each one's scores, `pairs` the moments of the scores
+    of two of them (x and y) by their places in `names`, over the answers that both have a score
+    for. `points` are float64[k, 1 + M]: the random number and all scores of a sample of the answers
+    that every member has a score for, of which there are `complete`. `shards_aside` have columns of
+    other members and are not counted. `disagreement` counts rows,
+    and `by_source` has their number and the sum of their disagreements. `stds` are standard
+    deviations over members. `apart` are the rows that members order most differently, each with the
+    members' scores in words.
+    """
+
+    names: tuple[str, ...]
+    spreads: list[Spread]
+    pairs: dict[tuple[int, int], Moments]
+    points: FloatArray
+    complete: int = 0
+    shards_aside: int = 0
+    disagreement: Histogram = field(default_factory=Histogram)
+    by_source: dict[str, tuple[int, float]] = field(default_factory=dict)
+    stds: Histogram = field(default_factory=Histogram)
+    apart: list[tuple[Pick, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, names: tuple[str, ...]) -> "Members":
+        """None of their scores yet."""
+        places = range(len(names))
+        return cls(
+            names,
+            [Spread() for _ in names],
+            {(i, j): Moments() for j in places for i in range(j)},
+            np.zeros((0, 1 + len(names))),
+        )
+
+    def add(self, key: str, values: MemberValues, sources: Sources) -> None:
+        """Count a shard. `sources` is str[R], as they are shown."""
+        is_there = ~np.isnan(values.scores)
+        for member, spread in enumerate(self.spreads):
+            own = values.scores[is_there[:, member], member]
+            spread.add(np.zeros(len(own)), own)
+        for i, j in self.pairs:
+            both = is_there[:, i] & is_there[:, j]
+            self.pairs[i, j] += Moments.of(values.scores[both, i], values.scores[both, j])
+        complete = values.scores[is_there.all(axis=1)]
+        self.complete += len(complete)
+        random = random_of(f"{key} members").random(len(complete))
+        self.points = _smallest(self.points, np.column_stack([random, complete]), RANKED)
+        self.stds.add(values.stds[~np.isnan(values.stds)])
+        ordered = np.flatnonzero(~np.isnan(values.disagreement))
+        found = values.disagreement[ordered]
+        self.disagreement.add(found)
+        for source in sorted(set(sources[ordered])):
+            here = found[sources[ordered] == source]
+            rows, total = self.by_source.get(source, (0, 0.0))
+            self.by_source[source] = (rows + len(here), total + float(here.sum()))
+        stds = np.zeros(len(values.disagreement))
+        np.maximum.at(stds, values.rows, np.nan_to_num(values.stds))
+        most = np.lexsort((ordered, -stds[ordered], -found))[:LOWEST]
+        picked = [
+            (Pick(-float(found[i]), key, row, then=-float(stds[row])), values)
+            for i, row in zip(most.tolist(), ordered[most].tolist(), strict=True)
+            if found[i] > 0
+        ]
+        told = [(pick, self._told(each, pick.place)) for pick, each in picked]
+        self.apart = sorted([*self.apart, *told])[:LOWEST]
+
+    def _told(self, values: MemberValues, row: int) -> str:
+        """Each member's scores of a row, in words."""
+        scores = values.scores[values.rows == row]
+        more = " …" if len(scores) > _ANSWERS_SHOWN else ""
+        return "; ".join(
+            f"{name} {', '.join(f'{value:.4g}' for value in column[:_ANSWERS_SHOWN])}{more}"
+            for name, column in zip(self.names, scores.T.tolist(), strict=True)
+        )
 
 
 @dataclass(slots=True)
 class Tally:
     """What the shards that were added hold.
 
-    `by_source` and `by_messages` are the spreads of the scores; `pairs` by source; `margins` are
-    counts on `margin_grid`. `sure` is float64[3, 10]: pairs, the sum of how sure their margin is
-    and of how often the label agrees, by bins of the former from 0.5 to 1. `within` are the centred
-    sums of tokens and score where each row has its own means; `by_length` is float64[2, 32], scores
-    and their sum by the power of two below the tokens. `points` are float64[k, 3]: the random
-    number, tokens and score of the sample.
+    `by_source`, `by_messages`, `by_model` (that wrote the answer) and `by_length` (the power of two
+    not above the tokens) are the spreads of the scores; `by_model` is None where there are too many
+    names. `pairs` are by source, without those that no model can tell apart, of which there are
+    `same_tokens`; `margins` and `calibration` (None where scores say nothing of how sure they are)
+    are of the same pairs. `within` are the centred sums of tokens and score where each row has its
+    own means. `points` are float64[k, 3]: the random number, tokens and score of the sample.
+    `members` is None of an output with one score for an answer.
     """
 
-    grid: Grid
-    margin_grid: Grid
     shown_sources: frozenset[str]
+    calibration: CalibrationSums | None = None
     by_source: dict[str, Spread] = field(default_factory=dict)
     by_messages: dict[int, Spread] = field(default_factory=dict)
+    by_model: dict[str, Spread] | None = field(default_factory=dict)
+    by_length: dict[int, Spread] = field(default_factory=dict)
     pairs: dict[str, PairCounts] = field(default_factory=dict)
-    margins: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    sure: FloatArray = field(default_factory=lambda: np.zeros((3, 10)))
+    same_tokens: int = 0
+    margins: Histogram = field(default_factory=Histogram)
     longer: LongerCounts = field(default_factory=LongerCounts)
     within: Moments = field(default_factory=Moments)
-    by_length: FloatArray = field(default_factory=lambda: np.zeros((2, 32)))
     gains: dict[int, Gain] = field(default_factory=dict)
     points: FloatArray = field(default_factory=lambda: np.zeros((0, 3)))
+    members: Members | None = None
     marked: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[Pick]] = field(default_factory=dict)
     lowest: list[Pick] = field(default_factory=list)
 
     @classmethod
-    def for_commits(cls, commits: Iterable[Commit]) -> "Tally":
-        """An empty one, with bins for the scores that these commits say they hold, and with their
-        largest sources apart."""
-        commits = list(commits)
-        low, high = math.inf, -math.inf
-        for commit in commits:
-            for spread in commit.spread.values():
-                if spread.quantiles:
-                    low, high = min(low, spread.quantiles[0]), max(high, spread.quantiles[-1])
-        if low > high:
-            low, high = 0.0, 1.0
-        reach = high - low + _PAD * max(abs(low), abs(high))
-        return cls(Grid.over(low, high), Grid.over(-reach, reach), largest_sources(commits))
+    def for_commits(
+        cls, commits: Iterable[Commit], judge: Mapping[str, Any] | None = None
+    ) -> "Tally":
+        """An empty one, which shows the largest sources of these commits apart. `judge` is a
+        judge's page as JSON, None for a reward model."""
+        return cls(largest_sources(commits), CalibrationSums.of_scores(judge))
 
     @property
-    def scores(self) -> int:
-        return sum(spread.moments.n for spread in self.by_source.values())
+    def every(self) -> Spread:
+        """All scores."""
+        return sum(self.by_source.values(), Spread())
 
     def add(self, key: str, values: ShardValues) -> None:
         """Count a shard, whose object is `key`."""
@@ -261,6 +207,13 @@ class Tally:
             self._count_pairs(key, values, sources)
         if values.is_group:
             self._count_groups(values)
+        if values.members is not None:
+            names = values.members.names
+            self.members = self.members or Members.of(names)
+            if names == self.members.names:
+                self.members.add(key, values.members, sources)
+            else:
+                self.members.shards_aside += 1
         for (place, reason), order in zip(
             values.marked, rng.random(len(values.marked)).tolist(), strict=True
         ):
@@ -274,25 +227,27 @@ class Tally:
         is_there = ~np.isnan(values.scores)
         rows, scores = values.rows[is_there], values.scores[is_there]
         tokens, messages = values.tokens[is_there], values.messages[is_there]
-        owners = sources[rows]
-        for source in sorted(set(owners)):
-            here = owners == source
-            self.by_source.setdefault(source, Spread(self.grid)).add(tokens[here], scores[here])
+        _count(self.by_source, sources[rows], tokens, scores)
         capped = np.minimum(messages, MOST_MESSAGES)
-        for number in np.unique(capped[capped >= 0]).tolist():
-            here = capped == number
-            self.by_messages.setdefault(number, Spread(self.grid)).add(tokens[here], scores[here])
+        known = capped >= 0
+        _count(self.by_messages, capped[known], tokens[known], scores[known])
+        powers = np.floor(np.log2(np.maximum(tokens, 1))).astype(np.int64)
+        _count(self.by_length, powers, tokens, scores)
+        if len(values.models) and self.by_model is not None:
+            models = np.asarray(values.models)[is_there]
+            named = np.array([name is not None for name in models], dtype=bool)
+            _count(self.by_model, models[named], tokens[named], scores[named])
+            if len(self.by_model) > MOST_MODELS:
+                self.by_model = None
         self.within += _within(rows, tokens, scores)
-        places = np.clip(np.floor(np.log2(np.maximum(tokens, 1))).astype(np.int64), 0, 31)
-        self.by_length[0] += np.bincount(places, minlength=32)
-        self.by_length[1] += np.bincount(places, weights=scores, minlength=32)
         found = np.stack([rng.random(len(scores)), tokens, scores], axis=1)
-        points = np.concatenate([self.points, found])
-        self.points = points[np.argsort(points[:, 0], kind="stable")[:SAMPLE]]
+        self.points = _smallest(self.points, found, SAMPLE)
 
     def _count_pairs(self, key: str, values: ShardValues, sources: Any) -> None:
         scores, tokens = values.scores.reshape(-1, 2), values.tokens.reshape(-1, 2)
         both = ~np.isnan(scores).any(axis=1)
+        self.same_tokens += int((both & values.same_tokens).sum())
+        both &= ~values.same_tokens
         margins = (scores[:, 0] - scores[:, 1])[both]
         wins, ties, owners = margins > 0, margins == 0, sources[both]
         for source in sorted(set(owners)):
@@ -301,14 +256,9 @@ class Tally:
             self.pairs[source] = self.pairs.get(source, PairCounts()) + counts
         if not len(margins):
             return
-        counted = self.margin_grid.count(margins)
-        self.margins = self.margins + counted if len(self.margins) else counted
-        # Bradley and Terry: the margin is the log odds of the answer that scores higher.
-        sure = 1 / (1 + np.exp(-np.abs(margins)))
-        places = np.clip(np.floor((sure - 0.5) * 20).astype(np.int64), 0, 9)
-        right = np.where(ties, 0.5, wins)
-        for line, weights in enumerate((np.ones(len(sure)), sure, right)):
-            self.sure[line] += np.bincount(places, weights=weights, minlength=10)
+        self.margins.add(margins)
+        if self.calibration is not None:
+            self.calibration.add(scores[both, 0], scores[both, 1])
         longer = np.sign(tokens[both, 0] - tokens[both, 1])
         differ = longer != 0
         self.longer.pairs += int(differ.sum())
@@ -357,6 +307,21 @@ def random_of(key: str) -> np.random.Generator:
     return np.random.default_rng([_SEED, int.from_bytes(digest[:8], "big")])
 
 
+def _count(spreads: dict[Any, Spread], groups: Any, tokens: FloatArray, scores: FloatArray) -> None:
+    """Count S scores by their group."""
+    encoded = pa.array(groups).dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    for group, code in sorted((g, c) for c, g in enumerate(encoded.dictionary.to_pylist())):
+        here = codes == code
+        spreads.setdefault(group, Spread()).add(tokens[here], scores[here])
+
+
+def _smallest(points: FloatArray, found: FloatArray, most: int) -> FloatArray:
+    """Of both, float64[k, n] each, those with the smallest first value."""
+    points = np.concatenate([points, found])
+    return points[np.argsort(points[:, 0], kind="stable")[:most]]
+
+
 def _within(rows: IntArray, tokens: FloatArray, scores: FloatArray) -> Moments:
     """The sums of what is left of tokens and score without their row's means; rows with one answer
     have nothing left, and are not counted."""
@@ -365,9 +330,8 @@ def _within(rows: IntArray, tokens: FloatArray, scores: FloatArray) -> Moments:
     _, places, sizes = np.unique(rows, return_inverse=True, return_counts=True)
     dx = tokens - (np.bincount(places, tokens) / sizes)[places]
     dy = scores - (np.bincount(places, scores) / sizes)[places]
-    return Moments(
-        n=int(sizes[sizes > 1].sum()), xx=float(dx @ dx), yy=float(dy @ dy), xy=float(dx @ dy)
-    )
+    left = Moments.of(dx, dy)  # whose means are 0 already, up to rounding
+    return replace(left, n=int(sizes[sizes > 1].sum()), mean_x=0.0, mean_y=0.0)
 
 
 def _best_of(size: int, most: int) -> FloatArray:

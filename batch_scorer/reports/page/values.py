@@ -1,6 +1,7 @@
 """What the page needs of a committed shard: arrays, not rows.
 
-Legend: R rows, S sequences (answers), row by row and within a row in the order of its sides.
+Legend: R rows, S sequences (answers), row by row and within a row in the order of its sides, M
+members, U answers that any member has a score for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batch_scorer.errors import RowNote
+from batch_scorer.evaluation.pairs import WRITERS
 from batch_scorer.formats.shape import RowShape, shape_of
+from batch_scorer.formats.values import is_text, texts_of
 from batch_scorer.inputs.files import open_parquet
 from batch_scorer.outputs.by_source import Sources, row_sources
-from batch_scorer.records import SCALAR, Commit, Format, Source, TextStyle, family_prefix
+from batch_scorer.outputs.families import (
+    SPREAD,
+    Family,
+    families_of,
+    headline_prefix,
+)
+from batch_scorer.records import DISAGREEMENT, SCALAR, Commit, Format, Source, TextStyle
 from batch_scorer.storage import Store
 
 FloatArray = npt.NDArray[np.float64]
@@ -24,6 +34,24 @@ IntArray = npt.NDArray[np.int64]
 
 _MOST_CHARS = 600
 _CUT = " […]"
+_MODEL = ("model", "generator", "response_model")
+"""The columns that name the model that wrote all answers of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberValues:
+    """The scores of the same answers by M models or functions.
+
+    `rows` is int64[U], the row of each answer, `scores` float64[U, M] and `stds` float64[U], their
+    standard deviation over members; NaN where there is none. `disagreement` is float64[R], of each
+    row the share of pairs of answers that two members order differently, NaN without one.
+    """
+
+    names: tuple[str, ...]
+    rows: IntArray
+    scores: FloatArray
+    stds: FloatArray
+    disagreement: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +62,9 @@ class ShardValues:
     its score (NaN without one), the tokens of its sequence, and the messages of its conversation
     (-1 where that is not known). `marked` are places of rows without a score, with the reason.
     `sides` is 2 for preference pairs, whose S = 2 R, and `is_group` true where a row is a prompt
-    with any number of answers, all to be compared.
+    with any number of answers, all to be compared. `same_tokens` is bool[R], the pairs whose sides
+    no model can tell apart. `models` is object[S], the name of the model that wrote each answer or
+    None; () where no column has it. `members` is None of an output with one score for an answer.
     """
 
     sources: Sources
@@ -45,25 +75,39 @@ class ShardValues:
     marked: list[tuple[int, str]]
     sides: int
     is_group: bool
+    same_tokens: npt.NDArray[np.bool_]
+    models: Sources | tuple[()] = ()
+    members: MemberValues | None = None
 
 
 def read_values(store: Store, source: Source, commit: Commit) -> ShardValues:
     """Called in a process that may die of the file."""
     file = open_parquet(store, source)
-    layout, prefix = commit.layout, commit.score_prefix
+    schema = file.schema_arrow
+    layout, added = commit.layout, commit.added_columns
     format = Format(layout["format"])
     shape = shape_of(format)
     (score_names,) = shape.value_columns(SCALAR)
-    names = [prefix + name for name in score_names]
-    # Of several models the first one's: they read the same rows.
-    own = family_prefix(commit.column_prefix, next(iter(commit.models), ""))
-    token_names = [f"{own}num_tokens{suffix}" for suffix in shape.suffixes]
-    has_scores = set(names) <= set(commit.added_columns)
-    columns = [commit.error_column, *token_names, *(names if has_scores else ())]
-    stored = file.schema_arrow.names
-    table = file.read(
-        columns=[*columns, *(name for name in ("source",) if name in stored)], use_threads=False
-    )
+    # Of several members the mean stands for a row; all of them have read the same tokens.
+    names = [headline_prefix(added, score_names) + name for name in score_names]
+    token_names = [
+        next(name for name in added if name.endswith(f"num_tokens{suffix}"))
+        for suffix in shape.suffixes
+    ]
+    notes = [name for name in added if name.endswith("score_notes")]
+    has_scores = set(names) <= set(added)
+    columns = [commit.error_column, *token_names, *notes]
+    families: list[Family] = []
+    writers: tuple[str, ...] = ()
+    if has_scores:
+        families = _members_of(schema, score_names)
+        writers = _writers_of(schema, format)
+        columns += [*names, *writers, *(name for each in families for name in each.columns)]
+    spread = tuple(commit.column_prefix + SPREAD + name for name in score_names)
+    disagreement = commit.column_prefix + DISAGREEMENT
+    wanted = ("source", disagreement, *spread)
+    columns += [name for name in wanted if name in schema.names]
+    table = file.read(columns=list(dict.fromkeys(columns)), use_threads=False)
     if has_scores:
         values, rows = shape.flatten([table[name].combine_chunks() for name in names])
         tokens, _ = shape.flatten([table[name].combine_chunks() for name in token_names])
@@ -81,7 +125,106 @@ def read_values(store: Store, source: Source, commit: Commit) -> ShardValues:
         marked=list(zip(places, reasons.drop_null().to_pylist(), strict=True)),
         sides=2 if format is Format.PREFERENCE_PAIR and has_scores else 1,
         is_group=format is Format.ROLLOUT_GROUP and has_scores,
+        same_tokens=_same_tokens(table, notes),
+        models=_models(table, writers, rows) if writers else (),
+        members=_members(table, shape, families, spread, disagreement)
+        if len(families) > 1
+        else None,
     )
+
+
+def places_of(rows: IntArray) -> IntArray:
+    """int64[S]: row and place in the row of each answer, as one number."""
+    _, firsts, sizes = np.unique(rows, return_index=True, return_counts=True)
+    return np.asarray((rows << 32) + np.arange(len(rows)) - np.repeat(firsts, sizes))
+
+
+def _same_tokens(table: pa.Table, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """bool[R]: the rows with that note in one of these columns."""
+    found = np.zeros(table.num_rows, dtype=bool)
+    for name in names:
+        notes = table[name].combine_chunks()
+        rows = pc.list_parent_indices(notes).to_numpy(zero_copy_only=False)
+        is_same = pc.equal(notes.flatten(), RowNote.SAME_TOKENS.value)
+        found[rows[is_same.to_numpy(zero_copy_only=False)]] = True
+    return found
+
+
+# Which model wrote an answer
+
+
+def _writers_of(schema: pa.Schema, format: Format) -> tuple[str, ...]:
+    """The columns that name the models that wrote a row's answers, one for each side, or one for
+    all; () without them."""
+    spellings = list(WRITERS.values()) if format is Format.PREFERENCE_PAIR else [_MODEL]
+    found = [
+        next((name for name in names if name in schema.names and _is_text(schema, name)), None)
+        for names in spellings
+    ]
+    return tuple(name for name in found if name) if all(found) else ()
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    return is_text(schema.field(name).type)
+
+
+def _models(table: pa.Table, writers: tuple[str, ...], rows: IntArray) -> Sources:
+    """object[S]"""
+    by_row = np.array([texts_of(table[name]) for name in writers], object).T  # [R, sides]
+    return by_row.ravel() if len(writers) > 1 else by_row[rows, 0]
+
+
+# Members
+
+
+def _members_of(schema: pa.Schema, score_names: Sequence[str]) -> list[Family]:
+    """The families that have a score for each side of a row."""
+
+    def is_number(name: str) -> bool:
+        kind = schema.field(name).type
+        return bool(pa.types.is_floating(kind.value_type if pa.types.is_list(kind) else kind))
+
+    return [
+        family
+        for family in families_of(schema.names, score_names)
+        if len(family.columns) == len(score_names) and all(map(is_number, family.columns))
+    ]
+
+
+def _members(
+    table: pa.Table,
+    shape: RowShape,
+    families: Sequence[Family],
+    spread: Sequence[str],
+    disagreement: str,
+) -> MemberValues:
+    """`spread` and `disagreement` name the columns of both, which need not be there."""
+    # A row of which one member has no score at all may have no list of it: answers are found by
+    # their place.
+    columns = [family.columns for family in families]
+    has_spread = set(spread) <= set(table.column_names)
+    found = []
+    for names in [*columns, *([tuple(spread)] if has_spread else [])]:
+        values, rows = shape.flatten([table[name].combine_chunks() for name in names])
+        found.append((places_of(rows), values.to_numpy(zero_copy_only=False).astype(np.float64)))
+    places = np.unique(np.concatenate([own for own, _ in found]))
+    scores = np.full((len(places), len(families) + 1), np.nan)
+    for member, (own, values) in enumerate(found):
+        scores[np.searchsorted(places, own), member] = values
+    by_row = np.full(table.num_rows, np.nan)
+    if disagreement in table.column_names:
+        values = table[disagreement].combine_chunks().to_numpy(zero_copy_only=False)
+        by_row = values.astype(np.float64)
+    return MemberValues(
+        names=tuple(family.name for family in families),
+        rows=places >> 32,
+        scores=scores[:, :-1],
+        stds=scores[:, -1],
+        disagreement=by_row,
+    )
+
+
+# Messages
 
 
 def _messages(

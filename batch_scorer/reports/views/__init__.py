@@ -12,6 +12,7 @@ from batch_scorer.derived.state import DerivedStatus, DerivedVerdict
 from batch_scorer.evaluation.result import Evaluation
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.nightly.status import NightlyStatus
+from batch_scorer.normalization.result import Normalized
 from batch_scorer.reports.blocks import Block
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
 from batch_scorer.reports.page.write import PageReport
@@ -33,6 +34,7 @@ from batch_scorer.reports.views.nightly import (
     nightly_status_view,
     nightly_view,
 )
+from batch_scorer.reports.views.normalization import normalized_view
 from batch_scorer.reports.views.page import page_view
 from batch_scorer.reports.views.runs import (
     check_view,
@@ -72,6 +74,7 @@ Result: TypeAlias = (
     | NightlyStatus
     | DriftReport
     | Selected
+    | Normalized
     | DerivedStatus
     | DerivedVerdict
     | Decontaminated
@@ -101,6 +104,7 @@ VIEWS: Mapping[type[Report], Callable[[Any], Iterator[Block]]] = {
     NightlyStatus: nightly_status_view,
     DriftReport: drift_view,
     Selected: selected_view,
+    Normalized: normalized_view,
     DerivedStatus: derived_status_view,
     DerivedVerdict: derived_verdict_view,
     Decontaminated: decontaminated_view,

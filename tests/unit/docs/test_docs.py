@@ -13,6 +13,7 @@ from batch_scorer.errors import RowNote, RowReason, ShardReason
 from batch_scorer.models.adapter import Adapter
 from batch_scorer.models.families import ADAPTERS
 from batch_scorer.models.families.attribute_regression import labels
+from batch_scorer.normalization.recipe import Normalization
 from batch_scorer.selection.recipe import Selection
 
 ROOT = Path(__file__).parents[3]
@@ -370,12 +371,13 @@ def test_flags_in_the_documents_exist() -> None:
     }
     known |= {"--ray", "--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before
-    known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
+    known |= {"--benchmark", "--legacy-xstest-weights"}
     known |= {"--repair", "--html", "--compare"}
     known |= {"--against", "--dry-run", "--output", "--recipe"}
     known |= {f"--{name.replace('_', '-')}" for name in Decontamination.model_fields}
     known |= {"--repair", "--beside", "--recipe", "--offset", "--split"}
     known |= {f"--{name.replace('_', '-')}" for name in Selection.model_fields}
+    known |= {f"--{name.replace('_', '-')}" for name in Normalization.model_fields}
     known |= {"--repair", "--marked", "--to", "--card"}
     known |= {"--since", "--until", "--rescore", "--max-shards", "--dry-run"}
     known |= {"--address", "--token-file", "--tag", "--no-wait", "--nodes", "--gpus-per-node"}

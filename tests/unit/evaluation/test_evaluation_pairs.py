@@ -41,10 +41,10 @@ def calibration(probabilities: list[float]) -> Calibration:
     return found
 
 
-def test_a_tie_is_half_and_a_missing_score_is_nothing() -> None:
+def test_a_tie_and_a_missing_score_are_misses() -> None:
     rows: list[Scored] = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (None, 0.0), (2.0, 1.0)]
     found = pairs.evaluate(table(rows))
-    assert found.columns["Accuracy"] == wilson(2.5 / 5, 5)
+    assert found.columns["Accuracy"] == wilson(2 / 5, 5)
     assert found.columns["Without a score"] == wilson(1 / 5, 5)
     (subset,) = found.subsets
     assert (subset.name, subset.rows, subset.ties, subset.unscored) == ("all", 5, 1, 1)
@@ -158,3 +158,19 @@ def test_writers_win_by_label_and_by_score() -> None:
 def test_without_two_models_there_are_no_writers() -> None:
     named = pa.table({"chosen_model": pa.nulls(1, pa.string()), "rejected_model": ["a"]})
     assert pairs.writers_of(named, np.ones(1), np.zeros(1)) == []
+
+
+def test_calibration_adds_up_some_pairs_at_a_time() -> None:
+    random = np.random.default_rng(4)
+    right, wrong = random.normal(size=(2, 1_000))
+    right[::7] = wrong[::7]
+    right[3] = math.nan
+    whole = pairs.calibration_of(right, wrong, None)
+    sums = pairs.CalibrationSums.of_scores(None)
+    assert whole is not None and sums is not None and sums.result() is None
+    for first in range(0, 1_000, 130):
+        sums.add(right[first : first + 130], wrong[first : first + 130])
+    found = sums.result()
+    assert found is not None
+    assert [(b.pairs, b.right) for b in found.bins] == [(b.pairs, b.right) for b in whole.bins]
+    assert (found.expected_error, found.brier) == pytest.approx((whole.expected_error, whole.brier))

@@ -1,11 +1,10 @@
 """Pages of outputs that lack something: scores, texts, a source, a readable file."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from batch_scorer import Config, score
+from batch_scorer.judges.page import load_page
 from batch_scorer.records import Source
 from batch_scorer.reports.page.figures import sections_of
 from batch_scorer.reports.page.page import ScoredPage, read_page
@@ -13,27 +12,8 @@ from batch_scorer.reports.page.tally import Tally
 from batch_scorer.reports.page.values import read_values
 from tests.helpers.embedded import conversations, embed
 from tests.helpers.inputs import jsonl, pair_rows, pairs, parquet
-from tests.helpers.pages import numbers, tables_of
+from tests.helpers.pages import numbers, page_of, tables_of
 from tests.helpers.places import Place
-
-
-def page_of(
-    tmp_path: Path, model: Path, files: dict[str, bytes], **settings: Any
-) -> tuple[ScoredPage, Place]:
-    place = Place(str(tmp_path))
-    (place / "in").write(files)
-    output = place / "out"
-    score(
-        Config(
-            model=str(model),
-            inputs=((place / "in").url,),
-            output=output.url,
-            backend="fake",
-            use_ray=False,
-            **settings,
-        )
-    )
-    return read_page(output.url, {}), output
 
 
 def keys_of(page: ScoredPage) -> list[str]:
@@ -105,10 +85,11 @@ def test_a_judges_grades_are_no_log_odds(has_odds: bool, tmp_path: Path, tiny_mo
     _, output = page_of(tmp_path, tiny_model, {"a.parquet": parquet(pairs(8))})
     (key,) = output.shard_keys()
     commit, info = output.shards()[key].commit, output.store.head(key)
-    tally = Tally.for_commits([commit])
+    judge = None if has_odds else load_page("grade").model_dump(mode="json")
+    tally = Tally.for_commits([commit], judge)
     source = Source(output.url, key, info.size_bytes, info.version)
     tally.add(key, read_values(output.store, source, commit))
-    sections = sections_of(tally, has_odds=has_odds)
+    sections = sections_of(tally)
     keys = [figure.key for section in sections for figure in section.figures]
     assert ("calibration" in keys) is has_odds
     assert "accuracy" in keys

@@ -38,6 +38,7 @@ from batch_scorer.nightly.record import (
     ShardCounts,
 )
 from batch_scorer.nightly.status import NightlyStatus
+from batch_scorer.normalization.result import FamilyCounts, Normalized
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import RepliesReport, ScoresReport
 from batch_scorer.parity.gate import Compared
@@ -221,7 +222,13 @@ def decontaminated(text: str) -> Decontaminated:
 
 def page(text: str) -> PageReport:
     counts = {"rows": 5, "rows_scored": 3, "rows_marked": 1, "rows_not_asked": 1}
-    return PageReport(text, 999, ScoredPage(text, text, counts, (), {}, (), (), (), (), (), {}))
+    shown = ScoredPage(text, "", text, counts, (), {}, (), (), (), (), (), (), {})
+    return PageReport(text, 999, shown)
+
+
+def normalized(text: str) -> Normalized:
+    counts = FamilyCounts(scores=9, normalized=7, groups=3, groups_without_spread=1)
+    return Normalized(text, (text,), {}, {text: counts}, selected(text).totals)
 
 
 def drift(text: str) -> DriftReport:
@@ -284,6 +291,7 @@ EXAMPLES: dict[type, Callable[[str], Any]] = {
         text, "select", 3, 500, 3, [text], [text], selected(text).totals.counts
     ),
     Decontaminated: decontaminated,
+    Normalized: normalized,
     PageReport: page,
 }
 WITHOUT_FOREIGN_TEXT = {Pace}
