@@ -40,15 +40,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "bfloat16", "precision": "int8"},
 }
 PAIRS = ("hh", "mixed")
+MODELS = ("embedded", *FAMILIES)
 
 
 def main() -> None:
     parser = command_line(__doc__, takes_data=True)
     parser.add_argument("--pairs", type=int, default=200, help="of each kind, embedded model")
     parser.add_argument("--random-pairs", type=int, default=48, help="of each kind, random models")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     asked = parser.parse_args()
     if asked.tiny:
-        asked.pairs = asked.random_pairs = 3
+        asked.pairs, asked.model = 3, ["embedded"]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
         report("precision", asked, {"results": compared(asked, Path(folder))})
@@ -57,7 +59,7 @@ def main() -> None:
 def compared(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     home = model_of(asked, folder)
     results = []
-    for model in ("embedded", *(() if asked.tiny else FAMILIES)):
+    for model in asked.model:
         count = asked.pairs if model == "embedded" else asked.random_pairs
         rows = {name: pairs_of(name, count, asked.data, home) for name in PAIRS}
         model_dir = home if model == "embedded" else random_model(model, folder, home, rows["hh"])

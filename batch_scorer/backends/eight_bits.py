@@ -76,7 +76,7 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 _ZERO = 128
 """What stands for 0 in the tokens' bytes: VNNI multiplies bytes without a sign by such with one.
-Given signed ones, torch's product was a hundred times slower."""
+Given signed ones, one product of 4,096 tokens took minutes here."""
 
 
 def round_to_bytes(tokens: Tensor) -> Rounded:
