@@ -61,6 +61,8 @@ def score_fingerprint(
     no model at all).
     """
     parts = config.with_role("scores")
+    if parts["precision"] is None:  # outputs that were begun before it was a setting go on
+        del parts["precision"]
     parts |= {
         "model": model_digest,
         "reference": reference_digest,

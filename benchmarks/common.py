@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
@@ -94,6 +95,20 @@ def agreement(scores: Floats, reference: Floats) -> dict[str, float | bool]:
         "rank_correlation": round(correlation, 5),
         "sound": error < MOST_ERROR,
     }
+
+
+def same_winner(scores: Floats, reference: Floats, rows: TokenizedRows) -> float:
+    """Of every two sequences of a row that the reference tells apart, the share that has the same
+    winner."""
+    kept = told_apart = 0
+    for start, stop in pairwise(rows.row_offsets.tolist()):
+        ours, theirs = (
+            np.sign(np.subtract.outer(values[start:stop], values[start:stop]))
+            for values in (scores, reference)
+        )
+        kept += int(((ours == theirs) & (theirs > 0)).sum())
+        told_apart += int((theirs > 0).sum())
+    return round(kept / told_apart, 4)
 
 
 def _ranks(values: Floats) -> npt.NDArray[np.float64]:

@@ -2,17 +2,20 @@
 
 padded       transformers, padded batches of 16 in file order: RewardBench's way
 sorted       the same, sorted by length under a token budget: the best of what is padded
+padded-float32, sorted-float32  both in float32, which on some CPUs is faster when padded
 ray-data     Ray Data's LLM processor with `task_type="classify"`: the way of Ray's own benchmark
 vllm         vLLM's offline API in file order, as its own example has it
 vllm-best    vLLM as it is fastest here: this project's vllm backend (grouped by prefix, small
              blocks of the prefix cache, no tokenizer), compiled
 trie         this project's hf backend: every common prefix once, no padding
-trie-compiled  the same with compiled layers
+trie-int8    the same with linear layers of 8 bits (`precision: int8`)
+trie-compiled, trie-int8-compiled  both with compiled layers
 
-All get the same token ids, so tokenising is in nobody's time, and have the same dtype and number
-of threads. Every scorer lives in a process of its own kind and waits while another has its turn. A
-turn starts with an empty prefix cache. Whoever's scores are not those of `padded` is out, however
-fast. The last line is the whole result as JSON.
+All get the same token ids, so tokenising is in nobody's time, and have the same number of threads
+and, where their names say nothing else, the same dtype. Every scorer lives in a process of its own
+kind and waits while another has its turn. A turn starts with an empty prefix cache. Ratios are to
+the faster of the two dtypes of `padded`. Whoever's scores are not those of `padded`, in float32
+where that takes part, is out, however fast. The last line is the whole result as JSON.
 
     python -m benchmarks.engines                 # the rows of this repository
     python -m benchmarks.engines --data DIR      # larger files of these kinds; 64 answers a prompt
@@ -25,7 +28,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
@@ -54,6 +58,7 @@ from benchmarks.common import (
     print_table,
     random_config,
     report,
+    same_winner,
     tokenize,
     write_random_model,
 )
@@ -66,6 +71,7 @@ Found_co = TypeVar("Found_co", covariant=True)
 Asked = TypeVar("Asked", bound="Setting")
 
 REFERENCE = "padded"
+EXACT = "padded-float32"
 OPENMP = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "LD_PRELOAD")
 KV_CACHE_GIB = 2
 """Of every vLLM: more tokens than these workloads have, and room for all contestants at a time."""
@@ -274,15 +280,23 @@ def padded_sorted(setting: Setting) -> Scorer[Floats]:
     return PaddedScorer(setting, by_length)
 
 
-def trie(setting: Setting, *, compile: bool = False) -> Scorer[Floats]:
+def float32(build: Callable[[Setting], Scorer[Floats]], setting: Setting) -> Scorer[Floats]:
+    return build(replace(setting, dtype="float32"))
+
+
+def trie(
+    setting: Setting, *, compile: bool = False, precision: str | None = None
+) -> Scorer[Floats]:
     from batch_scorer.backends.hf import HFBackend
 
-    settings = EngineSettings(setting.model_dir, dtype=setting.dtype, device="cpu", compile=compile)
+    settings = EngineSettings(
+        setting.model_dir,
+        dtype=setting.dtype,
+        device="cpu",
+        compile=compile,
+        precision=precision,
+    )
     return BackendScorer(HFBackend(settings))
-
-
-def trie_compiled(setting: Setting) -> Scorer[Floats]:
-    return trie(setting, compile=True)
 
 
 def vllm_best(setting: Setting) -> Scorer[Floats]:
@@ -317,12 +331,16 @@ class Contestant(Generic[Asked, Found]):
 
 CONTESTANTS: dict[str, Contestant[Setting, Floats]] = {
     REFERENCE: Contestant(padded, in_tiny=True),
+    EXACT: Contestant(partial(float32, padded)),
     "sorted": Contestant(padded_sorted, in_tiny=True),
+    "sorted-float32": Contestant(partial(float32, padded_sorted)),
     "ray-data": Contestant(RayDataScorer, "ray", warm=True),
     "vllm": Contestant(VLLMScorer, "vllm"),
     "vllm-best": Contestant(vllm_best, "vllm-best"),
     "trie": Contestant(trie, "trie", in_tiny=True),
-    "trie-compiled": Contestant(trie_compiled, "trie"),
+    "trie-int8": Contestant(partial(trie, precision="int8"), "trie", in_tiny=True),
+    "trie-compiled": Contestant(partial(trie, compile=True), "trie"),
+    "trie-int8-compiled": Contestant(partial(trie, compile=True, precision="int8"), "trie"),
 }
 RANDOM_MODELS = ("qwen3", "gemma2")
 MODELS = ("embedded", *RANDOM_MODELS)
@@ -442,15 +460,20 @@ class Rounds(Generic[Found]):
 def compare(
     field: Field[Setting, Floats], rows: TokenizedRows, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """By contestant: its figures."""
+    """By contestant: its figures. `ratio` is to the faster dtype of padded batches in file order,
+    and scores are compared with those of padded batches in float32, where they are there."""
     done = field.rounds(rows, rounds, rows.num_tokens, "tokens")
     contest, scores = done.contest, done.found
+    padded = [name for name in (REFERENCE, EXACT) if name in field.running]
+    baseline, exact = max(padded, key=contest.median), scores[padded[-1]]
     return {
         name: {
             "tokens_per_s": round(contest.median(name)),
-            "ratio": contest.ratio(name, REFERENCE),
+            "ratio": contest.ratio(name, baseline),
+            "ratio_to": baseline,
             "rounds": [round(rate) for rate in contest.rates[name]],
-            **agreement(scores[name], scores[REFERENCE]),
+            **agreement(scores[name], exact),
+            "same_winner": same_winner(scores[name], exact, rows),
         }
         for name in field.running
     }
@@ -458,7 +481,7 @@ def compare(
 
 def print_comparison(figures: dict[str, dict[str, Any]]) -> None:
     print_table(
-        ("", "tokens/s", f"to {REFERENCE}", "error", "largest", "rank correlation"),
+        ("", "tokens/s", "ratio", "error", "largest", "rank correlation", "same winner"),
         (
             (
                 name,
@@ -467,6 +490,7 @@ def print_comparison(figures: dict[str, dict[str, Any]]) -> None:
                 f"{of['error']:.1e}",
                 f"{of['largest_difference']:.1e}",
                 f"{of['rank_correlation']:.4f}",
+                f"{of['same_winner']:.1%}",
             )
             for name, of in figures.items()
         ),
@@ -524,6 +548,8 @@ def main() -> None:
 
 def contest(asked: argparse.Namespace, names: list[str], folder: Path) -> dict[str, Any]:
     dtype = "bfloat16" if cpu_has_bfloat16() and not asked.tiny else "float32"
+    if dtype == "float32":
+        names = [name for name in names if not name.endswith(dtype)]
     home = (
         tiny_reward_model(folder / "tiny")
         if asked.tiny

@@ -63,6 +63,7 @@ class EngineSettings:
                        probability of the answer is the score.
     attention          `packed`, or the name of an implementation in transformers.
     quantization       vLLM's name of a method that quantises the body, such as fp8.
+    precision          `int8` or `fp8`: the body's linear layers multiply in it; None: in `dtype`.
     tensor_parallel    how many GPUs one vLLM splits the layers of the body over.
     pipeline_parallel  into how many stages it cuts the body, each on `tensor_parallel` GPUs.
     placement_group    Ray's, with a bundle for each of these GPUs; None: they are all here.
@@ -90,6 +91,7 @@ class EngineSettings:
     implicit: ImplicitReward | None = None
     attention: str = "packed"
     quantization: str | None = None
+    precision: str | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     placement_group: Any = None

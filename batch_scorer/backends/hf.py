@@ -66,8 +66,8 @@ class HFBackend:
     """A reward model in transformers; see `Backend` for what it does.
 
     `compile` has torch compile the layers of a packed model, which takes a minute of the first
-    shard; without packing it is a ConfigError. Raises ModelError where the directory cannot give
-    true scores with these settings.
+    shard; `precision` has its linear layers multiply in 8 bits. Without packing either is a
+    ConfigError. Raises ModelError where the directory cannot give true scores with these settings.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -124,10 +124,13 @@ class HFBackend:
                 self._model,
                 token_budget=settings.token_budget,
                 compile=bool(settings.compile),
+                precision=settings.precision,
             )
             self._budget = self._packed.budget
         elif settings.compile:
             raise ConfigError(f"compile: {model_dir} does not run packed; leave compile out")
+        elif settings.precision:
+            raise ConfigError(f"precision: {model_dir} does not run packed; leave precision out")
         else:
             self._budget = TokenBudget(settings.token_budget or PADDED_TOKEN_BUDGET[device])
         self.provenance: dict[str, Any] = {

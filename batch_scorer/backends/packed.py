@@ -7,7 +7,7 @@ earlier ones (`attention.Pass`).
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from batch_scorer.backends.attention import KeysValues, Pass, pool_in_last_layer
 from batch_scorer.backends.base import PROBE_TOLERANCE
+from batch_scorer.backends.eight_bits import round_linears
 from batch_scorer.backends.hf_loader import softcap_of
 from batch_scorer.backends.kernels import KERNELS, choose_kernel, to_device
 from batch_scorer.backends.linear import reorder_linears
@@ -43,16 +44,26 @@ class PackedBody:
     """The body of `model`, whose attention is `attention.packed_attention`.
 
     `token_budget` None takes CPU_TOKEN_BUDGET, and on a GPU what a probe measures. With `compile`,
-    the decoder layers are compiled at their first batch. Raises ModelError for a model that lets
-    sequences see each other when packed.
+    the decoder layers are compiled at their first batch; with `precision` their linear layers
+    multiply in 8 bits. Raises ModelError for a model that lets sequences see each other when
+    packed, and ConfigError for a precision that the device has not.
     """
 
-    def __init__(self, model: PreTrainedModel, *, token_budget: int | None, compile: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        token_budget: int | None,
+        compile: bool,
+        precision: str | None = None,
+    ) -> None:
         self._model = model
         self._body: nn.Module = model.base_model
         self._device = model.device
         self._vocabulary_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._kernel_name = self._choose_kernel()
+        self._precision = precision
+        self._in_8_bits = 0 if precision is None else self._round(precision)
         self._reordered = self._device.type == "cpu" and self._reorder()
         self._layers = self._find_layers()
         self._pools = False
@@ -72,6 +83,8 @@ class PackedBody:
             "last_layer": "pooled tokens" if self._pools else "all tokens",
             "compiled": self._compiles,
             "weights_reordered": self._reordered,
+            "precision": self._precision,
+            "linear_layers_in_8_bits": self._in_8_bits,
         }
 
     @torch.inference_mode()
@@ -135,6 +148,10 @@ class PackedBody:
         return name
 
     @torch.inference_mode()
+    def _round(self, precision: str) -> int:
+        return round_linears(cast(PreTrainedModel, self._body), precision)
+
+    @torch.inference_mode()
     def _reorder(self) -> bool:
         return reorder_linears(self._body) > 0
 
@@ -158,7 +175,7 @@ class PackedBody:
         moved = float((self._probe([long, short], 5)[1] - alone).norm() / alone.norm())
         if not np.isfinite(moved):
             raise ModelError(f"hidden states are not finite in {self._dtype}")
-        if moved > PROBE_TOLERANCE[self._dtype]:
+        if moved > self._probe_tolerance:
             raise ModelError(
                 f"{type(self._model).__name__} lets packed sequences see each other (a probe moved "
                 f"by {moved:.1%}); set attention to sdpa or eager"
@@ -173,7 +190,7 @@ class PackedBody:
         except (RuntimeError, ValueError, IndexError) as error:
             logger.info("the last layer computes all tokens: %s", error)
             moved = float("inf")
-        if not moved <= PROBE_TOLERANCE[self._dtype]:
+        if not moved <= self._probe_tolerance:
             self._pools = False
             self._layers[-1].forward = forward
 
@@ -207,6 +224,11 @@ class PackedBody:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self._device)
         return min(MOST_TOKENS, max(_PROBE_TOKENS, int(_MEMORY_SHARE * free / per_token)))
+
+    @property
+    def _probe_tolerance(self) -> float:
+        # Rounding to 8 bits makes a step of what differs by a last bit.
+        return PROBE_TOLERANCE[self._dtype if self._precision is None else "bfloat16"]
 
     @property
     def _dtype(self) -> str:

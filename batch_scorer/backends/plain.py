@@ -62,7 +62,7 @@ def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
     included, and what is read off a vocabulary comes from transformers' own language model. It has
     no scores of other tokens; where these are asked for, and in other families, scores come from
     the plain body and the head that `models/families` describes. The settings are the engine's;
-    `attention`, `token_budget` and `compile` are ignored.
+    `attention`, `token_budget`, `compile` and `precision` are ignored.
     """
     settings = replace(settings, device=settings.own_device)
     files = settings.read_files()
@@ -76,7 +76,14 @@ def plain_scores(settings: EngineSettings, rows: TokenizedRows) -> Scores:
         return _own_forward(loader, rows, settings.dtype, settings.device)
     # With a budget of one token, every sequence is a batch of its own.
     backend = HFBackend(
-        replace(settings, adapter=adapter, attention="eager", token_budget=1, compile=None)
+        replace(
+            settings,
+            adapter=adapter,
+            attention="eager",
+            token_budget=1,
+            compile=None,
+            precision=None,
+        )
     )
     try:
         return backend.score(rows)

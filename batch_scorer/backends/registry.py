@@ -37,6 +37,7 @@ def settings_of(job: Job) -> EngineSettings:
         embedding=job.embedding,
         attention=job.attention,
         quantization=job.config.quantization,
+        precision=job.config.precision,
         tensor_parallel=job.config.tensor_parallel,
         pipeline_parallel=job.config.pipeline_parallel,
         placement_group=job.placement_group,

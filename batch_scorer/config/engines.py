@@ -31,7 +31,7 @@ class EngineFacts:
 
 ENGINES = {
     "hf": EngineFacts(
-        options=frozenset({"attention", "compile", "token_scores"}),
+        options=frozenset({"attention", "compile", "precision", "token_scores"}),
         shares_prefixes=True,
         shares_in_steps=True,
     ),

@@ -385,6 +385,12 @@ class Config(BaseModel):
     """How vLLM quantises the model's body, e.g. fp8; the head stays float32. Default: as the
     weights are stored."""
 
+    precision: Literal["int8", "fp8"] | None = _setting(None, "scores")
+    """Multiply the body's linear layers in 8 bits: faster, and less exact (docs/quantised.md).
+    Weights are rounded for each output, activations for each token; head, norms, embeddings and
+    attention stay as `dtype` says. `int8`: on a CPU with VNNI or AMX, and on CUDA. `fp8`: on CUDA
+    only. Default: as `dtype` says."""
+
     step_aggregation: Literal["min", "last", "mean", "product"] | None = _setting(None, "scores")
     """How a process reward model's step scores become the score. Default: as the model's authors do
     it. The step scores are kept either way."""
@@ -639,6 +645,8 @@ class Config(BaseModel):
             raise ValueError(f"{' and '.join(sorted(options))}: no backend takes them together")
         if self.compile and self.attention not in (None, "packed"):
             raise ValueError("compile: only packed batches are compiled; leave attention out")
+        if self.precision and self.attention not in (None, "packed"):
+            raise ValueError("precision: only packed batches run in 8 bits; leave attention out")
         for name, task in _OF_TASKS.items():
             if task != self.task and getattr(self, name) not in (None, False, (), {}):
                 raise ValueError(f"{name}: only where task is {task}")

@@ -343,11 +343,14 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
     """The job, its engines those that support it.
 
     Templates get the setting's date for today's, or else `date`, or else that of this day. Raises
-    ModelError for a tokenizer that fails or does not fit the model.
+    ModelError for a tokenizer that fails or does not fit the model, and ConfigError for a
+    precision that the device has not.
     """
     if model.is_served:
         return _derive_served(config, model)
     device = config.device or (Device.CUDA if has_gpus(config) else Device.CPU)
+    if config.precision == "fp8" and device is Device.CPU:
+        raise ConfigError("precision: no CPU multiplies fp8; set int8, or device: cuda")
     has_bfloat16 = device is Device.CUDA or cpu_has_bfloat16()
     dtype = config.dtype or ("bfloat16" if has_bfloat16 else "float32")
     embedding = None

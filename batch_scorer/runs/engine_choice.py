@@ -118,6 +118,8 @@ def _refuse_unpackable(config: Config, model: ModelFacts) -> None:
         raise ModelError(f"{part.path}: {part.unpackable}; set attention to eager")
     if part and config.compile:
         raise ModelError(f"{part.path}: {part.unpackable}; leave compile out")
+    if part and config.precision:
+        raise ModelError(f"{part.path}: {part.unpackable}; leave precision out")
 
 
 def _is_installed(engine: str) -> bool:

@@ -68,6 +68,7 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
             "attention and quantization: no backend takes them together",
         ),
         ({"attention": "sdpa", "compile": True}, "compile: only packed batches"),
+        ({"attention": "sdpa", "precision": "int8"}, "precision: only packed batches"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:

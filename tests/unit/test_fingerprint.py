@@ -46,6 +46,7 @@ def _fingerprint(config: Config | None = None, **facts: Any) -> Fingerprint:
         {"attention": "eager"},
         {"config": _config(step_aggregation="mean")},
         {"config": _config(token_scores=True)},
+        {"config": _config(precision="int8")},
         {"backend": "vllm"},
         {"adapter": "value_head"},
         {"embedding": ("mean", True)},
@@ -61,6 +62,10 @@ def test_what_changes_scores_changes_the_fingerprint(change: dict[str, Any]) -> 
 )
 def test_how_fast_and_where_does_not(settings: dict[str, Any]) -> None:
     assert _fingerprint(_config(**settings)).digest == _fingerprint().digest
+
+
+def test_a_setting_that_came_later_leaves_the_digests_of_older_outputs() -> None:
+    assert "precision" not in _fingerprint().parts
 
 
 def test_differences_name_the_part_and_both_values() -> None:

@@ -163,9 +163,14 @@ def _scores_compared(parity: ScoresReport) -> Iterator[Block]:
     )
     yield Line(
         f"worst {parity.worst:.3%} ({parity.allowed_worst:.3%} allowed), "
-        f"rms {parity.rms:.3%} ({parity.allowed_rms:.3%} allowed); "
+        f"rms {parity.rms:.3%} ({parity.allowed_rms:.3%} allowed), mean {parity.mean:.3%}; "
         f"{parity.pairs_agree} of {parity.pairs} clear pairs rank alike"
     )
+    if parity.rounding_worst is not None:
+        yield Line(
+            f"plain Hugging Face in {parity.dtype}: worst {parity.rounding_worst:.3%}, "
+            f"mean {parity.rounding_mean:.3%}"
+        )
 
 
 def _text_rows(report: CheckReport) -> list[tuple[str, str]]:
@@ -321,7 +326,8 @@ def _parity_line(parity: Mapping[str, Any]) -> str:
     else:
         text = (
             f"{len(parity['compared'])} sequences (worst {parity['worst']:.2%} of the spread, "
-            f"{parity['allowed_worst']:.2%} allowed)"
+            f"{parity['allowed_worst']:.2%} allowed; {parity['pairs_agree']} of "
+            f"{parity['pairs']} clear pairs rank alike)"
         )
     return f"{verdict} on {text}"
 

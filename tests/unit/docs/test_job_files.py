@@ -46,6 +46,7 @@ def test_there_are_job_files() -> None:
         {"max_tokens": None, "device": None},
         {"columns": {"chosen": "better"}, "over_length": "truncate_left"},
         {"backend": "vllm", "quantization": "fp8", "tensor_parallel": 2},
+        {"precision": "int8", "dtype": "bfloat16"},
         {"task": "embed", "embedding_pooling": "mean", "normalize": True},
         {"store_options": {"region": "eu-central-1", "allow_http": "true"}},
         {"lease_s": 5, "use_ray": False},
@@ -76,6 +77,7 @@ WRONG_BY_ITSELF: list[tuple[dict[str, Any], str]] = [
     ({"over_length": "cut"}, "over_length: Input should be 'mark', 'error', 'truncate_left', "),
     ({"backend": "sglang"}, "backend: Input should be 'auto', 'hf', 'vllm', 'endpoint' or 'fake'"),
     ({"dtype": "int8"}, "dtype: Input should be 'bfloat16', 'float32' or 'float16' (got 'int8')"),
+    ({"precision": "int4"}, "precision: Input should be 'int8' or 'fp8' (got 'int4')"),
     ({"attention": "fast"}, "attention: Input should be 'packed', 'flash_attention_2', "),
     ({"step_aggregation": "sum"}, "step_aggregation: Input should be 'min', 'last', "),
     ({"embedding_pooling": "max"}, "embedding_pooling: Input should be 'last', 'mean' or 'cls'"),
@@ -93,6 +95,10 @@ WRONG_TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"inputs": MISSING}, "`inputs` is needed"),
     ({"output": MISSING}, "`output` is needed"),
     ({"quantization": "fp8"}, "quantization: the hf backend does not take it; set backend: vllm"),
+    (
+        {"backend": "vllm", "precision": "fp8"},
+        "precision: the vllm backend does not take it; set backend: hf",
+    ),
     ({"tensor_parallel": 2}, "tensor_parallel: the hf backend does not take it; set backend: vllm"),
     ({"pipeline_parallel": 2}, "pipeline_parallel: the hf backend does not take it; set backend"),
     (

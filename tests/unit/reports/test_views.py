@@ -129,7 +129,8 @@ def check(text: str) -> CheckReport:
         text={**Prompt().to_json(), "date": text},
         parity=ScoresReport(
             backend="hf", dtype="float32", reference_dtype="float32", problems=(),
-            worst=1e-6, allowed_worst=1e-3, rms=1e-6, allowed_rms=1e-3, pairs=1, pairs_agree=1,
+            worst=1e-6, allowed_worst=1e-3, rms=1e-6, allowed_rms=1e-3, mean=1e-6,
+            rounding_worst=1e-6, rounding_mean=1e-6, pairs=1, pairs_agree=1,
             compared=(Compared(text, 12, 1.25, 1.25, 1e-6),),
         ),
     )  # fmt: skip
