@@ -68,6 +68,8 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
             "attention and quantization: no backend takes them together",
         ),
         ({"attention": "sdpa", "compile": True}, "compile: only packed batches"),
+        ({"compile": True, "invariant": True}, "compile: compiled layers are not proven invariant"),
+        ({"backend": "fake", "invariant": True}, "invariant: the fake .* set backend: hf or vllm"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
