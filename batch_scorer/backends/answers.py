@@ -44,7 +44,7 @@ class AnswerReadout(Readout):
         """float32[S, 1] of hidden states [K, H] at `pooled`."""
         assert pooled.next_ids is not None
         next_ids = to_device(pooled.next_ids, hidden.device).long()
-        log_probs: Tensor = cast(nn.Module, self._head)(hidden, next_ids)
+        log_probs = self._by_row(cast(nn.Module, self._head), hidden, next_ids)
         counts = to_device(pooled.counts, hidden.device)
         sums = torch.segment_reduce(log_probs.double(), "sum", lengths=counts, unsafe=True)
         return sums.float()[:, None]

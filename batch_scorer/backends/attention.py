@@ -8,8 +8,8 @@ the keys and values that earlier batches computed, and those that the next batch
 Only the pooled tokens are read from the last layer, so it computes keys and values of all tokens,
 and everything else for the pooled ones only (`pool_in_last_layer`).
 
-Legend: T tokens of the batch, K keys, P pooled tokens, H query heads, G key/value heads, D head
-size.
+Legend: T tokens of the batch, R rows of the forward pass, K keys, P pooled tokens, H query heads,
+G key/value heads, D head size.
 """
 
 import threading
@@ -20,6 +20,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from batch_scorer.backends.kernels import Kernel, LayerSettings, to_device
@@ -46,6 +47,9 @@ HARMLESS_ARGUMENTS = frozenset(
 """Arguments that decoders pass to attention and that have no effect here: inference has no
 dropout, there is no cache, and queries and keys already contain the positions."""
 
+POOLED_ROWS = 64
+"""Pooled tokens that go through the last layer together where shapes are fixed."""
+
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 """One layer's keys and values: [G, K, D] each."""
 
@@ -60,6 +64,10 @@ class Pass:
     `carried` has the ancestors' keys and values, layer after layer; after the forward pass `kept`
     has those for the next batch. With `pools`, the last layer returns the pooled tokens' outputs
     only.
+
+    With `num_rows` the forward pass has so many rows, of which the batch's tokens are the first,
+    and the last layer is given POOLED_ROWS pooled tokens at a time, the last one as often as it
+    takes: then products of matrices have the same shapes in every batch.
     """
 
     _of_thread = threading.local()
@@ -72,16 +80,25 @@ class Pass:
         carried: list[KeysValues],
         *,
         pools: bool,
+        num_rows: int | None = None,
     ) -> None:
         self.batch = batch
         self.kept: list[KeysValues] = []
         # At least one token: layers do not accept none.
-        self._pooled = batch.pooled_index if len(batch.pooled_index) else np.zeros(1, np.int64)
-        self.pooled = to_device(self._pooled, device) if pools else None
+        pooled = batch.pooled_index if len(batch.pooled_index) else np.zeros(1, np.int64)
+        if num_rows is not None:
+            pooled = np.pad(pooled, (0, -len(pooled) % POOLED_ROWS), mode="edge")
+            self._parts = np.split(pooled, len(pooled) // POOLED_ROWS)
+        else:
+            self._parts = [pooled]
+        self.pools = pools
+        self.num_rows = num_rows or batch.num_tokens
+        self._device = device
         self._kernel = kernel
         self._carried = carried
         self._kept_keys = to_device(batch.kept_keys, device)
-        self._plans: dict[tuple[int | None, bool], Any] = {}
+        self._plans: dict[tuple[int | None, int | None], Any] = {}
+        self._part: int | None = None
         self._takes_keys = False
         self._taken: KeysValues | None = None
 
@@ -111,10 +128,18 @@ class Pass:
         finally:
             self._takes_keys = False
 
+    def pooled_parts(self) -> Iterator[Tensor]:
+        """The pooled tokens, part after part; attention is for the one that was given last."""
+        for part, tokens in enumerate(self._parts):
+            self._part = part
+            yield to_device(tokens, self._device)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSettings) -> Tensor:
-        """[T, H, D] of query [H, T, D], key and value [G, T, D]; after `taking_keys` of the
-        pooled tokens, P in place of T."""
+        """[R, H, D] of query [H, R, D], key and value [G, R, D], R rows; after `taking_keys` of a
+        part of the pooled tokens."""
+        num_rows, num_tokens = query.shape[1], self.batch.num_tokens
         if self._taken is None:
+            query, key, value = (tensor[:, :num_tokens] for tensor in (query, key, value))
             if self.batch.num_carried:
                 before = self._carried[len(self.kept)]
                 key, value = torch.cat([before[0], key], 1), torch.cat([before[1], value], 1)
@@ -126,15 +151,16 @@ class Pass:
         else:
             key, value = self._taken
         plan = self._plan(layer.window, query, key)
-        return self._kernel.attend(query, key, value, plan, layer)
+        output = self._kernel.attend(query, key, value, plan, layer)
+        missing = num_rows - len(output)
+        return pad(output, (0, 0, 0, 0, 0, missing)) if missing else output
 
     def _plan(self, window: int | None, query: Tensor, key: Tensor) -> Any:
-        pools = self._taken is not None
-        if (window, pools) not in self._plans:
-            tokens = self._pooled if pools else None
+        if (window, self._part) not in self._plans:
+            tokens = None if self._part is None else self._parts[self._part]
             plan = self._kernel.plan(self.batch, tokens, window, query, key)
-            self._plans[window, pools] = plan
-        return self._plans[window, pools]
+            self._plans[window, self._part] = plan
+        return self._plans[window, self._part]
 
 
 def packed_attention(
@@ -192,27 +218,42 @@ def pool_in_last_layer(layer: nn.Module) -> None:
 
     def pooled_forward(*args: Any, **kwargs: Any) -> Any:
         current = Pass.current()
-        tokens = current.pooled
-        if tokens is None:
+        if not current.pools:
             return forward(*args, **kwargs)
         with current.taking_keys():
             forward(*args, **kwargs)
-        num_tokens = current.batch.num_tokens
-        return forward(
-            *(_narrowed(value, tokens, num_tokens) for value in args),
-            **{name: _narrowed(value, tokens, num_tokens) for name, value in kwargs.items()},
-        )
+        outputs = [
+            forward(
+                *(_narrowed(value, tokens, current.num_rows) for value in args),
+                **{
+                    name: _narrowed(value, tokens, current.num_rows)
+                    for name, value in kwargs.items()
+                },
+            )
+            for tokens in current.pooled_parts()
+        ]
+        return _joined(outputs)
 
     layer.forward = pooled_forward
 
 
-def _narrowed(value: Any, tokens: Tensor, num_tokens: int) -> Any:
-    """The chosen tokens' part of `value`, where that is [1, T, …] or a tuple of such."""
+def _narrowed(value: Any, tokens: Tensor, num_rows: int) -> Any:
+    """The chosen tokens' part of `value`, where that is [1, R, …] or a tuple of such."""
     if isinstance(value, tuple):
-        return tuple(_narrowed(part, tokens, num_tokens) for part in value)
-    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == num_tokens:
+        return tuple(_narrowed(part, tokens, num_rows) for part in value)
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == num_rows:
         return value.index_select(1, tokens)
     return value
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """What a layer returns for parts of the tokens, [1, P, …] or a tuple that begins with it, as
+    one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], tuple):
+        return (torch.cat([output[0] for output in outputs], 1), *outputs[0][1:])
+    return torch.cat(outputs, 1)
 
 
 def _refuse_unsupported(

@@ -69,6 +69,7 @@ class EngineSettings:
     placement_group    Ray's, with a bundle for each of these GPUs; None: they are all here.
     token_budget       most tokens of a forward pass; None: what suits the device.
     compile            whether torch compiles the body's layers; None: the engine's default.
+    invariant          whether a sequence's score has the same bits whatever is scored beside it.
     trust_remote_code  whether Python code that comes with the model is run.
     judge              the page that a judge is asked by; None: the model is none. `verdict_ids` are
                        the tokens of its choices, where it is read by their probability, and
@@ -97,6 +98,7 @@ class EngineSettings:
     placement_group: Any = None
     token_budget: int | None = None
     compile: bool | None = None
+    invariant: bool = False
     trust_remote_code: bool = False
     judge: Page | None = None
     verdict_ids: tuple[int, ...] = ()

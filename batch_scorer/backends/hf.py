@@ -32,6 +32,7 @@ from batch_scorer.backends.hf_loader import (
     Loader,
     check_rotary_dtype,
     max_sequence_length,
+    refuse_company,
     refuse_unsound,
 )
 from batch_scorer.backends.kernels import to_device
@@ -67,7 +68,8 @@ class HFBackend:
 
     `compile` has torch compile the layers of a packed model, which takes a minute of the first
     shard; `precision` has its linear layers multiply in 8 bits. Without packing either is a
-    ConfigError. Raises ModelError where the directory cannot give true scores with these settings.
+    ConfigError. With `invariant` a packed model runs in fixed shapes, every other one sequence at a
+    time. Raises ModelError where the directory cannot give true scores with these settings.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -93,6 +95,8 @@ class HFBackend:
         model = loader.load(dtype, implementation)
         self._model: PreTrainedModel = model.to(self._device)  # type: ignore[arg-type]  # decorated
         check_rotary_dtype(self._model)
+        if settings.invariant:
+            refuse_company(self._model, packed=implementation == PACKED_ATTENTION)
 
         config = self._model.config.get_text_config()
         self._vocabulary_size = len(cast(Tensor, self._model.get_input_embeddings().weight))
@@ -118,19 +122,24 @@ class HFBackend:
             self._readout = make(settings, files, adapter, config).to(self._device)
             self.num_outputs = self._readout.num_outputs
         self._packed: PackedBody | None = None
-        self._lanes = Lanes(self._device)
+        self._lanes = Lanes(self._device, single=settings.invariant)
         if implementation == PACKED_ATTENTION:
             self._packed = PackedBody(
                 self._model,
                 token_budget=settings.token_budget,
                 compile=bool(settings.compile),
                 precision=settings.precision,
+                invariant=settings.invariant,
             )
             self._budget = self._packed.budget
+            if settings.invariant:
+                list(self._lanes.map(PackedBody.check_invariance, [self._packed]))
         elif settings.compile:
             raise ConfigError(f"compile: {model_dir} does not run packed; leave compile out")
         elif settings.precision:
             raise ConfigError(f"precision: {model_dir} does not run packed; leave precision out")
+        elif settings.invariant:
+            self._budget = TokenBudget(1)  # a longer sequence is a batch of its own
         else:
             self._budget = TokenBudget(settings.token_budget or PADDED_TOKEN_BUDGET[device])
         self.provenance: dict[str, Any] = {
@@ -145,6 +154,7 @@ class HFBackend:
             "token_budget": self._budget.limit,
             "num_threads": torch.get_num_threads(),
             "lanes": self._lanes.count,
+            "invariant": settings.invariant,
             "trust_remote_code": settings.trust_remote_code,
         }
         if self._packed is not None:
@@ -216,7 +226,7 @@ class HFBackend:
             # A masked key has weight 0, but 0 times infinity is NaN: sequences that shared a batch
             # with a broken one may be sound, so each is scored again on its own.
             lots = [_lot(rows, pooled, broken[i : i + 1]) for i in range(len(broken))]
-            alone = [self._score_lot(rows, lot) for lot in lots]
+            alone = list(self._lanes.map(partial(self._score_lot, rows), lots))
             by_token = self._readout is not None and self._readout.reads_tokens_alone
             counts = pooled.counts if by_token else np.ones_like(lengths)
             self._fill(scores, [*(part.without(broken, counts) for part in parts), *alone], pooled)

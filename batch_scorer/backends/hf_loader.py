@@ -11,6 +11,7 @@ from batch_scorer.backends.attention import PACKED_ATTENTION
 from batch_scorer.backends.base import EngineSettings, refuse_dtype
 from batch_scorer.errors import MissingExtraError, ModelError
 from batch_scorer.models.adapter import Adapter, ModelFiles
+from batch_scorer.models.cost import EXPERTS
 from batch_scorer.models.fit import build_skeleton, is_causal, load, packing_problem
 from batch_scorer.models.registry import STOCK
 from batch_scorer.models.weights import model_tensors
@@ -115,6 +116,31 @@ def refuse_unsound(
             )
         if dtype == "float32":
             raise ModelError("flash_attention_2 has no float32; set dtype to bfloat16")
+
+
+def refuse_company(model: PreTrainedModel, *, packed: bool) -> None:
+    """Raise ModelError for a body whose scores depend, by its definition, on what else is in a
+    batch; `packed`, or one sequence at a time."""
+    config = model.config.get_text_config()
+    kinds: set[str] = set()
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)  # of all layers, or by the type of a layer
+        kinds.update(kind.values() if isinstance(kind, dict) else [kind] if kind else [])
+    if "dynamic" in kinds:
+        raise ModelError(
+            "invariant: rotary frequencies of type dynamic depend on earlier sequences; leave it "
+            "out"
+        )
+    cure = "set attention to eager, which runs one sequence at a time"
+    if packed and "longrope" in kinds:
+        raise ModelError(
+            "invariant: rotary frequencies of type longrope depend on a batch's longest sequence; "
+            + cure
+        )
+    if packed and any(getattr(config, name, None) for name in EXPERTS):
+        raise ModelError(
+            "invariant: an expert's products have as many rows as a batch sends it tokens; " + cure
+        )
 
 
 def check_rotary_dtype(model: PreTrainedModel) -> None:

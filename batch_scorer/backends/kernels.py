@@ -119,21 +119,29 @@ def plan_blocks(
         fitting = max(1, CHUNK_SCORES[device.type] // (heads * num_queries * num_keys))
         queries, keys, visible = _filled(blocks[:fitting], num_keys)
         blocks = blocks[fitting:]
-        # [G, B, H/G, Q] and [G, B, L]
-        head_numbers = np.arange(heads).reshape(groups, 1, -1, 1)
-        query_rows = (queries[:, None] * heads + head_numbers).ravel()
-        key_rows = (keys * groups + np.arange(groups)[:, None, None]).ravel()
-        order[query_rows] = np.arange(size, size + len(query_rows))
-        size += len(query_rows)
-        mask = np.where(visible, np.float32(0), np.float32("-inf"))
-        chunks.append(
-            BlockChunk(
-                to_device(query_rows, device),
-                to_device(key_rows, device),
-                to_device(mask, device).to(query.dtype)[:, None],
-            )
-        )
+        query_rows = _query_rows(queries, heads, groups)
+        order[query_rows] = np.arange(size, size + query_rows.size).reshape(query_rows.shape)
+        size += query_rows.size
+        chunks.append(_chunk(query_rows, keys, visible, groups, query))
     return BlockPlan(chunks, to_device(order, device))
+
+
+def _query_rows(queries: Int64Array, heads: int, groups: int) -> Int64Array:
+    """int64[G, B, H/G, Q], rows of the queries as [N * H, D], of queries [B, Q]."""
+    return queries[:, None] * heads + np.arange(heads).reshape(groups, 1, -1, 1)
+
+
+def _chunk(
+    query_rows: Int64Array, keys: Int64Array, visible: BoolArray, groups: int, query: Tensor
+) -> BlockChunk:
+    """The chunk of `_query_rows`, of keys [B, L] and visibility [B, Q, L]."""
+    key_rows = keys * groups + np.arange(groups)[:, None, None]  # [G, B, L]
+    mask = np.where(visible, np.float32(0), np.float32("-inf"))
+    return BlockChunk(
+        to_device(query_rows.ravel(), query.device),
+        to_device(key_rows.ravel(), query.device),
+        to_device(mask, query.device).to(query.dtype)[:, None],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +204,85 @@ def _filled(blocks: list[_Block], num_keys: int) -> tuple[Int64Array, Int64Array
         visible[row, :filled, ahead:] = block.visible
         visible[row, filled:, ahead:] = block.visible[-1]
     return queries, keys, visible
+
+
+ALIGNED_POSITIONS = 32
+"""Positions of an aligned block; its number of keys is a multiple of as many."""
+
+ALIGNED_BLOCKS = 32
+"""Most of a chunk on CUDA, where every chunk of one width has as many: what lacks is repeated."""
+
+
+def plan_aligned_blocks(
+    batch: PackedBatch,
+    tokens: Int64Array | None,
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
+) -> BlockPlan:
+    """The queries in blocks of one sequence each, cut at multiples of ALIGNED_POSITIONS.
+
+    A block has a row for each of its positions, and its keys in order, from the sequence's start or
+    the window's. So a token's place in its block, the block's shape, and the order in which a
+    product is added up depend on the token's position alone, whatever else the batch holds. Rows
+    and keys of positions that are not there repeat one that is, and are not read. `tokens` may
+    repeat one.
+    """
+    wanted = np.arange(batch.num_tokens) if tokens is None else tokens
+    slots, rows = np.divmod(batch.position_ids[wanted].astype(np.int64), ALIGNED_POSITIONS)
+    runs = np.searchsorted(batch.run_starts, wanted, side="right")
+    is_first = (np.diff(runs, prepend=-1) != 0) | (np.diff(slots, prepend=-1) != 0)
+    block_of = np.cumsum(is_first) - 1  # int64[N]
+    firsts = np.flatnonzero(is_first)
+    lasts = np.append(firsts[1:], len(wanted)) - 1
+    first_rows = slots[firsts] * ALIGNED_POSITIONS
+    first_keys = np.zeros_like(first_rows)
+    if window is not None:
+        first_keys = np.maximum(0, first_rows - window + 1)
+    spans = first_rows + ALIGNED_POSITIONS - first_keys
+    num_keys = -(-spans // ALIGNED_POSITIONS) * ALIGNED_POSITIONS
+    paths = [
+        np.concatenate([ancestors, batch.num_carried + np.arange(start, stop)])[first_key:]
+        for ancestors, start, stop, first_key in zip(
+            batch.ancestors(wanted[firsts].tolist()),
+            wanted[firsts].tolist(),
+            (wanted[lasts] + 1).tolist(),
+            first_keys.tolist(),
+            strict=True,
+        )
+    ]
+    heads, groups, device = len(query), len(key), query.device
+    chunks: list[BlockChunk] = []
+    order = np.empty((len(wanted), heads), np.int64)
+    size = 0
+    for width in np.unique(num_keys).tolist():
+        alike = np.flatnonzero(num_keys == width)
+        fitting = max(1, CHUNK_SCORES[device.type] // (heads * ALIGNED_POSITIONS * width))
+        if device.type == "cuda":
+            fitting = min(fitting, ALIGNED_BLOCKS)
+        for start in range(0, len(alike), fitting):
+            blocks = alike[start : start + fitting]
+            inside = np.flatnonzero(np.isin(block_of, blocks))
+            places = np.searchsorted(blocks, block_of[inside])  # of their blocks in the chunk
+            queries = np.repeat(firsts[blocks][:, None], ALIGNED_POSITIONS, axis=1)
+            queries[places, rows[inside]] = inside
+            keys = np.stack([np.resize(paths[block], width) for block in blocks.tolist()])
+            query_positions = first_rows[blocks][:, None] + np.arange(ALIGNED_POSITIONS)
+            key_positions = first_keys[blocks][:, None] + np.arange(width)
+            distances = query_positions[:, :, None] - key_positions[:, None]
+            visible = (distances >= 0) & (distances < (window or np.iinfo(np.int64).max))
+            if device.type == "cuda":  # cuBLAS chooses a kernel by the number of products, too
+                queries, keys, visible = (
+                    np.resize(array, (fitting, *array.shape[1:]))
+                    for array in (queries, keys, visible)
+                )
+            query_rows = _query_rows(queries, heads, groups)
+            chunks.append(_chunk(query_rows, keys, visible, groups, query))
+            # Of [G, B, H/G, Q], the outputs of all heads of each query.
+            outputs = np.arange(size, size + query_rows.size).reshape(query_rows.shape)
+            order[inside] = outputs[:, places, :, rows[inside]].reshape(len(inside), heads)
+            size += outputs.size
+    return BlockPlan(chunks, to_device(order.ravel(), device))
 
 
 def attend_blocks(
@@ -312,16 +399,21 @@ def flash_attn_varlen(
 
 
 def torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, plan: RunPlan, layer: LayerSettings
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: RunPlan,
+    layer: LayerSettings,
+    **arguments: Any,
 ) -> Tensor:
-    """torch's own variable-length flash attention. No softcap."""
+    """torch's own variable-length flash attention, with further `arguments`. No softcap."""
     if layer.softcap is not None:
         raise ModelError("torch's varlen_attn cannot apply attn_logit_softcapping")
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 has no such parameter: its kernel takes fewer key/value heads unasked.
-    has_gqa_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    gqa: dict[str, Any] = {"enable_gqa": True} if has_gqa_flag else {}
+    if _varlen_takes("enable_gqa"):
+        arguments["enable_gqa"] = True
     output = varlen_attn(
         *_in_runs(query, key, value, plan),
         plan.query_offsets,
@@ -330,7 +422,7 @@ def torch_varlen(
         plan.most_keys,
         scale=layer.scale,
         window_size=(-1 if layer.window is None else layer.window - 1, 0),
-        **gqa,
+        **arguments,
     )
     assert isinstance(output, Tensor)
     return output[..., : value.shape[2]]
@@ -339,12 +431,27 @@ def torch_varlen(
 KERNELS: dict[str, Kernel] = {
     "flash_attn": Kernel(plan_runs, flash_attn_varlen),
     "torch_varlen": Kernel(plan_runs, torch_varlen),
+    "torch_varlen_unsplit": Kernel(plan_runs, functools.partial(torch_varlen, num_splits=1)),
     "blocks": Kernel(plan_blocks, attend_blocks),
+    "aligned_blocks": Kernel(plan_aligned_blocks, attend_blocks),
 }
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype, *, head_dim: int, softcap: bool) -> str:
-    """The name of the fastest kernel in `KERNELS` that is right for this model here."""
+def choose_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    softcap: bool,
+    invariant: bool = False,
+) -> str:
+    """The name of the fastest kernel in `KERNELS` that is right for this model here.
+
+    `invariant`: one whose outputs for a token have the same bits in any batch.
+    """
+    if invariant:
+        can_flash = _flash_can_run(device, dtype, head_dim) and _varlen_takes("num_splits")
+        return "torch_varlen_unsplit" if can_flash and not softcap else "aligned_blocks"
     if _flash_can_run(device, dtype, head_dim):
         if _import_flash_attn() is not None:
             return "flash_attn"
@@ -361,6 +468,14 @@ def _flash_can_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> b
         and head_dim <= 256
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+@functools.cache
+def _varlen_takes(argument: str) -> bool:
+    """Whether this torch's `varlen_attn` has an argument of this name."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return argument in inspect.signature(varlen_attn).parameters
 
 
 @functools.cache

@@ -19,11 +19,15 @@ MOST_LANES = 8
 
 
 class Lanes:
-    """As many as there are threads on a CPU, at most MOST_LANES; one on a GPU."""
+    """As many as there are threads on a CPU, at most MOST_LANES; one on a GPU.
 
-    def __init__(self, device: torch.device) -> None:
+    With `single` every lane on a CPU has one thread, so that no operation is cut by their number;
+    there may be more lanes then.
+    """
+
+    def __init__(self, device: torch.device, *, single: bool = False) -> None:
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        self.count = min(threads, MOST_LANES)
+        self.count = threads if single else min(threads, MOST_LANES)
         self._threads, self._share = threads, threads // self.count
         self._pool = ThreadPoolExecutor(self.count, "lane") if self.count > 1 else None
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from batch_scorer.backends.attention import KeysValues, Pass, pool_in_last_layer
 from batch_scorer.backends.base import PROBE_TOLERANCE
 from batch_scorer.backends.eight_bits import round_linears
-from batch_scorer.backends.hf_loader import softcap_of
+from batch_scorer.backends.hf_loader import max_sequence_length, softcap_of
 from batch_scorer.backends.kernels import KERNELS, choose_kernel, to_device
 from batch_scorer.backends.linear import reorder_linears
 from batch_scorer.backends.memory import LEAST_TOKENS, TokenBudget
@@ -32,10 +32,14 @@ logger = logging.getLogger(__name__)
 CPU_TOKEN_BUDGET = 4096
 """Tokens of a forward pass on a CPU: enough to fill its matrix units, few enough for its cache."""
 
+INVARIANT_ROWS = {"cpu": 1024, "cuda": 8192}
+"""Rows of every forward pass where shapes are fixed."""
+
 MOST_TOKENS = 32768
 """Tokens of a forward pass on a GPU with memory to spare: more only delay the first result."""
 
 _PROBE_TOKENS = 2048
+_INVARIANCE_TOKENS = 300
 _MEMORY_SHARE = 0.7
 """Of the memory that is free beside the model: carried keys and odd sizes need the rest."""
 
@@ -45,8 +49,12 @@ class PackedBody:
 
     `token_budget` None takes CPU_TOKEN_BUDGET, and on a GPU what a probe measures. With `compile`,
     the decoder layers are compiled at their first batch; with `precision` their linear layers
-    multiply in 8 bits. Raises ModelError for a model that lets sequences see each other when
+    multiply in 8 bits. `invariant`: a token's state has the same bits in every batch; batches are
+    then filled up to INVARIANT_ROWS, and have no more tokens. Raises ModelError for a model that lets sequences see each other when
     packed, and ConfigError for a precision that the device has not.
+    the decoder layers are compiled at their first batch. `invariant`: a token's state has the same
+    bits in every batch; batches are then filled up to INVARIANT_ROWS, and have no more tokens.
+    Raises ModelError for a model that lets sequences see each other when packed.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class PackedBody:
         token_budget: int | None,
         compile: bool,
         precision: str | None = None,
+        invariant: bool = False,
     ) -> None:
         self._model = model
         self._body: nn.Module = model.base_model
@@ -64,6 +73,8 @@ class PackedBody:
         self._kernel_name = self._choose_kernel()
         self._precision = precision
         self._in_8_bits = 0 if precision is None else self._round(precision)
+        self._kernel_name = self._choose_kernel(invariant)
+        self._num_rows: int | None = None
         self._reordered = self._device.type == "cpu" and self._reorder()
         self._layers = self._find_layers()
         self._pools = False
@@ -73,6 +84,9 @@ class PackedBody:
             # The last layer stops half-way for most tokens, which no graph can.
             for layer in self._layers[: len(self._layers) - self._pools]:
                 layer.compile(dynamic=True)
+        if invariant:
+            self._num_rows = INVARIANT_ROWS[self._device.type]
+            token_budget = min(token_budget or self._num_rows, self._num_rows)
         self.budget = TokenBudget(token_budget or self._probe_budget())
 
     @property
@@ -102,6 +116,8 @@ class PackedBody:
                 states, carried = done
                 effort.num_batches += 1
                 effort.computed_tokens += batch.num_tokens
+                if self._num_rows is not None:
+                    effort.padding_tokens += self._num_rows - batch.num_tokens
                 effort.attended_pairs += batch.attended_pairs
                 yield start, stop, states
             elif batch.num_tokens > LEAST_TOKENS:
@@ -118,19 +134,26 @@ class PackedBody:
         self, batch: PackedBatch, carried: list[KeysValues]
     ) -> tuple[Tensor, list[KeysValues]]:
         """The states [P, H] of the batch's pooled tokens, and the keys for the next batch."""
+        missing = 0 if self._num_rows is None else self._num_rows - batch.num_tokens
         ids, positions = (
-            to_device(array, self._device).long()[None]
+            to_device(np.pad(array, (0, missing)), self._device).long()[None]
             for array in (batch.token_ids, batch.position_ids)
         )
-        kernel = KERNELS[self._kernel_name]
-        with Pass(batch, kernel, self._device, carried, pools=self._pools) as current:
+        with Pass(
+            batch,
+            KERNELS[self._kernel_name],
+            self._device,
+            carried,
+            pools=self._pools,
+            num_rows=self._num_rows,
+        ) as current:
             hidden = self._body(input_ids=ids, position_ids=positions, use_cache=False)
         states: Tensor = hidden.last_hidden_state[0]
-        if current.pooled is None:
+        if not self._pools:
             states = states[to_device(batch.pooled_index, self._device)]
         return states[: len(batch.pooled_index)], current.kept
 
-    def _choose_kernel(self) -> str:
+    def _choose_kernel(self, invariant: bool) -> str:
         config = self._model.config.get_text_config()
         softcap = softcap_of(self._model) is not None
         head_dim = getattr(config, "head_dim", None)
@@ -139,6 +162,7 @@ class PackedBody:
             self._model.dtype,
             head_dim=head_dim or config.hidden_size // config.num_attention_heads,
             softcap=softcap,
+            invariant=invariant,
         )
         if softcap and self._device.type == "cuda" and name == "blocks":
             logger.warning(
@@ -193,6 +217,22 @@ class PackedBody:
         if not moved <= self._probe_tolerance:
             self._pools = False
             self._layers[-1].forward = forward
+
+    @torch.inference_mode()
+    def check_invariance(self) -> None:
+        """Raise ModelError where, with this model and on this machine, the bits of a sequence's
+        state depend on its place in a batch, on what it shares, or on where batches are cut."""
+        length = min(_INVARIANCE_TOKENS, max_sequence_length(self._model) or _INVARIANCE_TOKENS)
+        ids = (np.arange(length, dtype=np.int32) * 7 + 1) % self._vocabulary_size
+        shared = ids[: length // 8]
+        company = [np.append(shared, [0, *ids[:30]]).astype(np.int32), shared, ids[1:6]]
+        alone = self._probe([ids], length)[0]
+        beside = self._probe([*company, ids], length - 40)[-1]
+        if not torch.equal(beside, alone):
+            raise ModelError(
+                f"invariant: the last bits of {type(self._model).__name__}'s states depend on the "
+                "batch on this machine; leave it out"
+            )
 
     def _probe(self, sequences: list[npt.NDArray[np.int32]], token_budget: int) -> list[Tensor]:
         """The last hidden state [H] of each sequence, float32."""

@@ -6,6 +6,8 @@ here: positions by index, the head in float32, step scores combined into one.
 Legend: S sequences, K pooled tokens, H hidden, O outputs.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -48,6 +50,10 @@ _OF_EMBEDDING: dict[str, Pooling] = {
 }
 
 
+ROWS_AT_ONCE = 64
+"""What is read together where shapes are fixed."""
+
+
 class Readout:
     """The head of one model, or the pooling of an embedding.
 
@@ -67,6 +73,7 @@ class Readout:
         self._pooling = _OF_EMBEDDING[embedding.pooling] if embedding else adapter.pooling
         self._averages = adapter.averages(self._config)
         self._token_scores = settings.token_scores
+        self._invariant = settings.invariant
         self.embedding = embedding
         self.step_aggregation = adapter.step_aggregation and (
             settings.step_aggregation or adapter.step_aggregation
@@ -152,17 +159,33 @@ class Readout:
         if self.embedding is not None:
             if self.embedding.pooling == "mean":
                 hidden = _averaged(hidden, counts)
-            return F.normalize(hidden, dim=-1) if self.embedding.normalize else hidden
+            normalize = partial(F.normalize, dim=-1)
+            return self._by_row(normalize, hidden) if self.embedding.normalize else hidden
         head = cast(nn.Module, self._head)
         if self._averages:
-            return cast(Tensor, head(_averaged(hidden, counts)[:, None]))
-        return cast(Tensor, head(hidden.view(len(counts), int(counts[0]), -1)))
+            return self._by_row(head, _averaged(hidden, counts)[:, None])
+        return self._by_row(head, hidden.view(len(counts), int(counts[0]), -1))
 
     @torch.inference_mode()
     def read_each(self, hidden: Tensor) -> Tensor:
         """float32[K, O], what the head gives at each token alone; of steps float32[K, 1]."""
         head, hidden = cast(nn.Module, self._head), hidden.float()
-        return cast(Tensor, head(hidden if self.step_aggregation else hidden[:, None]))
+        return self._by_row(head, hidden if self.step_aggregation else hidden[:, None])
+
+    def _by_row(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What `function` gives for inputs [N, …], a row for each of theirs.
+
+        A product of another number of rows may have other bits. So where these must not depend on
+        what is read together, it gets ROWS_AT_ONCE, the last ones filled up with zeros.
+        """
+        if not self._invariant:
+            return function(*inputs)
+        count = len(inputs[0])
+        parts = [
+            function(*(_filled_up(tensor[start : start + ROWS_AT_ONCE]) for tensor in inputs))
+            for start in range(0, max(count, 1), ROWS_AT_ONCE)
+        ]
+        return torch.cat(parts)[:count]
 
     def fill(
         self,
@@ -193,6 +216,12 @@ class Readout:
         all_counts = np.zeros(len(scores.values), dtype=np.int64)
         all_counts[sequences[order]] = counts
         scores.step_offsets = np.concatenate([[0], np.cumsum(all_counts)])
+
+
+def _filled_up(tensor: Tensor) -> Tensor:
+    """[ROWS_AT_ONCE, …] of at most as many rows, zeros behind them."""
+    missing = tensor.new_zeros(ROWS_AT_ONCE - len(tensor), *tensor.shape[1:])
+    return torch.cat([tensor, missing])
 
 
 def _averaged(hidden: Tensor, counts: npt.NDArray[np.int64]) -> Tensor:

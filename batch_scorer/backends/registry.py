@@ -43,6 +43,7 @@ def settings_of(job: Job) -> EngineSettings:
         placement_group=job.placement_group,
         token_budget=job.config.token_budget,
         compile=job.config.compile,
+        invariant=job.config.invariant,
         trust_remote_code=job.config.trust_remote_code,
         judge=job.model.judge,
         verdict_ids=job.model.verdict_ids,

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 """Set before vLLM is imported, where they are not set already."""
+
+INVARIANT_VARIABLE = "VLLM_BATCH_INVARIANT"
+"""Selects vLLM's batch-invariant mode, for its life, where it is 1 when vLLM is imported."""
 
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 """Most tokens of a forward pass: vLLM 0.32's defaults on a CPU and on an H100."""
@@ -148,6 +152,7 @@ class Engine:
             "dtype": settings.dtype,
             "quantization": settings.quantization,
             "enforce_eager": not compiles,
+            "invariant": settings.invariant,
             "trust_remote_code": settings.trust_remote_code,
             "prefix_caching": caches,
             "max_tokens": max_tokens,
@@ -290,6 +295,8 @@ def engine_config(
         raise ConfigError(
             f"quantization {settings.quantization} needs a GPU; leave it out on the CPU"
         )
+    if settings.invariant:
+        _select_invariant_mode(settings.device)
     require_vllm(settings.device)
     if settings.device == "cpu":
         keep_freed_memory()
@@ -298,6 +305,23 @@ def engine_config(
     if files.scales:
         config.quantization_config = vllm_config(files)
     return config
+
+
+def _select_invariant_mode(device: str) -> None:
+    """Have vLLM, which is not imported yet, choose kernels that do not depend on the batch.
+
+    Its attention on CPUs has no such kernel (vLLM 0.32). Raises ConfigError.
+    """
+    if device == "cpu":
+        raise ConfigError(
+            "invariant: vLLM's batch-invariant mode needs a GPU; on the CPU set backend to hf"
+        )
+    if "vllm" in sys.modules and os.environ.get(INVARIANT_VARIABLE) != "1":
+        raise ConfigError(
+            "invariant: this process has loaded vLLM without its batch-invariant mode; score in "
+            "another process"
+        )
+    os.environ[INVARIANT_VARIABLE] = "1"
 
 
 def longest_sequence(settings: EngineSettings, config: PretrainedConfig) -> int:

@@ -31,13 +31,16 @@ class EngineFacts:
 
 ENGINES = {
     "hf": EngineFacts(
-        options=frozenset({"attention", "compile", "precision", "token_scores"}),
+        options=frozenset({"attention", "compile", "invariant", "precision", "token_scores"}),
         shares_prefixes=True,
         shares_in_steps=True,
     ),
     "vllm": EngineFacts(
         options=frozenset(
-            {"compile", "quantization", "tensor_parallel", "pipeline_parallel", "token_scores"}
+            {
+                *("compile", "invariant", "quantization", "token_scores"),
+                *("tensor_parallel", "pipeline_parallel"),
+            }
         ),
         package="vllm",
         writes=True,

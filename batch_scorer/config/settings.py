@@ -62,7 +62,7 @@ OF_ONE_MODEL = (
     *("chat_template", "template_arguments", "system_prompt", "reasoning", "special_text"),
     *("bos", "eos", "step_separator", "max_tokens", "backend", "dtype", "attention"),
     *("quantization", "step_aggregation", "token_scores", "output_names", "output_weights"),
-    *("token_budget", "compile"),
+    *("token_budget", "compile", "precision", "invariant"),
 )
 """The settings that each of several models may have of its own."""
 
@@ -429,6 +429,13 @@ class Config(BaseModel):
     normalize: bool | None = _setting(None, "scores")
     """Scale embeddings to length 1. Default: as set in the model's sentence-transformers files."""
 
+    invariant: bool = _setting(False, "scores")
+    """Give a row's score the same bits whatever is scored beside it: alone, in any shard, with any
+    token budget, order of rows and number of workers and threads, on machines of one kind
+    (docs/numerics.md). `hf`: in fixed shapes, at a small price; what cannot be packed runs one
+    sequence at a time. `vllm`: its own batch-invariant mode, on GPUs only. `--invariant` on the
+    command line."""
+
     trust_remote_code: bool = _setting(False, "scores")
     """Run Python code that comes with the model. Recorded with the run."""
 
@@ -647,6 +654,10 @@ class Config(BaseModel):
             raise ValueError("compile: only packed batches are compiled; leave attention out")
         if self.precision and self.attention not in (None, "packed"):
             raise ValueError("precision: only packed batches run in 8 bits; leave attention out")
+        if self.compile and self.invariant and self.backend != "vllm":
+            raise ValueError("compile: compiled layers are not proven invariant; leave it out")
+        if self.precision and self.invariant:
+            raise ValueError("precision: products in 8 bits are not proven invariant; leave it out")
         for name, task in _OF_TASKS.items():
             if task != self.task and getattr(self, name) not in (None, False, (), {}):
                 raise ValueError(f"{name}: only where task is {task}")

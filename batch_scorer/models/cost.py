@@ -23,7 +23,8 @@ _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 _ROUTED_EXPERT = ".experts."
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Config entries for the experts of a mixture."""
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
 
 
@@ -77,7 +78,7 @@ def model_cost(files: ModelFiles, adapter: Adapter) -> ModelCost | None:
         return None
     used = 0.0
     if routed:
-        experts, per_token = _entry(config, _EXPERTS), _entry(config, _EXPERTS_PER_TOKEN)
+        experts, per_token = _entry(config, EXPERTS), _entry(config, _EXPERTS_PER_TOKEN)
         if not experts or not per_token:
             return None
         used = per_token / experts

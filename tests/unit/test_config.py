@@ -69,6 +69,9 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
         ),
         ({"attention": "sdpa", "compile": True}, "compile: only packed batches"),
         ({"attention": "sdpa", "precision": "int8"}, "precision: only packed batches"),
+        ({"precision": "int8", "invariant": True}, "precision: products in 8 bits"),
+        ({"compile": True, "invariant": True}, "compile: compiled layers are not proven invariant"),
+        ({"backend": "fake", "invariant": True}, "invariant: the fake .* set backend: hf or vllm"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:

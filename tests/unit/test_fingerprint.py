@@ -47,6 +47,7 @@ def _fingerprint(config: Config | None = None, **facts: Any) -> Fingerprint:
         {"config": _config(step_aggregation="mean")},
         {"config": _config(token_scores=True)},
         {"config": _config(precision="int8")},
+        {"config": _config(invariant=True)},
         {"backend": "vllm"},
         {"adapter": "value_head"},
         {"embedding": ("mean", True)},

@@ -27,11 +27,14 @@ needs_flash_attn = pytest.mark.skipif(
 )
 KERNELS_HERE = [
     pytest.param("torch_varlen", "cuda", None, marks=on_gpu),
+    pytest.param("torch_varlen_unsplit", "cuda", None, marks=on_gpu),
     *(
         pytest.param(kernel, device, softcap, marks=marks)
         for kernel, device, marks in [
             ("blocks", "cpu", []),
             ("blocks", "cuda", on_gpu),
+            ("aligned_blocks", "cpu", []),
+            ("aligned_blocks", "cuda", on_gpu),
             ("flash_attn", "cuda", [*on_gpu, needs_flash_attn]),
         ]
         for softcap in (None, 2.0)
@@ -264,3 +267,31 @@ def test_a_window_that_the_layer_leaves_to_a_mask_is_refused(
 @pytest.mark.parametrize("softcap", [False, True])
 def test_kernel_on_the_cpu(dtype: torch.dtype, softcap: bool) -> None:
     assert choose_kernel(torch.device("cpu"), dtype, head_dim=64, softcap=softcap) == "blocks"
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_shape_of_an_aligned_block_is_that_of_its_positions(window: int | None) -> None:
+    """Whatever the batch: each query's place in its block, the block's keys, and which it sees."""
+    trie = shared()
+    query, key, _ = make_heads(trie.num_tokens, "cpu")
+    seen: dict[int, set[tuple[int, bytes]]] = {}
+    for start, stop in [(0, trie.num_tokens), (0, 33), (33, 170), (170, trie.num_tokens)]:
+        batch = trie.batch(start, stop)
+        plan = KERNELS["aligned_blocks"].plan(batch, None, window, query[0], key[0])
+        queries = torch.cat([chunk.queries for chunk in plan.chunks])
+        masks = {}
+        size = 0
+        for chunk in plan.chunks:
+            blocks, _, rows, _ = chunk.mask.shape
+            for output in range(size, size + len(chunk.queries)):
+                inside = (output - size) // rows % (blocks * HEADS // KEY_HEADS)
+                block = inside // (HEADS // KEY_HEADS)
+                masks[output] = (output % rows, chunk.mask[block, 0, output % rows])
+            size += len(chunk.queries)
+        for token, output in enumerate(plan.order.view(-1, HEADS)[:, 0].tolist()):
+            assert int(queries[output]) == token * HEADS
+            row, mask = masks[output]
+            position = int(batch.position_ids[token])
+            seen.setdefault(position, set()).add((row, mask.numpy().tobytes()))
+            assert int((mask == 0).sum()) == min(position + 1, window or position + 1)
+    assert {len(shapes) for shapes in seen.values()} == {1}
