@@ -50,11 +50,9 @@ class PackedBody:
     `token_budget` None takes CPU_TOKEN_BUDGET, and on a GPU what a probe measures. With `compile`,
     the decoder layers are compiled at their first batch; with `precision` their linear layers
     multiply in 8 bits. `invariant`: a token's state has the same bits in every batch; batches are
-    then filled up to INVARIANT_ROWS, and have no more tokens. Raises ModelError for a model that lets sequences see each other when
-    packed, and ConfigError for a precision that the device has not.
-    the decoder layers are compiled at their first batch. `invariant`: a token's state has the same
-    bits in every batch; batches are then filled up to INVARIANT_ROWS, and have no more tokens.
-    Raises ModelError for a model that lets sequences see each other when packed.
+    then filled up to INVARIANT_ROWS, and have no more tokens. Raises ModelError for a model that
+    lets sequences see each other when packed, and ConfigError for a precision that the device has
+    not.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class PackedBody:
         self._body: nn.Module = model.base_model
         self._device = model.device
         self._vocabulary_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        self._kernel_name = self._choose_kernel()
         self._precision = precision
         self._in_8_bits = 0 if precision is None else self._round(precision)
         self._kernel_name = self._choose_kernel(invariant)
