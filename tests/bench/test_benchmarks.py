@@ -16,7 +16,8 @@ SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "
 
 # Each starts Ray or an engine several times, which takes half a minute and more.
 LEFT_TO_SLOW = {
-    *("end_to_end", "engines", "judges", "numerics", "scaling", "shards", "starts", "workers"),
+    *("end_to_end", "engines", "judges", "numerics", "plans", "scaling", "shards", "starts"),
+    "workers",
     "written_tokens",
 }
 
