@@ -16,8 +16,8 @@ SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "
 
 # Each starts Ray or an engine several times, which takes half a minute and more.
 LEFT_TO_SLOW = {
-    *("end_to_end", "engines", "judges", "numerics", "scaling", "shards", "starts", "workers"),
-    *("small_shards", "written_tokens"),
+    *("end_to_end", "engines", "judges", "numerics", "plans", "scaling", "shards", "starts"),
+    *("small_shards", "workers", "written_tokens"),
 }
 
 pytestmark = pytest.mark.e2e

@@ -27,10 +27,10 @@ pytestmark = pytest.mark.fault
 SEED = int(os.environ.get("SEED", "5"))
 RATE = 0.1
 BURST = 3
-RECORDS_OF_A_RUN = 10
+RECORDS_OF_A_RUN = 11
 """That an output's first run writes and one with nothing to do does not: four PUTs that prove the
 store refuses a conditional write, `run.json`, its metrics (at its start and, in their place, at its
-end: three), the engine, a segment of the ledger."""
+end: three), the engine, a segment of the ledger, what its plan found out."""
 DWELL_S = 2.0
 OUTAGE_S = 3.0
 
