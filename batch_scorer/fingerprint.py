@@ -81,9 +81,14 @@ def score_fingerprint(
 
 
 def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts, those of `text` each under a name of its own."""
-    text = {f"text.{name}": value for name, value in parts.get("text", {}).items()}
-    return {**{name: value for name, value in parts.items() if name != "text"}, **text}
+    """The parts, those of `text` and of `rewards` each under a name of its own."""
+    flat = {name: value for name, value in parts.items() if name not in ("text", "rewards")}
+    flat |= {f"text.{name}": value for name, value in parts.get("text", {}).items()}
+    return flat | {
+        f"rewards.{reward}.{name}": value
+        for reward, facts in parts.get("rewards", {}).items()
+        for name, value in facts.items()
+    }
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.hub import commit_of, on_this_node
 from batch_scorer.records import SCALAR, Embedding, Outputs
 from batch_scorer.render import Probe, TemplateFacts, max_tokens_of
+from batch_scorer.rewards.functions import Reward
 from batch_scorer.version import __version__
 
 
@@ -28,7 +29,8 @@ class Job:
 
     `engines` are those that can run the job, the first one does; `trial` holds their tokens per
     second where that decided. `probe` is None where nothing can be rendered. `placement_group` is
-    Ray's with the devices of this worker, where they are on several nodes.
+    Ray's with the devices of this worker, where they are on several nodes. `rewards` are the
+    functions that are asked about the same rows.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class Job:
     fingerprint: Fingerprint
     trial: dict[str, float] | None = None
     placement_group: Any = None
+    rewards: tuple[Reward, ...] = ()
 
     @property
     def backend(self) -> str:
@@ -121,6 +124,7 @@ class Job:
             "trust_remote_code": self.config.trust_remote_code,
             "device": self.device,
             **({"judge": self.model.judge.model_dump(mode="json")} if self.model.judge else {}),
+            **({"rewards": self._rewards} if self.rewards else {}),
             "rendered_probe": list(self.probe.texts) if self.probe else None,
             "template": asdict(facts) if facts else None,
         }
@@ -147,6 +151,16 @@ class Job:
             )
 
         return replace(self, model=moved(self.model))
+
+    @property
+    def _rewards(self) -> dict[str, Any]:
+        return {reward.name: reward.identity for reward in self.rewards}
+
+    def with_rewards(self, rewards: tuple[Reward, ...]) -> "Job":
+        """The same job with these functions, which the fingerprint then covers."""
+        made = replace(self, rewards=rewards)
+        parts = {**self.fingerprint.parts, "rewards": made._rewards}
+        return replace(made, fingerprint=Fingerprint(parts)) if rewards else made
 
     def on_engine(self, engine: str) -> "Job":
         """The same job on this engine alone."""

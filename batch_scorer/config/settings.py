@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from batch_scorer.config.engines import ENGINES
+from batch_scorer.config.rewards import RewardEntry
 from batch_scorer.credentials import wrong_options, wrong_url
 from batch_scorer.errors import RowReason
 from batch_scorer.quarantine import Bounds
@@ -47,6 +48,10 @@ Role = Literal["scores", "layout", "runtime"]
 
 _PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
 """A prefix is a folder's name too."""
+
+_REWARD_NAME = re.compile("(?!score)[A-Za-z][A-Za-z0-9_]*")
+"""Not like the model's own columns: what begins with `score` is read as one of them, under other
+prefixes too."""
 
 
 _OF_TASKS = {
@@ -350,6 +355,14 @@ class Config(BaseModel):
     trust_remote_code: bool = _setting(False, "scores")
     """Run Python code that comes with the model. Recorded with the run."""
 
+    rewards: dict[str, RewardEntry] = _setting({}, "runtime")
+    """Your own functions beside the model, by name: `--reward length=./rewards.py:length` on the
+    command line, `rewards: {length: ./rewards.py:length}` in YAML. What they give for the same rows
+    stands in columns of that name, `length_score` and so on (docs/rewards.md). A function is
+    `module:function`, `file.py:function`, or one that is shipped: exact_match, format, length,
+    math, repetition. In place of it a mapping may also set arguments, columns, timeout_s, attempts
+    and per_minute. What the function is enters the fingerprint, not its path."""
+
     # A judge that is served elsewhere.
 
     endpoint: str | None = _setting(None, "runtime", min_length=1)
@@ -455,8 +468,9 @@ class Config(BaseModel):
     """Score again, in place, the rows that earlier runs have marked for one of these reasons:
     `--retry-marked out_of_memory,worker_crash` on the command line, `retry_marked: [out_of_memory,
     worker_crash]` in YAML. Only what may pass on another try: out_of_memory, non_finite_score,
-    engine_error, worker_crash, no_verdict, verdict_out_of_range, cut_off. All other rows keep their
-    scores (docs/survival.md)."""
+    engine_error, worker_crash, no_verdict, verdict_out_of_range, cut_off, reward_raised,
+    reward_timed_out, reward_died. All other rows keep their scores (docs/survival.md); reward
+    functions are asked again about all rows of a shard that has such a row."""
 
     hang_s: float = _setting(600.0, "runtime", gt=0)
     """Seconds after which a forward pass counts as hung; its worker is killed and the shard
@@ -546,6 +560,16 @@ class Config(BaseModel):
                 raise ValueError(
                     f"also: {prefix!r} cannot be a column prefix; use letters, digits and "
                     "underscores, but neither `main` nor column_prefix itself"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_names(self) -> Self:
+        for name in self.rewards:
+            if not _REWARD_NAME.fullmatch(name):
+                raise ValueError(
+                    f"rewards: {name!r} cannot begin a column's name; use letters, digits and "
+                    "underscores, a letter first, and not `score` at the beginning"
                 )
         return self
 

@@ -181,6 +181,7 @@ OF_ONE_MODEL = (
     "reference_model",
     "beta",
     "length_normalize",
+    "rewards",
 )
 """Settings of `model` that are not those of the models in `also`; nor are the columns of what a
 model reads beside the conversation, which others have no use for."""

@@ -44,6 +44,9 @@ class Claim:
         text = self.fingerprint.get("text", {})
         if not isinstance(text, dict):
             raise ValueError("fingerprint.text is no object")
+        rewards = self.fingerprint.get("rewards", {})
+        if not isinstance(rewards, dict) or not all(isinstance(r, dict) for r in rewards.values()):
+            raise ValueError("fingerprint.rewards is no object of objects")
         if date := text.get("date"):
             datetime.fromisoformat(str(date))
 

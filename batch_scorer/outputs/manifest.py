@@ -35,7 +35,16 @@ from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, Judged, PairCounts, Receipt, Status, Stored
+from batch_scorer.records import (
+    Commit,
+    Judged,
+    PairCounts,
+    Receipt,
+    Rewarded,
+    Status,
+    Stored,
+    added_up,
+)
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed, read_record
 from batch_scorer.storage import (
@@ -256,7 +265,8 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
 
 def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     """Sums over shards. `rows` are those of the input files, and always `rows == rows_scored +
-    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only."""
+    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only, and
+    `rewards`, by function, where there are any."""
     totals: dict[str, Any] = dict.fromkeys(
         ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
          "rows_not_asked", "rows_failed", "rows_left", "sequences", "tokens"),
@@ -266,6 +276,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
     judged: Judged | None = None
+    rewards: dict[str, Rewarded] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -296,8 +307,11 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
             pairs[source] = pairs.get(source, PairCounts()) + counts
         if commit.judged is not None:
             judged = commit.judged if judged is None else judged + commit.judged
+        rewards = added_up(rewards, commit.rewards)
     if judged is not None:
         totals["judged"] = asdict(judged)
+    if rewards:
+        totals["rewards"] = {name: asdict(counts) for name, counts in rewards.items()}
     return totals | {
         "marked": marked,
         "notes": notes,

@@ -8,6 +8,7 @@ from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.errors import IncompleteError
 from batch_scorer.job import Job
 from batch_scorer.parity import Sample
+from batch_scorer.pipeline.reward_pace import RewardPace, waiting
 from batch_scorer.pipeline.worker import Scorer, commit_item, prepare_item
 from batch_scorer.records import Receipt, Shard
 
@@ -28,12 +29,13 @@ def run_here(
     if not todo:
         return
     scorer = Scorer(job, sample, make)
+    pace = waiting(RewardPace().wait_s)
     try:
         for shard in todo:
             with logs.fields(attempt=attempt):
                 item = scorer.score(prepare_item(job, shard))
                 item.spent.retries = attempt - 1
-                receipt = commit_item(job, epoch, item)
+                receipt = commit_item(job, epoch, item, pace)
             yield receipt  # outside: what its reader logs is not about this shard
     except EngineDied as error:
         raise IncompleteError(f"the engine died: {error}; run the same command again") from error

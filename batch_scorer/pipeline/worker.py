@@ -26,6 +26,7 @@ from batch_scorer.records import (
     Status,
     TokenizedRows,
 )
+from batch_scorer.rewards.calls import Pace
 from batch_scorer.shard import read_known, read_shard, score_shard, score_shards
 
 log = logging.getLogger("batch_scorer")
@@ -231,14 +232,16 @@ def _reason_of(error: Exception) -> RowReason:
     return RowReason.OUT_OF_MEMORY if isinstance(error, MemoryError) else RowReason.ENGINE_ERROR
 
 
-def commit_item(job: Job, epoch: int, item: Item[ScoredRows]) -> Receipt:
-    """Commit a scored shard; the receipt of a failed one where there is nothing to commit."""
+def commit_item(job: Job, epoch: int, item: Item[ScoredRows], pace: Pace) -> Receipt:
+    """Commit a scored shard; the receipt of a failed one where there is nothing to commit. `pace`
+    is the job's, for reward functions."""
     if item.rows is not None:
         started = time.perf_counter()
         with item.caught():
             log.info("commit")
-            receipt = commit_shard(job, epoch, item.shard, item.rows)
-            item.spent.write_s = time.perf_counter() - started
+            receipt = commit_shard(job, epoch, item.shard, item.rows, pace)
+            item.spent.reward_s = receipt.spent.reward_s
+            item.spent.write_s = time.perf_counter() - started - receipt.spent.reward_s
             item.spent.committed_at = time.time()
             return replace(receipt, spent=item.spent)
     assert item.error is not None

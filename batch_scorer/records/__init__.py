@@ -15,6 +15,7 @@ from batch_scorer.records.receipts import (
     Status,
     Stored,
 )
+from batch_scorer.records.rewards import Rewarded, RewardedRows, added_up
 from batch_scorer.records.rows import (
     DEFAULT_BOUNDS,
     SCALAR,
@@ -34,6 +35,7 @@ from batch_scorer.records.rows import (
     SequenceInput,
     TextStyle,
     TokenizedRows,
+    first_errors,
     gather,
 )
 from batch_scorer.records.shards import (
@@ -70,6 +72,8 @@ __all__ = [
     "Receipt",
     "Reply",
     "Reused",
+    "Rewarded",
+    "RewardedRows",
     "RowError",
     "ScoredRows",
     "Scores",
@@ -82,6 +86,8 @@ __all__ = [
     "Stored",
     "TextStyle",
     "TokenizedRows",
+    "added_up",
+    "first_errors",
     "gather",
     "layout_from_json",
     "layout_to_json",

@@ -12,6 +12,7 @@ from pydantic import FiniteFloat
 from batch_scorer.errors import ShardReason
 from batch_scorer.records.judging import Judged
 from batch_scorer.records.reading import parsed
+from batch_scorer.records.rewards import Rewarded
 from batch_scorer.records.rows import Effort
 from batch_scorer.records.shards import Shard, Source
 from batch_scorer.storage import Version
@@ -67,7 +68,8 @@ class Commit:
     `scores_digest` over the score columns. `notes` counts rows by note (`errors.RowNote`), and as
     `special_tokens` those whose messages spell any. `pairs` and `spread` are by source
     (`outputs.by_source`). `num_rows`, `where` and `rows_not_asked` are the shard's: the object has
-    the rows that are asked for, and the others are counted. `judged` is of judges only.
+    the rows that are asked for, and the others are counted. `judged` is of judges only. `rewards`
+    has the counts of each reward function, whose columns are the last ones.
     """
 
     identity: str
@@ -93,6 +95,7 @@ class Commit:
     rows_not_asked: int = 0
     retries: int = 0
     judged: Judged | None = None
+    rewards: dict[str, Rewarded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not any(name.endswith("score_error") for name in self.added_columns):
@@ -106,10 +109,27 @@ class Commit:
     def error_column(self) -> str:
         return next(name for name in self.added_columns if name.endswith("score_error"))
 
+    def reward_prefix(self, name: str) -> str:
+        """What the columns of a reward function begin with."""
+        return f"{self.column_prefix}{name}_"
+
+    @property
+    def prefixes(self) -> list[str]:
+        """What the names of its columns begin with: the model's, then the reward functions'."""
+        return [self.column_prefix, *map(self.reward_prefix, self.rewards)]
+
+    @property
+    def reasons(self) -> set[str]:
+        """Why a row lacks a score, or a reward function's value."""
+        return set(self.marked).union(*(counts.marked for counts in self.rewards.values()))
+
     def footer(self) -> dict[bytes, bytes]:
         held = asdict(self)
+        # A footer without a judge, or rewards, is the same as before there were any.
         if self.judged is None:
-            del held["judged"]  # a footer without a judge is the same as before there were judges
+            del held["judged"]
+        if not self.rewards:
+            del held["rewards"]
         return {_FOOTER_KEY: json.dumps(held, sort_keys=True).encode()}
 
     @classmethod
@@ -145,8 +165,9 @@ class Spent:
     scored and of the one that wrote. `peak_flops` is what the scoring worker's devices do together
     in large matrix products, FLOP/s, 0 where it was not measured. `wait_s` is how long the worker
     had nothing to score between the shard before and this one, `score_s` the time inside the
-    backend, `write_s` that of joining, encoding and publishing. `retries` counts the tries after
-    the first: processes that died with the shard, refusals of the store.
+    backend, `reward_s` that of the reward functions, `write_s` that of joining, encoding and
+    publishing. `retries` counts the tries after the first: processes that died with the shard,
+    refusals of the store.
     """
 
     effort: Effort = field(default_factory=Effort)
@@ -157,6 +178,7 @@ class Spent:
     tokenize_s: FiniteFloat = 0.0
     wait_s: FiniteFloat = 0.0
     score_s: FiniteFloat = 0.0
+    reward_s: FiniteFloat = 0.0
     write_s: FiniteFloat = 0.0
     retries: int = 0
 

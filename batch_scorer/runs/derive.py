@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial, wraps
@@ -46,6 +46,7 @@ from batch_scorer.pipeline.session import RaySession, has_gpus, on_worker, worke
 from batch_scorer.records import Format, TextStyle, TokenizedRows
 from batch_scorer.render import Probe, max_tokens_of, rendering_of
 from batch_scorer.render.questions import check_templates
+from batch_scorer.rewards.functions import Reward, find_rewards
 from batch_scorer.runs.engine_choice import (
     is_raced,
     supported_engines,
@@ -320,7 +321,8 @@ def derive(config: Config, model: ModelFacts, date: datetime | None = None) -> J
         probe_digest=probe.digest if probe else None,
         judge_digest=model.judge.digest if model.judge else None,
     )
-    return Job(config, model, engines, embedding, device, dtype, probe, fingerprint)
+    job = Job(config, model, engines, embedding, device, dtype, probe, fingerprint)
+    return job.with_rewards(find_rewards(config))
 
 
 def _derive_served(config: Config, model: ModelFacts) -> Job:
@@ -342,7 +344,8 @@ def _derive_served(config: Config, model: ModelFacts) -> Job:
         judge_digest=model.judge.digest,
     )
     engines = tuple(supported_engines(config, model))
-    return Job(config, model, engines, None, Device.CPU, "served", None, fingerprint)
+    job = Job(config, model, engines, None, Device.CPU, "served", None, fingerprint)
+    return job.with_rewards(find_rewards(config))
 
 
 def _unread_ids(probe: Probe, vocab_size: int) -> list[int]:
@@ -397,6 +400,23 @@ def require_answers(job: Job, plan: Plan) -> None:
                 "alone, and these rows do not show where it begins; give prompt and answer in "
                 "columns of their own, or conversations"
             )
+
+
+def require_columns(rewards: Sequence[Reward], plan: Plan) -> None:
+    """Raise ConfigError for a column that a reward function asks for and that no file has. In a
+    file without it, as in a row, its values are None."""
+    known = {name for file in plan.files for name in file.schema.names}
+    if not plan.files or plan.aside:  # those aside may have it
+        return
+    for reward in rewards:
+        for parameter, column in reward.columns.items():
+            if column not in known:
+                raise ConfigError(
+                    f"rewards: {reward.name}: no input has a column {column!r}, which "
+                    f"{reward.function} asks for as {parameter}; there are "
+                    f"{', '.join(sorted(known))}. Name another one with `columns`, or give the "
+                    "parameter a default"
+                )
 
 
 def require_template(job: Job, plan: Plan) -> None:

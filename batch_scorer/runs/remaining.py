@@ -86,7 +86,7 @@ def remaining(
         if key in wanted:
             if commit.identity != identities[key]:
                 return Fate.STALE
-            return Fate.DONE if retried.isdisjoint(commit.marked) else Fate.RETRIED
+            return Fate.DONE if retried.isdisjoint(commit.reasons) else Fate.RETRIED
         if commit.input in inputs:
             return Fate.OUTDATED
         if commit.input in plan.aside:

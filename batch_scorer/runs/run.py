@@ -38,6 +38,7 @@ from batch_scorer.runs.derive import (
     open_output,
     plan_for,
     require_answers,
+    require_columns,
     require_template,
     settle,
 )
@@ -122,6 +123,7 @@ def score_plan(
     job = begun or settle(config, model, plan, session)
     require_template(job, plan)
     require_answers(job, plan)
+    require_columns(job.rewards, plan)
     claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
     plan_digest = plan.digest(
         job.fingerprint.digest, config.column_prefix, retried=config.retry_marked

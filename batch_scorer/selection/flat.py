@@ -105,11 +105,12 @@ class FlatPart:
             if not found or "scores" not in names:
                 return {}
             responses = found[0]
-        prefixes = [self.prefix]
+        prefixes = [self.prefix] if commit is None else commit.prefixes
         prefixes += [
-            prefix + other.commit.column_prefix
+            prefix + own
             for prefix, other in self._part.beside
             if other.commit
+            for own in other.commit.prefixes
         ]
         values = {p + many: p + one for p in prefixes for many, one in _ONE_OF.items()}
         return {responses: "response"} | {n: one for n, one in values.items() if n in names}
