@@ -565,9 +565,9 @@ def _checked_here(
         if judge not in shipped_pages() and Path(judge).is_file():  # otherwise it may be there
             page = Path(judge)
             load_page(judge)
-    from batch_scorer.rewards.functions import file_of
+    from batch_scorer.cli.submit import file_here
 
-    travels = any((at := file_of(entry)) and at.is_file() for entry in settings.rewards.values())
+    travels = any(map(file_here, settings.rewards.values()))
     return Path(expanded(file)) if file else None, page, settings.rewards if travels else {}
 
 

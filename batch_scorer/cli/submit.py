@@ -23,7 +23,6 @@ from typing import Any, TextIO
 
 from batch_scorer.config import RewardSettings
 from batch_scorer.errors import ConfigError, IncompleteError, cause_of
-from batch_scorer.rewards.functions import file_of
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -92,8 +91,8 @@ class Submission:
     @property
     def _reward_files(self) -> dict[str, Path]:
         """The files of this machine that hold reward functions, by the function's name."""
-        files = {name: file_of(entry) for name, entry in self.rewards.items()}
-        return {name: file for name, file in files.items() if file is not None and file.is_file()}
+        files = {name: file_here(entry) for name, entry in self.rewards.items()}
+        return {name: file for name, file in files.items() if file is not None}
 
     @property
     def _shipped(self) -> dict[str, Path]:
@@ -139,6 +138,13 @@ class Submission:
                 there.write_bytes(file.read_bytes())
                 shipped["working_dir"] = folder
             yield shipped
+
+
+def file_here(entry: RewardSettings) -> Path | None:
+    """The file of this machine that holds a reward function; None for a module, and for a file that
+    only the cluster has."""
+    place, _, _ = entry.function.rpartition(":")
+    return Path(place) if place.endswith(".py") and Path(place).is_file() else None
 
 
 def find_token(file: Path | None) -> str | None:

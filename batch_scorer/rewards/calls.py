@@ -184,7 +184,7 @@ def _answers(reward: Reward, data: bytes, start: int, stop: int) -> list[_Value]
         values = list(answer)
     except MemoryError:
         raise
-    except (Exception, SystemExit) as error:  # the user's own code
+    except BaseException as error:  # the user's own code, sys.exit() too
         return RowError(RowReason.REWARD_RAISED, _short(f"{type(error).__name__}: {error}"))
     if len(values) != count:
         detail = f"{len(values)} values for {count} responses"

@@ -199,7 +199,7 @@ def _import(function: str, source: bytes | None) -> tuple[Callable[..., Any], st
         raise
     except AttributeError:
         raise ConfigError(f"{place} has no {name!r}") from None
-    except (Exception, SystemExit) as error:  # the user's own code runs when it is loaded
+    except BaseException as error:  # the user's own code runs when it is loaded
         raise ConfigError(f"cannot be loaded: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise ConfigError(f"{name} is no function")

@@ -24,7 +24,8 @@ def reward(responses: list[str], answer: list[Any], *, seconds: int = 5) -> list
 
     A final answer stands in the last `\\boxed{}`, or behind the last `####`; the text of an
     `answer` without either is the answer, a response without either is searched by math-verify.
-    A row without an answer has no value. Comparing takes `seconds` at most; longer, it raises.
+    A row without an answer has no value, nor has one that takes longer than `seconds` to read or to
+    compare.
     """
     return [_equal(*pair, seconds) for pair in zip(responses, answer, strict=True)]
 
@@ -38,7 +39,14 @@ def _equal(response: str, answer: Any, seconds: int) -> Value:
         return 1.0
     if is_words(wanted) or (found is not None and is_words(found)):
         return 0.0
-    return float(_is_equal(wanted, response if found is None else found, found is None, seconds))
+    from math_verify.errors import TimeoutException
+
+    try:
+        return float(
+            _is_equal(wanted, response if found is None else found, found is None, seconds)
+        )
+    except TimeoutException:  # no Exception
+        return None, f"not compared in {seconds} s"
 
 
 def _is_equal(wanted: str, found: str, is_solution: bool, seconds: int) -> bool:

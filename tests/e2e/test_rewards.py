@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from batch_scorer import score_rows
 from batch_scorer.cli.submit import Submission
 from batch_scorer.config import RewardSettings
 from batch_scorer.outputs.verify import verify
@@ -83,7 +84,7 @@ def score(place: Place, model: Path, output: str, *flags: object) -> Ended:
 
 def two_functions(place: Place) -> list[str]:
     return [
-        "--reward", f"length={place.url}/own_rewards.py:length",
+        "--reward", f"length={own(place, 'length', per_minute=600_000)}",
         "--reward", f"named={own(place, 'named')}",
     ]  # fmt: skip
 
@@ -369,6 +370,41 @@ def test_a_file_travels_with_a_submitted_job(
     changed = submission.name
     Path(f"{place.url}/own_rewards.py").write_text("def length(responses): return []\n")
     assert submission.name != changed, "another source is another job"
+
+
+def test_a_night_scores_with_functions_and_another_source_begins_a_generation(
+    place: Place, tiny_model: Path
+) -> None:
+    flags = ["--reward", f"turns={own(place, 'turns')}", "--also", f"b_={tiny_model}"]
+
+    def night() -> Ended:
+        words = command(place, tiny_model, "nights", "--no-ray", *flags)
+        ended = run_cli("nightly", *words[1:])
+        assert ended.exit_code == 0, ended.err
+        return ended
+
+    first = night().json["models"]
+    assert [*first[0]["rewards"]] == ["turns"]
+    assert "rewards" not in first[1], "the functions are asked once"
+    assert [model["metrics"]["scored_tokens"] for model in night().json["models"]] == [0, 0]
+    before = (place / "nights").read_json("latest.json")
+    file = Path(f"{place.url}/own_rewards.py")
+    file.write_text(f"{file.read_text()}\n")
+    night()
+    assert (place / "nights").read_json("latest.json") != before
+
+
+def test_rows_in_memory_get_the_columns_too(place: Place, tiny_model: Path) -> None:
+    rows = rollouts(3)
+    scored = score_rows(
+        rows,
+        model=str(tiny_model),
+        backend="fake",
+        rewards={"n": f"{place.url}/own_rewards.py:length"},
+    )
+    assert [row["n_scores"] for row in scored] == [
+        [float(len(response)) for response in row["responses"]] for row in rows
+    ]
 
 
 def test_scores_are_float32_as_the_model_s(place: Place, tiny_model: Path) -> None:

@@ -30,6 +30,7 @@ USAGE = {
     "inputs": "INPUT",
     "also": "--also PREFIX=MODEL",
     "columns": "--column FIELD=COLUMN",
+    "rewards": "--reward NAME=FUNCTION",
     "store_options": "--store-option KEY=VALUE",
     "template_arguments": "--template-argument NAME=VALUE",
     "exclude": "--exclude GLOB",

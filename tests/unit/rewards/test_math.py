@@ -37,3 +37,8 @@ def test_an_answer_is_compared(response: str, answer: str, value: float) -> None
 def test_a_row_without_an_answer_has_no_value() -> None:
     assert reward(["4"], [None]) == [(None, "no answer in the row")]
     assert reward(["4"], [4]) == [1.0]
+
+
+def test_what_takes_too_long_to_compare_has_no_value() -> None:
+    towers = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{3}"]
+    assert reward(towers, ["3", "3"], seconds=1) == [(None, "not compared in 1 s"), 1.0]
