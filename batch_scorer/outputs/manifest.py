@@ -35,7 +35,17 @@ from batch_scorer.outputs.lease import RECORDS
 from batch_scorer.outputs.ledger import READERS
 from batch_scorer.outputs.puts import compare_and_swap, put
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, Judged, ModelCommit, PairCounts, Receipt, Status, Stored
+from batch_scorer.records import (
+    Commit,
+    Judged,
+    ModelCommit,
+    PairCounts,
+    Receipt,
+    Rewarded,
+    Status,
+    Stored,
+    added_up,
+)
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed, read_record
 from batch_scorer.storage import (
@@ -257,7 +267,8 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
 def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     """Sums over shards. `rows` are those of the input files, and always `rows == rows_scored +
     rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only,
-    `models` for several models: of each one the marked rows, and its pairs."""
+    `models` for several models: of each one the marked rows, and its pairs; `rewards`, by function,
+    where there are any."""
     totals: dict[str, Any] = dict.fromkeys(
         ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
          "rows_not_asked", "rows_failed", "rows_left", "sequences", "tokens"),
@@ -268,6 +279,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     pairs: dict[str, PairCounts] = {}
     judged: Judged | None = None
     models: dict[str, ModelCommit] = {}
+    rewards: dict[str, Rewarded] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -300,10 +312,13 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
             judged = commit.judged if judged is None else judged + commit.judged
         for name, own in commit.models.items():
             models[name] = models[name] + own if name in models else own
+        rewards = added_up(rewards, commit.rewards)
     if judged is not None:
         totals["judged"] = asdict(judged)
     if models:
         totals["models"] = {name: asdict(own) for name, own in models.items()}
+    if rewards:
+        totals["rewards"] = {name: asdict(counts) for name, counts in rewards.items()}
     return totals | {
         "marked": marked,
         "notes": notes,

@@ -16,6 +16,7 @@ from batch_scorer.records.receipts import (
     Status,
     Stored,
 )
+from batch_scorer.records.rewards import Rewarded, RewardedRows, added_up
 from batch_scorer.records.rows import (
     AGGREGATES,
     DEFAULT_BOUNDS,
@@ -39,6 +40,7 @@ from batch_scorer.records.rows import (
     TextStyle,
     TokenizedRows,
     family_prefix,
+    first_errors,
     gather,
 )
 from batch_scorer.records.shards import (
@@ -79,6 +81,8 @@ __all__ = [
     "Receipt",
     "Reply",
     "Reused",
+    "Rewarded",
+    "RewardedRows",
     "RowError",
     "ScoredRows",
     "Scores",
@@ -91,7 +95,9 @@ __all__ = [
     "Stored",
     "TextStyle",
     "TokenizedRows",
+    "added_up",
     "family_prefix",
+    "first_errors",
     "gather",
     "layout_from_json",
     "layout_to_json",

@@ -106,10 +106,10 @@ class FlatPart:
             if not found or "scores" not in names:
                 return {}
             responses = found[0]
-        prefixes = [""] if commit is None else commit.score_prefixes
+        prefixes = [""] if commit is None else commit.prefixes
         for prefix, other in self._part.beside:
             if other.commit:
-                prefixes += [prefix + own for own in other.commit.score_prefixes]
+                prefixes += [prefix + own for own in other.commit.prefixes]
         values = {p + many: p + one for p in prefixes for many, one in _ONE_OF.items()}
         return {responses: "response"} | {n: one for n, one in values.items() if n in names}
 
