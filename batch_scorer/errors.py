@@ -63,6 +63,11 @@ class RowReason(StrEnum):
     INCONSISTENT_VERDICTS = "inconsistent_verdicts"
     BAD_RUBRIC = "bad_rubric"
     MARKER_IN_TEXT = "marker_in_text"
+    REWARD_NONE = "reward_none"
+    REWARD_RAISED = "reward_raised"
+    REWARD_INVALID = "reward_invalid"
+    REWARD_TIMED_OUT = "reward_timed_out"
+    REWARD_DIED = "reward_died"
 
     @property
     def may_pass(self) -> bool:
@@ -76,6 +81,9 @@ class RowReason(StrEnum):
             RowReason.NO_VERDICT,
             RowReason.VERDICT_OUT_OF_RANGE,
             RowReason.CUT_OFF,
+            RowReason.REWARD_RAISED,
+            RowReason.REWARD_TIMED_OUT,
+            RowReason.REWARD_DIED,
         )
 
 
@@ -104,6 +112,7 @@ class ShardReason(StrEnum):
     WORKER_DIED = "worker_died"
     SUPERSEDED = "superseded"
     OBJECT_IN_THE_WAY = "object_in_the_way"
+    REWARD_UNUSABLE = "reward_unusable"
     INTERNAL = "internal"
 
     @property

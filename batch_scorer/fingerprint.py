@@ -14,7 +14,7 @@ from batch_scorer.records.digest import digest_of
 
 SCORING_VERSION = 3
 """Raised when a change of this package changes scores (rendering, pooling, head)."""
-_PARTS_OF_PARTS = {"text", "models"}
+_PARTS_BY_NAME = {"models", "rewards"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +84,21 @@ def score_fingerprint(
 
 
 def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts, those of `text` and of each of the `models` under names of their own."""
-    found = {name: value for name, value in parts.items() if name not in _PARTS_OF_PARTS}
-    for whole in _PARTS_OF_PARTS & parts.keys():
-        inner = parts[whole]
-        if whole == "models":
-            inner = _flat_models(inner)
-        found |= {f"{whole}.{name}": value for name, value in inner.items()}
+    """The parts, those of `text` and of each of the `models` and `rewards` under names of their
+    own."""
+    found: dict[str, Any] = {}
+    for part, value in parts.items():
+        inner = {"": value}
+        if part == "text":
+            inner = value
+        elif part in _PARTS_BY_NAME:
+            inner = {
+                f"{name}.{key}": each
+                for name, own in value.items()
+                for key, each in _flat(own).items()
+            }
+        found |= {f"{part}.{name}" if name else part: each for name, each in inner.items()}
     return found
-
-
-def _flat_models(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"{m}.{name}": value for m, own in models.items() for name, value in _flat(own).items()}
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ from batch_scorer.models.directory import ModelFacts
 from batch_scorer.models.hub import commit_of, on_this_node
 from batch_scorer.records import SCALAR, Embedding, Families, Outputs, ReadBounds
 from batch_scorer.render import Probe, TemplateFacts, max_tokens_of
+from batch_scorer.rewards.functions import Reward
 from batch_scorer.version import __version__
 
 
@@ -41,7 +42,8 @@ class Job:
 
     `engines` are those that can run the job, the first one does; `trial` holds their tokens per
     second where that decided. `probe` is None where nothing can be rendered. `placement_group` is
-    Ray's with the devices of this worker, where they are on several nodes.
+    Ray's with the devices of this worker, where they are on several nodes. `rewards` are the
+    functions that are asked about the same rows.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class Job:
     fingerprint: Fingerprint
     trial: dict[str, float] | None = None
     placement_group: Any = None
+    rewards: tuple[Reward, ...] = ()
 
     @property
     def members(self) -> "Mapping[str, Job]":
@@ -114,6 +117,12 @@ class Job:
         return None if page is None else Judging(page, self.config.keep_judgement)
 
     @property
+    def step_separator(self) -> str:
+        """What stands between the steps of an answer."""
+        prompt = self.model.prompt
+        return prompt.steps.separator if prompt.steps else prompt.step_separator
+
+    @property
     def writes(self) -> bool:
         """Whether the engine writes a judge's replies."""
         return self.model.judge is not None and self.model.judge.generates
@@ -149,6 +158,7 @@ class Job:
             "trust_remote_code": self.config.trust_remote_code,
             "device": self.device,
             **({"judge": self.model.judge.model_dump(mode="json")} if self.model.judge else {}),
+            **_identities(self.rewards),
             "rendered_probe": list(self.probe.texts) if self.probe else None,
             "template": asdict(facts) if facts else None,
         }
@@ -176,6 +186,11 @@ class Job:
 
         return replace(self, model=moved(self.model))
 
+    def with_rewards(self, rewards: tuple[Reward, ...]) -> "Job":
+        """The same job with these functions, which the fingerprint then covers."""
+        parts = {**self.fingerprint.parts, **_identities(rewards)}
+        return replace(self, rewards=rewards, fingerprint=Fingerprint(parts))
+
     def on_engine(self, engine: str) -> "Job":
         """The same job on this engine alone."""
         attention = attention_of(self.config, self.model, engine)
@@ -188,11 +203,12 @@ class Ensemble:
     """Several models that score the same rows in one pass, into one output.
 
     `config` has what they have in common; `members` are the jobs of the models by name, each as it
-    would be alone, but for its columns' prefix.
+    would be alone, but for its columns' prefix. `rewards` are as in `Job`: they are asked once.
     """
 
     config: Config
     members: Mapping[str, Job]
+    rewards: tuple[Reward, ...] = ()
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -201,7 +217,7 @@ class Ensemble:
         bounds = {bound.name for bound in fields(ReadBounds)}
         common = {n: v for n, v in self.config.with_role("scores").items() if n in bounds}
         own = {name: dict(member.fingerprint.parts) for name, member in self.members.items()}
-        return Fingerprint({**common, "models": own})
+        return Fingerprint({**common, "models": own, **_identities(self.rewards)})
 
     @property
     def device(self) -> Device:
@@ -222,6 +238,10 @@ class Ensemble:
         return False
 
     @property
+    def step_separator(self) -> str:
+        return self._first.step_separator
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """As `Job.provenance`, of each model under `models`."""
         return {
@@ -229,6 +249,7 @@ class Ensemble:
             "model": self.config.shown_model,
             "device": self.device,
             "models": {name: member.provenance for name, member in self.members.items()},
+            **_identities(self.rewards),
         }
 
     def on_this_node(self, *, weights: bool = True) -> "Ensemble":
@@ -245,9 +266,14 @@ AnyJob: TypeAlias = Job | Ensemble
 """The job of one model, or of several."""
 
 
-def job_of(config: Config, jobs: Mapping[str, Job]) -> AnyJob:
-    """The job of all these models, which are named as in `Config.members`."""
-    return jobs[""] if "" in jobs else Ensemble(config, jobs)
+def job_of(config: Config, jobs: Mapping[str, Job], rewards: tuple[Reward, ...]) -> AnyJob:
+    """The job of all these models, which are named as in `Config.members`, with these functions."""
+    return jobs[""].with_rewards(rewards) if "" in jobs else Ensemble(config, jobs, rewards)
+
+
+def _identities(rewards: tuple[Reward, ...]) -> dict[str, Any]:
+    """What the functions are, for the fingerprint and the record; without any neither has them."""
+    return {"rewards": {each.name: each.identity for each in rewards}} if rewards else {}
 
 
 def families_of(models: Mapping[str, Member] | Mapping[str, Job]) -> Families:

@@ -26,6 +26,7 @@ import tempfile
 import threading
 import traceback
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from importlib import import_module
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, NoReturn, ParamSpec, Self, TypeAlias, TypeVar
+from typing import IO, Any, ClassVar, NoReturn, ParamSpec, Self, TypeAlias, TypeVar
 
 from batch_scorer.errors import BatchScorerError
 
@@ -42,7 +43,6 @@ T = TypeVar("T")
 
 log = logging.getLogger("batch_scorer")
 
-_TRIES = 2
 _SLOWEST_BYTES_PER_S = 1e6
 _READERS = "batch_scorer.shard"
 """What the template imports: whatever reads inputs, and the store."""
@@ -50,7 +50,7 @@ _COUNTED_AS_USED = {"MIMALLOC_ARENA_EAGER_COMMIT": "0"}
 """Arrow's allocator takes a GiB at once by default, which would be free then whatever the bound."""
 _MOST_IDLE = 8
 """Children that are kept for the next call: as many as a plan has at once. With fewer, most of its
-files wait for a fork."""
+files wait for a fork. Those of the kind that has most make room."""
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS_BYTES = 4096
 
@@ -64,6 +64,10 @@ class Bounds:
     memory_bytes: int
     kind: str = ""
     """A child answers calls of one kind: what it has imported for them may not do for others."""
+    tries: int = 2
+    """How many children may be lost with the call, the last one for good."""
+    is_kept: bool = True
+    """Whether the child answers another call after this one."""
 
     @classmethod
     def of_file(
@@ -74,7 +78,23 @@ class Bounds:
 
 
 class Died(Exception):
-    """The process that made the call died, or was ended at a bound, and so was the next one."""
+    """The process that made the call died, or was ended at a bound, and so was every next one;
+    `how` says what became of the last of them."""
+
+    subject: ClassVar[str] = "the process that reads it"
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        super().__init__(how)
+
+    def __str__(self) -> str:
+        return f"{self.subject} {self.how}"
+
+
+class TimedOut(Died):
+    """It was ended because its time was up."""
+
+    subject = "reading it"
 
 
 def apart(bounds: Bounds, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -87,13 +107,13 @@ def apart(bounds: Bounds, function: Callable[P, T], *args: P.args, **kwargs: P.k
     if _is_child:
         return function(*args, **kwargs)
     request = pickle.dumps((bounds.memory_bytes, function, args, kwargs), protocol=5)
-    for tries_left in reversed(range(_TRIES)):
+    for tries_left in reversed(range(bounds.tries)):
         try:
             result, error, records = _asked(request, bounds)
-        except _Lost as lost:
+        except Died as died:
             if not tries_left:
-                raise Died(str(lost)) from None
-            log.info("a reading process was lost (%s); it is tried once more", lost)
+                raise
+            log.info("a reading process was lost (%s); it is tried once more", died)
         else:
             break
     for record in records:
@@ -120,10 +140,6 @@ def prepare() -> None:
 # Here
 
 
-class _Lost(Exception):
-    """The child died, or was ended because its time was up."""
-
-
 _Answer: TypeAlias = tuple[Any, BaseException | None, list[logging.LogRecord]]
 """Result, error and what was logged."""
 
@@ -146,7 +162,7 @@ class _Child:
         self._surroundings: tuple[str, dict[str, str]] | None = None
 
     def ask(self, request: bytes, bounds: Bounds) -> _Answer:
-        """Raises _Lost, with the child ended."""
+        """Raises Died, with the child ended."""
         try:
             surroundings = os.getcwd(), dict(os.environ)
             is_known = surroundings == self._surroundings
@@ -157,9 +173,9 @@ class _Child:
                 self._connection.recv_bytes()
                 return self._answer()
         except (EOFError, OSError):
-            raise _Lost(f"the process that reads it {self.end()}") from None
+            raise Died(self.end()) from None
         self.end()
-        raise _Lost(f"reading it takes longer than {bounds.seconds:g} s")
+        raise TimedOut(f"takes longer than {bounds.seconds:g} s")
 
     def _answer(self) -> _Answer:
         with mmap.mmap(self._answers.fileno(), 0, access=mmap.ACCESS_READ) as written:
@@ -210,7 +226,7 @@ class _Template:
         return self._process.poll() is None
 
     def fork(self, handles: Sequence[int]) -> int:
-        """Process id of a new child. Raises _Lost, as `status` does."""
+        """Process id of a new child. Raises Died, as `status` does."""
         return self._ask(b"f", handles)
 
     def status(self, pid: int) -> int:
@@ -224,7 +240,7 @@ class _Template:
             if len(answer) == 8:
                 return int.from_bytes(answer)
         self._process.wait()
-        raise _Lost("the process that reading processes are forked from is gone")
+        raise Died("is gone, with the one that such processes are forked from")
 
 
 _is_child = False
@@ -244,24 +260,32 @@ def _the_template() -> _Template:
 
 
 def _asked(request: bytes, bounds: Bounds) -> _Answer:
-    """A child's answer. Raises _Lost."""
+    """A child's answer. Raises Died."""
     child = _take(bounds.kind)
     try:
         answer = child.ask(request, bounds)
-    except _Lost:
+    except Died:
         raise
     except BaseException:
         child.end()
         raise
     # One that was out of memory may be so again, of what it holds on to.
     surplus: _Child | None = child
-    if not isinstance(answer[1], MemoryError):
+    if bounds.is_kept and not isinstance(answer[1], MemoryError):
         with _lock:
             insort(_idle, child, key=lambda each: each.number)
-            surplus = _idle.pop() if len(_idle) > _MOST_IDLE else None
+            surplus = _surplus() if len(_idle) > _MOST_IDLE else None
     if surplus is not None:
         surplus.end()
     return answer
+
+
+def _surplus() -> _Child:
+    """The newest child of the kind that has most, no longer idle: a reward function's one child is
+    not ended for the eighth reader."""
+    ((most, _),) = Counter(child.kind for child in _idle).most_common(1)
+    place = max(i for i, child in enumerate(_idle) if child.kind == most)
+    return _idle.pop(place)
 
 
 def _take(kind: str) -> _Child:

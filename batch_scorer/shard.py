@@ -1,8 +1,11 @@
 """The path of a shard: read_shard → score_shard → commit_shard. Start reading here.
 
-    rows, *_ = read_shard(shard, models)                 input columns → token ids, for each model
-    scored = score_shard(rows, backend)                  token ids → float32 scores of one
-    receipt = commit_shard(job, epoch, shard, scored)    scores + untouched columns → one object
+    rows, *_ = read_shard(shard, models)                  input columns → token ids, for each model
+    scored = score_shard(rows, backend)                   token ids → float32 scores of one
+    receipt = commit_shard(job, epoch, shard, scored, …)  scores + untouched columns → one object
+
+A user's reward functions are asked in the last step, which reads the rows again for them
+(`outputs/rewarded.py`).
 
 The same three run as Ray Data stages and in a plain loop (`pipeline`). What goes wrong with the
 shard as a whole is a ShardError; what goes wrong with a row stays with the row.

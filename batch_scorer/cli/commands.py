@@ -6,7 +6,7 @@ once.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -33,6 +33,7 @@ from batch_scorer.cli.terminal import err, fail, for_progress, out, program_name
 from batch_scorer.config import (
     Config,
     PartialConfig,
+    RewardSettings,
     completed,
     expanded,
     load_config,
@@ -537,14 +538,14 @@ def submit(
     """Run a command on a Ray cluster: `submit -- score …`. Follows the job; Ctrl-C stops it.
 
     The settings are checked here first. The config file is read here and travels with the job, as
-    do a judge's page and this program.
+    do a judge's page, files with reward functions, and this program.
     """
     from batch_scorer.cli.submit import ADDRESS_VARIABLE, DEFAULT_ADDRESS, Submission, find_token
     from batch_scorer.cli.submit import submit as run
 
     words = [*command, *(["--config", str(config)] if config else [])]
-    config_file, page = _checked_here(words)
-    submission = Submission(tuple(words), config_file, tag, page)
+    config_file, page, rewards = _checked_here(words)
+    submission = Submission(tuple(words), config_file, tag, page, rewards)
     code = run(
         submission,
         address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS,
@@ -557,9 +558,12 @@ def submit(
         fail(f"the job ended with exit code {code}; see its output above", code)
 
 
-def _checked_here(words: list[str]) -> tuple[Path | None, Path | None]:
-    """The config file that a command names, and the file of its judge's page where that is one of
-    this machine. Raises what the command would for wrong settings or a wrong page."""
+def _checked_here(
+    words: list[str],
+) -> tuple[Path | None, Path | None, Mapping[str, RewardSettings]]:
+    """The config file that a command names, the file of its judge's page where that is one of this
+    machine, and its reward functions where one lies in a file of this machine. Raises what the
+    command would for wrong settings or a wrong page."""
     group = typer.main.get_group(app)
     root = group.context_class(group, info_name=app.info.name)
     command = group.get_command(root, words[0])
@@ -576,7 +580,7 @@ def _checked_here(words: list[str]) -> tuple[Path | None, Path | None]:
             store_options=mapping("store_options", values.get("store_option")),
         )
     if settings is None:
-        return None, None
+        return None, None, {}
     file, page = values["config_file"], None
     if (judge := settings.judge) is not None:
         from batch_scorer.judges.page import load_page, shipped_pages
@@ -584,7 +588,10 @@ def _checked_here(words: list[str]) -> tuple[Path | None, Path | None]:
         if judge not in shipped_pages() and Path(judge).is_file():  # otherwise it may be there
             page = Path(judge)
             load_page(judge)
-    return Path(expanded(file)) if file else None, page
+    from batch_scorer.cli.submit import file_here
+
+    travels = any(map(file_here, settings.rewards.values()))
+    return Path(expanded(file)) if file else None, page, settings.rewards if travels else {}
 
 
 @app.callback(invoke_without_command=True)

@@ -41,6 +41,7 @@ _PANELS = {
 _MAPPINGS = {
     "columns": ("--column", "FIELD=COLUMN"),
     "output_weights": ("--output-weights", "NAME=WEIGHT,…"),
+    "rewards": ("--reward", "NAME=FUNCTION"),
     "store_options": ("--store-option", "KEY=VALUE"),
     "token_prices": ("--token-prices", "KIND=PRICE,…"),
     "template_arguments": ("--template-argument", "NAME=VALUE"),
@@ -59,6 +60,9 @@ _LISTS = {
 
 _NAMED_MODEL = re.compile("([A-Za-z0-9_]+)=(.+)", re.DOTALL)
 """A path that looks like it can be written as ./PATH."""
+
+_IN_YAML = ("template_arguments", "rewards")
+"""Settings whose entries are spelled as in YAML: numbers, truth values, mappings."""
 
 _needs: dict[str, tuple[str, ...]] = {}
 """The needed settings of every command `with_settings`, by its name."""
@@ -141,8 +145,7 @@ def mapping(name: str, pairs: list[str] | None) -> dict[str, Any] | None:
         given = "something without a =" if name == "store_options" else repr(wrong[0])
         raise ConfigError(f"{flag}: expected {form}, got {given}")
     entries = dict(pair.split("=", 1) for pair in pairs)
-    # A template's arguments are numbers and truth values, too; they are spelled as in YAML.
-    return entries if name != "template_arguments" else {k: _yaml(v) for k, v in entries.items()}
+    return entries if name not in _IN_YAML else {k: _yaml(flag, v) for k, v in entries.items()}
 
 
 def _models(given: list[str] | None) -> str | dict[str, str] | None:
@@ -162,11 +165,11 @@ def _models(given: list[str] | None) -> str | dict[str, str] | None:
     return models
 
 
-def _yaml(text: str) -> Any:
+def _yaml(flag: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--template-argument: {text!r} is no YAML value") from error
+        raise ConfigError(f"{flag}: {text!r} is no YAML value") from error
 
 
 def _by_role() -> list[str]:

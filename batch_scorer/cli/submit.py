@@ -14,13 +14,14 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
+from batch_scorer.config import RewardSettings
 from batch_scorer.errors import ConfigError, IncompleteError, cause_of
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -29,6 +30,8 @@ CONFIG_NAME = "config.yaml"
 """The shipped config file's name, in the folder that the job runs in."""
 _PAGES = "judges"
 """The folder in it with the shipped page."""
+_REWARDS = "rewards"
+"""The folder in it with a folder for each shipped reward function."""
 
 _STOP_GRACE_S = 60
 """How long a stopped job may take to record what it has; Ray's default is three seconds."""
@@ -47,12 +50,14 @@ _LIKE_AN_ATTEMPT = re.compile(r"(.*-)?r\d+")
 @dataclass(frozen=True, slots=True)
 class Submission:
     """A command without the program's name. `config` and `page`, if any, are the files that its
-    settings and a judge's page are in."""
+    settings and a judge's page are in. `rewards` are its reward functions, where any of them lies
+    in a file of this machine."""
 
     words: tuple[str, ...]
     config: Path | None = None
     tag: str | None = None
     page: Path | None = None
+    rewards: Mapping[str, RewardSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tag is not None and (
@@ -74,7 +79,30 @@ class Submission:
                 words[place] = f"--config={CONFIG_NAME}"
         if self.page is not None:  # the last flag of a name counts, and any before the config file
             words += ["--judge", f"{_PAGES}/{self.page.name}"]
+        for name, entry in self.rewards.items():  # all, because flags go in place of the file's
+            file = self._reward_files.get(name)
+            given = entry.model_dump(mode="json", exclude_defaults=True)
+            if file is not None:
+                function = entry.function.rpartition(":")[2]
+                given["function"] = f"{_REWARDS}/{name}/{file.name}:{function}"
+            words += ["--reward", f"{name}={json.dumps(given)}"]
         return words
+
+    @property
+    def _reward_files(self) -> dict[str, Path]:
+        """The files of this machine that hold reward functions, by the function's name."""
+        files = {name: file_here(entry) for name, entry in self.rewards.items()}
+        return {name: file for name, file in files.items() if file is not None}
+
+    @property
+    def _shipped(self) -> dict[str, Path]:
+        """Files of this machine by their paths in the folder that the job runs in."""
+        found = {
+            f"{_REWARDS}/{name}/{file.name}": file for name, file in self._reward_files.items()
+        }
+        if self.page is not None:
+            found[f"{_PAGES}/{self.page.name}"] = self.page
+        return found | ({} if self.config is None else {CONFIG_NAME: self.config})
 
     @property
     def entrypoint(self) -> str:
@@ -83,8 +111,8 @@ class Submission:
     @property
     def name(self) -> str:
         """The first attempt's submission id: a digest of what it does, and the tag."""
-        files = [file.read_bytes() if file else b"" for file in (self.config, self.page)]
-        contents = [hashlib.sha256(content).hexdigest() for content in files if content]
+        files = [self.config, self.page, *self._reward_files.values()]
+        contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file]
         what = json.dumps([self.shipped_words, *contents])
         digest = hashlib.sha256(what.encode()).hexdigest()[:12]
         return f"bs-{digest}-{self.tag}" if self.tag else f"bs-{digest}"
@@ -96,22 +124,27 @@ class Submission:
 
     @contextmanager
     def runtime_env(self) -> Iterator[dict[str, Any]]:
-        """What Ray ships: this package, the config file and the judge's page. Everybody who may use
-        the cluster can read it, so it holds no secrets."""
+        """What Ray ships: this package, the config file, the judge's page and reward functions.
+        Everybody who may use the cluster can read it, so it holds no secrets."""
         shipped: dict[str, Any] = {
             "py_modules": [str(Path(__file__).parents[1])],
             "excludes": ["__pycache__"],
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_GRACE_S)},
         }
         with tempfile.TemporaryDirectory() as folder:
-            if self.config is not None:
-                (Path(folder) / CONFIG_NAME).write_bytes(self.config.read_bytes())
-                shipped["working_dir"] = folder
-            if self.page is not None:
-                (Path(folder) / _PAGES).mkdir()
-                (Path(folder) / _PAGES / self.page.name).write_bytes(self.page.read_bytes())
+            for key, file in self._shipped.items():
+                there = Path(folder) / key
+                there.parent.mkdir(parents=True, exist_ok=True)
+                there.write_bytes(file.read_bytes())
                 shipped["working_dir"] = folder
             yield shipped
+
+
+def file_here(entry: RewardSettings) -> Path | None:
+    """The file of this machine that holds a reward function; None for a module, and for a file that
+    only the cluster has."""
+    place, _, _ = entry.function.rpartition(":")
+    return Path(place) if place.endswith(".py") and Path(place).is_file() else None
 
 
 def find_token(file: Path | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from batch_scorer.config.engines import ENGINES, EngineFacts
 from batch_scorer.config.reading import completed, expanded, load_config, load_partial_config
+from batch_scorer.config.rewards import PARAMETERS, RewardSettings
 from batch_scorer.config.settings import (
     IMPLICIT_REWARD,
     NO_REFERENCE,
@@ -15,11 +16,13 @@ __all__ = [
     "ENGINES",
     "IMPLICIT_REWARD",
     "NO_REFERENCE",
+    "PARAMETERS",
     "Config",
     "Device",
     "EngineFacts",
     "OverLength",
     "PartialConfig",
+    "RewardSettings",
     "completed",
     "expanded",
     "load_config",

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from batch_scorer.config.engines import ENGINES
+from batch_scorer.config.rewards import RewardEntry
 from batch_scorer.credentials import wrong_options, wrong_url
 from batch_scorer.errors import RowReason
 from batch_scorer.quarantine import Bounds
@@ -55,6 +56,10 @@ Role = Literal["scores", "layout", "runtime"]
 
 _PREFIX = re.compile("[A-Za-z0-9][A-Za-z0-9_]*")
 """The name of a model, which its columns begin with."""
+
+_REWARD_NAME = re.compile("(?!score)[A-Za-z][A-Za-z0-9_]*")
+"""Not like the model's own columns: what begins with `score` is read as one of them, under other
+prefixes too."""
 
 
 OF_ONE_MODEL = (
@@ -439,6 +444,14 @@ class Config(BaseModel):
     trust_remote_code: bool = _setting(False, "scores")
     """Run Python code that comes with the model. Recorded with the run."""
 
+    rewards: dict[str, RewardEntry] = _setting({}, "runtime")
+    """Your own functions beside the model, by name: `--reward length=./rewards.py:length` on the
+    command line, `rewards: {length: ./rewards.py:length}` in YAML. What they give for the same rows
+    stands in columns of that name, `length_score` and so on (docs/rewards.md). A function is
+    `module:function`, `file.py:function`, or one that is shipped: exact_match, format, length,
+    math, repetition. In place of it a mapping may also set arguments, columns, timeout_s, attempts
+    and per_minute. What the function is enters the fingerprint, not its path."""
+
     # A judge that is served elsewhere.
 
     endpoint: str | None = _setting(None, "runtime", min_length=1)
@@ -549,8 +562,9 @@ class Config(BaseModel):
     """Score again, in place, the rows that earlier runs have marked for one of these reasons:
     `--retry-marked out_of_memory,worker_crash` on the command line, `retry_marked: [out_of_memory,
     worker_crash]` in YAML. Only what may pass on another try: out_of_memory, non_finite_score,
-    engine_error, worker_crash, no_verdict, verdict_out_of_range, cut_off. All other rows keep their
-    scores (docs/survival.md)."""
+    engine_error, worker_crash, no_verdict, verdict_out_of_range, cut_off, reward_raised,
+    reward_timed_out, reward_died. All other rows keep their scores (docs/survival.md); reward
+    functions are asked again about all rows of a shard that has such a row."""
 
     hang_s: float = _setting(600.0, "runtime", gt=0)
     """Seconds after which a forward pass counts as hung; its worker is killed and the shard
@@ -636,6 +650,26 @@ class Config(BaseModel):
     def _no_credentials(self) -> Self:
         if lines := credentials_in(self.model_dump(include={"store_options", *PLACES})):
             raise ValueError("\n".join(lines))
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_names(self) -> Self:
+        families = [*AGGREGATES, *(self.model if isinstance(self.model, dict) else ())]
+        for name in self.rewards:
+            if not _REWARD_NAME.fullmatch(name):
+                raise ValueError(
+                    f"rewards: {name!r} cannot begin a column's name; use letters, digits and "
+                    "underscores, a letter first, and not `score` at the beginning"
+                )
+            if name in _RESERVED:
+                raise ValueError(
+                    f"rewards: {name!r} is the name of what all models have together; choose "
+                    "another"
+                )
+            if name in families or name.startswith(tuple(f"{each}_score" for each in families)):
+                raise ValueError(
+                    f"rewards: {name!r}: a model has columns of that name; choose another"
+                )
         return self
 
     @model_validator(mode="after")
@@ -735,7 +769,7 @@ class Config(BaseModel):
 
     def _member(self, name: str) -> Self:
         assert not isinstance(self.model, str)
-        shared = self.model_dump(exclude_unset=True, exclude={"model", "model_workers"})
+        shared = self.model_dump(exclude_unset=True, exclude={"model", "model_workers", "rewards"})
         prefix = family_prefix(self.column_prefix, name)
         return self.model_validate({**shared, **self.model[name], "column_prefix": prefix})
 

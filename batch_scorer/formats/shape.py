@@ -82,6 +82,11 @@ class RowShape:
             kinds.append(outputs.list_column)
         return [[kind + suffix for suffix in self.suffixes] for kind in kinds]
 
+    def reward_columns(self, prefix: str) -> list[str]:
+        """Names of a reward function's columns: its values by side, then why one is missing."""
+        (names,) = self.value_columns(SCALAR)
+        return [prefix + name for name in (*names, "score_error")]
+
     def has_margin(self, outputs: Outputs) -> bool:
         """Whether a row's two scores can be subtracted."""
         return len(self.fields) == 2 and not self.is_group and outputs.has_score

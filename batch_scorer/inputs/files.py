@@ -318,6 +318,22 @@ def columns_of_shard(
         return values, _errors_at(places, malformed)
 
 
+def column_names(shard: Shard, store_options: Mapping[str, str]) -> list[str]:
+    """The columns of the shard's file. Raises ShardError as `rows_of_shard` does."""
+    if shard.lines is not None:
+        return list(shard.lines.schema.names)
+    source = shard.source
+    with _reading(shard):
+        store = open_store(source.root, store_options)
+        if kind_of(source.key) is FileKind.ARROW:
+            with open_arrow(store, source) as file:
+                return list(file.schema.names)
+        if shard.row_groups is not None:
+            return list(open_parquet(store, source).schema_arrow.names)
+        table, _ = formats.read_json_table(_whole(store, source), source.key, shard.layout.bounds)
+        return list(table.column_names)
+
+
 def _whole(store: Store, source: Source) -> bytes:
     return store.read_whole(source.key, source.version, source.size_bytes)
 

@@ -497,11 +497,14 @@ def _layout(
     shape = shape_of(layout.format)
     added = shape.all_columns(config.column_prefix, config.over_length, families)
     written = kept_columns(schema.names, config.keep_columns, config.drop_columns)
-    taken = sorted(set(added) & set(written))
+    taken = set(added) & set(written)
+    for name in config.rewards:
+        own = shape.reward_columns(f"{config.column_prefix}{name}_")
+        taken |= {*added, *written}.intersection(own)
     if taken:
         raise ShardError(
             ShardReason.COLUMN_COLLISION,
-            f"the file already has {', '.join(taken)}; choose a name for the new columns, "
+            f"the file already has {', '.join(sorted(taken))}; choose a name for the new columns, "
             "e.g. --column-prefix rm_",
         )
     return layout

@@ -47,6 +47,9 @@ class Claim:
                 raise ValueError("fingerprint.text is no object")
             if date := text.get("date"):
                 datetime.fromisoformat(str(date))
+        rewards = self.fingerprint.get("rewards", {})
+        if not isinstance(rewards, dict) or not all(isinstance(r, dict) for r in rewards.values()):
+            raise ValueError("fingerprint.rewards is no object of objects")
 
     @property
     def parts_by_model(self) -> dict[str, dict[str, Any]]:

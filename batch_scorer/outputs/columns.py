@@ -12,7 +12,8 @@ where there is nothing.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_scorer.config import OverLength
+from batch_scorer.errors import RowReason
 from batch_scorer.formats.shape import shape_of
-from batch_scorer.records import SCALAR, Format, Layout, Outputs, ScoredRows, Scores
+from batch_scorer.records import (
+    SCALAR,
+    Format,
+    Layout,
+    Outputs,
+    Rewarded,
+    RewardedRows,
+    RowError,
+    ScoredRows,
+    Scores,
+    first_errors,
+)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -72,6 +85,55 @@ def reasons_of(scored: ScoredRows) -> pa.Array:
     for row, error in scored.errors_by_row().items():
         reasons[row] = error.reason.value
     return pa.array(reasons, pa.string())
+
+
+# Reward functions
+
+
+def reward_columns(
+    rewarded: RewardedRows, table: pa.Table, layout: Layout, prefix: str
+) -> tuple[dict[str, pa.Array], dict[str, Rewarded]]:
+    """The columns of all reward functions by name, R values each, and what they hold by function.
+    `table` holds the input rows."""
+    shape = shape_of(layout.format)
+    counts = shape.counts(table, layout, rewarded.row_offsets)
+    columns: dict[str, pa.Array] = {}
+    counted: dict[str, Rewarded] = {}
+    for name, values in rewarded.values.items():
+        reasons: list[str | None] = [None] * table.num_rows
+        errors = first_errors(rewarded.row_offsets, rewarded.row_errors, rewarded.errors[name])
+        for row, error in errors.items():
+            reasons[row] = _words(error)
+        arrays = [*shape.to_columns(numbers(values), counts), pa.array(reasons, pa.string())]
+        names = shape.reward_columns(f"{prefix}{name}_")
+        columns |= zip(names, arrays, strict=True)
+        counted[name] = count_rewards(arrays)
+    return columns, counted
+
+
+def _words(error: RowError) -> str:
+    """The reason, and behind it what a function itself says of a response without a value."""
+    reason = error.reason.value
+    says = error.reason is RowReason.REWARD_NONE and error.detail
+    return f"{reason}: {error.detail}" if says else reason
+
+
+def count_rewards(columns: Sequence[pa.Array]) -> Rewarded:
+    """What the columns of a reward function hold (`RowShape.reward_columns`)."""
+    *sides, reasons = columns
+    responses = values = 0
+    for side in sides:
+        if pa.types.is_list(side.type):
+            side = side.flatten()
+        responses += len(side)
+        values += len(side) - side.null_count
+    marked = Counter(text.partition(": ")[0] for text in reasons.drop_null().to_pylist())
+    return Rewarded(
+        responses=responses,
+        values=values,
+        rows_valued=reasons.null_count,
+        marked=dict(sorted(marked.items())),
+    )
 
 
 def column_metadata(outputs: Outputs, prefix: str) -> dict[str, dict[str, str]]:

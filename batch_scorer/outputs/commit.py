@@ -2,9 +2,10 @@
 
 import hashlib
 import io
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_scorer.config import Config
 from batch_scorer.errors import RowNote, RowReason, ShardError, ShardReason, StorageError
 from batch_scorer.failpoints import failpoint
 from batch_scorer.formats.shape import shape_of
@@ -20,9 +22,15 @@ from batch_scorer.inputs.files import read_apart, row_numbers, rows_of_shard
 from batch_scorer.inputs.selection import kept_of
 from batch_scorer.job import AnyJob
 from batch_scorer.outputs.by_source import Sources, pair_counts, row_sources, spread_by_source
-from batch_scorer.outputs.columns import column_metadata, digest_columns, score_columns
+from batch_scorer.outputs.columns import (
+    column_metadata,
+    digest_columns,
+    reward_columns,
+    score_columns,
+)
 from batch_scorer.outputs.lease import Hold, current_epoch, current_hold, lease_of
 from batch_scorer.outputs.manifest import is_in_manifest, read_commit, record_engine
+from batch_scorer.outputs.rewarded import reward_shard
 from batch_scorer.outputs.together import columns_together, joined
 from batch_scorer.records import (
     AGGREGATES,
@@ -34,14 +42,19 @@ from batch_scorer.records import (
     PairCounts,
     Receipt,
     Reused,
+    Rewarded,
+    RewardedRows,
     RowError,
     ScoredRows,
     Shard,
+    Spent,
     Status,
     Stored,
     family_prefix,
+    first_errors,
     layout_to_json,
 )
+from batch_scorer.rewards.calls import Pace
 from batch_scorer.storage import ObjectChanged, ObjectMissing, Store, Version, open_store
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -51,17 +64,22 @@ _COMMIT_TRIES = 5
 
 
 def commit_shard(
-    job: AnyJob, epoch: int, shard: Shard, scored: Mapping[str, ScoredRows]
+    job: AnyJob, epoch: int, shard: Shard, scored: Mapping[str, ScoredRows], pace: Pace
 ) -> Receipt:
     """Join the scores of all models, by name, to the untouched input columns, or to those that are
     kept, and publish the shard with one PUT.
 
     The file is encoded whole before anything is sent, so a reader never sees a part of it.
+    Before that the job's reward functions are asked about its rows, each when `pace` lets it;
+    the receipt says how long they took.
     Raises ShardError: SUPERSEDED when a newer run holds the output, INPUT_CHANGED when the
-    file is no longer the one that was scored.
+    file is no longer the one that was scored, REWARD_UNUSABLE where a function cannot be loaded.
     """
     config, size_bytes = job.config, shard.source.size_bytes
-    encoded = read_apart(config, size_bytes, _encode_shard, job, epoch, shard, scored)
+    started = time.perf_counter()
+    rewarded = reward_shard(job, shard, pace) if job.rewards else None
+    reward_s = time.perf_counter() - started
+    encoded = read_apart(config, size_bytes, _encode_shard, job, epoch, shard, scored, rewarded)
     try:
         store = open_store(config.output, config.store_options, create=True)
         stands, hold = publish_shard(
@@ -82,6 +100,7 @@ def commit_shard(
         epoch=epoch,
         estimated_tokens=shard.estimated_tokens,
         reused=encoded.reused,
+        spent=Spent(reward_s=reward_s),
         rows_not_asked=shard.rows_not_asked,
     )
 
@@ -99,7 +118,11 @@ class _Encoded:
 
 
 def _encode_shard(
-    job: AnyJob, epoch: int, shard: Shard, scored: Mapping[str, ScoredRows]
+    job: AnyJob,
+    epoch: int,
+    shard: Shard,
+    scored: Mapping[str, ScoredRows],
+    rewarded: RewardedRows | None,
 ) -> _Encoded:
     """Read the input columns again and put the scores beside them. In one process, so that the
     rows, whose parts nobody has looked into, do not come out of it."""
@@ -114,16 +137,38 @@ def _encode_shard(
     whole = scored[""] if "" in scored else joined(scored)
     columns, fields = _columns(job, shard, scored, whole, table)
     sources = row_sources(table)
-    commit = _describe(job, epoch, shard, scored, whole, columns, sources)
+    counted: dict[str, Rewarded] = {}
+    if rewarded is not None:
+        added, counted = reward_columns(rewarded, table, shard.layout, config.column_prefix)
+        columns |= added
+    commit = _describe(job, epoch, shard, scored, whole, columns, sources, counted)
     kept = kept_of(table, config.keep_columns, config.drop_columns)
-    data = _encode(kept, columns, fields, commit)
+    return _Encoded(
+        data=_encode(kept, columns, fields, commit),
+        commit=commit,
+        engine=whole.engine,
+        examples=_examples(config, shard, whole, rewarded),
+        reused=_reused([*scored.values()], sources),
+    )
+
+
+def _examples(
+    config: Config, shard: Shard, whole: ScoredRows, rewarded: RewardedRows | None
+) -> list[tuple[int, str, str]]:
+    """A few rows without a score, and a few that each reward function has no value for where the
+    row itself is not to blame, as `Receipt` has them."""
     errors = whole.errors_by_row()
-    numbers = row_numbers(shard, config.store_options) if errors else ()
-    examples = [
-        (numbers[row], error.reason.value, error.detail)
-        for row, error in islice(errors.items(), _EXAMPLES_PER_SHARD)
-    ]
-    return _Encoded(data, commit, whole.engine, examples, _reused([*scored.values()], sources))
+    found = list(islice(errors.items(), _EXAMPLES_PER_SHARD))
+    if rewarded is not None:
+        for name, own in rewarded.errors.items():
+            named = [
+                (row, replace(error, detail=f"{name}: {error.detail}"))
+                for row, error in first_errors(rewarded.row_offsets, {}, own).items()
+                if row not in errors
+            ]
+            found += named[:_EXAMPLES_PER_SHARD]
+    numbers = row_numbers(shard, config.store_options) if found else ()
+    return [(numbers[row], error.reason.value, error.detail) for row, error in found]
 
 
 def _columns(
@@ -195,6 +240,7 @@ def _describe(
     whole: ScoredRows,
     columns: Mapping[str, pa.Array],
     sources: Sources,
+    rewards: dict[str, Rewarded],
 ) -> Commit:
     errors, prefix = whole.errors_by_row(), job.config.column_prefix
     finite = {name: np.isfinite(own.scores.values[:, 0]) for name, own in scored.items()}
@@ -236,6 +282,7 @@ def _describe(
         retries=shard.retries,
         judged=whole.judged,
         models=models,
+        rewards=rewards,
     )
 
 

@@ -44,8 +44,10 @@ from batch_scorer.records import (
     Outcome,
     PairCounts,
     Receipt,
+    Rewarded,
     Status,
     Stored,
+    added_up,
 )
 from batch_scorer.records.digest import digest_of
 from batch_scorer.records.reading import parsed, read_record
@@ -280,10 +282,12 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
 
 def total(receipts: Collection[Receipt]) -> dict[str, Any]:
     """`counted`, with the rows by note, and the pairs by source; `models` is there for several
-    models: of each one the marked rows, and its pairs."""
+    models: of each one the marked rows, and its pairs; `rewards`, by function, where there are
+    any."""
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
     models: dict[str, ModelCounts] = {}
+    rewards: dict[str, Rewarded] = {}
     for receipt in receipts:
         commit = receipt.commit
         if commit is None or receipt.status is Status.INPUT_GONE:
@@ -294,12 +298,15 @@ def total(receipts: Collection[Receipt]) -> dict[str, Any]:
             pairs[source] = pairs.get(source, PairCounts()) + counts
         for name, own in commit.models.items():
             models[name] = models[name] + own.counts if name in models else own.counts
+        rewards = added_up(rewards, commit.rewards)
     totals = counted(receipts) | {
         "notes": notes,
         "pairs": {source: asdict(counts) for source, counts in pairs.items()},
     }
     if models:
         totals["models"] = {name: asdict(own) for name, own in models.items()}
+    if rewards:
+        totals["rewards"] = {name: asdict(counts) for name, counts in rewards.items()}
     return totals
 
 

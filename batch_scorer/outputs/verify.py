@@ -10,7 +10,7 @@ not asked for.
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +21,22 @@ import pyarrow.compute as pc
 
 from batch_scorer.config import expanded
 from batch_scorer.errors import ExitCode, StorageError
+from batch_scorer.formats.shape import shape_of
 from batch_scorer.outputs.claim import open_scored
-from batch_scorer.outputs.columns import digest_columns
+from batch_scorer.outputs.columns import count_rewards, digest_columns
 from batch_scorer.outputs.manifest import SUCCESS_KEY, committed, read_commit, read_parquet
 from batch_scorer.outputs.scored_inputs import Cut, Inputs, cut_of, has_groups
 from batch_scorer.outputs.state import OutputState
 from batch_scorer.quarantine import Bounds, Died, apart
-from batch_scorer.records import Commit, Receipt, Status, family_prefix
+from batch_scorer.records import (
+    Commit,
+    Format,
+    Receipt,
+    Rewarded,
+    Status,
+    added_up,
+    family_prefix,
+)
 from batch_scorer.storage import (
     AccessDenied,
     ObjectDamaged,
@@ -53,7 +62,7 @@ class Verdict:
 
     `rows` are those of the inputs: `rows_scored + rows_marked + rows_not_asked`. `unfinished` lists
     shards that failed or are not there yet; `inputs_compared` counts shards whose input was still
-    there to be compared with.
+    there to be compared with. `rewards` are recounted, too, by reward function.
     """
 
     shards: int
@@ -64,6 +73,7 @@ class Verdict:
     inputs_compared: int
     problems: list[str]
     unfinished: list[str]
+    rewards: dict[str, Rewarded] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> ExitCode:
@@ -78,6 +88,7 @@ class _Checked:
     scored: int = 0
     compared: bool = False
     problems: tuple[str, ...] = ()
+    rewards: Mapping[str, Rewarded] = field(default_factory=dict)
 
 
 def verify(output: str | Path, store_options: Mapping[str, str] | None = None) -> Verdict:
@@ -155,6 +166,7 @@ def verify(output: str | Path, store_options: Mapping[str, str] | None = None) -
         inputs_compared=sum(check.compared for check in checks),
         problems=problems,
         unfinished=unfinished,
+        rewards=reduce(added_up, (check.rewards for check in counted), {}),
     )
 
 
@@ -282,12 +294,14 @@ def _checked(store: Store, receipt: Receipt, inputs: Inputs | None) -> _Checked:
     if added.column_names != commit.added_columns:
         missing = [name for name in commit.added_columns if name not in added.column_names]
         return _Checked(problems=(*problems, f"{key}: columns {missing} are missing"))
-    problems += [f"{key}: {problem}" for problem in _row_problems(added, commit)]
+    found, wrong = _recount_rewards(added, commit)
+    problems += [f"{key}: {problem}" for problem in (*_row_problems(added, commit), *wrong)]
     expected = None if inputs is None else inputs.rows(receipt, commit)
     if expected is not None and (difference := _compare_input(kept, expected)):
         problems.append(f"{key}: {difference}")
     scored = table.num_rows - _num_marked(added, commit)
-    return _Checked(table.num_rows, scored, expected is not None, tuple(problems))
+    is_compared = expected is not None
+    return _Checked(table.num_rows, scored, is_compared, tuple(problems), found)
 
 
 def _parts(table: pa.Table, commit: Commit) -> tuple[pa.Table, pa.Table]:
@@ -312,18 +326,24 @@ def _row_problems(added: pa.Table, commit: Commit) -> Iterator[str]:
     if digest_columns(columns) != commit.scores_digest:
         yield "its scores are not those that were committed"
     marks = pc.is_valid(added[commit.error_column])
-    is_marked = marks.to_pylist()
     if commit.models:
         own = [family_prefix(commit.column_prefix, name) for name in commit.models]
         by_model = [pc.is_valid(added[f"{prefix}score_error"]) for prefix in own]
         if not reduce(pc.or_, by_model).equals(marks):
             yield f"{commit.error_column} does not name the rows that some model has marked"
-    for name in commit.added_columns:
-        if _holds_scores(name, commit):
-            complete = [_is_complete(value) for value in added[name].to_pylist()]
-            wrong = [row for row, ok in enumerate(complete) if not ok and not is_marked[row]]
-            if wrong:
-                yield f"row {wrong[0]}: {name} has no number and no reason"
+    rewards = {name for reward in commit.rewards for name in _names_of(commit, reward)}
+    scores = [n for n in columns if n not in rewards and _holds_scores(n, commit)]
+    yield from _gaps(added, scores, commit.error_column)
+
+
+def _gaps(added: pa.Table, names: Sequence[str], error_column: str) -> Iterator[str]:
+    """The first row without a number and without a reason, for each of these columns."""
+    is_marked = pc.is_valid(added[error_column]).to_pylist()
+    for name in names:
+        complete = [_is_complete(value) for value in added[name].to_pylist()]
+        wrong = [row for row, ok in enumerate(complete) if not ok and not is_marked[row]]
+        if wrong:
+            yield f"row {wrong[0]}: {name} has no number and no reason"
 
 
 def _holds_scores(name: str, commit: Commit) -> bool:
@@ -335,6 +355,27 @@ def _holds_scores(name: str, commit: Commit) -> bool:
     if commit.models and prefix == family_prefix(commit.column_prefix, "z"):
         return False
     return ("score" in plain or "rewards" in plain) and not plain.endswith(_NO_NUMBERS)
+
+
+def _names_of(commit: Commit, reward: str) -> list[str]:
+    shape = shape_of(Format(commit.layout["format"]))
+    return shape.reward_columns(commit.reward_prefix(reward))
+
+
+def _recount_rewards(added: pa.Table, commit: Commit) -> tuple[dict[str, Rewarded], list[str]]:
+    """What the columns of each reward function hold, and what is wrong with them."""
+    found: dict[str, Rewarded] = {}
+    problems: list[str] = []
+    for reward, counts in commit.rewards.items():
+        names = _names_of(commit, reward)
+        if missing := sorted(set(names) - set(added.column_names)):
+            problems.append(f"reward {reward}: no column {', '.join(missing)}")
+            continue
+        found[reward] = count_rewards([added[name].combine_chunks() for name in names])
+        if found[reward] != counts:
+            problems.append(f"reward {reward}: {found[reward]}; the commit says {counts}")
+        problems += _gaps(added, names[:-1], names[-1])
+    return found, problems
 
 
 def _is_complete(value: Any) -> bool:

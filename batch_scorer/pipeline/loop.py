@@ -9,6 +9,7 @@ from batch_scorer.backends.registry import BackendFactory
 from batch_scorer.errors import IncompleteError
 from batch_scorer.job import AnyJob
 from batch_scorer.parity import Samples
+from batch_scorer.pipeline.reward_pace import RewardPace, waiting
 from batch_scorer.pipeline.worker import commit_items, prepare_items, scorers_of
 from batch_scorer.records import Receipt, Shard
 
@@ -30,12 +31,13 @@ def run_here(
     if not todo:
         return
     scorers = scorers_of(job.members, samples.result, make)
+    pace = waiting(RewardPace().wait_s)
     try:
         for shard in todo:
             with logs.fields(attempt=attempt):
                 items = prepare_items(job, shard)
                 scored = {name: scorer.score(items[name]) for name, scorer in scorers.items()}
-                receipt = commit_items(job, epoch, scored)
+                receipt = commit_items(job, epoch, scored, pace)
                 receipt.spent.retries = attempt - 1
             yield receipt  # outside: what its reader logs is not about this shard
     except EngineDied as error:

@@ -36,6 +36,7 @@ from batch_scorer.job import AnyJob, Ensemble
 from batch_scorer.parity import Samples
 from batch_scorer.pipeline.isolation import Attempts, Try
 from batch_scorer.pipeline.placement import give_up_all, reserve
+from batch_scorer.pipeline.reward_pace import RewardPace, waiting
 from batch_scorer.pipeline.session import Pool, is_over_nodes, worker_pool, worker_resources
 from batch_scorer.pipeline.worker import (
     Item,
@@ -47,6 +48,7 @@ from batch_scorer.pipeline.worker import (
     scorers_of,
 )
 from batch_scorer.records import Receipt, ScoredRows, Shard, TokenizedRows
+from batch_scorer.rewards.calls import MOST_TIMED_OUT
 
 log = logging.getLogger("batch_scorer")
 
@@ -97,9 +99,12 @@ def run_on_ray(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     patience_s = max(_NO_PROGRESS_S, _NO_PROGRESS_HANGS * job.config.hang_s)
+    # A shard's reward functions may hang so often before they are given up.
+    patience_s += MOST_TIMED_OUT * sum(reward.timeout_s for reward in job.rewards)
     context.execution_no_progress_timeout_s = patience_s
     context.max_consecutive_actor_init_deaths = job.config.attempts
     attempts = _here(_Desk, _MOST_WAITING).remote(job.config.attempts)
+    pace = _here(RewardPace).remote() if job.rewards else None
     samples.add_done_callback(lambda chosen: attempts.give_samples.remote(_outcome(chosen)))
     stage = {"job": job, "attempts": attempts, "carried": logs.carry(attempt=attempt)}
     pool, over_nodes = worker_pool(job), is_over_nodes(job)
@@ -137,7 +142,7 @@ def run_on_ray(
             _commit_stage,
             batch_size=1,
             batch_format="pyarrow",
-            fn_kwargs=stage | {"epoch": epoch},
+            fn_kwargs=stage | {"epoch": epoch, "pace": pace},
         )
         try:
             for row in dataset.iter_rows():
@@ -191,7 +196,7 @@ def _samples_from(desk: Any) -> Samples:
     return outcome
 
 
-def _here(actor: type, max_concurrency: int) -> Any:
+def _here(actor: type, max_concurrency: int = 1) -> Any:
     """The actor, to be started on the driver's machine: it is lost with the driver, not before."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -374,7 +379,7 @@ def _gives_up(num_failed: int) -> ShardError:
 
 
 def _commit_stage(
-    batch: pa.Table, job: AnyJob, attempts: Any, carried: logs.Carried, epoch: int
+    batch: pa.Table, job: AnyJob, attempts: Any, carried: logs.Carried, epoch: int, pace: Any
 ) -> pa.Table:
     items: list[ScoredItems] | BatchScorerError = _unpack(batch)
     if isinstance(items, BatchScorerError):
@@ -386,7 +391,13 @@ def _commit_stage(
         item.spent.retries += retries
         if refused:
             item.rows, item.error = None, item.error or refused
-    receipts = [commit_items(job, epoch, each) for each in items]
+
+    def wait_s(reward: str, per_minute: float, responses: int) -> float:
+        import ray
+
+        return float(ray.get(pace.wait_s.remote(reward, per_minute, responses)))
+
+    receipts = [commit_items(job, epoch, each, waiting(wait_s)) for each in items]
     attempts.forget.remote(f"commit {shard.output_key}")
     return _pack(receipts)
 

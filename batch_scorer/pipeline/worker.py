@@ -27,6 +27,7 @@ from batch_scorer.records import (
     Status,
     TokenizedRows,
 )
+from batch_scorer.rewards.calls import Pace
 from batch_scorer.shard import read_known, read_shard, score_shard, score_shards
 
 log = logging.getLogger("batch_scorer")
@@ -275,17 +276,18 @@ def scorers_of(
     return {name: Scorer(own, partial(sampled, name), make, clock) for name, own in members.items()}
 
 
-def commit_items(job: AnyJob, epoch: int, items: ScoredItems) -> Receipt:
+def commit_items(job: AnyJob, epoch: int, items: ScoredItems, pace: Pace) -> Receipt:
     """Commit a shard that every model has scored; the receipt of a failed one where there is
-    nothing to commit."""
+    nothing to commit. `pace` is the job's, for reward functions."""
     item = _together(items)
     scored = {name: own.rows for name, own in items.items() if own.rows is not None}
     if item.error is None:
         started = time.perf_counter()
         with item.caught():
             log.info("commit")
-            receipt = commit_shard(job, epoch, item.shard, scored)
-            item.spent.write_s = time.perf_counter() - started
+            receipt = commit_shard(job, epoch, item.shard, scored, pace)
+            item.spent.reward_s = receipt.spent.reward_s
+            item.spent.write_s = time.perf_counter() - started - receipt.spent.reward_s
             item.spent.committed_at = time.time()
             return replace(receipt, spent=item.spent)
     assert item.error is not None

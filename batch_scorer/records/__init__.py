@@ -19,6 +19,7 @@ from batch_scorer.records.receipts import (
     Status,
     Stored,
 )
+from batch_scorer.records.rewards import Rewarded, RewardedRows, added_up
 from batch_scorer.records.rows import (
     AGGREGATES,
     DEFAULT_BOUNDS,
@@ -42,6 +43,7 @@ from batch_scorer.records.rows import (
     TextStyle,
     TokenizedRows,
     family_prefix,
+    first_errors,
     gather,
 )
 from batch_scorer.records.shards import (
@@ -86,6 +88,8 @@ __all__ = [
     "Receipt",
     "Reply",
     "Reused",
+    "Rewarded",
+    "RewardedRows",
     "RowError",
     "ScoredRows",
     "Scores",
@@ -98,7 +102,9 @@ __all__ = [
     "Stored",
     "TextStyle",
     "TokenizedRows",
+    "added_up",
     "family_prefix",
+    "first_errors",
     "gather",
     "identity_function",
     "layout_from_json",

@@ -12,6 +12,7 @@ from pydantic import FiniteFloat
 from batch_scorer.errors import ShardReason
 from batch_scorer.records.judging import Judged
 from batch_scorer.records.reading import parsed
+from batch_scorer.records.rewards import Rewarded
 from batch_scorer.records.rows import AGGREGATES, Effort, family_prefix
 from batch_scorer.records.shards import Shard, Source
 from batch_scorer.storage import Version
@@ -97,7 +98,8 @@ class Commit:
     (`outputs.by_source`). `num_rows`, `where` and `rows_not_asked` are the shard's: the object has
     the rows that are asked for, and the others are counted. `judged` is of judges only, `models` of
     several models, by name: then a row is scored where each of them scored it, and `pairs` and
-    `spread` are of the mean of their scores.
+    `spread` are of the mean of their scores. `rewards` has the counts of each reward function,
+    whose columns are the last ones.
     """
 
     identity: str
@@ -124,6 +126,7 @@ class Commit:
     retries: int = 0
     judged: Judged | None = None
     models: dict[str, ModelCommit] = field(default_factory=dict)
+    rewards: dict[str, Rewarded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not any(name.endswith("score_error") for name in self.added_columns):
@@ -158,20 +161,31 @@ class Commit:
             return [self.column_prefix]
         return [family_prefix(self.column_prefix, name) for name in (*AGGREGATES, *self.models)]
 
+    def reward_prefix(self, name: str) -> str:
+        """What the columns of a reward function begin with."""
+        return family_prefix(self.column_prefix, name)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """What the names of all values begin with: the models', then the reward functions'."""
+        return [*self.score_prefixes, *map(self.reward_prefix, self.rewards)]
+
     @property
     def reasons(self) -> set[str]:
-        """Why a model gave no score to rows: of each model, whichever was the first one."""
-        return {
-            *self.marked,
-            *(reason for own in self.models.values() for reason in own.counts.marked),
-        }
+        """Why rows lack a score of any model, or a reward function's value."""
+        parts = [own.counts.marked for own in self.models.values()]
+        parts += [counts.marked for counts in self.rewards.values()]
+        return set(self.marked).union(*parts)
 
     def footer(self) -> dict[bytes, bytes]:
         held = asdict(self)
+        # A footer without a judge, or rewards, is the same as before there were any.
         if self.judged is None:
-            del held["judged"]  # a footer without a judge is the same as before there were judges
+            del held["judged"]
         if not self.models:
-            del held["models"]  # and so is that of one model
+            del held["models"]
+        if not self.rewards:
+            del held["rewards"]
         return {_FOOTER_KEY: json.dumps(held, sort_keys=True).encode()}
 
     @classmethod
@@ -207,10 +221,11 @@ class Spent:
     scored and of the one that wrote. `peak_flops` is what the scoring worker's devices do together
     in large matrix products, FLOP/s, 0 where it was not measured. `wait_s` is how long the worker
     had nothing to score between the shard before and this one, `score_s` the time inside the
-    backend, `write_s` that of joining, encoding and publishing. `retries` counts the tries after
-    the first: processes that died with the shard, refusals of the store.
-    `tokenized_sequences` were rendered and tokenised, each once for all models that read the same
-    tokens. `efforts` has what each of several models took, by name; `effort` is of all.
+    backend, `reward_s` that of the reward functions, `write_s` that of joining, encoding and
+    publishing. `retries` counts the tries after the first: processes that died with the shard,
+    refusals of the store. `tokenized_sequences` were rendered and tokenised, each once for all
+    models that read the same tokens. `efforts` has what each of several models took, by name;
+    `effort` is of all.
     """
 
     effort: Effort = field(default_factory=Effort)
@@ -221,6 +236,7 @@ class Spent:
     tokenize_s: FiniteFloat = 0.0
     wait_s: FiniteFloat = 0.0
     score_s: FiniteFloat = 0.0
+    reward_s: FiniteFloat = 0.0
     write_s: FiniteFloat = 0.0
     retries: int = 0
     tokenized_sequences: int = 0
@@ -229,7 +245,7 @@ class Spent:
     def add(self, other: "Spent") -> None:
         """Count what another of the shard's models took in the same worker, or a later stage."""
         self.effort.add(other.effort)
-        for each in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
+        for each in ("read_s", "tokenize_s", "wait_s", "score_s", "reward_s", "write_s"):
             setattr(self, each, getattr(self, each) + getattr(other, each))
         self.retries += other.retries
         self.tokenized_sequences += other.tokenized_sequences

@@ -472,9 +472,19 @@ class ScoredRows:
 
     def errors_by_row(self) -> dict[int, RowError]:
         """The first error of each row that has one, in row order."""
-        errors = dict(self.row_errors)
-        sequences = sorted(self.scores.errors)
-        rows = np.searchsorted(self.row_offsets, sequences, side="right") - 1
-        for row, sequence in zip(rows.tolist(), sequences, strict=True):
-            errors.setdefault(row, self.scores.errors[sequence])
-        return dict(sorted(errors.items()))
+        return first_errors(self.row_offsets, self.row_errors, self.scores.errors)
+
+
+def first_errors(
+    row_offsets: IntArray,
+    row_errors: Mapping[int, RowError],
+    sequence_errors: Mapping[int, RowError],
+) -> dict[int, RowError]:
+    """The first error of each row that has one, in row order: its own, or else one of its
+    sequences', which are at int64[R+1] `row_offsets`."""
+    errors = dict(row_errors)
+    sequences = sorted(sequence_errors)
+    rows = np.searchsorted(row_offsets, sequences, side="right") - 1
+    for row, sequence in zip(rows.tolist(), sequences, strict=True):
+        errors.setdefault(row, sequence_errors[sequence])
+    return dict(sorted(errors.items()))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from batch_scorer.records import Judged
+from batch_scorer.records import Judged, Rewarded
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
@@ -49,6 +49,18 @@ def verdict_rows(judged: Judged | None) -> list[tuple[str, str]]:
     rows.append(("tokens of the questions", f"{judged.prompt_tokens:,}"))
     if judged.tries:
         rows.append(("written", f"{judged.generated_tokens:,} tokens in {judged.tries:,} replies"))
+    return rows
+
+
+def reward_rows(rewards: Mapping[str, Rewarded]) -> list[tuple[str, str]]:
+    """Name and value of each figure of the reward functions, and the rows that lack a value of
+    theirs by reason."""
+    rows = []
+    for name, counts in rewards.items():
+        rows.append(
+            (f"reward {name}", f"{counts.values:,} values of {counts.responses:,} responses")
+        )
+        rows += [(f"  rows: {reason}", f"{count:,}") for reason, count in counts.marked.items()]
     return rows
 
 

@@ -6,7 +6,7 @@ in the values that they hold.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,15 @@ from batch_scorer.nightly.night import Ended
 from batch_scorer.nightly.record import DriftReport, NightlyRecord
 from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
-from batch_scorer.records import Judged, ModelCounts, PairCounts, Receipt, Status, layout_to_json
+from batch_scorer.records import (
+    Judged,
+    ModelCounts,
+    PairCounts,
+    Receipt,
+    Rewarded,
+    Status,
+    layout_to_json,
+)
 from batch_scorer.records.reading import parsed
 from batch_scorer.render import TemplateFacts
 from batch_scorer.runs.estimate import Estimate
@@ -65,7 +73,8 @@ class PlannedFile:
 class PlanReport:
     """What a run would do. Without an `estimate`, `unknown` is the reason; None: no model given.
 
-    `skipped` are the URLs of files beside the inputs that are not read.
+    `skipped` are the URLs of files beside the inputs that are not read. `rewards` says what each
+    reward function is, by name (`Reward.identity`).
     """
 
     files: tuple[PlannedFile, ...]
@@ -77,6 +86,7 @@ class PlanReport:
     failed: tuple[FailedShard, ...]
     rows_not_asked: int = 0
     skipped: tuple[str, ...] = ()
+    rewards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def computed_ratio(self) -> float | None:
@@ -108,6 +118,7 @@ class PlanReport:
                 for each in self.failed
             ],
             "skipped": list(self.skipped),
+            "rewards": {name: dict(facts) for name, facts in self.rewards.items()},
         }
 
 
@@ -146,6 +157,7 @@ def plan_report(ahead: Outlook) -> PlanReport:
         failed=tuple(map(failed_shard, plan.failed)),
         rows_not_asked=plan.rows_not_asked,
         skipped=tuple(plan.skipped),
+        rewards={reward.name: reward.identity for reward in ahead.rewards},
     )
 
 
@@ -270,6 +282,12 @@ class RunReport:
         """What became of a judge's questions; None without a judge."""
         counts = self.totals.get("judged")
         return None if counts is None else Judged(**counts)
+
+    @property
+    def rewards(self) -> dict[str, Rewarded]:
+        """What each reward function gave."""
+        found = self.totals.get("rewards", {})
+        return {name: Rewarded(**counts) for name, counts in found.items()}
 
     @property
     def all_pairs(self) -> PairCounts:

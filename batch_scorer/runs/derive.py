@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial, wraps
@@ -57,6 +57,7 @@ from batch_scorer.pipeline.session import RaySession, has_gpus, on_worker, worke
 from batch_scorer.records import Format, TextStyle, TokenizedRows
 from batch_scorer.render import Probe, max_tokens_of, rendering_of
 from batch_scorer.render.questions import check_templates
+from batch_scorer.rewards.functions import Reward, find_rewards
 from batch_scorer.runs.engine_choice import (
     is_raced,
     supported_engines,
@@ -295,13 +296,15 @@ def as_begun(config: Config, members: Members, output: Store) -> AnyJob | None:
         if job is None:
             return None
         jobs[name] = job
-    return job_of(config, jobs)
+    whole = job_of(config, jobs, find_rewards(config))
+    return whole if whole.fingerprint.digest == Fingerprint(claim.fingerprint).digest else None
 
 
 def _as_begun(
     member: Member, parts: Mapping[str, Any], device: Device, date: datetime | None
 ) -> Job | None:
-    """The job of one model, whose fingerprint had these parts when the output was begun."""
+    """The job of one model, with what the settings leave open as in these parts of the fingerprint
+    that the output was begun with; None where they do not say it."""
     config = member.config
     dtype = config.dtype or parts.get("dtype")
     then = config.model_copy(update={"device": device, "dtype": dtype})
@@ -310,7 +313,7 @@ def _as_begun(
         if (engine := parts.get("backend")) not in ENGINES:
             return None
         job = job.on_engine(engine)
-    return job if job.fingerprint.digest == Fingerprint(parts).digest else None
+    return job
 
 
 def settle(config: Config, members: Members, plan: Plan, session: RaySession) -> AnyJob:
@@ -320,9 +323,11 @@ def settle(config: Config, members: Members, plan: Plan, session: RaySession) ->
     begun = claimed_parts(open_output(config))
     date = _one_date(begun)
     jobs = {name: derive(each.config, each.model, date) for name, each in members.items()}
-    worker_pool(job_of(config, jobs))  # raises where the devices are too few, before it is claimed
+    rewards = find_rewards(config)
+    # Raises where the devices are too few, before the output is claimed.
+    worker_pool(job_of(config, jobs, rewards))
     jobs = {name: _with_engine(job, plan, begun.get(name, {})) for name, job in jobs.items()}
-    return job_of(config, jobs)
+    return job_of(config, jobs, rewards)
 
 
 def date_of(output: Store) -> datetime | None:
@@ -472,6 +477,23 @@ def require_answers(job: Job, plan: Plan) -> None:
                 "is of the answer alone, and these rows do not show where it begins; give prompt "
                 "and answer in columns of their own, or conversations"
             )
+
+
+def require_columns(rewards: Sequence[Reward], plan: Plan) -> None:
+    """Raise ConfigError for a column that a reward function asks for and that no file has. In a
+    file without it, as in a row, its values are None."""
+    known = {name for file in plan.files for name in file.schema.names}
+    if not plan.files or plan.aside:  # those aside may have it
+        return
+    for reward in rewards:
+        for parameter, column in reward.columns.items():
+            if column not in known:
+                raise ConfigError(
+                    f"rewards: {reward.name}: no input has a column {column!r}, which "
+                    f"{reward.function} asks for as {parameter}; there are "
+                    f"{', '.join(sorted(known))}. Name another one with `columns`, or give the "
+                    "parameter a default"
+                )
 
 
 def require_template(job: Job, plan: Plan) -> None:

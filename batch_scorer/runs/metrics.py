@@ -75,6 +75,7 @@ class Metrics:
     tokenize_s: float = 0.0
     wait_s: float = 0.0
     score_s: float = 0.0
+    reward_s: float = 0.0
     write_s: float = 0.0
     peaks: dict[str, float] = field(default_factory=dict)
     """FLOP/s by engine record (`Receipt.engine`): the best that any of its workers has measured, as
@@ -108,7 +109,7 @@ class Metrics:
         for model, effort in spent.efforts.items():
             self.efforts.setdefault(model, Effort()).add(effort)
         self.tokenized_sequences += spent.tokenized_sequences
-        for name in ("read_s", "tokenize_s", "wait_s", "score_s", "write_s"):
+        for name in ("read_s", "tokenize_s", "wait_s", "score_s", "reward_s", "write_s"):
             setattr(self, name, getattr(self, name) + getattr(spent, name))
         engine = receipt.engine
         self.peaks[engine] = max(self.peaks.get(engine, 0.0), spent.peak_flops)
@@ -231,6 +232,7 @@ class Metrics:
             "tokenize_s": self.tokenize_s,
             "wait_s": self.wait_s,
             "score_s": self.score_s,
+            "reward_s": self.reward_s,
             "write_s": self.write_s,
             "workers": run.workers,
             "devices": run.devices,

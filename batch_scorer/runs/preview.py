@@ -1,6 +1,6 @@
 """What a run would do (`plan`), and whether its scores would be right (`check`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 from batch_scorer.config import Config
@@ -17,6 +17,7 @@ from batch_scorer.parity import (
     look_at_first,
 )
 from batch_scorer.pipeline.session import on_worker, ray_session
+from batch_scorer.rewards.functions import Reward, find_rewards
 from batch_scorer.runs.derive import (
     derive,
     known_files,
@@ -24,6 +25,7 @@ from batch_scorer.runs.derive import (
     look_at_models,
     plan_for,
     require_answers,
+    require_columns,
     require_template,
 )
 from batch_scorer.runs.estimate import Estimate, estimate
@@ -52,9 +54,10 @@ def check(config: Config) -> Checked:
     model = look_at_model(config)
     plan = plan_for(config, {"": Member(config, model)})
     with ray_session(config):
-        job = derive(config, model)
+        job = derive(config, model).with_rewards(find_rewards(config))
         require_template(job, plan)
         require_answers(job, plan)
+        require_columns(job.rewards, plan)
         sample = choose_sample(job, plan.shards)
         if sample is None:
             raise InputError(f"{', '.join(config.inputs)}: none of the first rows can be scored")
@@ -64,11 +67,13 @@ def check(config: Config) -> Checked:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run would do. Without an `estimate`, `unknown` is the reason; None: no model given."""
+    """What a run would do, and the reward functions that it would ask. Without an `estimate`,
+    `unknown` is the reason; None: no model given."""
 
     plan: Plan
     estimate: Estimate | None = None
     unknown: str | None = None
+    rewards: tuple[Reward, ...] = ()
 
 
 def look_ahead(config: Config, *, with_model: bool) -> Outlook:
@@ -77,6 +82,13 @@ def look_ahead(config: Config, *, with_model: bool) -> Outlook:
     Writes nothing, starts no Ray, fetches no model. Raises ConfigError and InputError, and
     ModelError for a model that is at hand and cannot score.
     """
+    rewards = find_rewards(config)
+    ahead = _look_ahead(config, with_model=with_model)
+    require_columns(rewards, ahead.plan)
+    return replace(ahead, rewards=rewards)
+
+
+def _look_ahead(config: Config, *, with_model: bool) -> Outlook:
     if not with_model:
         return Outlook(make_plan(config, known=known_files(config)))
     try:

@@ -44,6 +44,7 @@ from batch_scorer.runs.derive import (
     open_output,
     plan_for,
     require_answers,
+    require_columns,
     require_template,
     settle,
 )
@@ -128,6 +129,7 @@ def score_plan(
     for member in job.members.values():
         require_template(member, plan)
         require_answers(member, plan)
+    require_columns(job.rewards, plan)
     claim_output(output, job.fingerprint, config.with_role("layout"), job.provenance)
     plan_digest = plan.digest(
         job.fingerprint.digest, config.column_prefix, retried=config.retry_marked

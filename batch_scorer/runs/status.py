@@ -27,7 +27,8 @@ class OutputStatus:
     `holder` renewed its lease `renewed_s` seconds ago, by this machine's clock; a live run does so
     every ten seconds. `metrics` (`Metrics.to_json`) are those of the newest run that had anything
     to score, None before there is one; `left_s`, the seconds until it ends, is estimated from them
-    while it runs. `judged` counts a judge's questions (`records.Judged`), None without a judge.
+    while it runs. `judged` counts a judge's questions (`records.Judged`), None without a judge;
+    `rewards` what each reward function gave (`records.Rewarded`).
     """
 
     output: str
@@ -49,6 +50,7 @@ class OutputStatus:
     left_s: float | None
     provenance: dict[str, Any]
     judged: dict[str, Any] | None
+    rewards: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +97,7 @@ def read_status(output: str | Path, store_options: Mapping[str, str] | None = No
         left_s=left_s,
         provenance=claim.provenance,
         judged=totals.get("judged"),
+        rewards=totals.get("rewards", {}),
     )
 
 

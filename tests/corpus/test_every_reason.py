@@ -20,6 +20,7 @@ from tests.helpers.receipts import COMMIT
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests/corpus/test_every_reason.py"
+CALLS = "tests/unit/rewards/test_calls.py"
 ELSEWHERE: dict[RowReason | RowNote | ShardReason, str] = {
     RowReason.CONTEXT_NOT_READ: f"{HERE}::test_context_that_is_not_read",
     RowReason.NON_FINITE_SCORE: "tests/e2e/test_bad_input.py::"
@@ -47,6 +48,11 @@ ELSEWHERE: dict[RowReason | RowNote | ShardReason, str] = {
     RowReason.BAD_RUBRIC: "tests/unit/judges/test_questions.py::test_what_is_no_rubric",
     RowReason.MARKER_IN_TEXT: "tests/unit/judges/test_questions.py::"
     "test_a_marker_in_a_text_marks_its_row",
+    RowReason.REWARD_NONE: f"{CALLS}::test_columns_and_arguments_come_by_name",
+    RowReason.REWARD_RAISED: f"{CALLS}::test_a_fault_costs_its_response_alone",
+    RowReason.REWARD_INVALID: f"{CALLS}::test_a_fault_costs_its_response_alone",
+    RowReason.REWARD_TIMED_OUT: f"{CALLS}::test_a_hang_costs_its_response_alone",
+    RowReason.REWARD_DIED: f"{CALLS}::test_a_fault_costs_its_response_alone",
     RowNote.ANSWER_REWRITTEN: "tests/unit/render/test_template.py::"
     "test_an_answer_that_the_template_cuts_is_noted",
     RowNote.SAME_TOKENS: "tests/unit/render/test_template.py::"
@@ -64,6 +70,8 @@ ELSEWHERE: dict[RowReason | RowNote | ShardReason, str] = {
     "test_a_run_of_an_old_epoch_may_not_begin_a_commit",
     ShardReason.INTERNAL: "tests/fault/test_poison.py::"
     "test_an_engine_that_raises_at_every_row_is_a_defect_and_blames_no_row",
+    ShardReason.REWARD_UNUSABLE: f"{CALLS}::"
+    "test_a_function_that_cannot_be_loaded_on_this_machine_fails_the_shard",
 }
 
 

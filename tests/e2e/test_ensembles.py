@@ -1,4 +1,5 @@
-"""Two real models in one job: with Ray and without, beside the jobs of each model alone."""
+"""Two real models and two reward functions in one job: with Ray and without, beside the jobs of
+each model alone."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import jsonl, pairs, parquet
 from tests.helpers.places import Place, of_input
 from tests.helpers.program import Ended, Program
+from tests.helpers.reward_file import reward_file
 from tests.helpers.tiny import tiny_reward_model
 
 pytestmark = pytest.mark.e2e
 
 PAIRS, LISTS = "pairs.parquet", "rollouts.jsonl"
 NAMES = ("helpful", "safety")
+REWARDS = ("length", "turns")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     ]
     (place / "in").write({PAIRS: parquet(pairs(30)), LISTS: jsonl(lists)})
     folder = Path(place.url)
+    reward_file(folder)
     rng = np.random.default_rng(1)
     for number, name in enumerate(NAMES):
         file = tiny_reward_model(folder / name) / "model.safetensors"
@@ -52,10 +56,14 @@ def models(place: Place) -> list[object]:
     return [part for n in NAMES for part in ("--model", f"{n}={Path(place.url) / n}")]
 
 
+def rewards(place: Place) -> list[object]:
+    return [part for n in REWARDS for part in ("--reward", f"{n}={place.url}/own_rewards.py:{n}")]
+
+
 @pytest.fixture(scope="module")
 def together(place: Place) -> Ended:
-    """Both models, without Ray."""
-    ended = run_cli(*flags(place, "together", *models(place), "--no-ray"))
+    """Both models and functions, without Ray."""
+    ended = run_cli(*flags(place, "together", *models(place), *rewards(place), "--no-ray"))
     assert ended.exit_code == 0, ended.err
     return ended
 
@@ -126,6 +134,24 @@ def test_what_models_have_together_is_computed_over_the_models_and_the_row(
         assert lists["rank_disagreement"][row] == pytest.approx(apart)
 
 
+def test_functions_are_asked_once_for_all_models(place: Place, together: Ended) -> None:
+    table = columns(place, "together", PAIRS)
+    for side in ("chosen", "rejected"):
+        texts = [messages[-1]["content"] for messages in table[side]]
+        assert table[f"length_score_{side}"] == [float(len(each)) for each in texts]
+        assert table[f"turns_score_{side}"] == [len(each) - 1.0 for each in table[side]]
+    lists = columns(place, "together", LISTS)
+    assert lists["length_scores"] == [[float(len(t)) for t in row] for row in lists["responses"]]
+    assert lists["turns_scores"] == [[1.0] * len(row) for row in lists["responses"]]
+    rows = len(table["chosen"]) + len(lists["responses"])
+    responses = 2 * len(table["chosen"]) + len(flat(lists["responses"]))
+    counts = {"responses": responses, "values": responses, "rows_valued": rows, "marked": {}}
+    assert together.json["rewards"] == dict.fromkeys(REWARDS, counts)
+    for key in (PAIRS, LISTS):
+        errors = [columns(place, "together", key)[f"{name}_score_error"] for name in REWARDS]
+        assert set(flat(errors)) == {None}
+
+
 def flat(values: list[Any]) -> list[Any]:
     """The values of a column, and those of its lists."""
     return [part for each in values for part in (each if isinstance(each, list) else [each])]
@@ -136,11 +162,13 @@ def test_ray_gives_the_same_with_models_on_one_worker_or_on_several(
     model_workers: str, place: Place, together: Ended, program: Program
 ) -> None:
     output = f"ray-{model_workers}"
-    ended = program.run(*flags(place, output, *models(place), "--model-workers", model_workers))
+    more = [*models(place), *rewards(place), "--model-workers", model_workers]
+    ended = program.run(*flags(place, output, *more))
     assert ended.exit_code == 0, ended.err
     count = 1 if model_workers == "shared" else 2
     assert ended.json["metrics"]["workers"] == count
-    assert ended.json["rows_scored"] == together.json["rows_scored"]
+    for counted in ("rows_scored", "rewards"):
+        assert ended.json[counted] == together.json[counted]
     sequences = together.json["metrics"]["tokenized_sequences"]
     assert ended.json["metrics"]["tokenized_sequences"] == sequences
     for key in (PAIRS, LISTS):

@@ -22,7 +22,7 @@ from cluster.local.seaweed import S3Server
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import jsonl, pair_rows, pairs, parquet, table_of
 from tests.helpers.places import Place, Stored
-from tests.helpers.program import Ended, Program
+from tests.helpers.program import Ended, Models, Program, model_flags
 from tests.helpers.tiny import tiny_reward_model
 
 pytestmark = pytest.mark.e2e
@@ -55,16 +55,6 @@ def asked_sequences() -> Iterator[list[int]]:
 def asked() -> Iterator[list[int]]:
     with asked_sequences() as counts:
         yield counts
-
-
-Models = Path | dict[str, Path]
-"""One model, or several by name."""
-
-
-def model_flags(models: Models) -> list[object]:
-    if isinstance(models, Path):
-        return ["--model", models]
-    return [part for name, path in models.items() for part in ("--model", f"{name}={path}")]
 
 
 @dataclass

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -179,6 +180,9 @@ def _serve(model: Path) -> None:
         else:
             answer = os.fork()
             if answer == 0:
+                # Also as there: what is printed goes to a file, and not among the answers.
+                with tempfile.TemporaryFile() as printed:
+                    os.dup2(printed.fileno(), sys.stdout.fileno())
                 _run(request)
             children.add(answer)
         print(json.dumps(answer), flush=True)

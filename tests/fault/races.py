@@ -36,7 +36,7 @@ class Bench:
         """Commit by a run of this epoch; `add` moves the scores, so that writers can be told."""
         scores = replace(self.scored.scores, values=self.scored.scores.values + add)
         scored = replace(self.scored, scores=scores)
-        return commit_shard(self.job, epoch, shard or self.shard, {"": scored})
+        return commit_shard(self.job, epoch, shard or self.shard, {"": scored}, lambda *_: None)
 
     def of_plan(self, name: str) -> "Bench":
         """The same shard with another identity, as if its input had been rewritten."""

@@ -1,4 +1,5 @@
-"""A run of several models that is killed is finished by the same command, to the same bytes."""
+"""A run of several models and functions that is killed is finished by the same command, to the same
+bytes."""
 
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from batch_scorer.errors import ExitCode
 from batch_scorer.outputs.verify import verify
 from tests.fault.small_job import SmallJob, small_job
 from tests.helpers.places import Place, digests
+from tests.helpers.reward_file import reward_file
 from tests.helpers.tiny import tiny_reward_model
 
 pytestmark = pytest.mark.fault
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.fault
 def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[SmallJob]:
     folder = tmp_path_factory.mktemp("ensembles")
     tiny_reward_model(folder / "other", bos=True)
+    reward_file(folder)
     with small_job(Place(str(folder)), folder, tiny_model) as made:
         yield made
 
@@ -27,7 +30,9 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
 def config_of(job: SmallJob, output: str) -> Config:
     alone = job.config(output)
     models = {"a": str(job.model), "b": f"{job.place.url}/other"}
-    return Config.model_validate({**alone.model_dump(exclude_unset=True), "model": models})
+    rewards = {name: f"{job.place.url}/own_rewards.py:{name}" for name in ("length", "turns")}
+    more = {"model": models, "rewards": rewards}
+    return Config.model_validate({**alone.model_dump(exclude_unset=True), **more})
 
 
 @pytest.mark.parametrize("name", ["commit.before_put", "commit.after_put:kill:2",

@@ -20,6 +20,16 @@ _POLL_S = 0.05
 _TIMEOUT_S = 600
 
 
+Models = Path | dict[str, Path]
+"""One model, or several by name."""
+
+
+def model_flags(models: Models) -> list[object]:
+    if isinstance(models, Path):
+        return ["--model", models]
+    return [part for name, path in models.items() for part in ("--model", f"{name}={path}")]
+
+
 @dataclass(frozen=True)
 class Ended:
     """A process that ended, and what it said."""

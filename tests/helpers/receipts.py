@@ -12,6 +12,7 @@ from batch_scorer.records import (
     Layout,
     PairCounts,
     Receipt,
+    Rewarded,
     Shard,
     Source,
     Spent,
@@ -57,6 +58,7 @@ JUDGED = Judged(
     unequal=15,
     longer_preferred=9,
 )
+REWARDED = Rewarded(responses=20, values=18, rows_valued=9, marked={"reward_raised": 1})
 
 
 def stored(commit: Commit, etag: str = "v") -> Stored:
@@ -104,6 +106,7 @@ ONE = replace(
         read_s=0.25,
         tokenize_s=0.5,
         score_s=3.0,
+        reward_s=0.25,
         write_s=0.75,
     ),
 )

@@ -18,7 +18,7 @@ import pytest
 
 from batch_scorer import quarantine
 from batch_scorer.errors import ShardError, ShardReason
-from batch_scorer.quarantine import Bounds, Died, apart
+from batch_scorer.quarantine import Bounds, Died, TimedOut, apart
 from tests.helpers.program import wait_until
 
 BOUNDS = Bounds(seconds=300, memory_bytes=1 << 30)
@@ -272,3 +272,33 @@ def test_a_child_answers_calls_of_one_kind() -> None:
     first, second = (replace(BOUNDS, kind=kind) for kind in ("first", "second"))
     ours, others = apart(first, os.getpid), apart(second, os.getpid)
     assert ours != others
+
+
+def test_a_call_may_have_one_try_alone(tmp_path: Path) -> None:
+    counter = tmp_path / "tries"
+    with pytest.raises(Died) as raised:
+        apart(replace(BOUNDS, tries=1), end_the_first_times, counter, 1)
+    assert raised.value.how == "ended with exit code 1"
+    assert counter.read_text() == "."
+
+
+def test_that_time_was_up_is_told_apart() -> None:
+    with pytest.raises(TimedOut) as raised:
+        apart(replace(BOUNDS, seconds=0.05, tries=1), hang)
+    assert raised.value.how == "takes longer than 0.05 s"
+
+
+def test_a_child_may_answer_one_call_alone() -> None:
+    once = replace(BOUNDS, kind="once", is_kept=False)
+    ours, others = apart(once, process), apart(once, process)
+    assert ours != others
+    wait_until(lambda: not _is_there(ours) and not _is_there(others), "both to end")
+
+
+def test_the_only_child_of_its_kind_stays_while_many_of_another_come() -> None:
+    own = replace(BOUNDS, kind="own")
+    ours = apart(own, process)
+    most = quarantine._MOST_IDLE
+    with ThreadPoolExecutor(2 * most) as pool:
+        list(pool.map(lambda number: apart(BOUNDS, slowly, number), range(8 * most)))
+    assert apart(own, process) == ours

@@ -5,9 +5,9 @@ from typing import Any
 
 from batch_scorer.models.adapter import Prompt
 from batch_scorer.parity import ParityReport, RepliesReport, ScoresReport
-from batch_scorer.records import Judged, PairCounts
+from batch_scorer.records import Judged, PairCounts, Rewarded
 from batch_scorer.reports.blocks import Block, Line, Table, Tone
-from batch_scorer.reports.figures import duration, figure_rows, scaled, verdict_rows
+from batch_scorer.reports.figures import duration, figure_rows, reward_rows, scaled, verdict_rows
 from batch_scorer.reports.pace import MarkedRow, Pace, Started
 from batch_scorer.reports.results import (
     CheckReport,
@@ -52,6 +52,10 @@ def plan_view(report: PlanReport) -> Iterator[Block]:
             text = f"{file.key}: {', '.join(file.lost_types)}"
             yield Line(text, "Parquet types that are lost", Tone.WARNING)
     yield from _skipped(report.skipped)
+    for name, facts in report.rewards.items():
+        columns = ", ".join(facts["columns"].values())
+        reads = f", reads {columns}" if columns else ""
+        yield Line(f"{facts['function']} (source {facts['source'][:12]}{reads})", f"reward {name}:")
     yield Line(
         f"{len(report.files):,} files, {report.shards:,} shards, {report.rows:,} rows"
         f"{_besides(report.rows_not_asked)}, about {report.estimated_tokens:,} tokens by their size"
@@ -299,6 +303,7 @@ def run_view(report: RunReport) -> Iterator[Block]:
         rows.append(("  left for another run", f"{totals['rows_left']:,}"))
     rows += [(name, f"{totals[name]:,}") for name in ("shards", "sequences", "tokens")]
     rows += verdict_rows(report.judged)
+    rows += reward_rows(report.rewards)
     if report.has_scored:
         start_up = f"{report.start_up_s:.1f} s of it start-up"
         rows.append(("time", f"{report.elapsed_s:.1f} s, {start_up}"))
@@ -362,6 +367,8 @@ def verify_view(report: VerifyReport) -> Iterator[Block]:
         f"{verdict.rows_scored:,} scored + {verdict.rows_marked:,} marked{not_asked}; "
         f"{verdict.inputs_compared:,} shards compared with their input"
     )
+    for name, value in reward_rows(verdict.rewards):
+        yield Line(f"  {name}: {value}")
     if report.is_right:
         yield Line("", "verified", Tone.GOOD)
 
@@ -400,8 +407,9 @@ def status_view(status: OutputStatus) -> Iterator[Block]:
     if (more := len(status.failed) - _FILES_SHOWN) > 0:
         yield Line(f"… and {more} more failed shards")
     judged = verdict_rows(None if status.judged is None else Judged(**status.judged))
+    rewards = {name: Rewarded(**counts) for name, counts in status.rewards.items()}
     figures = figure_rows(status.metrics) if status.metrics else []
-    for name, value in [*judged, *figures]:
+    for name, value in [*judged, *reward_rows(rewards), *figures]:
         yield Line(f"  {name}: {value}")
 
 

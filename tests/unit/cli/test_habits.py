@@ -105,8 +105,14 @@ def test_a_job_may_name_what_only_the_cluster_has(
     monkeypatch.delenv("SCRATCH", raising=False)
     (tmp_path / "job.yaml").write_text("model: ${SCRATCH}/m\n")
     words = ["score", "${SCRATCH}/in", "--output", "~/out", "--config", str(tmp_path / "job.yaml")]
-    assert _checked_here(words) == (tmp_path / "job.yaml", None)
-    assert _checked_here(["status", "${SCRATCH}/out"]) == (None, None)
+    assert _checked_here(words) == (tmp_path / "job.yaml", None, {})
+    assert _checked_here(["status", "${SCRATCH}/out"]) == (None, None, {})
+    there = [*words, "--reward", "own=${SCRATCH}/own.py:f"]
+    assert _checked_here(there) == (tmp_path / "job.yaml", None, {})
+    (tmp_path / "own.py").write_text("def f(responses): ...")
+    here = [*words, "--reward", f"own={tmp_path}/own.py:f", "--reward", "short=length"]
+    _, _, rewards = _checked_here(here)
+    assert [*rewards] == ["own", "short"], "all, as flags go in place of the file's"
     with pytest.raises(ConfigError, match="dtype"):
         _checked_here([*words, "--dtype", "int3"])
 
@@ -116,7 +122,7 @@ def test_the_config_file_of_a_job_lies_in_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "job.yaml").write_text("model: m\ninputs: a\noutput: b\n")
-    assert _checked_here(["score", "--config", "~/job.yaml"]) == (tmp_path / "job.yaml", None)
+    assert _checked_here(["score", "--config", "~/job.yaml"]) == (tmp_path / "job.yaml", None, {})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ NEEDS = {
 USAGE = {
     "inputs": "INPUT",
     "columns": "--column FIELD=COLUMN",
+    "rewards": "--reward NAME=FUNCTION",
     "store_options": "--store-option KEY=VALUE",
     "template_arguments": "--template-argument NAME=VALUE",
     "exclude": "--exclude GLOB",

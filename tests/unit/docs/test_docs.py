@@ -359,7 +359,7 @@ def test_every_reason_is_explained() -> None:
 
 def test_flags_in_the_documents_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Config.model_fields}
-    known |= {"--ignore-column", "--template-argument"}
+    known |= {"--ignore-column", "--template-argument", "--reward"}
     known |= {
         "--column",
         "--store-option",

@@ -387,6 +387,6 @@ def test_rows_lost_on_the_way_are_a_wrong_count(tmp_path: Path) -> None:
     )  # fmt: skip
     for planned in (shard, replace(shard, num_rows=999)):
         with pytest.raises(ShardError) as raised:
-            commit_shard(job, 1, planned, {"": scored})
+            commit_shard(job, 1, planned, {"": scored}, lambda *_: None)
         assert raised.value.reason is COUNT
         assert f"{planned.num_rows} rows planned, 998 scored" in raised.value.detail

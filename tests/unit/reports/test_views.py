@@ -67,7 +67,7 @@ from batch_scorer.runs.metrics import Metrics
 from batch_scorer.runs.status import OutputStatus
 from batch_scorer.selection.result import Selected
 from batch_scorer.storage import Check, Conformance
-from tests.helpers.receipts import JUDGED, ONE, OTHER, RUN
+from tests.helpers.receipts import JUDGED, ONE, OTHER, REWARDED, RUN
 
 MARKUP_LIKE = ("[/INST]", "[math]", "[bold]x[/bold]", "a[/]b", "[", "\\[red]", ":warning:")
 
@@ -101,6 +101,7 @@ def plan(text: str) -> PlanReport:
         failed=(failed(text),),
         rows_not_asked=4_321,
         skipped=(text,),
+        rewards={text: {"function": f"{text}:f", "source": "ab" * 32, "columns": {"a": text}}},
     )
 
 
@@ -157,6 +158,7 @@ def run(text: str) -> RunReport:
             f"{text}2": {"pairs": 2, "chosen_higher": 1, "ties": 0},
         },
         "judged": asdict(JUDGED),
+        "rewards": {text: asdict(REWARDED)},
     }  # fmt: skip
     metrics = Metrics.of([ONE, OTHER]).to_json(RUN)
     parity = check(text).parity.to_json()
@@ -164,7 +166,9 @@ def run(text: str) -> RunReport:
 
 
 def verification(text: str) -> VerifyReport:
-    return VerifyReport(text, Verdict(2, 13, 9, 1, 3, 2, [f"{text}: missing"], [f"{text}: left"]))
+    missing, left = [f"{text}: missing"], [f"{text}: left"]
+    found = Verdict(2, 13, 9, 1, 3, 2, missing, left, {text: REWARDED})
+    return VerifyReport(text, found)
 
 
 def conformance(text: str) -> Conformance:
@@ -178,7 +182,7 @@ def status(text: str) -> OutputStatus:
         rows_not_asked=6,
         marked={"too_long": 1}, failed=[{"input": text, "reason": "internal", "detail": text}],
         tokens=1500, metrics=Metrics.of([ONE]).to_json(RUN), left_s=754.0, provenance={},
-        judged=asdict(JUDGED),
+        judged=asdict(JUDGED), rewards={text: asdict(REWARDED)},
     )  # fmt: skip
 
 
@@ -491,6 +495,6 @@ def test_a_plan_with_a_model_shows_what_is_computed() -> None:
 
 
 def test_an_empty_table_is_no_error() -> None:
-    empty = replace(plan("a"), files=(), failed=(), skipped=(), unknown=None)
+    empty = replace(plan("a"), files=(), failed=(), skipped=(), unknown=None, rewards={})
     assert "0 files" in printed(empty)
     assert [type(block) for block in blocks_of(empty)] == [Table, Line]

@@ -51,6 +51,7 @@ def test_figures_are_sums_over_shards() -> None:
         "tokenize_s": 1.0,
         "wait_s": 1.0,
         "score_s": 4.0,
+        "reward_s": 0.5,
         "write_s": 1.5,
         "workers": 1,
         "devices": 2,
