@@ -96,10 +96,13 @@ def card_of(claim: Claim, receipts: Iterable[Receipt]) -> str:
 def _columns(commits: Iterable[Commit]) -> Iterator[tuple[str, str]]:
     names = dict.fromkeys(name for commit in commits for name in commit.added_columns)
     prefix = next((commit.column_prefix for commit in commits), "")
+    rewards = {commit.reward_prefix(own): own for commit in commits for own in commit.rewards}
     for name in names:
+        own = next((own for begins, own in rewards.items() if name.startswith(begins)), None)
         plain = name.removeprefix(prefix)
         fitting = [known for known in _MEANS if plain.startswith(known)]
-        yield f"`{name}`", _MEANS[max(fitting, key=len)] if fitting else ""
+        means = _MEANS[max(fitting, key=len)] if fitting else ""
+        yield f"`{name}`", means if own is None else f"of the reward function {own}"
 
 
 def _by_source(

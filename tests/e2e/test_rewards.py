@@ -15,6 +15,7 @@ from batch_scorer import score_rows
 from batch_scorer.cli.submit import Submission
 from batch_scorer.config import RewardSettings
 from batch_scorer.outputs.verify import verify
+from batch_scorer.runs.card import write_card
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import Row, jsonl, pair_rows
 from tests.helpers.places import Place, Stored, digests, of_input
@@ -141,8 +142,10 @@ def test_two_functions_beside_the_model(
     shards = (place / "out").shards()
     assert_columns_are_ours(shards)
 
-    score(place, tiny_model, "alone")
+    alone = score(place, tiny_model, "alone")
     assert without(shards, "length_", "named_") == without((place / "alone").shards())
+    assert alone.json["metrics"]["reward_s"] == 0.0
+    assert "rewards" not in alone.json
 
     responses = 2 * 20 + sum(len(row["responses"]) for row in rollouts(12))
     totals = ended.json
@@ -168,6 +171,9 @@ def test_two_functions_beside_the_model(
     status = run_cli("status", (place / "out").url, "--json").json
     assert status["rewards"] == totals["rewards"]
     assert status["provenance"]["rewards"]["named"]["columns"] == {"answer": "answer"}
+    write_card((place / "out").url, {})
+    card = (place / "out").store.read("README.md").decode()
+    assert "| `named_score_chosen` | of the reward function named |" in card
 
 
 def vars_of(counts: Any) -> dict[str, Any]:
