@@ -218,19 +218,21 @@ def test_faults_cost_their_rows_alone_and_the_counts_add_up(
     assert verdict.rewards["die"].marked == {"null_value": 1, "reward_died": 4}
 
 
+@pytest.mark.parametrize("how", ["--no-ray", "--ray"])
 def test_a_killed_run_is_resumed_to_the_same_bytes(
-    place: Place, tiny_model: Path, program: Program
+    place: Place, tiny_model: Path, program: Program, how: str
 ) -> None:
     flags = [*two_functions(place), "--reward", f"slow={place.url}/own_rewards.py:slow"]
     score(place, tiny_model, "whole", *flags)
-    again = command(place, tiny_model, "out", "--no-ray", "--lease-s", 2, *flags)
-    running = program.start(*again)
+    again = command(place, tiny_model, "out", "--lease-s", 2, *flags)
+    running = program.start(*again, how)
     wait_until(lambda: bool((place / "out").shard_keys()) or running.is_over, "a shard is there")
     running.send(signal.SIGKILL)
     assert running.wait().exit_code == -signal.SIGKILL
+    program.wait_until_gone()
     before = digests((place / "out").shards())
     assert 0 < len(before) < len((place / "whole").shard_keys())
-    ended = run_cli(*again)
+    ended = run_cli(*again, "--no-ray")
     assert ended.exit_code == 0, ended.err
     after = digests((place / "out").shards())
     assert after == digests((place / "whole").shards())
