@@ -118,7 +118,6 @@ def _model_table(name: str, made: Mapping[str, Any], claim: Claim) -> str:
 
 
 def _columns(commits: Iterable[Commit]) -> Iterator[tuple[str, str]]:
-<<<<<<< HEAD
     columns: dict[str, str] = {}
     for commit in commits:
         for name in commit.added_columns:
@@ -128,6 +127,9 @@ def _columns(commits: Iterable[Commit]) -> Iterator[tuple[str, str]]:
 
 
 def _meaning(name: str, commit: Commit) -> str:
+    for reward in commit.rewards:
+        if name.startswith(commit.reward_prefix(reward)):
+            return f"of the reward function {reward}"
     prefixes = [commit.column_prefix, *commit.score_prefixes]
     prefix = max((each for each in prefixes if name.startswith(each)), key=len)
     plain = name.removeprefix(prefix)
@@ -135,17 +137,6 @@ def _meaning(name: str, commit: Commit) -> str:
     meaning = _MEANS[max(fitting, key=len)] if fitting else ""
     family = prefix.removeprefix(commit.column_prefix).removesuffix("_")
     return f"{_OF_ALL.get(family, family)}: {meaning}" if family else meaning
-=======
-    names = dict.fromkeys(name for commit in commits for name in commit.added_columns)
-    prefix = next((commit.column_prefix for commit in commits), "")
-    rewards = {commit.reward_prefix(own): own for commit in commits for own in commit.rewards}
-    for name in names:
-        own = next((own for begins, own in rewards.items() if name.startswith(begins)), None)
-        plain = name.removeprefix(prefix)
-        fitting = [known for known in _MEANS if plain.startswith(known)]
-        means = _MEANS[max(fitting, key=len)] if fitting else ""
-        yield f"`{name}`", means if own is None else f"of the reward function {own}"
->>>>>>> h-B
 
 
 def _by_source(
