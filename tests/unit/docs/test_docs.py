@@ -370,6 +370,7 @@ def test_flags_in_the_documents_exist() -> None:
     }
     known |= {"--ray", "--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before
+    known |= {"--rounds", "--workload"}
     known |= {"--benchmark", "--legacy-xstest-weights", "--report"}
     known |= {"--repair", "--html", "--compare"}
     known |= {"--against", "--dry-run", "--output", "--recipe"}
