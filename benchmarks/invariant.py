@@ -14,7 +14,6 @@ whole result as JSON.
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ import transformers
 
 from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
-from batch_scorer.records import TokenizedRows
+from batch_scorer.records import Scores, TokenizedRows
 from benchmarks.common import (
     FAMILIES,
     WORKLOADS,
-    Floats,
     command_line,
     model_of,
     print_table,
@@ -40,6 +38,7 @@ from benchmarks.common import (
 )
 
 DTYPES = ("bfloat16", "float32")
+MODELS = ("embedded", *(family for family in FAMILIES if family != "llama"))
 CONTESTANTS = {"default": False, "invariant": True}
 
 
@@ -47,10 +46,14 @@ def main() -> None:
     parser = command_line(__doc__, takes_data=True)
     parser.add_argument("--rows", type=int, default=32, help="of each workload")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workload", nargs="*", default=["hh", "rollouts-4"], choices=WORKLOADS)
+    parser.add_argument("--model", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--dtype", nargs="*", default=DTYPES, choices=DTYPES)
     asked = parser.parse_args()
     if asked.tiny:
         asked.rows, asked.rounds = 3, 1
+    torch.set_num_threads(asked.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     results: list[dict[str, Any]] = []
@@ -63,8 +66,11 @@ def main() -> None:
             for name in asked.workload
         }
         sample = id_lists(workloads[asked.workload[0]])
-        for model, model_dir in models(embedded, Path(folder), sample, tiny=asked.tiny):
-            for dtype in DTYPES:
+        for model in asked.model:
+            model_dir = embedded
+            if model != "embedded":
+                model_dir = random_model(model, Path(folder), sample, tiny=asked.tiny)
+            for dtype in asked.dtype:
                 results += compare(model, model_dir, dtype, workloads, asked.rounds)
     print_table(
         ["model, dtype, rows", "price", "least", "most", "padding", "other bits", "invariant"],
@@ -78,25 +84,21 @@ def main() -> None:
             for of in results
         ],
     )
-    figures = {"threads": torch.get_num_threads(), "rounds": asked.rounds, "results": results}
+    figures = {"threads": asked.threads, "rounds": asked.rounds, "results": results}
     report("invariant", asked, figures)
 
 
-def models(
-    embedded: Path, folder: Path, sample: list[list[int]], *, tiny: bool
-) -> Iterator[tuple[str, Path]]:
-    """The embedded model, and a random one of each other family: 97 M parameters in 14 layers."""
-    yield "embedded", embedded
-    for family in FAMILIES.keys() - {"llama"}:
-        config = random_config(
-            family,
-            layers=2 if tiny else 14,
-            hidden=192 if tiny else 768,
-            vocabulary=49152,
-            positions=8192,
-        )
-        write_random_model(config, folder / family, [ids[:256] for ids in sample[:16]])
-        yield family, folder / family
+def random_model(family: str, folder: Path, sample: list[list[int]], *, tiny: bool) -> Path:
+    """97 M random parameters in 14 layers, and the embeddings."""
+    config = random_config(
+        family,
+        layers=2 if tiny else 14,
+        hidden=192 if tiny else 768,
+        vocabulary=49152,
+        positions=8192,
+    )
+    write_random_model(config, folder / family, [ids[:256] for ids in sample[:16]])
+    return folder / family
 
 
 def compare(
@@ -108,16 +110,18 @@ def compare(
     }
     found = []
     for workload, rows in workloads.items():
+        part = rows.part(0, -(-rows.num_rows // 4))
         for backend in backends.values():
-            backend.score(rows)  # pays for memory and the set-up of kernels
+            backend.score(part)  # pays for memory and the set-up of kernels
         spent: dict[str, list[float]] = {name: [] for name in backends}
-        padding = 0.0
+        scores: dict[str, Scores] = {}
         for _ in range(rounds):
             for name, backend in backends.items():
                 started = time.process_time()
-                effort = backend.score(rows).effort
+                scores[name] = backend.score(rows)
                 spent[name].append(time.process_time() - started)
-                padding = effort.padding_tokens / (effort.padding_tokens + effort.computed_tokens)
+        effort = scores["invariant"].effort
+        rows_computed = effort.padding_tokens + effort.computed_tokens
         pairs = zip(spent["invariant"], spent["default"], strict=True)
         ratios = [invariant / default for invariant, default in pairs]
         price = statistics.median(ratios)
@@ -133,10 +137,10 @@ def compare(
                     "least": round(min(ratios), 3),
                     "most": round(max(ratios), 3),
                 },
-                "padding_share": round(padding, 3),
+                "padding_share": round(effort.padding_tokens / rows_computed, 3),
                 "other_bits": {
-                    name: other_bits(model_dir, dtype, rows, backend, CONTESTANTS[name])
-                    for name, backend in backends.items()
+                    name: other_bits(model_dir, dtype, rows, scores[name], invariant)
+                    for name, invariant in CONTESTANTS.items()
                 },
             }
         )
@@ -147,24 +151,20 @@ def compare(
 
 
 def other_bits(
-    model_dir: Path, dtype: str, rows: TokenizedRows, whole: HFBackend, invariant: bool
+    model_dir: Path, dtype: str, rows: TokenizedRows, together: Scores, invariant: bool
 ) -> int:
     """How many sequences get other bits in parts of a few, in another order, under a token budget
     of 500, than together."""
     sequences = id_lists(rows)
     order = np.random.default_rng(1).permutation(len(sequences))
-    together = values(whole, sequences)
     backend = HFBackend(
         EngineSettings(model_dir, dtype=dtype, device="cpu", token_budget=500, invariant=invariant)
     )
     parts = np.array_split(order, -(-len(order) // 5))
-    apart = np.concatenate([values(backend, [sequences[i] for i in part]) for part in parts])
+    scores = [backend.score(tokenized([sequences[i] for i in part])) for part in parts]
     backend.close()
-    return int((apart.view(np.int32) != together[order].view(np.int32)).sum())
-
-
-def values(backend: HFBackend, sequences: list[list[int]]) -> Floats:
-    return np.ascontiguousarray(backend.score(tokenized(sequences)).values[:, 0])
+    apart = np.concatenate([score.values for score in scores])  # float32[S, 1]
+    return int((apart.view(np.int32) != together.values[order].view(np.int32)).sum())
 
 
 def id_lists(rows: TokenizedRows) -> list[list[int]]:

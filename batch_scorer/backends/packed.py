@@ -221,10 +221,10 @@ class PackedBody:
         state depend on its place in a batch, on what it shares, or on where batches are cut."""
         length = min(_INVARIANCE_TOKENS, max_sequence_length(self._model) or _INVARIANCE_TOKENS)
         ids = (np.arange(length, dtype=np.int32) * 7 + 1) % self._vocabulary_size
-        shared = ids[: length // 8]
-        company = [np.append(shared, [0, *ids[:30]]).astype(np.int32), shared, ids[1:6]]
+        shared = ids[: -(-length // 8)]
+        company = [np.append(shared, shared), shared, ids[-1:]]
         alone = self._probe([ids], length)[0]
-        beside = self._probe([*company, ids], length - 40)[-1]
+        beside = self._probe([*company, ids], -(-length * 3 // 4))[-1]
         if not torch.equal(beside, alone):
             raise ModelError(
                 f"invariant: the last bits of {type(self._model).__name__}'s states depend on the "

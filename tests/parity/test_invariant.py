@@ -14,6 +14,8 @@ from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.memory import TokenBudget
 from batch_scorer.backends.vllm import VLLMBackend
 from batch_scorer.errors import ConfigError, ModelError
+from batch_scorer.models.registry import EMBEDDING
+from batch_scorer.records import Embedding
 from tests.parity.tiny_models import (
     MODEL_CONFIGS,
     TOLERANCE,
@@ -129,6 +131,32 @@ def test_the_scores_are_those_of_plain_hugging_face(name: str, model_dir: ModelD
     effort = scores.effort
     rows = packed.INVARIANT_ROWS["cpu"]
     assert effort.computed_tokens + effort.padding_tokens == rows * effort.num_batches
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"token_scores": True},
+        *(
+            {"embedding": Embedding(which, True), "adapter": EMBEDDING}
+            for which in ("mean", "last")
+        ),
+    ],
+    ids=["token scores", "mean", "last"],
+)
+def test_what_is_read_otherwise_has_the_same_bits_too(
+    asked: dict[str, Any], model_dir: ModelDir
+) -> None:
+    settings = engine_settings(model_dir("llama"), invariant=True, token_budget=150, **asked)
+    backend = HFBackend(settings)
+    together = backend.score(tokenized(POOL))
+    for number, sequence in enumerate(POOL):
+        alone = backend.score(tokenized([sequence]))
+        assert alone.values.tobytes() == together.values[number].tobytes()
+        if alone.step_values is not None:
+            assert together.step_values is not None and together.step_offsets is not None
+            start, stop = together.step_offsets[number : number + 2]
+            assert alone.step_values.tobytes() == together.step_values[start:stop].tobytes()
 
 
 def test_a_machine_on_which_bits_depend_on_company_is_refused(
