@@ -21,7 +21,16 @@ from batch_scorer.errors import ShardError, StorageError
 from batch_scorer.inputs.files import open_parquet, read_apart
 from batch_scorer.outputs.by_source import LEVELS
 from batch_scorer.outputs.columns import score_items
-from batch_scorer.records import Commit, Format, PairCounts, Receipt, Source, Spread, Status
+from batch_scorer.records import (
+    Commit,
+    Format,
+    PairCounts,
+    Receipt,
+    Source,
+    Spread,
+    Status,
+    family_prefix,
+)
 from batch_scorer.records.digest import digest_of
 from batch_scorer.storage import Store
 
@@ -93,9 +102,10 @@ def rows_by_source(commit: Commit) -> dict[str, int]:
 
 
 def figures_by_source(
-    receipts: Sequence[Receipt], before: Mapping[str, Before]
+    receipts: Sequence[Receipt], before: Mapping[str, Before], model: str = ""
 ) -> dict[str, Figures]:
-    """The figures of each source, from the committed shards after a nightly run and before it."""
+    """The figures of each source, from the committed shards after a nightly run and before it; of
+    one of several models with its scores and pairs."""
     committed = [
         (receipt, receipt.commit)
         for receipt in receipts
@@ -123,9 +133,12 @@ def figures_by_source(
             count(source, "kept" if is_kept else "reused", number if is_kept else reused)
             if is_same and not is_kept:  # its marked rows were tried again, and are still there
                 count(source, "again", number - reused)
-        for source, spread in commit.spread.items():
+        spreads, of_pairs = commit.spread, commit.pairs
+        if model:
+            spreads, of_pairs = commit.models[model].spread, commit.models[model].counts.pairs
+        for source, spread in spreads.items():
             parts.setdefault(source, []).append(spread)
-        for source, counts in commit.pairs.items():
+        for source, counts in of_pairs.items():
             pairs[source] = pairs.get(source, PairCounts()) + counts
     for shard in before.values():
         for source, number in shard.rows.items():
@@ -330,17 +343,19 @@ def _origin(output_key: str, commit: Commit) -> Origin:
 def read_both(
     before: tuple[Store, Sequence[Receipt]],
     after: tuple[Store, Sequence[Receipt]],
+    model: str = "",
 ) -> list[Scored]:
     """A sample of the rows that two generations have scored, each a store and its receipts; the
     same sample whenever it is taken.
 
-    Only rows of the same version of their file. Embeddings have no scores and are left out.
+    Only rows of the same version of their file. Embeddings have no scores and are left out. The
+    scores are those of `model`, where both have it, or of all models together.
     """
     overlaps = list(_overlaps(before[1], after[1]))
     overlaps.sort(key=lambda overlap: digest_of([overlap.origin.input, overlap.origin.first_row]))
     overlaps = overlaps[:SAMPLE_SHARDS]
     limit = SAMPLE_ROWS // max(1, len(overlaps))
-    found = [_read(before[0], after[0], overlap, limit) for overlap in overlaps]
+    found = [_read(before[0], after[0], overlap, limit, model) for overlap in overlaps]
     return [part for part in found if part is not None]
 
 
@@ -376,7 +391,7 @@ def _rows(store: Store, source: Source, names: list[str], rows: IntArray) -> pa.
     return table.take(pa.array(rows))
 
 
-def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored | None:
+def _read(before: Store, after: Store, overlap: _Overlap, limit: int, model: str) -> Scored | None:
     """None where one of the two has no scores, or is no longer there."""
     num_rows = min(limit, overlap.num_rows)
     chosen = np.linspace(0, overlap.num_rows - 1, num_rows).astype(np.int64)  # of the overlap
@@ -387,7 +402,10 @@ def _read(before: Store, after: Store, overlap: _Overlap, limit: int) -> Scored 
         stored = receipt.stored
         assert stored is not None  # `origins` takes committed shards only
         commit = stored.commit
-        prefix, format = commit.score_prefix, Format(commit.layout["format"])
+        if model and model not in commit.models:
+            return None
+        prefix = family_prefix(commit.column_prefix, model) if model else commit.score_prefix
+        format = Format(commit.layout["format"])
         source = Source(store.root, receipt.output_key, stored.size_bytes, stored.version)
         names = [n for n in commit.added_columns if n.startswith(f"{prefix}score")]
         names = [n for n in names if not n.endswith(("score_error", "score_notes"))]

@@ -18,6 +18,7 @@ from batch_scorer.nightly import drift
 from batch_scorer.nightly.generations import MAIN, Generation, Latest
 from batch_scorer.nightly.record import (
     DriftReport,
+    ModelDrift,
     NightlyRecord,
     RowCounts,
     SeriesDrift,
@@ -107,6 +108,10 @@ def describe(root: Store, step: Step) -> SeriesRecord:
         ),
         sources=sources,
         metrics=step.summary.metrics.to_json(step.summary.run),
+        models={
+            name: drift.figures_by_source(step.summary.receipts, shards, name)
+            for name in totals.get("models", {})
+        },
     )
 
 
@@ -138,9 +143,21 @@ def drift_report(
     """
     named = latest.paths.get(after.series) if latest else None
     before = _newest_of(root, after.series, named or after.path)
-    ranks = None
-    if named not in (None, after.path) and (there := _receipts_of(root, named)) is not None:
-        ranks = drift.compare(drift.read_both(there, (step.store, step.summary.receipts)))
+    there = None if named == after.path else _receipts_of(root, named)
+    here = step.store, step.summary.receipts
+
+    def ranks_of(model: str = "") -> drift.Ranks | None:
+        return None if there is None else drift.compare(drift.read_both(there, here, model))
+
+    ranks = ranks_of()
+    models = {
+        name: ModelDrift(
+            sources=sources,
+            sources_before=before.record.models.get(name, {}) if before else {},
+            ranks=ranks_of(name),
+        )
+        for name, sources in after.models.items()
+    }
     moved = SeriesDrift(
         series=after.series,
         path=after.path,
@@ -150,6 +167,7 @@ def drift_report(
         sources_before=before.record.sources if before else {},
         ranks_of=named if ranks else None,
         ranks=ranks,
+        models=models,
     )
     return DriftReport(number, (moved,))
 

@@ -5,7 +5,7 @@ and the series are `lines`, which their aliases say to whoever reads them.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -45,7 +45,8 @@ class ShardCounts:
 class SeriesRecord:
     """What a nightly run did for one model: its series, and that series' generation afterwards.
 
-    `manifest` is the key of the generation's manifest, `metrics` are `Metrics.to_json`.
+    `manifest` is the key of the generation's manifest, `metrics` are `Metrics.to_json`. Of several
+    models `sources` are of the mean of their scores, and `models` has each one's, by name.
     """
 
     series: Annotated[str, Field(alias="line")]
@@ -56,6 +57,7 @@ class SeriesRecord:
     shards: ShardCounts
     sources: Mapping[str, Figures]
     metrics: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +69,7 @@ class SeriesRecord:
             "shards": asdict(self.shards),
             "sources": _figures_to_json(self.sources),
             "metrics": dict(self.metrics),
+            "models": {name: _figures_to_json(own) for name, own in self.models.items()},
         }
 
 
@@ -138,6 +141,30 @@ class SourceDrift:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDrift:
+    """How the scores of one of several models have moved; as in `SeriesDrift`."""
+
+    sources: Mapping[str, Figures]
+    sources_before: Mapping[str, Figures]
+    ranks: Ranks | None
+
+    def by_source(self) -> list[SourceDrift]:
+        """The source with most rows first."""
+        return _by_source(self.sources, self.sources_before)
+
+    def all_sources(self) -> SourceDrift:
+        """All rows together."""
+        return SourceDrift("all", together(self.sources), together(self.sources_before))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sources": _figures_to_json(self.sources),
+            "sources_before": _figures_to_json(self.sources_before),
+            "ranks": None if self.ranks is None else self.ranks.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class SeriesDrift:
     """How the scores of one series have moved, from the generation at `before`, as nightly run
     `since` left it, to the one at `path`.
@@ -154,14 +181,11 @@ class SeriesDrift:
     sources_before: Mapping[str, Figures]
     ranks_of: str | None
     ranks: Ranks | None
+    models: Mapping[str, ModelDrift] = field(default_factory=dict)
 
     def by_source(self) -> list[SourceDrift]:
         """The source with most rows first."""
-        names = sorted(self.sources, key=lambda name: (-self.sources[name].rows, name))
-        return [
-            SourceDrift(name, self.sources[name], self.sources_before.get(name, Figures()))
-            for name in names
-        ]
+        return _by_source(self.sources, self.sources_before)
 
     def all_sources(self) -> SourceDrift:
         """All rows together."""
@@ -177,7 +201,13 @@ class SeriesDrift:
             "sources_before": _figures_to_json(self.sources_before),
             "ranks_of": self.ranks_of,
             "ranks": None if self.ranks is None else self.ranks.to_json(),
+            "models": {name: own.to_json() for name, own in self.models.items()},
         }
+
+
+def _by_source(now: Mapping[str, Figures], then: Mapping[str, Figures]) -> list[SourceDrift]:
+    names = sorted(now, key=lambda name: (-now[name].rows, name))
+    return [SourceDrift(name, now[name], then.get(name, Figures())) for name in names]
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from batch_scorer.records import (
     SCALAR,
     Commit,
     ModelCommit,
+    ModelCounts,
     Outputs,
     PairCounts,
     Receipt,
@@ -253,9 +254,8 @@ def _describe(
         marked = own.errors_by_row().values()
         models[name] = ModelCommit(
             fingerprint=job.members[name].fingerprint.digest,
-            rows_marked=len(marked),
-            marked=_by_reason(marked),
-            pairs=pairs_of(name, own),
+            counts=ModelCounts(len(marked), _by_reason(marked), pairs_of(name, own)),
+            spread=spread_by_source(own, sources),
         )
     return Commit(
         identity=shard.identity(job.fingerprint.digest, prefix),

@@ -38,7 +38,7 @@ from batch_scorer.quarantine import Bounds, Died, apart
 from batch_scorer.records import (
     Commit,
     Judged,
-    ModelCommit,
+    ModelCounts,
     PairCounts,
     Receipt,
     Rewarded,
@@ -278,7 +278,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
     judged: Judged | None = None
-    models: dict[str, ModelCommit] = {}
+    models: dict[str, ModelCounts] = {}
     rewards: dict[str, Rewarded] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
@@ -311,7 +311,7 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
         if commit.judged is not None:
             judged = commit.judged if judged is None else judged + commit.judged
         for name, own in commit.models.items():
-            models[name] = models[name] + own if name in models else own
+            models[name] = models[name] + own.counts if name in models else own.counts
         rewards = added_up(rewards, commit.rewards)
     if judged is not None:
         totals["judged"] = asdict(judged)

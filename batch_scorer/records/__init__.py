@@ -8,6 +8,7 @@ from batch_scorer.records.judging import Ended, Judged, Questions, Reply
 from batch_scorer.records.receipts import (
     Commit,
     ModelCommit,
+    ModelCounts,
     PairCounts,
     Receipt,
     Reused,
@@ -72,6 +73,7 @@ __all__ = [
     "Lines",
     "Message",
     "ModelCommit",
+    "ModelCounts",
     "Outputs",
     "PairCounts",
     "ParsedRows",

@@ -60,23 +60,31 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCommit:
-    """What a scored shard holds of one of several models: the fingerprint of its scores, its marked
-    rows by reason, and its pairs by source. Adds up over shards."""
+class ModelCounts:
+    """What one of several models made of rows: how many it marked, by reason, and its pairs by
+    source. Adds up over shards."""
 
-    fingerprint: str
     rows_marked: int
     marked: dict[str, int]
     pairs: dict[str, PairCounts]
 
-    def __add__(self, other: "ModelCommit") -> "ModelCommit":
+    def __add__(self, other: "ModelCounts") -> "ModelCounts":
         pairs = {
             source: self.pairs.get(source, PairCounts()) + other.pairs.get(source, PairCounts())
             for source in sorted({*self.pairs, *other.pairs})
         }
         marked = Counter(self.marked) + Counter(other.marked)
-        rows_marked = self.rows_marked + other.rows_marked
-        return ModelCommit(self.fingerprint, rows_marked, dict(marked), pairs)
+        return ModelCounts(self.rows_marked + other.rows_marked, dict(marked), pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCommit:
+    """What a scored shard holds of one of several models: the fingerprint of its scores, its
+    counts, and how its scores spread, by source."""
+
+    fingerprint: str
+    counts: ModelCounts
+    spread: dict[str, Spread]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +174,7 @@ class Commit:
     @property
     def reasons(self) -> set[str]:
         """Why rows lack a score of any model, or a reward function's value."""
-        parts = [own.marked for own in self.models.values()]
+        parts = [own.counts.marked for own in self.models.values()]
         parts += [counts.marked for counts in self.rewards.values()]
         return set(self.marked).union(*parts)
 

@@ -20,7 +20,7 @@ from batch_scorer.outputs.verify import Verdict
 from batch_scorer.parity import ParityReport
 from batch_scorer.records import (
     Judged,
-    ModelCommit,
+    ModelCounts,
     PairCounts,
     Receipt,
     Rewarded,
@@ -268,10 +268,10 @@ class RunReport:
         return {source: PairCounts(**numbers) for source, numbers in counts}
 
     @property
-    def models(self) -> dict[str, ModelCommit]:
+    def models(self) -> dict[str, ModelCounts]:
         """Of several models the rows that each one marked, and its pairs, by name."""
         found = self.totals.get("models", {})
-        return {name: parsed(json.dumps(own), ModelCommit) for name, own in found.items()}
+        return {name: parsed(json.dumps(own), ModelCounts) for name, own in found.items()}
 
     @property
     def judged(self) -> Judged | None:

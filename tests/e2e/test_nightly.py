@@ -561,7 +561,18 @@ def test_two_models_in_one_generation(
         for name, is_same in (("safety", True), ("help", False)):
             columns = [each[key].table[f"{name}_score_chosen"] for each in (then, now)]
             assert columns[0].equals(columns[1]) == is_same
-    assert fourth["drift"]["lines"][0]["ranks"]["spearman"] < 1
+    (drift,) = fourth["drift"]["lines"]
+    assert drift["ranks"]["spearman"] < 1
+    ranks = {name: own["ranks"]["spearman"] for name, own in drift["models"].items()}
+    assert ranks["safety"] == pytest.approx(1) and ranks["help"] < 0.9
+    figures = fourth["night"]["lines"][0]["models"]["safety"]
+    scores = [s for each in now.values() for s in each.table["safety_score_chosen"].to_pylist()]
+    scores += [s for each in now.values() for s in each.table["safety_score_rejected"].to_pylist()]
+    count = sum(each["scores"] for each in figures.values())
+    mean = sum(each["mean"] * each["scores"] for each in figures.values()) / count
+    assert (count, mean) == (len(scores), pytest.approx(sum(scores) / len(scores), rel=1e-4))
+    shown = run_cli("drift", (nights.place / "out").url).out
+    assert "Scores of help" in shown and "Scores of safety" in shown
     assert nights.night(model=new)["night"] is None
     nights.verify()
 

@@ -206,6 +206,33 @@ def assert_deaths_are_bounded(summary: Summary) -> None:
             assert receipt.spent.retries == 0
 
 
+@pytest.mark.usefixtures("private_ray")
+def test_poison_for_one_of_several_models_costs_that_model_alone(
+    place: Place, tiny_model: Path
+) -> None:
+    for name in FILES:
+        if name not in ("two", "mixed"):
+            (place / "in").store.delete(f"{name}.parquet")
+    poisoned = poisoned_backend(tokens_of_poisons(tiny_model))
+    alone = config_of(place, tiny_model, "out", workers=1)
+    both = {name: str(tiny_model) for name in ("a", "b")}
+    config = Config.model_validate({**alone.model_dump(exclude_unset=True), "model": both})
+    summary = run_score(
+        config,
+        make=lambda job: poisoned() if job.config.column_prefix == "b_" else FakeBackend(),
+    )
+    assert summary.is_complete
+    crash, raised, memory = "worker_crash", "engine_error", "out_of_memory"
+    for name, marks in (
+        ("two", [None, crash, crash, None]),
+        ("mixed", [raised, crash, None, memory]),
+    ):
+        table = (place / "out").shards()[f"{name}.parquet"].table
+        assert table["a_score_error"].null_count == 4
+        assert table["b_score_error"].to_pylist() == table["score_error"].to_pylist() == marks
+    assert not verify((place / "out").url).problems
+
+
 def test_rows_at_which_the_engine_raises_are_found_without_a_death(
     place: Place, tiny_model: Path
 ) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from batch_scorer.nightly.drift import Ranks
 from batch_scorer.nightly.record import (
     DriftReport,
+    ModelDrift,
     NightlyRecord,
     SeriesDrift,
     Shift,
@@ -88,17 +89,21 @@ def drift_view(report: DriftReport) -> Iterator[Block]:
         yield from _moved(each)
         if each.ranks is not None:
             yield from _ranks(each.ranks, each.ranks_of or "")
+        for name, own in each.models.items():
+            yield from _moved(own, f"Scores of {name}")
+            if own.ranks is not None and own.ranks.scores:
+                yield from _ranks(own.ranks, f"{name} of {each.ranks_of}")
 
 
-def _moved(series: SeriesDrift) -> Iterator[Table]:
-    """Rows and scores by source; two tables, so that they fit a terminal."""
-    found, everything = series.by_source(), series.all_sources()
+def _moved(moved: SeriesDrift | ModelDrift, of_model: str | None = None) -> Iterator[Table]:
+    """Rows and scores by source, in two tables, so that they fit a terminal; of one of several
+    models the scores."""
+    found, everything = moved.by_source(), moved.all_sources()
     shown = found[:_SOURCES_SHOWN]
     more = len(found) - len(shown)
-    for title, columns, cells_of in (
-        ("Rows", ("rows", "new", "reused", "kept", "gone"), _row_cells),
-        ("Scores", tuple(everything.shifts), _shift_cells),
-    ):
+    scores = (of_model or "Scores", tuple(everything.shifts), _shift_cells)
+    rows = ("Rows", ("rows", "new", "reused", "kept", "gone"), _row_cells)
+    for title, columns, cells_of in (rows, scores) if of_model is None else (scores,):
         yield Table(
             title,
             ("source", *columns),

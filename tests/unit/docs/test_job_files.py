@@ -61,7 +61,7 @@ WRONG_BY_ITSELF: list[tuple[dict[str, Any], str]] = [
     ({"token-budget": 100}, "unknown setting `token-budget`; did you mean `token_budget`?"),
     ({"Model": "m"}, "unknown setting `Model`; did you mean `model`?"),
     ({"learning_rate": 0.1}, "unknown setting `learning_rate`"),
-    ({"model": 5}, "model: Input should be a valid string (got 5)"),
+    ({"model": 5}, "model: a model, or a mapping of names to models (got 5)"),
     ({"inputs": []}, "inputs: Tuple should have at least 1 item after validation, not 0"),
     ({"inputs": 5}, "inputs: Input should be a valid tuple (got 5)"),
     ({"inputs": ["a", 1]}, "inputs: Input should be a valid string (got 1)"),

@@ -207,7 +207,7 @@ def evaluation(text: str) -> Evaluation:
 
 
 def nightly_plan(text: str) -> NightlyPlan:
-    return NightlyPlan([Prospect("main", text, text), Prospect("b", text, None, follows=True)])
+    return NightlyPlan(Prospect("main", text, text))
 
 
 def record(text: str) -> NightlyRecord:
@@ -402,7 +402,7 @@ def test_rows_that_are_not_asked_for_are_shown_wherever_rows_are() -> None:
     assert "not asked for: 6 rows" in printed(status("a"))
     (row,) = [line.split() for line in printed(record("a")).splitlines() if "not asked" in line]
     assert row == ["not", "asked", "8"]
-    ahead = NightlyPlan([Prospect("main", "m", "g", rows_to_do=5, rows_not_asked=9)])
+    ahead = NightlyPlan(Prospect("main", "m", "g", rows_to_do=5, rows_not_asked=9))
     assert "not asked for: 9 rows" in printed(ahead)
     everything = printed(replace(plan("a"), rows_not_asked=0))
     assert "1,234 rows, about" in everything

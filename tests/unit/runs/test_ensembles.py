@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from batch_scorer.backends.fake import FakeBackend
+from batch_scorer.cli.commands import _checked_here
 from batch_scorer.config import Config, load_config
 from batch_scorer.errors import ConfigError, ExitCode, OutputError, RowReason
 from batch_scorer.evaluation import Benchmark
@@ -345,3 +346,4 @@ def test_models_are_named_on_the_command_line(place: Place, models: Path) -> Non
     assert planned.json["estimate"]["row_tokens"] == 2 * alone.json["estimate"]["row_tokens"]
     ended = run_cli("score", *flags, "--model", models / "other", *places)
     assert ended.exit_code == ExitCode.CONFIG and "needs a name of its own" in ended.error
+    assert _checked_here(["score", *map(str, flags), "in", "--output", "out"]) == (None, None)
