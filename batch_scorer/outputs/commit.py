@@ -76,9 +76,11 @@ def commit_shard(
     file is no longer the one that was scored, REWARD_UNUSABLE where a function cannot be loaded.
     """
     config, size_bytes = job.config, shard.source.size_bytes
-    started = time.perf_counter()
-    rewarded = reward_shard(job, shard, pace) if job.rewards else None
-    reward_s = time.perf_counter() - started
+    rewarded, reward_s = None, 0.0
+    if job.rewards:
+        started = time.perf_counter()
+        rewarded = reward_shard(job, shard, pace)
+        reward_s = time.perf_counter() - started
     encoded = read_apart(config, size_bytes, _encode_shard, job, epoch, shard, scored, rewarded)
     try:
         store = open_store(config.output, config.store_options, create=True)

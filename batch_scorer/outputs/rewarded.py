@@ -54,7 +54,7 @@ def _responses(job: AnyJob, shard: Shard) -> _Responses:
     options = job.config.store_options
     needed, wanted = formats.columns_needed(shard.layout), columns_read(job.rewards)
     there = column_names(shard, options) if wanted else []
-    beside = [name for name in wanted if name in there]
+    beside = [name for name in wanted if there.count(name) == 1]  # of two nobody knows which
     columns, malformed = columns_of_shard(shard, options, [*dict.fromkeys([*needed, *beside])])
     parsed = formats.parse(columns, shard.layout)
     parsed.row_errors.update(malformed)

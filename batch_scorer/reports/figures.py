@@ -26,6 +26,8 @@ def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("device idle between shards", f"{idle:.1%}"))
         seconds = (figures[name] for name in ("read_s", "tokenize_s", "write_s"))
         rows.append(("reading, tokenising, writing", ", ".join(f"{s:.1f} s" for s in seconds)))
+    if reward_s := figures.get("reward_s"):  # as above
+        rows.append(("reward functions", f"{reward_s:.1f} s"))
     if (cost := figures.get("token_cost")) is not None:
         rows.append(("cost of the tokens", f"{cost:,.4f}"))
     return rows

@@ -15,6 +15,7 @@ from batch_scorer import score_rows
 from batch_scorer.cli.submit import Submission
 from batch_scorer.config import RewardSettings
 from batch_scorer.outputs.verify import verify
+from batch_scorer.runs.card import write_card
 from tests.helpers.in_process import run_cli
 from tests.helpers.inputs import Row, jsonl, pair_rows
 from tests.helpers.places import Place, Stored, digests, of_input
@@ -150,8 +151,10 @@ def test_two_functions_beside_the_model(
     shards = (place / "out").shards()
     assert_columns_are_ours(shards)
 
-    score(place, tiny_model, "alone")
+    alone = score(place, tiny_model, "alone")
     assert without(shards, "length_", "named_") == without((place / "alone").shards())
+    assert alone.json["metrics"]["reward_s"] == 0.0
+    assert "rewards" not in alone.json
 
     responses = 2 * 20 + sum(len(row["responses"]) for row in rollouts(12))
     totals = ended.json
@@ -177,6 +180,9 @@ def test_two_functions_beside_the_model(
     status = run_cli("status", (place / "out").url, "--json").json
     assert status["rewards"] == totals["rewards"]
     assert status["provenance"]["rewards"]["named"]["columns"] == {"answer": "answer"}
+    write_card((place / "out").url, {})
+    card = (place / "out").store.read("README.md").decode()
+    assert "| `named_score_chosen` | of the reward function named |" in card
 
 
 def vars_of(counts: Any) -> dict[str, Any]:
@@ -221,19 +227,21 @@ def test_faults_cost_their_rows_alone_and_the_counts_add_up(
     assert verdict.rewards["die"].marked == {"null_value": 1, "reward_died": 4}
 
 
+@pytest.mark.parametrize("how", ["--no-ray", "--ray"])
 def test_a_killed_run_is_resumed_to_the_same_bytes(
-    place: Place, tiny_model: Path, program: Program
+    place: Place, tiny_model: Path, program: Program, how: str
 ) -> None:
     flags = [*two_functions(place), "--reward", f"slow={place.url}/own_rewards.py:slow"]
     score(place, tiny_model, "whole", *flags)
-    again = command(place, tiny_model, "out", "--no-ray", "--lease-s", 2, *flags)
-    running = program.start(*again)
+    again = command(place, tiny_model, "out", "--lease-s", 2, *flags)
+    running = program.start(*again, how)
     wait_until(lambda: bool((place / "out").shard_keys()) or running.is_over, "a shard is there")
     running.send(signal.SIGKILL)
     assert running.wait().exit_code == -signal.SIGKILL
+    program.wait_until_gone()
     before = digests((place / "out").shards())
     assert 0 < len(before) < len((place / "whole").shard_keys())
-    ended = run_cli(*again)
+    ended = run_cli(*again, "--no-ray")
     assert ended.exit_code == 0, ended.err
     after = digests((place / "out").shards())
     assert after == digests((place / "whole").shards())

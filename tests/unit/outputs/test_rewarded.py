@@ -61,6 +61,13 @@ FILES = {
     ),
     "ids.parquet": parquet(pa.table({"input_ids": [[5, 6], [7]], "tag": ["x", None]})),
     "texts.jsonl": jsonl([{"text": "all of it"}]),
+    "steps.jsonl": jsonl([{"prompt": "why", "steps": ["a", "bc"]}]),
+    "twice.parquet": parquet(
+        pa.Table.from_arrays(
+            [pa.array(["why"]), pa.array(["so"]), pa.array(["x"]), pa.array(["y"])],
+            names=["prompt", "response", "tag", "tag"],
+        )
+    ),
 }
 
 
@@ -93,6 +100,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[s
         ("groups", "s_rejected", [[2]], [[3]], [[8]]),
         ("ids", "", [None, None], [None, None], [None, None]),
         ("texts.jsonl", "", [9], [0], [None]),
+        ("steps.jsonl", "", [len("a\n\nbc")], [3], [None]),
+        ("twice", "", [2], [3], [None]),
     ],
 )
 def test_a_function_is_given_the_response_and_what_stands_before_it(

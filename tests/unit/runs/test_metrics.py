@@ -177,6 +177,7 @@ def test_figures_in_words() -> None:
         "model-FLOP utilisation": "50.0% of 1.00 MFLOP/s measured",
         "device idle between shards": "20.0%",
         "reading, tokenising, writing": "0.5 s, 1.0 s, 1.5 s",
+        "reward functions": "0.5 s",
     }
     assert [scaled(value, "FLOP") for value in (0, 12.3, 999.4, 999.6, 3.2e15)] == [
         "0.00 FLOP", "12.3 FLOP", "999 FLOP", "1.00 kFLOP", "3.20 PFLOP",
