@@ -46,7 +46,6 @@ from batch_scorer.pipeline.worker import (
     scorers_of,
 )
 from batch_scorer.records import Receipt, ScoredRows, Shard, TokenizedRows
-from batch_scorer.rewards.calls import MOST_TIMED_OUT
 
 log = logging.getLogger("batch_scorer")
 
@@ -54,6 +53,8 @@ _CELL = pa.large_binary()
 _NO_PROGRESS_S = 1800.0
 _NO_PROGRESS_HANGS = 20
 """All that a search may take in a row, before a run in which nothing moves is given up."""
+_UNBOUNDED_S = -1
+"""What Ray Data takes for no bound."""
 _BUNDLE_TOKENS = 20_000
 _BUNDLE_SHARDS = 32
 _BUNDLE_FROM = 256
@@ -92,8 +93,10 @@ def run_on_ray(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     patience_s = max(_NO_PROGRESS_S, _NO_PROGRESS_HANGS * job.config.hang_s)
-    # A shard's reward functions may hang so often before they are given up.
-    patience_s += MOST_TIMED_OUT * sum(reward.timeout_s for reward in job.rewards)
+    if job.rewards:
+        # Their calls are bounded one by one; how long those of a shard take together, their rate
+        # limits and their answers decide.
+        patience_s = _UNBOUNDED_S
     context.execution_no_progress_timeout_s = patience_s
     context.max_consecutive_actor_init_deaths = job.config.attempts
     attempts = _here(Attempts).remote(job.config.attempts)

@@ -31,7 +31,7 @@ FloatArray = npt.NDArray[np.float32]
 
 BATCH = 64
 """Responses in a call. One at fault is found after seven calls."""
-MOST_TIMED_OUT = 64
+_MOST_TIMED_OUT = 64
 _MOST_DIED = 512
 """Calls about the responses of a shard that may take too long, or end their process. After them the
 function is not asked about the rest: one that always hangs would keep the run from its end."""
@@ -90,7 +90,10 @@ class _Asked:
         self._reward, self._pace = reward, pace
         self._memory_gib = config.read_memory_gib
         self._load_s = config.read_timeout_s
-        self._left = {RowReason.REWARD_TIMED_OUT: MOST_TIMED_OUT, RowReason.REWARD_DIED: _MOST_DIED}
+        self._left = {
+            RowReason.REWARD_TIMED_OUT: _MOST_TIMED_OUT,
+            RowReason.REWARD_DIED: _MOST_DIED,
+        }
         self._is_loaded = False
 
     def about(self, batch: Batch) -> list[_Value]:

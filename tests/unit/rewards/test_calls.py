@@ -100,7 +100,7 @@ def test_a_hang_costs_its_response_alone(tmp_path: Path) -> None:
 def test_a_function_that_always_hangs_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "MOST_TIMED_OUT", 2)
+    monkeypatch.setattr(calls, "_MOST_TIMED_OUT", 2)
     hanging = found(tmp_path, "at_fault", arguments={"fault": "hang"}, timeout_s=1)
     values, errors = asked(hanging, batches(["FAULT"] * 4))
     assert values == [None] * 4
