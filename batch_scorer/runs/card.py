@@ -128,7 +128,7 @@ def _columns(commits: Iterable[Commit]) -> Iterator[tuple[str, str]]:
 
 def _meaning(name: str, commit: Commit) -> str:
     for reward in commit.rewards:
-        if name.startswith(commit.reward_prefix(reward)):
+        if name.startswith(f"{commit.reward_prefix(reward)}score"):
             return f"of the reward function {reward}"
     prefixes = [commit.column_prefix, *commit.score_prefixes]
     prefix = max((each for each in prefixes if name.startswith(each)), key=len)

@@ -269,7 +269,7 @@ def test_a_damaged_list_of_generations_is_named(tmp_path: Path) -> None:
     root = Store(str(tmp_path / "root"), {}, create=True)
     generation = Generation("main", 1, "f" * 64, dict(LAYOUT))
     record_generations(root, [generation])
-    move_latest(root, [generation], 1, None)
+    move_latest(root, generation, 1, None)
     assert read_generations(root) == [generation]
     latest = read_latest(root)
     assert latest is not None and latest.paths == {"main": generation.path}
