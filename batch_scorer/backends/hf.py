@@ -43,7 +43,7 @@ from batch_scorer.backends.packing import (
     Int64Array,
     TokenTrie,
     build_trie,
-    in_scoring_order,
+    longest_first,
     pad,
     rectangle_stop,
 )
@@ -275,7 +275,7 @@ class HFBackend:
     ) -> "_Part":
         """The outputs of some sequences, in rectangles."""
         part = _Part()
-        sequences = sequences[in_scoring_order(rows.lengths[sequences])]
+        sequences = sequences[longest_first(rows.lengths[sequences])]
         lengths = rows.lengths[sequences]
         start = 0
         while start < len(sequences):

@@ -195,7 +195,7 @@ class PackedBatch:
             yield newest[:depth].copy()
 
 
-def in_scoring_order(lengths: Int64Array) -> Int64Array:
+def longest_first(lengths: Int64Array) -> Int64Array:
     """The sequences that have tokens, in the order in which rectangles take them: neighbours pad
     each other least, and what does not fit the memory shows early. Equal lengths keep theirs."""
     order = np.argsort(-lengths, kind="stable")

@@ -14,7 +14,7 @@ from batch_scorer.backends.base import EngineSettings
 from batch_scorer.backends.hf import HFBackend
 from batch_scorer.backends.hf_loader import Loader, has_own_forward
 from batch_scorer.backends.lanes import Lanes
-from batch_scorer.backends.packing import in_scoring_order
+from batch_scorer.backends.packing import longest_first
 from batch_scorer.backends.plain_answers import plain_answers, plain_verdicts
 from batch_scorer.backends.streaming import can_stream, streamed_scores
 from batch_scorer.models.registry import choose_adapter
@@ -109,7 +109,7 @@ def _own_forward(loader: Loader, rows: TokenizedRows, dtype: str, device: str) -
         scores.values[sequence] = own(input_ids=ids).logits[0].float().cpu().numpy()
         idle.append(own)
 
-    ordered = in_scoring_order(rows.lengths)
+    ordered = longest_first(rows.lengths)
     is_short = rows.lengths[ordered] <= _MOST_TOGETHER
     for sequence in ordered[~is_short].tolist():
         score(sequence)

@@ -81,7 +81,7 @@ def predict(directory: Path, activation: Callable[[Tensor], Tensor], prompt: str
     rows = []
     for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
         pair = [[prompt + question, answer]]
-        features = tokenizer(pair, padding=True, truncation="in_scoring_order", return_tensors="pt")
+        features = tokenizer(pair, padding=True, truncation="longest_first", return_tensors="pt")
         logit = model(**features).logits.float()
         rows.append(torch.cat([activation(logit), logit], dim=-1)[0].numpy())
     return np.stack(rows)

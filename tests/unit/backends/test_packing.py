@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from batch_scorer.backends.packing import (
     TokenTrie,
     build_trie,
-    in_scoring_order,
+    longest_first,
     pad,
     rectangle_stop,
 )
@@ -172,7 +172,7 @@ def test_what_a_trie_looks_like() -> None:
 
 @given(LENGTHS)
 def test_the_longest_come_first_and_equal_lengths_keep_their_order(lengths: np.ndarray) -> None:
-    order = in_scoring_order(lengths).tolist()
+    order = longest_first(lengths).tolist()
     assert sorted(order) == np.flatnonzero(lengths).tolist()
     assert order == sorted(order, key=lambda index: (-lengths[index], index))
 
@@ -181,7 +181,7 @@ def test_the_longest_come_first_and_equal_lengths_keep_their_order(lengths: np.n
 def test_rectangles_take_everything_and_as_much_at_a_time_as_the_budget_allows(
     lengths: np.ndarray, budget: int
 ) -> None:
-    ordered = lengths[in_scoring_order(lengths)]
+    ordered = lengths[longest_first(lengths)]
     cuts = [0]
     while cuts[-1] < len(ordered):
         cuts.append(rectangle_stop(ordered, cuts[-1], budget))
