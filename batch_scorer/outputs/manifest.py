@@ -282,12 +282,10 @@ def conclude(store: Store, totals: dict[str, Any], found: Published) -> None:
 
 def total(receipts: Collection[Receipt]) -> dict[str, Any]:
     """`counted`, with the rows by note, and the pairs by source; `models` is there for several
-    models: of each one the marked rows, and its pairs; `rewards`, by function, where there are
-    any."""
+    models: of each one the marked rows, and its pairs."""
     notes: dict[str, int] = {}
     pairs: dict[str, PairCounts] = {}
     models: dict[str, ModelCounts] = {}
-    rewards: dict[str, Rewarded] = {}
     for receipt in receipts:
         commit = receipt.commit
         if commit is None or receipt.status is Status.INPUT_GONE:
@@ -298,21 +296,19 @@ def total(receipts: Collection[Receipt]) -> dict[str, Any]:
             pairs[source] = pairs.get(source, PairCounts()) + counts
         for name, own in commit.models.items():
             models[name] = models[name] + own.counts if name in models else own.counts
-        rewards = added_up(rewards, commit.rewards)
     totals = counted(receipts) | {
         "notes": notes,
         "pairs": {source: asdict(counts) for source, counts in pairs.items()},
     }
     if models:
         totals["models"] = {name: asdict(own) for name, own in models.items()}
-    if rewards:
-        totals["rewards"] = {name: asdict(counts) for name, counts in rewards.items()}
     return totals
 
 
 def counted(receipts: Iterable[Receipt | Outcome]) -> dict[str, Any]:
     """Sums over shards. `rows` are those of the input files, and always `rows == rows_scored +
-    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only."""
+    rows_marked + rows_not_asked + rows_failed + rows_left`. `judged` is there for judges only,
+    `rewards`, by function, where there are any."""
     totals: dict[str, Any] = dict.fromkeys(
         ("shards", "shards_failed", "shards_left", "rows", "rows_scored", "rows_marked",
          "rows_not_asked", "rows_failed", "rows_left", "sequences", "tokens"),
@@ -320,6 +316,7 @@ def counted(receipts: Iterable[Receipt | Outcome]) -> dict[str, Any]:
     )  # fmt: skip
     marked: dict[str, int] = {}
     judged: Judged | None = None
+    rewards: dict[str, Rewarded] = {}
     for receipt in receipts:
         if receipt.status is Status.INPUT_GONE:
             continue
@@ -346,8 +343,11 @@ def counted(receipts: Iterable[Receipt | Outcome]) -> dict[str, Any]:
             marked[reason] = marked.get(reason, 0) + count
         if commit.judged is not None:
             judged = commit.judged if judged is None else judged + commit.judged
+        rewards = added_up(rewards, commit.rewards)
     if judged is not None:
         totals["judged"] = asdict(judged)
+    if rewards:
+        totals["rewards"] = {name: asdict(counts) for name, counts in rewards.items()}
     return totals | {"marked": marked}
 
 

@@ -395,6 +395,7 @@ class CommitCounts:
     tokens: int
     rows_not_asked: int = 0
     judged: Judged | None = None
+    rewards: dict[str, Rewarded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

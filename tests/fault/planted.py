@@ -148,7 +148,7 @@ BUGS = (
     Bug(
         "a shard that was rewritten under the same name is taken for done",
         "runs/remaining.py",
-        "            if commit.identity != identities[key]:\n",
+        "            if commit.identity != index.identities[place]:\n",
         "            if not commit.fingerprint:\n",
         "histories",
         20,
@@ -164,7 +164,7 @@ BUGS = (
     Bug(
         "marked rows are not tried again",
         "runs/remaining.py",
-        "            return Fate.DONE if retried.isdisjoint(commit.marked) else Fate.RETRIED\n",
+        "            return Fate.DONE if retried.isdisjoint(commit.reasons) else Fate.RETRIED\n",
         "            return Fate.DONE\n",
         "histories",
         10,
@@ -172,8 +172,8 @@ BUGS = (
     Bug(
         "tries of marked rows are not counted",
         "runs/remaining.py",
-        "retries=_retries(r) + 1)",
-        "retries=_retries(r))",
+        "retries=_retries(old) + 1 if",
+        "retries=_retries(old) if",
         "histories",
         10,
     ),

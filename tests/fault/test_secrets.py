@@ -9,8 +9,10 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -102,9 +104,13 @@ def told(module_program: Program, cluster: Cluster, place: Place, runs: Runs) ->
 
 
 def text_of(key: str, data: bytes) -> str:
-    """All that an object says; Parquet files, and manifests are such, are compressed."""
+    """All that an object says; Parquet files, and manifests are such, are compressed, and so is
+    what is known of input files, behind its digest."""
     if key.endswith((".parquet", ".manifest")):
         table = pq.read_table(io.BytesIO(data))
+        return f"{key}: {table.schema.metadata} {table.to_pylist()}"
+    if key.endswith(".files"):
+        table = pa.ipc.open_file(data[sha256().digest_size :]).read_all()
         return f"{key}: {table.schema.metadata} {table.to_pylist()}"
     return f"{key}: {data.decode()}"
 
