@@ -371,7 +371,7 @@ def test_flags_in_the_documents_exist() -> None:
     }
     known |= {"--ray", "--version", "--tiny", "--threads", "--sizes", "--data", "--minutes"}
     known |= {"--contestant", "--rows"}  # of benchmarks, as those before
-    known |= {"--rounds", "--workload", "--benchmark", "--legacy-xstest-weights"}
+    known |= {"--many", "--rounds", "--workload", "--benchmark", "--legacy-xstest-weights"}
     known |= {"--repair", "--html", "--compare"}
     known |= {"--against", "--dry-run", "--output", "--recipe"}
     known |= {f"--{name.replace('_', '-')}" for name in Decontamination.model_fields}
