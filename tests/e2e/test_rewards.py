@@ -189,6 +189,7 @@ def vars_of(counts: Any) -> dict[str, Any]:
     return {name: getattr(counts, name) for name in counts.__slots__}
 
 
+@pytest.mark.slow
 def test_faults_cost_their_rows_alone_and_the_counts_add_up(
     place: Place, tiny_model: Path, program: Program
 ) -> None:
@@ -227,7 +228,7 @@ def test_faults_cost_their_rows_alone_and_the_counts_add_up(
     assert verdict.rewards["die"].marked == {"null_value": 1, "reward_died": 4}
 
 
-@pytest.mark.parametrize("how", ["--no-ray", "--ray"])
+@pytest.mark.parametrize("how", ["--no-ray", pytest.param("--ray", marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_to_the_same_bytes(
     place: Place, tiny_model: Path, program: Program, how: str
 ) -> None:
