@@ -120,10 +120,6 @@ class Plan:
         return digest_of_list(chain(identities, sorted(set(retried))))
 
 
-NO_PLAN = Plan(FileTable.of([]), cut(FileTable.of([]), 1, 1), [])
-"""That of no files."""
-
-
 Choice: TypeAlias = Callable[[Source, datetime], bool | None]
 """Of an input file and the time of its last change: whether it is planned (True), set aside
 (False), or passed over as if it were not there (None)."""
